@@ -1,0 +1,71 @@
+# Needs Python 3.11 or newer, pip and make. Everything else is installed by pip into $(VENV).
+
+VENV ?= .venv
+# Test processes. Each holds eight virtual devices and its own compiled programs: about 2 GB.
+WORKERS ?= 2
+# More words for pytest, e.g. PYTEST_ARGS='tests/test_merge.py -k bfloat16'.
+PYTEST_ARGS ?=
+# What the parity tests compare with; `make test TORCH=` goes without, and they skip. One exact version, so that a
+# local file or an index of CPU builds that pip has been told of (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL; PyTorch's
+# installation page names theirs) wins with its `2.13.0+cpu` over the several GB of the default build for Linux.
+TORCH ?= torch==2.13.0
+
+python := $(VENV)/bin/python
+tested := $(VENV)/.test-$(or $(subst ==,-,$(TORCH)),no-torch)
+comma := ,
+pip_install := $(python) -m pip install --quiet --no-compile --editable
+# `python3` unless it is too old or does not run (a version manager's shim for a version that is not active).
+find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \
+	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$candidate"; break; fi; \
+	done
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-fast clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.experiments  ## Train LoRA on what ships with the project and write demo_run/ (no download but pip's)
+	HF_HUB_OFFLINE=1 $(python) -m experiments run --config experiments/configs/demo.json --workdir demo_run
+
+test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
+	$(python) -m pytest -n $(WORKERS) --nbmake --durations=15 -rs $(PYTEST_ARGS)
+
+test-fast: $(tested)  ## Run the tests that are not slow
+	$(python) -m pytest -n $(WORKERS) --nbmake --durations=15 -rs -m "not slow" $(PYTEST_ARGS)
+
+clean:  ## Remove the virtual environment, the demo's results and every cache
+	rm -rf $(VENV) demo_run dist .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# A stamp each, so that a second `make` starts at once. A changed pyproject.toml starts a new environment: pip would
+# keep what is no longer asked for, and a test that passes only because of it says nothing.
+$(VENV)/.created: pyproject.toml
+	@$(find_python); \
+	if [ -z "$$found" ]; then \
+		echo "lora_jax needs Python 3.11 or newer: $(or $(PYTHON),python3) is older or does not run. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$("$$found" --version)"; \
+	if "$$found" -c 'import ensurepip' 2>/dev/null; then \
+		"$$found" -m venv --clear $(VENV); \
+	else \
+		"$$found" -m venv --clear --without-pip $(VENV) && "$$found" -m pip --python $(python) install --quiet pip; \
+	fi
+	@touch $@
+
+# Editable, so that what runs is what is in the working tree. Not compiled: pip would spend half its time on the bytecode
+# of some 17,000 files, and Python compiles the few that are imported when they are.
+$(VENV)/.experiments: $(VENV)/.created
+	@echo "Installing what the experiments need into $(VENV)"
+	@$(pip_install) '.[experiments]'
+	@touch $@
+
+# With PyTorch in one call, so that pip cannot meet PEFT's plain `torch` before the version that is asked for here.
+$(tested): $(VENV)/.created
+	@echo "Installing what the tests need into $(VENV)$(if $(TORCH), with $(TORCH))"
+	@$(pip_install) '.[test$(if $(TORCH),$(comma)torch)]' $(if $(TORCH),'$(TORCH)') || { \
+		echo "pip failed, see above.$(if $(TORCH), If it is PyTorch that it cannot install: 'make test TORCH=' runs all but the parity tests.)" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,95 @@
+"""Strict JAX for every test, on eight virtual CPU devices, and the fixtures that more than one room needs.
+
+The type annotations are checked at run time under one flag, which jaxtyping's own plugin defines:
+`pytest --jaxtyping-packages=lora_jax,beartype.beartype`.
+
+No persistent compilation cache: on the CPU it saves little, it hides second compilations from the tests that count
+them, and a stale entry is a wrong pass.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Before anything imports JAX, which reads these once. They are in the environment, so that the processes that tests
+# start have them too. `setdefault`, so that JAX_PLATFORMS=cuda tries the same tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=8",
+            # The test processes already fill the cores; each splitting its small products over all of them loses.
+            "--xla_cpu_multi_thread_eigen=false",
+        ]
+    ).strip()
+os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
+# No test reaches a model hub, or reads or fills the user's cache of one. Each worker has its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+_HUB_CACHE = tempfile.mkdtemp(prefix="lora_jax_tests_")
+os.environ["HF_HOME"] = _HUB_CACHE
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Compiling takes longer than any deadline on the first example and no time on the others. Derandomised: a run of the
+# suite says something about the code, not about its luck.
+hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("lora_jax")
+
+
+def pytest_configure(config):
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_HUB_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Each compiled program holds memory maps, of which Linux grants a process 65,530: a long run dies of them."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _leaks(request):
+    """Marked `leaks`: a tracer that outlives its trace raises."""
+    with jax.checking_leaks() if request.node.get_closest_marker("leaks") else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test, where rounding would hide a wrong term. Arrays made at import time stay 32-bit."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def relaxed_promotion():
+    """JAX's default promotion for one test, for the models of other libraries, which count on it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real data sets, which are not part of the project."""
+    directory = Path(os.environ.get("LORA_JAX_DATA") or _REPOSITORY.parent / "shared" / "data")
+    if not directory.is_dir():
+        pytest.skip(f"no data sets at {directory}: set LORA_JAX_DATA to the directory that holds e2e/, gpt2_bpe/, …")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, the other implementation, or a skip that says how to get it."""
+    return pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'lora_jax[torch]'")

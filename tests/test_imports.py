@@ -1,0 +1,136 @@
+"""Who may import what: the core needs only JAX (and Optax in `optim`), and one file knows jaxprs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGE = _REPOSITORY / "lora_jax"
+_FILES = sorted(_PACKAGE.rglob("*.py"))
+
+# -- at run time ------------------------------------------------------------------------------------------------------
+
+# What the tests' environment has and a core installation has not.
+_NOT_IN_CORE = ("chex", "datasets", "equinox", "flax", "jaxtyping", "orbax", "peft", "safetensors", "torch", "transformers")
+
+
+def _loads(statement: str, cwd: Path = _REPOSITORY) -> set[str]:
+    """Those of `_NOT_IN_CORE` that a fresh interpreter has loaded after the statement."""
+    code = f"{statement}\nimport sys\nprint('loaded', *sorted(set({_NOT_IN_CORE!r}) & set(sys.modules)))"
+    # Not `-m` or a file: with `-c` the first entry of the path is the working directory.
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+def test_core_loads_only_jax_and_optax():
+    assert _loads("import lora_jax, lora_jax.optim, lora_jax.methods") == set()
+
+
+def test_the_check_above_can_fail(tmp_path):
+    (tmp_path / "heavy.py").write_text("import importlib\nimportlib.import_module('safetensors')\nimport chex\n")
+    assert {"chex", "safetensors"} <= _loads("import heavy", tmp_path)
+
+
+# -- in the source ----------------------------------------------------------------------------------------------------
+
+# Rooms, the most particular first: a file or directory of lora_jax, and what it may import beside the standard
+# library, JAX, NumPy (which JAX's own arguments and results are made of) and lora_jax. A new room is a new line.
+_ROOMS = {
+    "optim.py": {"optax"},
+    "checkpoint.py": {"optax", "orbax"},
+    "models": {"flax", "chex"},
+    "interop": {"flax", "safetensors"},
+    "": set(),
+}
+_EVERYWHERE = {"__future__", "jax", "lora_jax", "numpy"} | set(sys.stdlib_module_names)
+# Promise nothing from one version of JAX to the next, so that one file holds every contact with them.
+_JAXPR_MODULES = ("jax.extend", "jax.interpreters", "jax.core.jaxpr")
+_JAXPR_FIELDS = {"constvars", "eqns", "invars", "outvars", "primitive"}
+_JAXPR_FILES = {"_interpret.py"}
+
+
+def _imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, full dotted name) of everything imported, at whatever depth; relative imports are lora_jax's own."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(["lora_jax"] * bool(node.level) + ([node.module] if node.module else []))
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def _is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _faults(path: str, source: str) -> list[str]:
+    """What the file at `path` (relative to lora_jax/) does that its room does not allow."""
+    tree = ast.parse(source)
+    room = next(room for room in _ROOMS if not room or path == room or path.startswith(room + "/"))
+    knows_jaxprs = path in _JAXPR_FILES
+    faults = []
+    for line, name in _imports(tree):
+        if name.partition(".")[0] not in _EVERYWHERE | _ROOMS[room]:
+            faults.append(f"{path}:{line} imports {name}")
+        if _is_within(name, "jax._src"):
+            faults.append(f"{path}:{line} imports JAX's private {name}")
+        if not knows_jaxprs and any(_is_within(name, module) for module in _JAXPR_MODULES):
+            faults.append(f"{path}:{line} imports {name}, which only {', '.join(_JAXPR_FILES)} may")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            if _is_within(dotted, "jax._src"):
+                faults.append(f"{path}:{node.lineno} uses JAX's private {dotted}")
+            elif not knows_jaxprs and (node.attr in _JAXPR_FIELDS or dotted in _JAXPR_MODULES):
+                faults.append(f"{path}:{node.lineno} uses {dotted}, which only {', '.join(_JAXPR_FILES)} may")
+    return faults
+
+
+def test_there_are_files_to_check():
+    assert {"__init__.py", "_interpret.py"} <= {file.name for file in _FILES}
+
+
+@pytest.mark.parametrize("file", _FILES, ids=lambda file: file.relative_to(_PACKAGE).as_posix())
+def test_file_keeps_to_its_room(file):
+    assert _faults(file.relative_to(_PACKAGE).as_posix(), file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "path, source, fault",
+    [
+        ("_merge.py", "import flax", "imports flax"),
+        ("_merge.py", "def f():\n    from torch import nn", "imports torch.nn"),
+        ("_merge.py", "import optax", "imports optax"),
+        ("models/gpt2.py", "import safetensors", "imports safetensors"),
+        ("interop/hf.py", "import transformers", "imports transformers"),
+        ("optim.py", "import experiments.config", "imports experiments.config"),
+        ("_interpret.py", "from jax._src import core", "private jax._src.core"),
+        ("_interpret.py", "import jax\njax._src.core.trace_ctx", "private jax._src"),
+        ("_adapt.py", "import jax.extend as jex", "imports jax.extend, which only _interpret.py may"),
+        ("_adapt.py", "from jax.extend.core import Jaxpr", "which only _interpret.py may"),
+        ("_adapt.py", "import jax\njax.extend.core.Jaxpr", "uses jax.extend, which only _interpret.py may"),
+        ("_adapt.py", "def f(jaxpr): return jaxpr.eqns", "uses jaxpr.eqns, which only _interpret.py may"),
+    ],
+)
+def test_the_static_check_can_fail(path, source, fault):
+    assert any(fault in found for found in _faults(path, source))
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("_merge.py", "import jax.numpy as jnp, numpy as np\nfrom . import _factored\nfrom ._paths import name"),
+        ("optim.py", "import optax"),
+        ("models/gpt2.py", "from flax import linen as nn\nimport chex"),
+        ("interop/hf.py", "from ..models import gpt2\nfrom safetensors.numpy import load_file"),
+        ("_interpret.py", "import jax.extend\ndef f(jaxpr): return [eqn.primitive for eqn in jaxpr.eqns]"),
+    ],
+)
+def test_the_static_check_can_pass(path, source):
+    assert _faults(path, source) == []
