@@ -1,0 +1,158 @@
+"""Which axes of a weight are in, out and stacked: as the user says, as the function shows, or by default.
+
+Reading them off the function is an evaluation of its trace with every floating leaf marked (`_adapt.observe`): each
+contraction then tells which stored axes it sums over, which it keeps, and which it pairs with the data's own axes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+from ._adapt import observe
+from ._factored import Axis, Factored, Leaf
+from ._interpret import Use
+from ._paths import is_floating, matches, named_leaves, nearest
+
+WORDS = ("in", "out", "layer")
+DEFAULT = ("in", "out")  # of a 2-D weight, as Flax, Haiku and plain `x @ w` store it
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the function does with one leaf."""
+
+    axes: tuple[str, ...] | None  # None where it is never contracted nor looked up
+    contracted: bool = False
+    looked_up: bool = False
+    conflict: str = ""  # "", "sides" (in and out exchanged between uses) or "layers"
+
+    @property
+    def linear(self) -> bool:
+        """Contracted, with an in and an out axis, and not also a lookup table."""
+        return self.contracted and not self.looked_up and self.axes is not None and {"in", "out"} <= set(self.axes)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["path"])
+@dataclasses.dataclass(frozen=True)
+class _Marked:
+    """A leaf to be watched: a pytree node, so that tracing from shapes sees the array inside it."""
+
+    path: str
+    weight: Any
+
+
+def read(fn: Callable, params: Any, args: tuple) -> dict[str, Reading]:
+    """How `fn(params, *args)` uses each floating leaf of `params`, from shapes alone."""
+    leaves = named_leaves(params)
+    treedef = jax.tree.structure(params)
+    marked = [_Marked(path, leaf) if is_floating(leaf) else leaf for path, leaf in leaves]
+
+    def mark(leaf: Any) -> Factored | None:
+        if not isinstance(leaf, _Marked):
+            return None
+        axes = tuple(Axis("?", (index,)) for index in range(leaf.weight.ndim))
+        return Factored(leaf.weight, (), None, None, axes, Leaf(leaf.path))
+
+    def call(params: list, *args: Any) -> Any:
+        return fn(jax.tree.unflatten(treedef, params), *args)
+
+    uses = observe(call, (marked, *args), {}, mark, is_leaf=lambda leaf: isinstance(leaf, _Marked))
+    grouped: dict[str, list[Use]] = {path: [] for path, leaf in leaves if is_floating(leaf)}
+    for use in uses:
+        grouped[use.path].append(use)
+    dims = {path: len(leaf.shape) for path, leaf in leaves if is_floating(leaf)}
+    return {path: _reading(dims[path], found) for path, found in grouped.items()}
+
+
+def _reading(ndim: int, uses: list[Use]) -> Reading:
+    contractions = [use for use in uses if use.how == "low-rank"]
+    lookups = [use for use in uses if use.how == "lookup"]
+    # A lookup decides first: the axis it picks from is the in axis of a table, whoever else uses the table.
+    words = [_words(ndim, use) for use in (*(use for use in lookups if use.summed and not _is_stack(use, contractions)), *contractions)]
+    words = [word for word in words if word is not None]
+    if not words:
+        return Reading(None, bool(contractions), bool(lookups))
+    conflict = ""
+    for other in words[1:]:
+        if other != words[0]:
+            same_layers = [word == "layer" for word in other] == [word == "layer" for word in words[0]]
+            conflict = "layers" if not same_layers or conflict == "layers" else "sides"
+    return Reading(words[0], bool(contractions), any(not _is_stack(use, contractions) for use in lookups), conflict)
+
+
+def _is_stack(lookup: Use, contractions: list[Use]) -> bool:
+    """Whether what was indexed is a stack of weights, contracted elsewhere without the indexed axis."""
+    return any(not set(lookup.summed) & {*use.summed, *use.free} for use in contractions)
+
+
+def _words(ndim: int, use: Use) -> tuple[str, ...] | None:
+    summed, free = set(use.summed), set(use.free)
+    if summed & free:
+        return None
+    words = ["in" if axis in summed else "out" if axis in free else "layer" for axis in range(ndim)]
+    return tuple(words)
+
+
+def parse(axes: Any, path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The words of an `axes` string, checked against the leaf's shape."""
+    if not isinstance(axes, str):
+        raise TypeError(f"`axes` for {path!r} is {axes!r}; pass one string of words, for example 'in out'.")
+    words = tuple(axes.split())
+    unknown = [word for word in words if word not in WORDS]
+    if unknown:
+        raise ValueError(f"`axes` for {path!r} is {axes!r}; {unknown[0]!r} is not one of 'in', 'out', 'layer'.")
+    if len(words) != len(shape):
+        raise ValueError(f"`axes` for {path!r} is {axes!r}, {len(words)} words, but the leaf has shape {shape}: one word an axis.")
+    if not {"in", "out"} <= set(words):
+        raise ValueError(f"`axes` for {path!r} is {axes!r}; a weight has at least one 'in' and one 'out' axis.")
+    return words
+
+
+def given(axes: Any, leaves: list[tuple[str, Any]], targeted: list[str]) -> dict[str, str]:
+    """The user's `axes` for each path: one string for all targeted leaves, or a mapping from pattern to string."""
+    if axes is None:
+        return {}
+    if isinstance(axes, str):
+        return dict.fromkeys(targeted, axes)
+    if not isinstance(axes, Mapping):
+        raise TypeError(f"`axes` is {axes!r}; pass a string such as 'in out', or a mapping from pattern to such a string.")
+    found: dict[str, str] = {}
+    for pattern, words in axes.items():
+        paths = [path for path, _ in leaves if matches(pattern, path)]
+        if not paths:
+            near = ", ".join(map(repr, nearest(pattern, [path for path, _ in leaves])))
+            raise ValueError(f"`axes` pattern {pattern!r} matches no leaf. The nearest paths are {near}.")
+        for path in paths:
+            found.setdefault(path, words)
+    return found
+
+
+def resolve(path: str, shape: tuple[int, ...], given: dict[str, str], readings: dict[str, Reading] | None, sided: bool) -> tuple[str, ...]:
+    """The axes of one targeted leaf, or an error that says what to pass."""
+    reading = None if readings is None else readings[path]
+    if reading is not None and reading.axes is None and not reading.contracted and not reading.looked_up:
+        raise ValueError(
+            f"`targets` names {path!r}, of shape {shape}, but `fn` never contracts with it: a bias, a scale or an unused leaf has "
+            "no low-rank form. Leave it out, or train it itself with `Full()`."
+        )
+    if path in given:
+        return parse(given[path], path, shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"`targets` names {path!r}, of shape {shape}: fewer than two axes have no low-rank form. "
+            f"Leave it out, or train it itself: `targets={{{path!r}: Full(), ...}}`."
+        )
+    say = f"Pass `axes={{{path!r}: '...'}}` with one of 'in', 'out', 'layer' for each of its {len(shape)} axes"
+    if reading is not None:
+        words = reading.axes
+        if words is None or not {"in", "out"} <= set(words):
+            raise ValueError(f"The axes of {path!r}, of shape {shape}, cannot be read off `fn`, which does not contract with it as with a matrix. {say}.")
+        if reading.conflict == "layers" or (reading.conflict and sided):
+            raise ValueError(f"`fn` uses {path!r}, of shape {shape}, in contradictory ways: its axes are {' '.join(words)!r} in one use and others in another. {say}.")
+        return words
+    if len(shape) == 2:
+        return DEFAULT
+    raise ValueError(f"The axes of {path!r}, of shape {shape}, are unknown. {say}, or `fn=` and `args=` to read them off the model.")

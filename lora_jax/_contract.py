@@ -1,0 +1,280 @@
+"""The uses of a factored weight: `x W' = ((x W) + (x A) B) ⊙ m`, for every operation that contracts or looks up.
+
+Each rule takes the operation's own result on the plain weight as a function (`base`), so that the model's equation
+stays as it is, and adds the low-rank terms beside it. Factors are cast to the dtype of the contraction they join.
+`NotAView` means that no low-rank form exists for this use.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, place
+
+Base = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
+    """The input of the low-rank path: `x` with inverted dropout if the weight carries a key, else `x` itself."""
+    if weight.key is None or weight.leaf.dropout == 0.0:
+        return x
+    keep = 1.0 - weight.leaf.dropout
+    mask = jax.random.bernoulli(weight.key.reshape(-1)[0], keep, x.shape)
+    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+def dot_general(
+    base: Base, x: jax.Array, weight: Factored, numbers: Any, weight_on_left: bool, precision: Any
+) -> jax.Array:
+    """`lax.dot_general`: any dimension numbers, the weight on either side."""
+    (left_summed, right_summed), (left_batch, right_batch) = numbers
+    own, other = (left_summed, right_summed) if weight_on_left else (right_summed, left_summed)
+    own_batch, other_batch = (left_batch, right_batch) if weight_on_left else (right_batch, left_batch)
+    x_labels: list[Any] = [f"x{position}" for position in range(x.ndim)]
+    for position, label in zip((*other, *other_batch), (*own, *own_batch), strict=True):
+        x_labels[position] = label
+    w_free = [label for label in range(len(weight.axes)) if label not in (*own, *own_batch)]
+    x_free = [label for label in x_labels if isinstance(label, str)]
+    out_labels = (*own_batch, *w_free, *x_free) if weight_on_left else (*own_batch, *x_free, *w_free)
+
+    after, x = _magnitude_side(weight, x, x_labels, out_labels)
+    y = base(x, weight.weight)
+    weight = weight.unwindowed(own_batch)
+    x = dropped_out(x, weight)
+    # The factors do not vary along new axes: contracting with one is summing over it.
+    flat = [position for position, label in enumerate(x_labels) if label in own and weight.axes[label] == NEW]
+    x = jnp.sum(x, axis=flat, dtype=x.dtype) if flat else x
+    x_labels = [label for position, label in enumerate(x_labels) if position not in flat]
+
+    # Start with the factor that the contraction touches, so that everything in between is as narrow as the rank.
+    touched = {weight.axes[label].tag for label in own}
+    first, second = ("b", "a") if "out" in touched and "in" not in touched else ("a", "b")
+
+    def product(term: Term) -> jax.Array:
+        inner = x
+        if weight.windowed in own and term.window is not None:
+            inner = lax.slice_in_dim(x, *term.window, axis=x_labels.index(weight.windowed))
+        h, labels = contracted(inner, tuple(x_labels), term, first, keep=(*out_labels, *weight.labels(second)))
+        h, labels = contracted(h, labels, term, second, keep=out_labels)
+        shape = list(y.shape)
+        if term.window is not None and weight.windowed in out_labels:
+            shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
+        return place(h, labels, out_labels, shape)
+
+    def contracted(h: jax.Array, labels: tuple, term: Term, name: str, keep: tuple) -> tuple[jax.Array, tuple]:
+        sides = ((getattr(term, name).astype(x.dtype), weight.labels(name)), (h.astype(x.dtype), labels))
+        left, right = sides if weight_on_left else sides[::-1]  # as in the original: its order of axes needs no transpose
+        return dot(*left, *right, keep=keep, precision=precision, preferred_element_type=y.dtype)
+
+    axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
+    y = added(y, [(product(term), term.window) for term in weight.terms], axis)
+    return y if after is None else y * place(after.astype(y.dtype), weight.labels("magnitude"), out_labels, y.shape)
+
+
+def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labels: Sequence) -> tuple:
+    """Multiplies by m before the contraction if that sums over the out axes, else returns it for afterwards."""
+    if weight.magnitude is None:
+        return None, x
+    labels = weight.labels("magnitude")
+    if all(label in out_labels for label in labels):
+        return weight.magnitude, x
+    if all(label in x_labels for label in labels):
+        return None, x * place(weight.magnitude.astype(x.dtype), labels, x_labels, x.shape)
+    raise NotAView
+
+
+def added(y: jax.Array, pieces: list[tuple[jax.Array, tuple[int, int] | None]], axis: int | None) -> jax.Array:
+    """`y` plus the pieces, each in its window along `axis`; only the covered ranges are touched."""
+    for piece, window in pieces:
+        if window is None or axis is None or window == (0, y.shape[axis]):
+            y = y + piece
+            continue
+        before = lax.slice_in_dim(y, 0, window[0], axis=axis)
+        within = lax.slice_in_dim(y, *window, axis=axis)
+        behind = lax.slice_in_dim(y, window[1], None, axis=axis)
+        y = lax.concatenate([part for part in (before, within + piece, behind) if part.shape[axis]], axis)
+    return y
+
+
+def conv_general_dilated(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
+    """A convolution: A is the window, to or from `rank` channels, and B a 1×1 convolution behind or before it.
+
+    The second form, from out channels to in channels, is what the gradient of the first with respect to its input is.
+    """
+    kernel_spec = params["dimension_numbers"][1]
+    tags = [weight.axes[axis].tag for axis in kernel_spec]  # of the output channels, the input channels, the window
+    if params["batch_group_count"] != 1 or weight.magnitude is not None and tags[0] != "out":
+        raise NotAView
+    if tags[0] == "out" and set(tags[1:]) == {"in"}:
+        return _conv_to_out(base, x, weight, params)
+    if tags[:2] == ["in", "out"] and set(tags[2:]) <= {"in"} and params["feature_group_count"] == 1:
+        return _conv_to_in(base, x, weight, params)
+    raise NotAView
+
+
+def _window(x: jax.Array, weight: Factored, window: jax.Array, first: int, second: int, params: dict, dtype: Any) -> jax.Array:
+    """The convolution with A, whose axes `first` and `second` are the output and the input channels."""
+    lhs_spec, kernel_spec, out_spec = params["dimension_numbers"]
+    labels = weight.labels("a")
+    positions = tuple(labels.index(axis) for axis in (first, second, *kernel_spec[2:]))
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "precision")
+    return lax.conv_general_dilated(
+        *(x, window.astype(x.dtype)),
+        **{name: params[name] for name in names},
+        dimension_numbers=lax.ConvDimensionNumbers(lhs_spec, positions, out_spec),
+        preferred_element_type=dtype,
+    )
+
+
+def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
+    _, kernel_spec, out_spec = params["dimension_numbers"]
+    feature, groups = out_spec[1], params["feature_group_count"]
+    y = base(x, weight.weight)
+    weight = weight.unwindowed() if groups > 1 else weight
+    x = dropped_out(x, weight)
+
+    def product(term: Term) -> jax.Array:
+        rank, out = term.b.shape
+        # Every group of input channels has the same A: one copy of it each.
+        h = _window(x, weight, jnp.concatenate([term.a] * groups, axis=-1), RANK, kernel_spec[1], params, y.dtype).astype(x.dtype)
+        h = lax.reshape(h, (*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]))
+        b = lax.reshape(term.b.astype(x.dtype), (rank, groups, out // groups))
+        before, behind = (tuple(f"x{position}" for position in part) for part in (range(feature), range(feature + 1, y.ndim)))
+        options = {"keep": ("group",), "precision": params["precision"], "preferred_element_type": y.dtype}
+        grouped = dot(h, (*before, "group", RANK, *behind), b, (RANK, "group", "out"), **options)
+        placed = place(*grouped, (*before, "group", "out", *behind), ())
+        return lax.reshape(placed, (*y.shape[:feature], out, *y.shape[feature + 1 :]))
+
+    y = added(y, [(product(term), term.window) for term in weight.terms], None if weight.windowed is None else feature)
+    if weight.magnitude is None:
+        return y
+    return y * lax.broadcast_in_dim(weight.magnitude.astype(y.dtype), y.shape, (feature,))
+
+
+def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
+    lhs_spec, kernel_spec, _ = params["dimension_numbers"]
+    y, feature = base(x, weight.weight), lhs_spec[1]
+    weight = weight.unwindowed()
+    x = dropped_out(x, weight)
+    labels = tuple("out" if position == feature else f"x{position}" for position in range(x.ndim))
+    narrow = tuple(RANK if label == "out" else label for label in labels)
+    for term in weight.terms:
+        h = dot(x, labels, term.b.astype(x.dtype), (RANK, "out"), precision=params["precision"], preferred_element_type=y.dtype)
+        y = y + _window(place(*h, narrow, ()).astype(x.dtype), weight, term.a, kernel_spec[0], RANK, params, y.dtype)
+    return y
+
+
+def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Array, params: dict) -> jax.Array:
+    """`lax.ragged_dot`: rows of `x` in runs, each run with the weight of its group; the group axis is a `layer`."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (x_summed, w_summed), (x_batch, w_batch) = numbers.dot_dimension_numbers
+    (group,) = numbers.rhs_group_dimensions
+    kinds = {weight.axes[label].tag for label in w_summed}
+    ragged_rows = all(position not in x_summed for position in numbers.lhs_ragged_dimensions)
+    if not ragged_rows or x_batch or w_batch or weight.tagged("layer") != (group,) or kinds not in ({"in"}, {"out"}) or x.ndim != 2 or len(weight.axes) != 3:
+        raise NotAView
+    if weight.magnitude is not None:
+        raise NotAView
+    y = base(x, weight.weight)
+    weight = weight.unwindowed()
+    h0 = dropped_out(x, weight)
+    order = ("a", "b") if kinds == {"in"} else ("b", "a")
+    for term in weight.terms:
+        h, summed, rows = h0, x_summed, numbers.lhs_ragged_dimensions
+        for name, label in zip(order, (w_summed[0], RANK), strict=True):
+            labels = weight.labels(name)
+            step = lax.RaggedDotDimensionNumbers(
+                dot_dimension_numbers=((tuple(summed), (labels.index(label),)), ((), ())),
+                lhs_ragged_dimensions=rows,
+                rhs_group_dimensions=[labels.index(group)],
+            )
+            h = lax.ragged_dot_general(
+                *(h.astype(x.dtype), getattr(term, name).astype(x.dtype), group_sizes),
+                ragged_dot_dimension_numbers=step,
+                precision=params["precision"],
+                preferred_element_type=y.dtype,
+                group_offset=params["group_offset"],
+            )
+            summed, rows = (1,), [0]
+        y = y + h
+    return y
+
+
+def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "Factored | jax.Array":
+    """Indexing. Picking from a stack is a view; picking rows of an embedding is `W[i] + A[i] B`.
+
+    Out-of-range rows of the factors are filled with zeros, so that the fill value of the base stays alone there.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    picked, paired = numbers.start_index_map, numbers.operand_batching_dims
+    weight = weight.unwindowed([axis for axis in (*picked, *paired) if axis in paired or sizes[axis] != weight.shape[axis]])
+    gone = (*numbers.collapsed_slice_dims, *paired)
+    kept = [axis for axis in range(len(weight.axes)) if axis not in gone]
+    ndim = indices.ndim - 1 + len(kept)
+    batch = [position for position in range(ndim) if position not in numbers.offset_dims]
+    place_of = dict(zip(kept, numbers.offset_dims, strict=True)) | {RANK: RANK}
+    batch_of = {axis: batch[column] for axis, column in zip(paired, numbers.start_indices_batching_dims, strict=True)}
+
+    def view(array: jax.Array, labels: tuple[int, ...], fill: float | None) -> tuple[jax.Array, tuple[int, ...]]:
+        columns = [column for column, axis in enumerate(picked) if axis in labels]
+        if not columns:
+            return array, tuple((batch_of | place_of)[label] for label in labels)
+        mine = indices if len(columns) == len(picked) else jnp.stack([indices[..., column] for column in columns], axis=-1)
+        stay = [label for label in labels if label not in gone]
+        pairs = [pair for pair in zip(paired, numbers.start_indices_batching_dims, strict=True) if pair[0] in labels]
+        own = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(batch), len(batch) + len(stay))),
+            collapsed_slice_dims=tuple(labels.index(axis) for axis in numbers.collapsed_slice_dims if axis in labels),
+            start_index_map=tuple(labels.index(picked[column]) for column in columns),
+            operand_batching_dims=tuple(labels.index(axis) for axis, _ in pairs),
+            start_indices_batching_dims=tuple(column for _, column in pairs),
+        )
+        whole = (RANK, weight.windowed)
+        slices = [array.shape[position] if label in whole else sizes[label] for position, label in enumerate(labels)]
+        options = {name: params[name] for name in ("indices_are_sorted", "unique_indices")}
+        mode = params["mode"] if fill is not None else "clip"
+        result = lax.gather(array, mine, own, slices, fill_value=fill, mode=mode, **options)
+        return result, (*batch, *(place_of[label] for label in stay))
+
+    axes: list[Axis] = [NEW] * ndim
+    for axis in kept:
+        axes[place_of[axis]] = weight.axes[axis]
+    rows = base(weight.weight, indices)
+    if any(axis.tag == "?" for axis in weight.axes):
+        looked_up = (stored for axis in picked for stored in weight.axes[axis].origin)
+        axes = [Axis("?") if position in batch else axis for position, axis in enumerate(axes)]
+        return weight.replace(weight=rows, axes=tuple(axes), looked_up=(*weight.looked_up, *looked_up))
+
+    lookup = not {"in", "out"} <= {weight.axes[axis].tag for axis in kept}
+    weight = weight.unwindowed() if lookup else weight
+    terms = [(view(term.a, weight.labels("a"), 0.0), view(term.b, weight.labels("b"), 0.0)) for term in weight.terms]
+    magnitude = None if weight.magnitude is None else view(weight.magnitude, weight.labels("magnitude"), 1.0)
+    everything = tuple(range(ndim))
+    if lookup:
+        for (a, a_labels), (b, b_labels) in terms:
+            both = [label for label in a_labels if label in b_labels and label != RANK]
+            options = {"keep": both, "preferred_element_type": rows.dtype}
+            product = dot(a.astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
+            rows = rows + place(*product, everything, rows.shape)
+        return rows if magnitude is None else rows * place(magnitude[0].astype(rows.dtype), magnitude[1], everything, rows.shape)
+
+    # An index axis belongs to the factors that were indexed: to both if the stack was.
+    in_a = {label for (_, labels), _ in terms for label in labels}
+    in_b = {label for _, (_, labels) in terms for label in labels}
+    for position in batch:
+        axes[position] = Axis("layer" if position in in_a & in_b else "in" if position in in_a else "out")
+    key = None if weight.key is None else view(weight.key, weight.labels("key"), None)
+    windowed = None if weight.windowed is None else place_of[weight.windowed]
+    result = weight.replace(weight=rows, axes=tuple(axes), windowed=windowed)
+
+    def stored(part: tuple | None, name: str) -> jax.Array | None:
+        return None if part is None else place(*part, result.labels(name), ())
+
+    return result.replace(
+        terms=tuple(Term(stored(a, "a"), stored(b, "b"), term.window) for (a, b), term in zip(terms, weight.terms, strict=True)),
+        magnitude=stored(magnitude, "magnitude"),
+        key=stored(key, "key"),
+    )

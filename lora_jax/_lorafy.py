@@ -1,0 +1,152 @@
+"""`lorafy` splits a pytree into what stays and what trains; `combine` puts the two side by side for an adapted function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _axes, _paths
+from ._adapt import path_seed
+from ._method import Method, Spec
+from ._nodes import Adapted, Adapter, Trained, is_node
+from .methods.lora import LoRA
+
+
+class Lorafied(NamedTuple):
+    """The two trees of `lorafy`, both with the containers of `params`."""
+
+    frozen: Any
+    delta: Any
+
+
+def lorafy(
+    params: Any,
+    targets: Any,
+    *,
+    method: Method = LoRA(),
+    key: jax.Array | None = None,
+    axes: Any = None,
+    fn: Callable | None = None,
+    args: tuple = (),
+) -> Lorafied:
+    """Splits `params` into a frozen tree and a small one, `delta`, that trains.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"attn": {"kernel": jnp.ones((8, 8)), "bias": jnp.zeros(8)}}
+    >>> frozen, delta = lora_jax.lorafy(params, ["attn/kernel"], method=lora_jax.LoRA(rank=2))
+    >>> lora_jax.count(delta)
+    32
+
+    Nothing is copied and `params` is not changed. With LoRA, `frozen` equals `params` leaf for leaf and the adapted
+    function starts out equal to the plain one.
+
+    Args:
+      params: any pytree of arrays, or of `jax.ShapeDtypeStruct` (then the result is one of shapes): nested dicts,
+        `FrozenDict`, `nnx.State`, Equinox and Penzai modules, dataclasses, lists. Other leaves are passed over.
+      targets: which leaves to adapt.
+        A pattern: a regular expression that matches the whole path, or its last whole components: `attn/c_attn/kernel`
+        matches `h/0/attn/c_attn/kernel`, `c_attn` alone does not. A sequence of patterns. A mapping from pattern to
+        method, where the first match wins. A predicate `(path, leaf) -> bool`. `"all-linear"`, with `fn`: every
+        floating leaf that `fn` contracts with, except those that it (also) looks rows up in.
+      method: for targets that do not name their own: `LoRA()`, `Full()`, ...
+      key: for the initialisation; `jax.random.key(0)` if None. Each adapter's own key is derived from its path, so
+        adding a target changes no other adapter.
+      axes: one word for each axis of a weight, `in`, `out` or `layer` (stacked): `"in out"` (the default of 2-D
+        weights), `"out in"` (Equinox, PyTorch), `"layer in out"`, `"in out out"` (heads), `"in in in out"` (HWIO
+        convolution). A string, or a mapping from pattern to string.
+      fn, args: instead of `axes`, a function called as `fn(params, *args)`: the axes are read off how it uses each
+        weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
+
+    Returns:
+      `Lorafied(frozen, delta)`. `delta` holds exactly what trains, at the targeted leaves, and None elsewhere: give it
+      to `jax.grad` and to `tx.init`. A and B are float32, or float64 for float64 weights.
+
+    Raises:
+      ValueError: a pattern that matches nothing (with the nearest paths), only leaves that are not floating point, or
+        only leaves that earlier patterns took; axes that cannot be known; a leaf that `fn` never contracts with; a
+        rank above min(in, out).
+      TypeError: an argument of the wrong kind.
+    """
+    leaves = _paths.named_leaves(params)
+    if any(isinstance(leaf, Adapter | Adapted | Trained) for leaf in jax.tree.leaves(params, is_leaf=is_node)):
+        raise TypeError("`params` already holds adapters. Pass the plain parameters (`frozen`, or `merge(frozen, delta)`).")
+    key = jax.random.key(0) if key is None else key
+    readings: dict[str, _axes.Reading] | None = None
+    if fn is not None:
+        readings = _axes.read(fn, params, tuple(args))
+
+    def linear_paths() -> list[str]:
+        if readings is None:
+            raise ValueError("`targets` is 'all-linear', which needs `fn=` and `args=`: which leaves are linear is read off how `fn(params, *args)` uses them.")
+        return [path for path, _ in leaves if path in readings and readings[path].linear]
+
+    methods = _paths.resolve_targets(leaves, targets, method, linear_paths)
+    for path, chosen in methods.items():
+        if not isinstance(chosen, Method):
+            raise TypeError(f"The method for {path!r} is {chosen!r}; pass a method as a value, for example `LoRA(rank=8)` or `Full()`.")
+    by_path = dict(leaves)
+    given = _axes.given(axes, leaves, [path for path, chosen in methods.items() if chosen.needs_axes])
+    specs = {path: _spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()}
+    pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
+    treedef = jax.tree.structure(params)
+    return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
+
+
+def _spec(path: str, leaf: Any, method: Method, given: dict, readings: dict | None) -> Spec:
+    shape = tuple(leaf.shape)
+    axes = _axes.resolve(path, shape, given, readings, method.sided) if method.needs_axes else ()
+    spec = Spec(path, shape, axes, method)
+    method.check(spec)
+    return spec
+
+
+def _split(leaf: Any, spec: Spec | None, key: jax.Array) -> tuple[Any, Any]:
+    if spec is None:
+        return leaf, None
+    own = jax.random.fold_in(key, path_seed(spec.path))
+    if not _paths.is_shape(leaf):
+        return spec.method.split(leaf, spec, own)
+    frozen, delta = jax.eval_shape(lambda weight, own: spec.method.split(weight, spec, own), leaf, own)
+    return (leaf if _paths.is_shape(frozen) else frozen), delta  # the caller's own shape may carry a sharding
+
+
+def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
+    """The adapted pytree that adapted functions take in place of `params`.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=lora_jax.LoRA(rank=1))
+    >>> type(lora_jax.combine(frozen, delta)["kernel"]).__name__
+    'Adapted'
+
+    Args:
+      frozen, delta: the two trees of `lorafy`, or later states of them.
+      key: turns on what is random in training, dropout for example; a new one for every step. It is folded with each
+        leaf's path, with the use, and per layer of stacked leaves. Without a key the result is deterministic.
+
+    Raises:
+      ValueError: the two trees do not belong together.
+    """
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return paired(_joined, frozen, delta, key)
+
+
+def paired(join: Callable, frozen: Any, delta: Any, *rest: Any) -> Any:
+    """`join(frozen leaf, delta leaf, *rest)` at every leaf."""
+    leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
+    try:
+        others = treedef.flatten_up_to(delta)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`frozen` and `delta` do not have the same containers; pass the two trees of one `lorafy`. ({error})") from error
+    return jax.tree.unflatten(treedef, [join(leaf, other, *rest) for leaf, other in zip(leaves, others, strict=True)])
+
+
+def _joined(frozen: Any, delta: Any, key: jax.Array | None) -> Any:
+    if delta is None:
+        return frozen
+    if not isinstance(delta, Adapter):
+        if frozen is not None:
+            raise ValueError(f"`delta` holds an array where `frozen` holds a leaf too: {delta!r}. Pass the two trees of one `lorafy`.")
+        return Trained(delta)
+    return Adapted(frozen, delta, key if delta.spec.method.random else None)

@@ -1,0 +1,193 @@
+"""`merge` folds adapters into plain weights, `unmerge` takes them out again, `merge_report` says what rounding costs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._adapt import factored
+from ._factored import widened
+from ._lorafy import paired
+from ._nodes import Adapted, Adapter, Fixed, is_node
+from ._paths import is_shape, named_leaves
+
+_BASES = ("dequantized",)
+
+
+def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
+    """Plain parameters `(W + A·B) ⊙ m`, with the treedef, shapes, dtypes and shardings of the original.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
+    >>> merged = lora_jax.merge(*lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=1)))
+    >>> merged["kernel"].dtype, bool((merged["kernel"] == params["kernel"]).all())
+    (dtype(bfloat16), True)
+
+    Computed in float32, or in the weight's dtype if that is wider, and cast once; `merge_report` says what the cast
+    loses. `frozen` is not changed; leaves without an adapter are the same arrays as in `frozen`.
+
+    Args:
+      frozen, delta: the two trees of `lorafy`, or later states of them.
+      base: which base a quantised weight is merged into; plain weights do not care.
+
+    Raises:
+      ValueError: the trees do not belong together, or `base` is unknown.
+    """
+    if base not in _BASES:
+        raise ValueError(f"`base` is {base!r}; pass one of {', '.join(map(repr, _BASES))}.")
+    return paired(_merged, frozen, delta)
+
+
+def _merged(frozen: Any, delta: Any) -> Any:
+    if delta is None:
+        return frozen.weight if isinstance(frozen, Fixed) else frozen
+    if not isinstance(delta, Adapter):
+        return delta
+    node = Adapted(frozen, delta)
+    if is_shape(node.weight):
+        return node.weight
+    return _placed(_dense(node), node.weight)
+
+
+@jax.jit
+def _dense(node: Adapted) -> jax.Array:
+    return factored(node).dense()
+
+
+def _placed(merged: jax.Array, weight: Any) -> jax.Array:
+    traced = isinstance(merged, jax.core.Tracer) or not isinstance(weight, jax.Array)
+    return merged if traced else jax.device_put(merged, weight.sharding)
+
+
+def unmerge(params: Any, delta: Any) -> Any:
+    """Takes `delta` out of merged parameters: the frozen weights, to the rounding of their dtype.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=lora_jax.LoRA(rank=1))
+    >>> bool(jnp.allclose(lora_jax.unmerge(lora_jax.merge(frozen, delta), delta)["kernel"], 1.0))
+    True
+
+    Keep `frozen` instead where you can: a base in bfloat16 does not come back exactly.
+
+    Raises:
+      ValueError: a leaf trains itself (`Full`): its old value is gone.
+    """
+    return paired(_unmerged, params, delta)
+
+
+def _unmerged(weight: Any, delta: Any) -> Any:
+    if delta is None:
+        return weight
+    if not isinstance(delta, Adapter):
+        raise ValueError(
+            f"`delta` holds a leaf of shape {jnp.shape(delta)} that trained itself (`Full`): its value before training is gone. "
+            "Keep `frozen` and the original parameters to go back."
+        )
+    return _placed(_without(Adapted(weight, delta)), weight)
+
+
+@jax.jit
+def _without(node: Adapted) -> jax.Array:
+    whole = factored(node)
+    wide = widened(whole.dtype)
+    update = whole.replace(weight=jnp.zeros(whole.shape, wide), magnitude=None).dense()
+    return (whole.weight.astype(wide) - update).astype(whole.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedLeaf:
+    """What merging one leaf does: norms are Frobenius norms, `lost` is the part of ΔW that the cast rounds away."""
+
+    path: str
+    dtype: str
+    weight_norm: float
+    update_norm: float
+    lost: float
+
+
+class MergeReport(list):
+    """One `MergedLeaf` a merged leaf. Prints as a table."""
+
+    def __str__(self) -> str:
+        width = max([4, *(len(leaf.path) for leaf in self)])
+        header = f"{'leaf':{width}}  {'dtype':8}  {'|W|':>10}  {'|ΔW|':>10}  {'ΔW lost':>8}"
+        rows = [f"{leaf.path:{width}}  {leaf.dtype:8}  {leaf.weight_norm:10.4g}  {leaf.update_norm:10.4g}  {leaf.lost:8.2%}" for leaf in self]
+        return "\n".join([header, "-" * len(header), *rows])
+
+    __repr__ = __str__
+
+
+def merge_report(frozen: Any, delta: Any) -> MergeReport:
+    """How much of each ΔW = W' − W the base's dtype rounds away when it is merged.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=lora_jax.LoRA(rank=1))
+    >>> lora_jax.merge_report(frozen, delta)[0].lost
+    0.0
+
+    `lost` is |round(W + ΔW) − (W + ΔW)| / |ΔW|: about 0 in float32; in bfloat16 it grows as ΔW shrinks, until small
+    updates vanish. Then serve in float32, or keep the adapter apart.
+    """
+    adapted = paired(lambda leaf, other: Adapted(leaf, other) if isinstance(other, Adapter) else None, frozen, delta)
+    nodes = [node for node in jax.tree.leaves(adapted, is_leaf=is_node) if isinstance(node, Adapted)]
+    return MergeReport(_leaf_report(node) for node in nodes)
+
+
+def _leaf_report(node: Adapted) -> MergedLeaf:
+    weight_norm, update_norm, lost_norm = map(float, _norms(node))
+    lost = lost_norm / update_norm if update_norm else 0.0
+    return MergedLeaf(node.adapter.spec.path, str(node.weight.dtype), weight_norm, update_norm, lost)
+
+
+@jax.jit
+def _norms(node: Adapted) -> tuple[jax.Array, jax.Array, jax.Array]:
+    whole = factored(node)
+    wide = widened(whole.dtype)
+    exact = whole.dense(wide)
+    before, rounded = whole.weight.astype(wide), exact.astype(whole.dtype).astype(wide)
+    return tuple(jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, rounded - exact))
+
+
+def count(delta: Any) -> int:
+    """How many numbers train: those of every array in `delta`, without those of the base.
+
+    >>> import jax, lora_jax
+    >>> shape = {"kernel": jax.ShapeDtypeStruct((1024, 1024), "float32")}
+    >>> lora_jax.count(lora_jax.lorafy(shape, "kernel", method=lora_jax.LoRA(rank=8)).delta)
+    16384
+    """
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(delta))
+
+
+def summary(params: Any, delta: Any) -> None:
+    """Prints what trains, of how much, and each targeted leaf.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+    >>> lora_jax.summary(params, lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=2)).delta)
+    leaf    shape     axes    method                trains
+    kernel  (64, 64)  in out  LoRA(rank=2)             256
+    trainable 256 of 4,160 parameters (6.1538 %)
+    """
+    total = sum(int(leaf.size) for leaf in jax.tree.leaves(params) if hasattr(leaf, "size"))
+    rows = [("leaf", "shape", "axes", "method", "trains")]
+    containers = jax.tree.structure(params, is_leaf=is_node)
+    for (path, leaf), node in zip(named_leaves(params), containers.flatten_up_to(delta), strict=True):
+        if isinstance(node, Adapter):
+            spec = node.spec
+            rows.append((spec.path, str(spec.shape), " ".join(spec.axes), _short(spec.method), f"{count(node):,}"))
+        elif node is not None:
+            rows.append((path, str(tuple(leaf.shape)), "-", "Full()", f"{count(node):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        cells = [cell.rjust(width) if column == 4 else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells))
+    trainable = count(delta)
+    print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)")
+
+
+def _short(method: Any) -> str:
+    """The method with the fields that differ from its defaults, rank always."""
+    fields = [field for field in dataclasses.fields(method) if field.name == "rank" or getattr(method, field.name) != field.default]
+    return f"{type(method).__name__}({', '.join(f'{field.name}={getattr(method, field.name)!r}' for field in fields)})"

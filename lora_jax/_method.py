@@ -1,0 +1,71 @@
+"""What a method of adaptation is to the core: the interface behind `LoRA`, `Full` and the others.
+
+The core never asks which method it has. A method says how a leaf is split into what stays and what trains, and what
+the canonical form of the pair is; the function transform, the merge, sharding and checkpoints need no more.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+
+from ._factored import Canonical
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is known of one adapted leaf before any array exists: static and hashable.
+
+    `axes` has one word for each axis of the weight: `in`, `out` or `layer` (stacked).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    method: "Method"
+
+    def axis_indices(self, word: str) -> tuple[int, ...]:
+        return tuple(index for index, axis in enumerate(self.axes) if axis == word)
+
+    def sizes(self, word: str) -> tuple[int, ...]:
+        return tuple(self.shape[index] for index in self.axis_indices(word))
+
+
+class Method(abc.ABC):
+    """A way to adapt one leaf: a frozen dataclass, passed as a value."""
+
+    @property
+    @abc.abstractmethod
+    def needs_axes(self) -> bool:
+        """Whether the weight's axes must be known; a method that trains the leaf itself does not care."""
+
+    @property
+    @abc.abstractmethod
+    def sided(self) -> bool:
+        """Whether exchanging the in and the out axes gives a different method, not just another name for it."""
+
+    @property
+    @abc.abstractmethod
+    def random(self) -> bool:
+        """Whether the training forward pass draws random numbers, and so wants a key from `combine`."""
+
+    @abc.abstractmethod
+    def check(self, spec: Spec) -> None:
+        """Raise `ValueError` if a leaf of this shape and these axes cannot be adapted."""
+
+    @abc.abstractmethod
+    def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
+        """The leaf of `frozen` and the leaf of `delta` for this weight: the start of training."""
+
+    @abc.abstractmethod
+    def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
+        """For each trained array, the weight axis that each of its axes runs along; None for rank and block axes."""
+
+    @abc.abstractmethod
+    def canonical(self, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+        """The adapter as `W' = (W + A·B) ⊙ m`."""
+
+    @abc.abstractmethod
+    def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple["Method", dict]:
+        """The same adapter at a larger rank and with its scale folded in, so that adapters of different rank stack."""

@@ -1,0 +1,149 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., ICLR 2022, arXiv 2106.09685), and its rank-stabilised
+scale (rsLoRA, Kalajdzievski, arXiv 2312.03732)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._factored import Canonical, Term, widened
+from .._method import Method, Spec
+from .._nodes import Adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Method):
+    r"""`W' = W + s·A·B` with `s = alpha / rank`, or `alpha / sqrt(rank)` with `rs` (paper, section 4.1, equation 3).
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.LoRA(rank=4, alpha=32))
+    >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
+    {'a': (64, 4), 'b': (4, 32)}
+
+    A starts random and B at zero, so training starts from the base exactly. The scale is folded into B where they are
+    used, in float32, because B is smaller than any activation.
+
+    Args:
+      rank: r, at most min(in, out) of the weight. For several in or out axes, their products.
+      alpha: the scale's numerator; tuning it is like tuning the learning rate of A and B together (section 4.1).
+      dropout: rate in [0, 1), on the input of the low-rank path only; active where `combine` is given a key. Rows that
+        are looked up (embeddings) are not dropped.
+      rs: rank-stabilised scale, so that the size of the update does not shrink as the rank grows.
+      init: of A: `"gaussian"`, N(0, 1/in), as the paper says; `"kaiming"`, U(±1/sqrt(in)), as its code does. Stacked
+        axes do not count into `in`: every layer has an independent A.
+      dtype: of A and B. None means float32, or float64 for a float64 weight.
+      blocks: which of the equal slices of the only out axis to adapt, each with an A and a B of its own:
+        `(True, False, True)` adapts query and value in GPT-2's fused c_attn, as the paper does.
+
+    Shapes, for a weight (in, out): `a` (in, rank), `b` (rank, out); layer axes come first; with `blocks`, then the
+    number of adapted blocks, and `out` is one block's.
+
+    Raises:
+      ValueError: `rank`, `alpha`, `dropout`, `init` or `blocks` out of range; (from `lorafy`) a rank above
+        min(in, out), or `blocks` that do not divide the only out axis.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    rs: bool = False
+    init: str = "gaussian"
+    dtype: Any = None
+    blocks: tuple[bool, ...] | None = None
+
+    needs_axes = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"`rank` is {self.rank!r}; it must be a positive integer.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"`dropout` is {self.dropout!r}; it must be at least 0 and below 1.")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"`alpha` is {self.alpha!r}; it must be finite.")
+        if self.init not in ("gaussian", "kaiming"):
+            raise ValueError(f"`init` is {self.init!r}; pass 'gaussian' (the paper) or 'kaiming' (its code).")
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"`dtype` is {self.dtype!r}; A and B need a floating-point dtype.")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(bool(block) for block in self.blocks))
+            if not any(self.blocks):
+                raise ValueError(f"`blocks` is {self.blocks!r}: it adapts nothing. Set at least one of them to True.")
+
+    @property
+    def scale(self) -> float:
+        """s, by which A·B is multiplied."""
+        return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
+
+    @property
+    def sided(self) -> bool:
+        return self.blocks is not None
+
+    @property
+    def random(self) -> bool:
+        return self.dropout > 0.0
+
+    def check(self, spec: Spec) -> None:
+        ins, outs = math.prod(spec.sizes("in")), math.prod(spec.sizes("out"))
+        if self.blocks is not None:
+            if len(spec.sizes("out")) != 1:
+                raise ValueError(
+                    f"`blocks` needs exactly one out axis, and {spec.path!r} has the axes {' '.join(spec.axes)!r}. "
+                    "Adapt it without `blocks`, or give its axes."
+                )
+            if outs % len(self.blocks):
+                raise ValueError(f"`blocks` has {len(self.blocks)} entries, which do not divide the out axis of {spec.path!r}, of size {outs}.")
+            outs //= len(self.blocks)
+        if self.rank > min(ins, outs):
+            raise ValueError(
+                f"`rank` is {self.rank}, above min(in, out) = {min(ins, outs)} of {spec.path!r}, of shape {spec.shape} with axes "
+                f"{' '.join(spec.axes)!r}: it would not be low. Lower the rank, or train this leaf with `Full()`."
+            )
+
+    def _shapes(self, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        outs, blocks = spec.sizes("out"), ()
+        if self.blocks is not None:
+            outs, blocks = (outs[0] // len(self.blocks),), (sum(self.blocks),)
+        layers = (*spec.sizes("layer"), *blocks)
+        return (*layers, *spec.sizes("in"), self.rank), (*layers, self.rank, *outs)
+
+    def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
+        dtype = self.dtype or widened(weight.dtype)
+        a_shape, b_shape = self._shapes(spec)
+        bound = 1.0 / math.sqrt(math.prod(spec.sizes("in")))
+        if self.init == "gaussian":
+            a = jax.random.normal(key, a_shape, dtype) * jnp.asarray(bound, dtype)
+        else:
+            a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+        return weight, Adapter({"a": a, "b": jnp.zeros(b_shape, dtype)}, spec)
+
+    def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
+        layers = (*spec.axis_indices("layer"), *([None] if self.blocks else []))
+        # One block of a sharded out axis is not that axis: B keeps its blocks whole.
+        outs = (None,) if self.blocks else spec.axis_indices("out")
+        return {"a": (*layers, *spec.axis_indices("in"), None), "b": (*layers, None, *outs)}
+
+    def canonical(self, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+        a, b = trained["a"], trained["b"] * jnp.asarray(self.scale, trained["b"].dtype)
+        if self.blocks is None:
+            return Canonical((Term(a, b),), dropout=self.dropout)
+        axis, size = len(spec.sizes("layer")), spec.sizes("out")[0] // len(self.blocks)
+        starts = [index * size for index, block in enumerate(self.blocks) if block]
+        pick = jax.lax.index_in_dim
+        terms = (
+            Term(pick(a, index, axis, keepdims=False), pick(b, index, axis, keepdims=False), (start, start + size))
+            for index, start in enumerate(starts)
+        )
+        return Canonical(tuple(terms), dropout=self.dropout)
+
+    def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
+        def padded(array: jax.Array, axis: int) -> jax.Array:
+            widths = [(0, 0)] * array.ndim
+            widths[axis] = (0, rank - self.rank)
+            return jnp.pad(array, widths)
+
+        rank_axis = len(spec.sizes("layer")) + (self.blocks is not None)
+        b = trained["b"] * jnp.asarray(self.scale, trained["b"].dtype)
+        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False)
+        return method, {"a": padded(trained["a"], -1), "b": padded(b, rank_axis)}
