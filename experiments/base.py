@@ -1,0 +1,81 @@
+"""The weights a run starts from, and the tokenizer that belongs to them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.config import Architecture, Base
+from lora_jax.interop import hf
+from lora_jax.models.gpt2 import GPT2, GPT2Config
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words where the weights are from."""
+
+    model: Any
+    params: Any
+    tokenizer: Any
+    directory: Path
+    origin: str
+
+
+def load(section: Base, data: Path, run: Path | None, key: jax.Array) -> Loaded:
+    """The base that `section` describes. `run`: the finished work directory, where `section.run` names another config."""
+    if section.architecture is not None:
+        return _random(section.architecture, data / section.tokenizer, key)
+    directory = run / "merged" if run is not None else find(section.path, data)
+    model, params = hf.load(directory)
+    tokenizer = load_tokenizer(directory)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary ({model.config.vocab_size})")
+    return Loaded(model, params, tokenizer, directory, section.path or f"merged result of {section.run}")
+
+
+def find(path: str, data: Path) -> Path:
+    """A directory below `data`, or an absolute one, or else a snapshot of the hub's repository of that name."""
+    local = data / path
+    if local.is_dir():
+        return local
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
+        raise FileNotFoundError(f"`base.path`: no directory `{local}`")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt"]
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # whatever the hub's client raises: offline, unknown name, refused, broken connection
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"`base.path`: `{path}` is no directory below `{data}`, and the hub does not give it: {reason}") from error
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a directory, without asking the hub. It has to know its end-of-text token, which separates everything."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no tokenizer directory `{directory}`")
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in `{directory}` names no end-of-text token (`eos_token`)")
+    return tokenizer
+
+
+def _random(architecture: Architecture, directory: Path, key: jax.Array) -> Loaded:
+    tokenizer = load_tokenizer(directory)
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=architecture.n_positions,
+        n_embd=architecture.n_embd,
+        n_layer=architecture.n_layer,
+        n_head=architecture.n_head,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    model = GPT2(config)
+    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(key)
+    return Loaded(model, params, tokenizer, directory, "random weights")

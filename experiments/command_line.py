@@ -1,0 +1,94 @@
+"""The command line. Bad input is one line on standard error and a non-zero exit; with `--traceback`, where it came from as well."""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage first; the promise is one line.
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train, merge, export and report what a config says, or go on with it")
+    run.add_argument("config_file", nargs="?", metavar="CONFIG", help="the config, if not given as --config")
+    run.add_argument("--config", help="a JSON file such as experiments/configs/demo.json")
+    run.add_argument("--data", help="where the config's paths start; default: $LORA_JAX_DATA, or ../shared/data beside the repository")
+    run.add_argument("--workdir", help="where results go, and where an interrupted run is found again; default: runs/NAME")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, as in --set train.lr=1e-4; repeatable")
+    run.set_defaults(handler=_run)
+
+    export = commands.add_parser("export", help="write a finished run's result in a format others read")
+    export.add_argument("--workdir", required=True, help="of a finished run")
+    export.add_argument("--to", required=True, help="a directory that does not exist or is empty")
+    export.add_argument("--format", required=True, choices=["hf"], help="hf: the merged model, with its tokenizer, for from_pretrained")
+    export.set_defaults(handler=_export)
+
+    report = commands.add_parser("report", help="compare finished runs in one table")
+    report.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+    report.set_defaults(handler=_report)
+
+    for command in (run, export, report):
+        command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = _parser().parse_args(arguments)
+    # Checkpointing and tokenizers talk to this logger and this variable; what a user needs to know is an exception here.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        args.handler(args)
+    except (ValueError, TypeError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if (args.config is None) == (args.config_file is None):
+        raise ValueError("run takes one config: `run CONFIG.json` or `run --config CONFIG.json`")
+    from experiments import config as configs
+
+    path = Path(args.config or args.config_file)
+    config = configs.load(path, args.set)
+    from experiments.run import run
+
+    data = Path(args.data or os.environ.get("LORA_JAX_DATA") or DEFAULT_DATA)
+    run(config, path, data, Path(args.workdir or Path("runs") / config.name))
+
+
+def _export(args: argparse.Namespace) -> None:
+    source, target = Path(args.workdir), Path(args.to)
+    if not (source / "report.md").is_file():
+        raise ValueError(f"`--workdir` {source} holds no finished run")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"`--to` {target} exists and is not empty: nothing is overwritten")
+    shutil.copytree(source / "merged", target, dirs_exist_ok=True)
+    print(f"wrote {target}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from experiments.report import table
+
+    print(table([Path(workdir) for workdir in args.workdirs]))

@@ -1,0 +1,254 @@
+"""What a config file may say: one frozen dataclass a section, and the only place that holds a default.
+
+A config is a row of a table: `source` names the paper, the table and the numbers to expect, or says that there are none.
+Paths inside a config are relative to `--data`; `base.run` is relative to the config's own file. Left out: anything that
+describes the machine (device counts aside) or where results go: those are arguments of the command line.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.strict_json import build, nearest
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose numbers these are: `paper=None` says that no paper has this row."""
+
+    paper: str | None
+    table: str | None = None
+    row: str | None = None
+    expected: dict[str, float] = field(default_factory=dict)
+    time: str | None = None
+    device: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A GPT-2 to start from random weights; the vocabulary's size is the tokenizer's."""
+
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_positions: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the weights come from: exactly one of `path`, `run` and `architecture`.
+
+    `path`: a Hugging Face directory, or the name of one on the hub. `run`: another config, whose merged result is the base; it is
+    run first when it is not finished, in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the
+    seed, with the `tokenizer` directory's vocabulary.
+    """
+
+    path: str | None = None
+    run: str | None = None
+    workdir: str = "base"
+    architecture: Architecture | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self):
+        given = [name for name in ("path", "run", "architecture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"`base` takes exactly one of `path`, `run` and `architecture`, got {', '.join(given) or 'none of them'}")
+        if (self.tokenizer is None) != (self.architecture is None):
+            raise ValueError("`base.tokenizer` goes with `base.architecture`: every other base brings its own tokenizer")
+
+
+@dataclass(frozen=True)
+class E2EData:
+    """Meanings and their wordings. `dataset`: a directory or hub name for `datasets`, whose splits `train`, `valid`, `test` then name;
+    without it they are files. `truncate`: cut what is longer than `seq_len` as the authors do, instead of refusing it."""
+
+    task: Literal["e2e"]
+    train: str
+    valid: str
+    test: str | None = None
+    dataset: str | None = None
+    seq_len: int = 512
+    truncate: bool = False
+    max_rows: int | None = None
+    max_valid_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Plain text, packed into blocks of `seq_len` tokens. `max_bytes` limits what is read of the training file."""
+
+    task: Literal["text"]
+    train: str
+    valid: str
+    seq_len: int
+    max_bytes: int | None = None
+    max_valid_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Generate:
+    """The project's own data set in E2E's form, made in the work directory; `data` and `base.tokenizer` then name files of it.
+
+    `meanings` to train on and `held_out` ones for validation and for test, each in `references` wordings; `prose`: further ones whose
+    wordings alone a base is trained on; `vocabulary`: tokens of the BPE."""
+
+    seed: int
+    meanings: int
+    held_out: int
+    references: int
+    prose: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """`name` is a row of `experiments.optimizer.OPTIMIZERS`."""
+
+    name: Literal["adamw"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Train:
+    """`batch` examples make one step, in `accumulate` parts; intervals are in steps; `eval_batches` limits each evaluation."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 0
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    log_every: int = 10
+    eval_every: int = 500
+    eval_batches: int | None = None
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`train.{name}` must be at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"`train.batch` ({self.batch}) must be a multiple of `train.accumulate` ({self.accumulate})")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"`train.warmup` must be between 0 and `train.steps` ({self.steps}), got {self.warmup}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"`train.label_smoothing` must be at least 0 and less than 1, got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis: the batch is split over data and fsdp, frozen weights over fsdp and tensor."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Greedy decoding of the test inputs, the first `prompts` of them or all; the report shows the first `shown`."""
+
+    max_tokens: int = 64
+    batch: int = 32
+    prompts: int | None = None
+    shown: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    source: Source
+    base: Base
+    data: E2EData | TextData
+    method: dict[str, Any]
+    targets: tuple[str, ...]
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    decode: Decode = Decode()
+    generate: Generate | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        parts = self.mesh.data * self.mesh.fsdp * self.train.accumulate
+        if self.train.batch % parts:
+            raise ValueError(
+                f"`train.batch` ({self.train.batch}) must be a multiple of mesh.data * mesh.fsdp * train.accumulate ({parts})"
+            )
+        method_value(self.method)
+
+
+def method_value(section: dict[str, Any]) -> Any:
+    """The `lora_jax` method that `{"name": "LoRA", "rank": 4, ...}` describes.
+
+    >>> method_value({"name": "LoRA", "rank": 4, "alpha": 32}).rank
+    4
+    """
+    import lora_jax
+
+    known = [name for name in ("LoRA", "Full") if hasattr(lora_jax, name)]
+    name = section.get("name")
+    if name not in known:
+        raise ValueError(f"`method.name` must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    return build(getattr(lora_jax, name), {key: value for key, value in section.items() if key != "name"}, "method")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in the JSON file `path`, after `overrides` of the form `train.lr=1e-4`.
+
+    Raises `ValueError` or `TypeError` naming the key, the value and what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file `{path}`")
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{path}` is not valid JSON: {error}") from error
+    for item in overrides:
+        tree = _override(tree, item)
+    return build(Config, tree)
+
+
+def _override(tree: Any, item: str) -> Any:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ValueError(f"`--set` takes key=value, such as train.lr=1e-4; got {item!r}")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # so that --set base.path=gpt2-medium needs no quotes inside quotes
+
+    def put(node: Any, names: list[str]) -> Any:
+        if not names:
+            return value
+        if node is not None and not isinstance(node, dict):
+            raise ValueError(f"`--set {item}`: `{key}` goes below a value that has no keys")
+        return {**(node or {}), names[0]: put((node or {}).get(names[0]), names[1:])}
+
+    return put(tree, key.split("."))
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Everything the config says, defaults included, as JSON: what a work directory keeps and a resume compares."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def difference(old: Any, new: Any, key: str = "") -> str | None:
+    """The first key on which two resolved configs differ, with both values; None when they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            found = difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if old == new else f"`{key}` was {json.dumps(old)} and is now {json.dumps(new)}"

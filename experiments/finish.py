@@ -1,0 +1,67 @@
+"""From trained arrays to files: merge, export, read back, compare, decode.
+
+The comparison is of the logits of the adapted model in memory with those of the exported one, read back from its files: whatever
+goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number in the report.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from experiments import decode
+from experiments.base import Loaded
+from experiments.config import Decode
+from experiments.tasks.examples import Splits
+from experiments.train import Trainer
+from lora_jax.interop import hf
+
+# Rows of validation data on which the export is compared.
+ROWS = 4
+
+
+def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
+    """Writes the merged model to `directory`, all of it or nothing, and returns the merged parameters."""
+    merged = lora_jax.merge(trainer.frozen, delta)
+    fresh = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    hf.save(fresh, base.model, merged, source=base.directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    fresh.rename(directory)
+    return merged
+
+
+def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, float]:
+    """The largest difference of a logit between the adapted model and the exported one, and the largest logit beside it."""
+    rows = np.arange(min(ROWS, len(splits.valid)))
+    ids = jnp.asarray(splits.valid.batch(rows)["input_ids"])
+    adapted = jax.jit(lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids))(delta, trainer.frozen)
+    model, params = hf.load(directory)
+    reloaded = jax.jit(model.apply)({"params": params}, ids)
+    # On the host, because the two may live on different devices.
+    adapted, reloaded = np.asarray(adapted, np.float32), np.asarray(reloaded, np.float32)
+    return {"max_difference": float(np.abs(adapted - reloaded).max()), "max_logit": float(np.abs(adapted).max())}
+
+
+def predict(section: Decode, base: Loaded, merged: Any, splits: Splits, directory: Path) -> list[dict[str, Any]]:
+    """Writes `predictions.txt`, a line a test input, and returns the samples for the report: before, after, and by people."""
+    prompts = splits.prompts[: section.prompts]
+    if not prompts:
+        return []
+
+    def texts(params: Any, chosen: tuple) -> list[str]:
+        ids = [prompt.ids for prompt in chosen]
+        return decode.texts(base.model, params, base.tokenizer, ids, max_tokens=section.max_tokens, batch=section.batch)
+
+    after = texts(merged, prompts)
+    (directory / "predictions.txt").write_text("".join(line + "\n" for line in after), "utf-8")
+    shown = prompts[: section.shown]
+    before = texts(base.params, shown)
+    return [
+        {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
+        for prompt, old, new in zip(shown, before, after, strict=False)
+    ]

@@ -1,0 +1,38 @@
+"""The loss of causal language modelling on part of each sequence, as the authors of LoRA compute it.
+
+Training smooths the labels over the whole vocabulary (the target included); evaluation is the plain negative log-likelihood. Both
+are sums over the masked tokens divided by (their number + 1e-4). Sum and number are returned apart, so that parts of a batch,
+accumulated one after the other, give the loss and gradient of the whole batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# The authors' guard against a batch without a single counted token; it is part of the published loss, so it stays.
+COUNT_OFFSET = 1e-4
+
+
+def token_losses(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """(1 - s) NLL + s mean_v(-log p_v) for every token, in float32.
+
+    Both terms are written with one log-sum-exp, so that no array of log-probabilities of the vocabulary's size is kept for the
+    backward pass: NLL = lse - logit[label], mean(-log p) = lse - mean(logits).
+    """
+    logits = logits.astype(jnp.float32)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    loss = normalizer - target
+    if smoothing:
+        loss = (1 - smoothing) * loss + smoothing * (normalizer - jnp.mean(logits, axis=-1))
+    return loss
+
+
+def masked_sum(logits: jax.Array, labels: jax.Array, mask: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """The summed loss of the tokens whose mask is 1, and their number."""
+    mask = mask.astype(jnp.float32)
+    return jnp.sum(token_losses(logits, labels, smoothing) * mask), jnp.sum(mask)
+
+
+def mean(total: jax.Array | float, count: jax.Array | float) -> jax.Array | float:
+    """The loss that is reported and differentiated: sum / (count + 1e-4)."""
+    return total / (count + COUNT_OFFSET)

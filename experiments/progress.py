@@ -1,0 +1,80 @@
+"""What a run says while it goes on: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or plain lines elsewhere."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+# Seconds between two plain lines about a training loss: a log file should be readable, not a copy of metrics.jsonl.
+QUIET = 20.0
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`. A last line that a crash cut short is passed over."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Record:
+    """Opens the metrics of a work directory at `step`, forgetting what an interrupted run wrote beyond it.
+
+    `out`: where people read, standard output unless given.
+    """
+
+    def __init__(self, directory: Path, name: str, steps: int, step: int, out: TextIO | None = None):
+        self._out = sys.stdout if out is None else out
+        self._name, self._steps = name, steps
+        self._spoke = -QUIET
+        path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        # In one move, so that a crash here leaves the old file or the new one.
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._bar = self._task = None
+        if self._out.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+            columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
+            self._bar = progress.Progress(*columns, console=Console(file=self._out))
+            self._task = self._bar.add_task(name, total=steps, completed=step, numbers="")
+
+    def __enter__(self) -> "Record":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, **numbers: float) -> None:
+        """One line of metrics, on the disk before this returns, and a word about it to whoever watches."""
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        shown = [f"{name} {numbers[name]:.4f}" for name in ("loss", "valid_loss") if name in numbers]
+        if "seconds_per_step" in numbers:
+            shown.append(f"{numbers['seconds_per_step']:.3f} s/step")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=", ".join(shown))
+            return
+        now = time.monotonic()
+        if "valid_loss" in numbers or now - self._spoke >= QUIET:
+            self._spoke = now
+            print(f"{self._name}: step {step}/{self._steps}, {', '.join(shown)}", file=self._out, flush=True)

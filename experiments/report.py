@@ -1,0 +1,127 @@
+"""`report.md` and the loss curve of a finished run, and one table of several runs.
+
+`report.json` holds what the page says as numbers; the page is a rendering of it, of `config.json` and of `metrics.jsonl`.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import config as configs
+from experiments.config import Config
+from experiments.progress import read_metrics
+
+
+def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Draws the figure, then writes `report.json`, then `report.md`, whose presence says that the run is finished."""
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    facts = {
+        **facts,
+        "numbers": numbers(metrics),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    (workdir / "figures").mkdir(exist_ok=True)
+    draw(metrics, config.name, workdir / "figures" / "loss.png")
+    (workdir / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    page = workdir / "report.tmp"
+    page.write_text(render(config, facts), "utf-8")
+    page.replace(workdir / "report.md")
+
+
+def numbers(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """What a table of runs shows of a run's metrics."""
+    valid = [line["valid_loss"] for line in metrics if "valid_loss" in line]
+    train = [line["loss"] for line in metrics if "loss" in line]
+    seconds = [line["seconds_per_step"] for line in metrics if "seconds_per_step" in line]
+    return {
+        "steps": metrics[-1]["step"],
+        "first_valid_loss": valid[0],
+        "valid_loss": valid[-1],
+        "best_valid_loss": min(valid),
+        "train_loss": train[-1],
+        "median_seconds_per_step": statistics.median(seconds),
+    }
+
+
+def draw(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Training and validation loss over the steps."""
+    # The object interface: no display, no global state, whatever backend the user has chosen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def render(config: Config, facts: dict[str, Any]) -> str:
+    """The page, as Markdown."""
+    found, base, comparison = facts["numbers"], facts["base"], facts["comparison"]
+    smoothed = f" (with label smoothing {config.train.label_smoothing:g})" if config.train.label_smoothing else ""
+    rows = {
+        "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
+        "method": f"`{configs.method_value(config.method)}` on {', '.join(f'`{pattern}`' for pattern in config.targets)}",
+        "trainable parameters": f"{facts['trainable']:,} ({facts['trainable'] / base['parameters']:.3%} of the base)",
+        "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
+        "steps": f"{found['steps']:,} of {config.train.batch} examples x {config.data.seq_len} tokens",
+        "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after (best {found['best_valid_loss']:.4f})",
+        "last training loss": f"{found['train_loss']:.4f}{smoothed}",
+        "time": f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax {facts['jax']}",
+        "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, largest logit {comparison['max_logit']:.1f}",
+    }
+    lines = [f"# {config.name}", "", *_source(config), "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "![loss](figures/loss.png)", ""]
+    lines += ["`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the adapter and the"]
+    lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", ""]
+    lines += _samples(facts["samples"])
+    lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _source(config: Config) -> list[str]:
+    source = config.source
+    if source.paper is None:
+        words = "This run reproduces no published row."
+    else:
+        words = f"Row: {', '.join(part for part in (source.paper, source.table, source.row) if part)}."
+        if source.expected:
+            words += f" Published: {', '.join(f'{name} {value:g}' for name, value in source.expected.items())}."
+    return [f"{words} {source.note}" if source.note else words]
+
+
+def _samples(samples: list[dict[str, Any]]) -> list[str]:
+    if not samples:
+        return []
+    lines = ["## Samples (greedy decoding of test inputs)", ""]
+    for sample in samples:
+        lines += [f"**{sample['input']}**", "", f"- before: {sample['before']}", f"- after: {sample['after']}"]
+        lines += [f"- a person: {text}" for text in sample["references"][:1]] + [""]
+    return lines
+
+
+def table(workdirs: Sequence[Path]) -> str:
+    """One line a finished run, as Markdown. Raises `ValueError` for a directory that holds none."""
+    lines = ["| run | trainable | steps | validation loss before | after | s/step | merged - adapted |", "|---|---|---|---|---|---|---|"]
+    for workdir in workdirs:
+        if not (workdir / "report.md").is_file():
+            raise ValueError(f"`{workdir}` holds no finished run")
+        facts = json.loads((workdir / "report.json").read_text("utf-8"))
+        name = json.loads((workdir / "config.json").read_text("utf-8"))["name"]
+        found = facts["numbers"]
+        lines.append(
+            f"| {name} | {facts['trainable']:,} | {found['steps']:,} | {found['first_valid_loss']:.4f} | {found['valid_loss']:.4f} | "
+            f"{found['median_seconds_per_step']:.3f} | {facts['comparison']['max_difference']:.1e} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,3 @@
+"""In and out of other tools' files. Each room imports what it needs and nothing here needs PyTorch."""
+
+from . import hf as hf

@@ -1,0 +1,54 @@
+"""Keys and values kept between the steps of decoding, as an explicit pytree: it is passed in and comes out again.
+
+Explicit rather than a linen collection, because decoding loops carry it, beam search reorders it, and `scan` over the
+layers maps over it as over any other array.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, in slots that all rows of a batch fill in step.
+
+    A padding token takes a slot too, marked false in `mask`, so that shapes and the place of the next write are the
+    same for every row and a step compiles once.
+    """
+
+    layers: tuple  # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`)
+    mask: jax.Array  # (B, S) bool: true where a slot holds a real token
+    length: jax.Array  # () int32: slots filled
+
+    def take(self, rows) -> "Cache":
+        """The cache of the given rows, in that order and with repetition: what a beam search does after each step."""
+        layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), self.layers)
+        return Cache(layers, jnp.take(self.mask, rows, axis=0), self.length)
+
+
+def advance(cache, mask_BxT, shape, positions):
+    """What the new tokens may look at, (B, 1, T, S), their positions (B, T), and the cache that counts them."""
+    batch, tokens = shape
+    slots = cache.mask.shape[1]
+    mask_BxT = jnp.ones(shape, bool) if mask_BxT is None else mask_BxT
+    before_Bx1 = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+    position_BxT = jnp.maximum(before_Bx1 + jnp.cumsum(mask_BxT, -1, dtype=jnp.int32) - 1, 0)
+    # A full cache would be overwritten in silence; a position out of range turns the logits into NaN instead.
+    position_BxT = jnp.where(cache.length + tokens <= slots, position_BxT, positions)
+    mask_BxS = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BxT, cache.length, axis=1)
+    past_TxS = jnp.arange(slots)[None, :] <= cache.length + jnp.arange(tokens)[:, None]
+    mask_Bx1xTxS = mask_BxS[:, None, None, :] & past_TxS[None, None]
+    chex.assert_shape(mask_Bx1xTxS, (batch, 1, tokens, slots))
+    return mask_Bx1xTxS, position_BxT, cache._replace(mask=mask_BxS, length=cache.length + tokens)
+
+
+def write(slots, new, start):
+    """Keys and values with those of the new tokens in their place, each (B, S, H, K)."""
+    if slots[0].dtype != new[0].dtype:
+        raise TypeError(
+            f"`cache` holds {slots[0].dtype} and the model computes in {new[0].dtype}; "
+            f"make it with `model.init_cache(batch, slots, dtype=jnp.{new[0].dtype})`"
+        )
+    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1) for old, x in zip(slots, new, strict=True))

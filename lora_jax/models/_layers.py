@@ -1,0 +1,170 @@
+"""What the transformer models share: activations, attention, layer norm, and the two layouts of repeated layers.
+
+Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), S slots (keys and
+values), H heads, K width of one head, D width of the model, F inner width, V vocabulary, L layers.
+
+The dtype policy, for every model, is stated here once:
+
+* parameters are created in `param_dtype`, and used in whatever dtype they have;
+* the computation runs in `dtype`; `None` means the dtype of the parameters, so that a float64 or a bfloat16 tree needs
+  no other setting;
+* attention scores, softmax and the statistics of layer norm are float32 (float64 in a float64 model), and so are the
+  logits: they are accumulated there and never rounded to bfloat16, where neighbouring logits would tie.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Hugging Face's names. `gelu_new`, `gelu_fast` and `gelu_pytorch_tanh` are three spellings of one tanh approximation.
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def accumulator(dtype) -> jnp.dtype:
+    """The dtype to accumulate in: float32, or `dtype` itself where that is wider."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+class LayerNorm(nn.Module):
+    """y = scale · (x − mean) / sqrt(var + epsilon) + bias over the last axis (Ba et al. 2016, equation 4).
+
+    Written out because linen's `LayerNorm` mixes bfloat16 with float32 implicitly, which strict dtype promotion
+    forbids, and by default takes the variance as E[x²] − E[x]², which cancels where the mean is large.
+    """
+
+    epsilon: float
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        out_dtype = nn.dtypes.canonicalize_dtype(x, scale_D, bias_D, dtype=self.dtype)
+        wide = accumulator(out_dtype)
+        x = x.astype(wide)
+        centred = x - x.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        row = (1,) * (x.ndim - 1) + (-1,)
+        y = normal * scale_D.astype(wide).reshape(row) + bias_D.astype(wide).reshape(row)
+        return y.astype(out_dtype)
+
+
+def attention(
+    q_BxTxHxK,
+    k_BxSxHxK,
+    v_BxSxHxK,
+    *,
+    mask_Bx1xTxS=None,
+    causal=False,
+    scale=1.0,
+    dropout=None,
+    implementation=None,
+):
+    """softmax(scale · q kᵀ + mask) v, for every head; returns (B, T, H, K) in the dtype of `q`.
+
+    `mask` is boolean, true where a query may look; its T axis may be 1 (a mask of keys only). A query that may look
+    nowhere, such as a padding token on the left, gets the mean of all values, as in PyTorch, and no NaN. `dropout` is a
+    function applied to the attention weights. `jax.nn.dot_product_attention` serves wherever it can; it has no dropout
+    and takes its softmax in float32 even of float64 scores, so these two cases are written out.
+    """
+    batch, tokens, heads, width = q_BxTxHxK.shape
+    chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, heads, width))
+    if mask_Bx1xTxS is not None:
+        chex.assert_rank(mask_Bx1xTxS, 4)
+        chex.assert_type(mask_Bx1xTxS, bool)
+
+    if dropout is None and q_BxTxHxK.dtype != jnp.float64:
+        # It promotes bfloat16 to its float32 accumulator implicitly, which a user's strict setting would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q_BxTxHxK,
+                k_BxSxHxK,
+                v_BxSxHxK,
+                mask=mask_Bx1xTxS,
+                is_causal=causal,
+                scale=scale,
+                implementation=implementation,
+            )
+
+    wide = accumulator(q_BxTxHxK.dtype)
+    scores_BxHxTxS = scale * jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=wide)
+    allowed = jnp.ones((1, 1, 1, 1), bool) if mask_Bx1xTxS is None else mask_Bx1xTxS
+    if causal:
+        allowed = allowed & jnp.tril(jnp.ones((1, 1, tokens, k_BxSxHxK.shape[1]), bool))
+    weights_BxHxTxS = jax.nn.softmax(jnp.where(allowed, scores_BxHxTxS, jnp.finfo(wide).min / 2))
+    weights_BxHxTxS = weights_BxHxTxS.astype(v_BxSxHxK.dtype)
+    if dropout is not None:
+        weights_BxHxTxS = dropout(weights_BxHxTxS)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, v_BxSxHxK)
+
+
+def stack_layers(params: Mapping, at: str = "h") -> dict:
+    """The parameters of an unrolled model in the layout of the scanned one.
+
+    ```python
+    params["h"]["11"]["attn"]["c_attn"]["kernel"].shape    # (768, 2304), one of "0" .. "11"
+    stacked = stack_layers(params)
+    stacked["h"]["attn"]["c_attn"]["kernel"].shape         # (12, 768, 2304)
+    ```
+
+    `at`: the path of the dict of layers, components joined by `/`. Leaves are arrays (numpy stays numpy) or `None`.
+    Raises `ValueError` where the layers are not numbered from 0 without a gap, as in a tree that is already stacked.
+    """
+
+    def stack(layers):
+        # Sorted as numbers: as strings, layer 10 would come before layer 2.
+        expected = [str(i) for i in range(len(layers))]
+        if not layers or set(layers) != set(expected):
+            raise ValueError(
+                f"`params` has {sorted(layers)} under {at!r}, not layers numbered from 0; "
+                "perhaps they are stacked already: then use them as they are"
+            )
+        return jax.tree.map(_stack, *(layers[i] for i in expected))
+
+    return _change(params, at.split("/"), stack)
+
+
+def unstack_layers(params: Mapping, at: str = "h") -> dict:
+    """The inverse of `stack_layers`: one subtree a layer, numbered from "0".
+
+    Raises `ValueError` where the leaves do not share their first axis, as in a tree that is not stacked.
+    """
+
+    def unstack(layers):
+        lengths = {leaf.shape[0] for leaf in jax.tree.leaves(layers) if leaf.ndim}
+        if len(lengths) != 1 or "0" in layers:
+            raise ValueError(
+                f"`params` is not stacked under {at!r}: the first axes there are {sorted(lengths)}, and all must be the "
+                "number of layers; perhaps they are unstacked already: then use them as they are"
+            )
+        return {str(i): jax.tree.map(lambda leaf: leaf[i], layers) for i in range(*lengths)}
+
+    return _change(params, at.split("/"), unstack)
+
+
+def _stack(*leaves):
+    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+
+
+def _change(tree, path, change):
+    head, *rest = path
+    if head not in tree:
+        raise ValueError(f"`params` has no {head!r}; it has {sorted(tree)}")
+    return {**tree, head: _change(tree[head], rest, change) if rest else change(tree[head])}

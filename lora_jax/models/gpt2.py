@@ -1,0 +1,263 @@
+"""GPT-2 (Radford et al. 2019) in Flax linen, equal to `transformers`' PyTorch `GPT2LMHeadModel`.
+
+Parameter names follow Hugging Face, with Flax's words for the leaves: `h/0/attn/c_attn/kernel`, `wte/embedding`,
+`ln_f/scale`; with `scan` the layers are stacked, `h/attn/c_attn/kernel` has shape (layers, in, out), and
+`stack_layers` / `unstack_layers` lead from one layout to the other. The modules know nothing of LoRA.
+
+Left out: cross-attention, classification and double heads, token types, output of attention weights. The letters of the
+shape suffixes and the dtype policy are stated in `_layers.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ._cache import Cache as Cache
+from ._cache import advance, write
+from ._gpt2_config import GPT2Config as GPT2Config
+from ._layers import ACTIVATIONS, LayerNorm, accumulator, attention
+
+
+class _Part(nn.Module):
+    """The fields that every part of the model has."""
+
+    config: GPT2Config
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    deterministic: bool = True
+    implementation: str | None = None
+
+    def dense(self, features, name, std=None):
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(std or self.config.initializer_range),
+            name=name,
+        )
+
+    def residual_dense(self, features, name):
+        # Each layer adds to the residual stream twice: 1/sqrt(2L) keeps its variance at the start (section 2.3).
+        return self.dense(features, name, self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
+
+    def norm(self, name):
+        return LayerNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype, name=name)
+
+    def drop(self, rate, x):
+        return nn.Dropout(rate)(x, deterministic=self.deterministic)
+
+
+class Attention(_Part):
+    @nn.compact
+    def __call__(self, x_BxTxD, layer, slots, mask_Bx1xTxS, start):
+        batch, tokens, width = x_BxTxD.shape
+        heads = self.config.n_head
+        qkv = jnp.split(self.dense(3 * width, "c_attn")(x_BxTxD), 3, axis=-1)
+        q_BxTxHxK, k_BxSxHxK, v_BxSxHxK = (part.reshape(batch, tokens, heads, width // heads) for part in qkv)
+
+        if slots is not None:
+            k_BxSxHxK, v_BxSxHxK = slots = write(slots, (k_BxSxHxK, v_BxSxHxK), start)
+
+        scale = (width // heads) ** -0.5 if self.config.scale_attn_weights else 1.0
+        if self.config.scale_attn_by_inverse_layer_idx:
+            # On the queries, because under `scan` the layer's number is traced and a fused kernel wants a static scale.
+            q_BxTxHxK = q_BxTxHxK / (layer + 1).astype(q_BxTxHxK.dtype)
+        random = self.config.attn_pdrop > 0 and not self.deterministic
+        y_BxTxHxK = attention(
+            q_BxTxHxK,
+            k_BxSxHxK,
+            v_BxSxHxK,
+            mask_Bx1xTxS=mask_Bx1xTxS,
+            causal=slots is None,  # with slots, the mask says it all
+            scale=scale,
+            dropout=functools.partial(self.drop, self.config.attn_pdrop) if random else None,
+            implementation=self.implementation,
+        )
+        y_BxTxD = self.residual_dense(width, "c_proj")(y_BxTxHxK.reshape(batch, tokens, width))
+        return self.drop(self.config.resid_pdrop, y_BxTxD), slots
+
+
+class MLP(_Part):
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        width = x_BxTxD.shape[-1]
+        h_BxTxF = self.dense(self.config.n_inner or 4 * width, "c_fc")(x_BxTxD)
+        h_BxTxF = ACTIVATIONS[self.config.activation_function](h_BxTxF)
+        return self.drop(self.config.resid_pdrop, self.residual_dense(width, "c_proj")(h_BxTxF))
+
+
+class Block(_Part):
+    """One layer, norm first. Takes and returns what `scan` carries (the residual stream) and maps over (its slots)."""
+
+    @nn.compact
+    def __call__(self, x_BxTxD, layer, slots, mask_Bx1xTxS, start):
+        part = functools.partial
+        options = (self.config, self.dtype, self.param_dtype, self.deterministic, self.implementation)
+        attend, feed = part(Attention, *options, name="attn"), part(MLP, *options, name="mlp")
+        y_BxTxD, slots = attend()(self.norm("ln_1")(x_BxTxD), layer, slots, mask_Bx1xTxS, start)
+        x_BxTxD = x_BxTxD + y_BxTxD
+        x_BxTxD = x_BxTxD + feed()(self.norm("ln_2")(x_BxTxD))
+        chex.assert_shape(x_BxTxD, y_BxTxD.shape)
+        return x_BxTxD, slots
+
+
+class _Unrolled(nn.Module):
+    """The layers one after the other, named "0", "1", …, called as the scanned block is."""
+
+    block: Callable
+    layers: int
+
+    @nn.compact
+    def __call__(self, x_BxTxD, numbers_L, slots, mask_Bx1xTxS, start):
+        filled = []
+        for i in range(self.layers):
+            mine = None if slots is None else slots[i]
+            x_BxTxD, mine = self.block(name=str(i))(x_BxTxD, numbers_L[i], mine, mask_Bx1xTxS, start)
+            filled.append(mine)
+        return x_BxTxD, None if slots is None else tuple(filled)
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its language-model head.
+
+    ```python
+    model = GPT2(GPT2Config.named("gpt2"))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    logits = model.apply({"params": params}, input_ids, attention_mask)      # (batch, time, vocabulary)
+
+    cache = model.init_cache(batch=2, slots=64)                              # decoding: first the whole prompt,
+    logits, cache = model.apply({"params": params}, prompt, prompt_mask, cache=cache, last_only=True)
+    logits, cache = model.apply({"params": params}, logits.argmax(-1), cache=cache)   # then token by token
+    ```
+
+    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on either side;
+    `position_ids` (B, T) or (1, T). Positions default to 0, 1, 2, …, padding counted, as in `transformers`. Returns
+    logits (B, T, V) in float32, or float64 in a float64 model; (B, 1, V) with `last_only`, which spares a prompt the
+    logits of all but its last column. Evaluation mode unless `deterministic=False`, which needs `rngs={"dropout": key}`.
+
+    **With a `cache`** the mask is that of the new tokens, each attends to every real token before it, positions default
+    to the number of real tokens before, and `(logits, cache)` is returned. Writing past the last slot cannot raise
+    inside `jit`: it gives NaN logits, as a position or token id out of range does.
+
+    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`: recompute
+    each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
+    `jax.nn.dot_product_attention`, "xla" or "cudnn" (fused, needs an NVIDIA GPU and a 16-bit `dtype`).
+
+    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than the model.
+    """
+
+    config: GPT2Config
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    checkpoint: bool = False
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        *,
+        cache: Cache | None = None,
+        last_only: bool = False,
+        deterministic: bool = True,
+    ):
+        config = self.config
+        _check(config, input_ids, attention_mask, position_ids, cache)
+        mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
+        if cache is not None:
+            mask_Bx1xTxS, derived_BxT, cache = advance(cache, mask_BxT, input_ids.shape, config.n_positions)
+            position_ids = derived_BxT if position_ids is None else position_ids
+        elif position_ids is None:
+            position_ids = jnp.arange(input_ids.shape[1])[None]
+
+        embed = functools.partial(
+            nn.Embed,
+            features=config.n_embd,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(config.initializer_range),
+        )
+        wte = embed(config.vocab_size, name="wte")
+        x_BxTxD = wte(input_ids) + embed(config.n_positions, name="wpe")(position_ids)
+        x_BxTxD = nn.Dropout(config.embd_pdrop)(x_BxTxD, deterministic=deterministic)
+
+        slots, start = (None, None) if cache is None else (cache.layers, cache.length - input_ids.shape[1])
+        layers = self._layers(config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        x_BxTxD, slots = layers(x_BxTxD, jnp.arange(config.n_layer), slots, mask_Bx1xTxS, start)
+
+        x_BxTxD = x_BxTxD[:, -1:] if last_only else x_BxTxD
+        x_BxTxD = LayerNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="ln_f")(x_BxTxD)
+        logits_BxTxV = self._head(wte, x_BxTxD)
+        chex.assert_shape(logits_BxTxV, (*x_BxTxD.shape[:2], config.vocab_size))
+        return logits_BxTxV if cache is None else (logits_BxTxV, cache._replace(layers=slots))
+
+    def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:
+        """An empty cache for `batch` rows of at most `slots` tokens, padding included.
+
+        `dtype` is that of the keys and values: the model's `dtype` or, where that is None, `param_dtype`.
+        """
+        config = self.config
+        if not 0 < slots <= config.n_positions:
+            raise ValueError(f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}")
+        shape = (batch, slots, config.n_head, config.n_embd // config.n_head)
+        shape = (config.n_layer, *shape) if self.scan else shape
+        dtype = dtype or self.dtype or self.param_dtype
+
+        def pair():  # distinct arrays, so that a cache can be donated
+            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+        layers = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
+        return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+    def _layers(self, *options):
+        # Under `scan` the loop itself keeps XLA from merging the recomputation with the forward pass.
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.checkpoint else Block
+        if not self.scan:
+            return _Unrolled(functools.partial(block, *options), self.config.n_layer, name="h")
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=self.config.n_layer,
+        )
+        return scanned(*options, name="h")
+
+    def _head(self, wte, x_BxTxD):
+        if not self.config.tie_word_embeddings:
+            wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x_BxTxD.dtype))
+            std = nn.initializers.normal(self.config.initializer_range)
+            head = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+            return head(self.config.vocab_size, kernel_init=std, dot_general=wide, name="lm_head")(x_BxTxD)
+        x_BxTxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxTxD, wte.embedding, dtype=self.dtype)
+        contract_D = (((2,), (1,)), ((), ()))
+        return jax.lax.dot_general(x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype))
+
+
+def _check(config, input_ids, attention_mask, position_ids, cache):
+    """The mistakes a caller can make, as errors that say what was passed; `chex` guards our own shapes."""
+    if jnp.ndim(input_ids) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
+        found = f"{jnp.result_type(input_ids)}{jnp.shape(input_ids)}"
+        raise TypeError(f"`input_ids` must be integers of shape (batch, time), got {found}")
+    batch, tokens = jnp.shape(input_ids)
+    if tokens > config.n_positions:
+        raise ValueError(f"`input_ids` has {tokens} tokens and the model `n_positions`={config.n_positions}; shorten it")
+    if attention_mask is not None:
+        if jnp.issubdtype(jnp.result_type(attention_mask), jnp.floating):
+            raise TypeError("`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add")
+        if jnp.shape(attention_mask) != (batch, tokens):
+            found = jnp.shape(attention_mask)
+            raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}")
+    if position_ids is not None and jnp.shape(position_ids) not in [(batch, tokens), (1, tokens)]:
+        raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")
+    if cache is not None and cache.mask.shape[0] != batch:
+        raise ValueError(f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}")

@@ -1,0 +1,95 @@
+"""Where each array lives on a mesh: rules for weights, and adapters that follow the weight they belong to.
+
+Mesh axes are named `data` (only the batch is split), `fsdp` (batch and weights) and `tensor` (weights). A's and B's specs are W's
+restricted to the axes they share with it; rank and block axes are never split, being small. Left out: moving anything; give
+`shardings(...)` to `jax.device_put` or `jax.jit`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ._nodes import Adapter, is_node
+from ._paths import matches, named_leaves
+
+# Column-parallel into a block, row-parallel out of it, so that one reduction a sublayer suffices; fsdp takes the other axis.
+# Embeddings are split by feature: GPT-2's vocabulary, 50257 = 29 * 1733, divides by no mesh one would build.
+GPT2_RULES = (
+    ("attn/c_attn/kernel|mlp/c_fc/kernel", P("fsdp", "tensor")),
+    ("attn/c_proj/kernel|mlp/c_proj/kernel", P("tensor", "fsdp")),
+    ("wte/embedding|wpe/embedding", P(None, ("fsdp", "tensor"))),
+)
+
+Rules = Mapping[str, P] | Iterable[tuple[str, P]]
+
+
+def partition_specs(params: Any, rules: Rules) -> Any:
+    """A tree like `params` with the `PartitionSpec` of every leaf.
+
+    ```python
+    specs = partition_specs(params, GPT2_RULES)
+    # {'h': {'0': {'attn': {'c_attn': {'kernel': P('fsdp', 'tensor'), 'bias': P()}, …
+    ```
+
+    `rules`: pairs or a mapping of a pattern (as in `targets`) and a spec; the first match wins, no match is replicated. A spec with
+    fewer entries than the leaf has axes speaks of the last ones, so one table serves layers that are stacked and layers that
+    are not. Raises `ValueError` for a spec with more entries than the leaf has axes.
+    """
+    pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+
+    def spec_of(path: str, leaf: Any) -> P:
+        spec = next((spec for pattern, spec in pairs if matches(pattern, path)), P())
+        rank = len(leaf.shape)
+        if len(spec) > rank:
+            raise ValueError(f"`rules` give {path!r} the spec {spec}, of {len(spec)} entries, but its shape is {tuple(leaf.shape)}.")
+        return P(*[None] * (rank - len(spec)), *spec) if len(spec) else P()
+
+    return jax.tree.unflatten(jax.tree.structure(params), [spec_of(path, leaf) for path, leaf in named_leaves(params)])
+
+
+def delta_specs(delta: Any, specs: Any) -> Any:
+    """A tree like `delta` with the spec of every trainable array: its weight's, restricted to the axes they share.
+
+    For W of `P("fsdp", "tensor")`, A is `P("fsdp", None)` and B `P(None, "tensor")`; a leaf that trains itself has W's own.
+    """
+
+    def spec_of(node: Any, spec: P) -> Any:
+        if node is None:
+            return None
+        if not isinstance(node, Adapter):
+            return spec
+        entries = {name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()}
+        return Adapter(entries, node.spec)
+
+    return jax.tree.map(spec_of, delta, specs, is_leaf=is_node)
+
+
+def _entry(spec: P, axis: int | None) -> Any:
+    return spec[axis] if axis is not None and axis < len(spec) else None
+
+
+def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
+    """`NamedSharding`s for `arrays` (or their shapes), a tree like `specs`.
+
+    Raises `ValueError` where an axis does not divide, naming the array, its shape and the sizes that would.
+    """
+
+    def place(path: str, spec: P, array: Any) -> NamedSharding:
+        for axis, names in enumerate(spec):
+            parts = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
+            size = array.shape[axis]
+            if size % parts:
+                fitting = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
+                raise ValueError(
+                    f"the mesh {dict(mesh.shape)} does not divide {path!r}: axis {axis} of its shape {tuple(array.shape)} would be split into "
+                    f"{parts} parts ({names}); {', '.join(map(str, fitting))} would do."
+                )
+        return NamedSharding(mesh, spec)
+
+    leaves, treedef = jax.tree.flatten(specs)
+    placed = [place(path, spec, array) for (path, array), spec in zip(named_leaves(arrays), leaves, strict=True)]
+    return jax.tree.unflatten(treedef, placed)

@@ -1,0 +1,117 @@
+"""Configs: what is refused and how it is said, overrides, and that every config that ships is complete."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from experiments import config as configs
+from experiments.strict_json import build
+
+SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "configs").glob("*.json"))
+
+
+def minimal(**changes):
+    tree = {
+        "name": "tiny",
+        "source": {"paper": None},
+        "base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}, "tokenizer": "tok"},
+        "data": {"task": "text", "train": "a.txt", "valid": "b.txt", "seq_len": 8},
+        "method": {"name": "LoRA", "rank": 2},
+        "targets": ["attn/c_attn/kernel"],
+        "train": {"steps": 4, "batch": 2, "lr": 0.001},
+    }
+    return {**tree, **changes}
+
+
+def load(tmp_path, tree, *overrides):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    return configs.load(path, overrides)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_is_a_row(path):
+    config = configs.load(path)
+    assert config.name == path.stem
+    assert config.source.paper or config.source.note, "a config names its paper or says what it is instead"
+    assert bool(config.source.expected) == bool(config.source.paper)
+    assert build(configs.Config, configs.to_json(config)) == config, "the resolved form says everything"
+    if config.base.run:
+        assert (path.parent / config.base.run).is_file()
+
+
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"train": {"steps": 4, "batch": 2, "lrr": 0.1, "lr": 1.0}}, ValueError, "unknown key `train.lrr`; did you mean `train.lr`?"),
+        ({"trian": {}}, ValueError, "unknown key `trian`; did you mean `train`?"),
+        ({"train": {"steps": 4, "batch": 2, "lr": "fast"}}, TypeError, '`train.lr` must be a number, got "fast" (a string)'),
+        ({"train": {"steps": 4.0, "batch": 2, "lr": 1}}, TypeError, "`train.steps` must be an integer, got 4.0 (float)"),
+        ({"train": {"steps": True, "batch": 2, "lr": 1}}, TypeError, "`train.steps` must be an integer, got true (a boolean)"),
+        ({"train": {"steps": 4, "lr": 1}}, ValueError, "missing key `train.batch`"),
+        ({"train": 3}, TypeError, "`train` must be an object, got 3 (int)"),
+        ({"targets": "c_attn"}, TypeError, '`targets` must be a list, got "c_attn" (a string)'),
+        ({"targets": ["a", 1]}, TypeError, "`targets[1]` must be a string, got 1 (int)"),
+        ({"data": {"task": "e2"}}, ValueError, '`data.task` must be one of "e2e", "text", got "e2"; did you mean `e2e`?'),
+        ({"data": {"train": "x"}}, ValueError, '`data` lacks the key `task`, which must be one of "e2e", "text"'),
+        ({"optimizer": {"name": "adam"}}, ValueError, '`optimizer.name` must be one of "adamw", got "adam"; did you mean `adamw`?'),
+        ({"method": {"name": "Lora"}}, ValueError, "`method.name` must be one of LoRA, Full, got 'Lora'; did you mean `LoRA`?"),
+        ({"method": {"name": "LoRA", "ranks": 2}}, ValueError, "unknown key `method.ranks`; did you mean `method.rank`?"),
+        ({"method": {"name": "LoRA", "rank": "2"}}, TypeError, '`method.rank` must be an integer, got "2" (a string)'),
+        ({"base": {}}, ValueError, "`base` takes exactly one of `path`, `run` and `architecture`, got none of them"),
+        ({"base": {"path": "a", "run": "b"}}, ValueError, "`base` takes exactly one of `path`, `run` and `architecture`, got path, run"),
+        ({"train": {"steps": 0, "batch": 2, "lr": 1}}, ValueError, "`train.steps` must be at least 1, got 0"),
+        ({"train": {"steps": 1, "batch": 3, "lr": 1, "accumulate": 2}}, ValueError, "`train.batch` (3) must be a multiple of `train.accumulate` (2)"),
+        ({"mesh": {"data": 4}}, ValueError, "`train.batch` (2) must be a multiple of mesh.data * mesh.fsdp * train.accumulate (4)"),
+        ({"source": {"paper": None, "expected": {"BLEU": "70"}}}, TypeError, '`source.expected.BLEU` must be a number, got "70" (a string)'),
+    ],
+)
+def test_refusals_name_the_key(tmp_path, change, kind, message):
+    with pytest.raises(kind) as caught:
+        load(tmp_path, minimal(**change))
+    assert str(caught.value).startswith(message)
+
+
+def test_overrides(tmp_path):
+    config = load(tmp_path, minimal(), "train.lr=1e-4", "mesh.data=2", "base.tokenizer=other", "method.blocks=[true,false,true]")
+    assert (config.train.lr, config.mesh.data, config.base.tokenizer) == (1e-4, 2, "other")
+    assert configs.method_value(config.method).blocks == (True, False, True)
+    for item, message in [
+        ("train.lrr=1", "unknown key `train.lrr`"),
+        ("train.lr", "`--set` takes key=value"),
+        ("name.first=1", "goes below a value that has no keys"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, minimal(), item)
+
+
+def test_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config file `nowhere.json`"):
+        configs.load("nowhere.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        configs.load(tmp_path / "broken.json")
+
+
+def test_difference_names_the_first_key():
+    old, new = {"a": 1, "train": {"lr": 1, "steps": 2}}, {"a": 1, "train": {"lr": 2, "steps": 2}}
+    assert configs.difference(old, old) is None
+    assert configs.difference(old, new) == "`train.lr` was 1 and is now 2"
+    assert configs.difference(old, {**old, "b": 0}) == "`b` was null and is now 0"
+
+
+def test_no_default_is_mutable_or_hidden():
+    """Equal sections are equal configs: a section is a frozen value all the way down."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        kind: Literal["one"] = "one"
+        size: float | None = None
+
+    assert build(Inner, {"size": 1}) == Inner("one", 1.0)
+    assert build(Inner, {"size": None}) == Inner()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Inner().size = 2

@@ -1,0 +1,211 @@
+"""The E2E data set in all its forms, plain text, generated data, batches, and the order in which they are seen."""
+
+import lzma
+
+import datasets
+import numpy as np
+import pytest
+
+from experiments import order
+from experiments.base import load_tokenizer
+from experiments.config import E2EData, Generate, TextData
+from experiments.tasks import e2e, examples, generate, text
+
+FILES = [("trainset.csv.xz", "train.txt.xz", 42061), ("devset.csv", "valid.txt", 4672), ("testset_w_refs.csv", "test.txt", 4693)]
+SECTION = Generate(seed=1, meanings=12, held_out=4, references=3, prose=20, vocabulary=300)
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer(data_dir):
+    return load_tokenizer(data_dir / "gpt2_bpe")
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    return generate.write(SECTION, tmp_path_factory.mktemp("generated"))
+
+
+@pytest.mark.parametrize("table, lines, count", FILES)
+def test_both_formats_give_the_same_contexts(data_dir, table, lines, count):
+    ours = e2e.read_file(data_dir / "e2e" / table)
+    authors = e2e.read_file(data_dir / "e2e" / "lora_nlg_txt" / lines)
+    assert len(ours) == len(authors) == count
+    assert [context for context, _ in ours] == [context for context, _ in authors]
+
+
+def test_inputs_without_references(data_dir):
+    rows = e2e.read_file(data_dir / "e2e" / "testset.csv")
+    assert len(rows) == 630
+    assert all(not reference for _, reference in rows)
+
+
+def test_through_datasets(data_dir, tmp_path):
+    """Files handed to `datasets`, a directory of files, and what `save_to_disk` leaves: the rows of our own reader."""
+    for kind, name in (("csv", "devset.csv"), ("text", "lora_nlg_txt/valid.txt")):
+        expected = e2e.read_file(data_dir / "e2e" / name)
+        loaded = datasets.load_dataset(kind, data_files={"validation": str(data_dir / "e2e" / name)}, cache_dir=str(tmp_path / "cache"))
+        assert e2e.rows_of(loaded["validation"], name) == expected
+        loaded.save_to_disk(tmp_path / kind)
+        assert e2e.read_datasets(kind, "validation", tmp_path) == expected
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text('mr,ref\n"name[A], area[riverside]","A is by the river."\n')
+    assert e2e.read_datasets("folder", "train", tmp_path) == [("name : A | area : riverside", "A is by the river.")]
+    with pytest.raises(ValueError, match="has the splits train, test, not `valid`"):
+        e2e.read_datasets("folder", "valid", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "one||two\nno separator\n", r"row 2: expected exactly one `\|\|` .* found 0 in 'no separator'"),
+        ("a.txt", "a||b||c\n", "row 1: .* found 2"),
+        ("a.csv", 'mr,ref\n"name[A]",x\n"name A",y\n', "row 3: the meaning 'name A' is not of the form"),
+        ("a.csv", "x,y\n1,2\n", "has the columns x, y; expected mr,ref"),
+        ("a.json", "{}", "neither .csv nor .txt"),
+        ("a.txt.xz", "not xz", "cannot be read"),
+    ],
+)
+def test_bad_files_name_the_row(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        e2e.read_file(tmp_path / name)
+
+
+def test_missing_empty_and_without_references(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "mute.csv").write_text("mr\nname[A]\n")
+    with pytest.raises(FileNotFoundError, match="no data file"):
+        e2e.read(E2EData("e2e", "absent.txt", "absent.txt"), tmp_path)
+    with pytest.raises(ValueError, match="the data set `empty.txt` is empty"):
+        e2e.read(E2EData("e2e", "empty.txt", "empty.txt"), tmp_path)
+    with pytest.raises(ValueError, match="example 1 of `mute.csv` has no reference"):
+        e2e.read(E2EData("e2e", "mute.csv", "mute.csv"), tmp_path)
+
+
+def test_ids_of_the_first_example(gpt2_tokenizer, data_dir):
+    """enc(context) + [50256], enc(" " + completion) + [50256]; the ids were computed by hand from the published vocabulary."""
+    (pair,) = e2e.encode(e2e.read_file(data_dir / "e2e" / "lora_nlg_txt" / "valid.txt")[:1], gpt2_tokenizer)
+    pieces = [gpt2_tokenizer.convert_ids_to_tokens(ids) for ids in pair]
+    assert pieces[0][:6] == ["name", "Ġ:", "ĠAl", "iment", "um", "Ġ|"] and pieces[0][-1] == "<|endoftext|>"
+    assert pieces[1][:3] == ["ĠThere", "Ġis", "Ġa"] and pieces[1][-2:] == ["Ġ.", "<|endoftext|>"]
+    assert pair[0][-1] == pair[1][-1] == 50256
+
+
+def test_batch_is_the_authors():
+    """Padded with 0, targets one to the left, the mask from len(context) - 1 for each token of the completion."""
+    data = examples.Examples([([5, 6, 9], [7, 8, 9]), ([5, 9], [7, 9])], seq_len=8)
+    batch = data.batch(np.array([0, 1]))
+    assert batch["input_ids"].tolist() == [[5, 6, 9, 7, 8, 9, 0, 0], [5, 9, 7, 9, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 9, 7, 8, 9, 0, 0, 0], [9, 7, 9, 0, 0, 0, 0, 0]]
+    assert batch["mask"].tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("seq_len, mask", [(5, [0, 0, 1, 1, 0]), (3, [0, 0, 0]), (2, [0, 0])])
+def test_truncation_is_the_authors(seq_len, mask):
+    """Inputs lose their end, n = kept inputs - len(context) tokens are counted, and the label of the last kept input is known."""
+    batch = examples.Examples([([5, 6, 9], [7, 8, 9])], seq_len).batch(np.array([0]))
+    assert batch["input_ids"].tolist() == [[5, 6, 9, 7, 8, 9][:seq_len]]
+    assert batch["labels"].tolist() == [[6, 9, 7, 8, 9][:seq_len]]
+    assert batch["mask"].tolist() == [mask]
+
+
+def test_too_long_is_refused_by_name(generated):
+    tokenizer = load_tokenizer(generated / "tokenizer")
+    section = E2EData("e2e", "train.txt", "valid.txt", seq_len=10)
+    with pytest.raises(ValueError, match=r"example 1 of `train.txt` \('name : .*'\) has \d+ tokens, more than `data.seq_len` \(10\)"):
+        e2e.prepare(section, e2e.read(section, generated), tokenizer)
+    section = E2EData("e2e", "train.txt", "valid.txt", seq_len=10, truncate=True)
+    assert e2e.prepare(section, e2e.read(section, generated), tokenizer).train.batch(np.array([0]))["input_ids"].shape == (1, 10)
+
+
+def test_prompts_are_grouped_by_context(generated):
+    tokenizer = load_tokenizer(generated / "tokenizer")
+    section = E2EData("e2e", "train.txt", "valid.txt", "test.txt", max_rows=5)
+    splits = e2e.prepare(section, e2e.read(section, generated), tokenizer)
+    assert len(splits.train) == 5
+    assert len(splits.prompts) == SECTION.held_out
+    first = splits.prompts[0]
+    assert tokenizer.decode(first.ids[:-1]) == first.text and first.ids[-1] == tokenizer.eos_token_id
+    assert 1 <= len(first.references) <= SECTION.references
+
+
+def test_generated_data(generated, tmp_path):
+    again = generate.write(SECTION, tmp_path / "again")
+    for name in ("train.txt", "valid.txt", "test.txt", "prose_train.txt", "tokenizer/tokenizer.json"):
+        assert (again / name).read_bytes() == (generated / name).read_bytes(), "a function of its section"
+    meanings = [{context for context, _ in e2e.read_file(generated / f"{split}.txt")} for split in ("train", "valid", "test")]
+    assert [len(found) for found in meanings] == [12, 4, 4]
+    assert len(set.union(*meanings)) == 20, "no meaning is in two files"
+    assert "name :" not in (generated / "prose_train.txt").read_text(), "the base never sees a meaning"
+    tokenizer = load_tokenizer(generated / "tokenizer")
+    assert len(tokenizer) == 300
+    sample = (generated / "prose_valid.txt").read_text().split("\n")[0]
+    assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+    with pytest.raises(ValueError, match="another `generate` section"):
+        generate.write(Generate(2, 12, 4, 3, 20, 300), again)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "txt.xz", "txt.zst"])
+def test_text_is_packed(generated, tmp_path, suffix):
+    tokenizer = load_tokenizer(generated / "tokenizer")
+    content = "First döcument.\n<|endoftext|>\nSecond one.\n"
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "txt.zst":
+        import pyarrow
+
+        with pyarrow.output_stream(str(path), compression="zstd") as stream:
+            stream.write(content.encode())
+    else:
+        path.write_bytes(lzma.compress(content.encode()) if suffix.endswith("xz") else content.encode())
+    parts = text.documents(text.read_file(path))
+    assert parts == ["First döcument.", "Second one."]
+    # Nine bytes end inside the two-byte letter, which is left out.
+    assert [text.read_file(path, limit) for limit in (7, 8, 9)] == ["First d", "First d", "First dö"]
+    row = text.tokens(parts, tokenizer)
+    assert tokenizer.decode(row) == "First döcument.<|endoftext|>Second one.<|endoftext|>"
+    blocks = examples.Blocks(row, 4)
+    batch = blocks.batch(np.arange(len(blocks)))
+    flat = row[: len(blocks) * 4 + 1]
+    assert batch["input_ids"].ravel().tolist() == flat[:-1].tolist()
+    assert batch["labels"].ravel().tolist() == flat[1:].tolist()
+    assert batch["mask"].all()
+
+
+def test_text_refusals(generated, tmp_path):
+    tokenizer = load_tokenizer(generated / "tokenizer")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff\xfe\xff\xfe")
+    (tmp_path / "a.zst").write_bytes(b"not zstd")
+    for name, message in [("empty.txt", "is empty"), ("bytes.txt", "not UTF-8"), ("a.zst", "cannot be read"), ("a.pdf", "no data file")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            text.read(TextData("text", name, name, 8), tmp_path)
+    section = TextData("text", "short.txt", "short.txt", 8)
+    with pytest.raises(ValueError, match="shorter than one block"):
+        text.prepare(section, text.read(section, tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("count, batch", [(10, 5), (11, 4), (3, 8)])
+def test_order_is_a_function_of_seed_and_step(count, batch):
+    steps = order.batches_per_epoch(count, batch)
+    assert steps == -(-count // batch)
+    epochs = [np.concatenate([order.indices(7, epoch * steps + n, count, batch) for n in range(steps)]) for epoch in range(2)]
+    for drawn in epochs:
+        assert sorted(drawn[:count]) == list(range(count)), "each example once, then draws that fill the last batch"
+        assert len(drawn) == steps * batch and drawn.max() < count
+    backwards = [order.indices(7, step, count, batch).tolist() for step in reversed(range(2 * steps))]
+    assert backwards[::-1] == [order.indices(7, step, count, batch).tolist() for step in range(2 * steps)]
+    assert order.indices(7, 0, 1000, 8).tolist() != order.indices(8, 0, 1000, 8).tolist()
+    assert order.indices(7, 0, 1000, 8).tolist() != order.indices(7, 125, 1000, 8).tolist(), "another epoch, another order"
+
+
+@pytest.mark.slow
+def test_all_of_e2e_fits_the_first_run(gpt2_tokenizer, data_dir):
+    """The sequence length of first_run.json holds every example, and 5,258 batches of 8 make an epoch, as published."""
+    section = E2EData("e2e", "train.txt.xz", "valid.txt", "test.txt", seq_len=136)
+    directory = data_dir / "e2e" / "lora_nlg_txt"
+    splits = e2e.prepare(section, e2e.read(section, directory), gpt2_tokenizer)
+    assert order.batches_per_epoch(len(splits.train), 8) == 5258
+    assert len(splits.prompts) == 630

@@ -1,0 +1,250 @@
+"""Whole runs through the command line on a tiny model: what they leave, resuming bit for bit, and every kind of bad input."""
+
+import json
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import config as configs
+from experiments.command_line import main
+from experiments.run import run
+from lora_jax.interop import hf
+
+GENERATE = {"seed": 0, "meanings": 12, "held_out": 4, "references": 2, "prose": 30, "vocabulary": 400}
+BASE = {
+    "name": "tiny_base",
+    "source": {"paper": None, "note": "a test"},
+    "generate": GENERATE,
+    "base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 160}, "tokenizer": "tokenizer"},
+    "data": {"task": "text", "train": "prose_train.txt", "valid": "prose_valid.txt", "seq_len": 32},
+    "method": {"name": "Full"},
+    "targets": [".*"],
+    "train": {"steps": 3, "batch": 4, "lr": 0.01, "log_every": 1, "eval_batches": 1},
+}
+LORA = {
+    "name": "tiny",
+    "source": {"paper": "a paper", "table": "a table", "expected": {"BLEU": 70.4}},
+    "generate": GENERATE,
+    "base": {"run": "base.json"},
+    "data": {"task": "e2e", "train": "train.txt", "valid": "valid.txt", "test": "test.txt", "seq_len": 144},
+    "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1, "blocks": [True, False, True]},
+    "targets": ["attn/c_attn/kernel"],
+    "train": {"steps": 8, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 1, "eval_every": 4, "eval_batches": 1, "checkpoint_every": 3},
+    "decode": {"max_tokens": 4, "shown": 2},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optax_promotes():
+    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with the two configs and the finished run `done`, of the command line."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "base.json").write_text(json.dumps(BASE))
+    (root / "tiny.json").write_text(json.dumps(LORA))
+    assert main(["run", "--config", str(root / "tiny.json"), "--workdir", str(root / "done")]) == 0
+    return root
+
+
+def snapshot(directory):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+
+
+def refused(capsys, monkeypatch, *arguments):
+    """The one line on standard error of a command that fails, through `python -m experiments`."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("experiments", run_name="__main__")
+    assert caught.value.code not in (0, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_a_finished_work_directory(root):
+    done = root / "done"
+    names = {path.name for path in done.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "merged", "predictions.txt", "report.md", "figures"} <= names
+    assert not {name for name in names if name.endswith(".tmp")}
+    assert json.loads((done / "config.json").read_text()) == configs.to_json(configs.load(root / "tiny.json"))
+    assert len((done / "predictions.txt").read_text().splitlines()) == GENERATE["held_out"]
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 4, 8]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert lines[1]["lr"] == 0, "the first step has rate 0"
+    assert (done / "figures" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    page = (done / "report.md").read_text()
+    assert "Published: BLEU 70.4" in page and "merged result of base.json" in page
+    assert json.loads((done / "report.json").read_text())["comparison"]["max_difference"] < 1e-4
+    assert (done / "base" / "report.md").is_file(), "the base was run first"
+
+
+def test_the_base_stays_and_the_merged_model_moves(root):
+    _, base = hf.load(root / "done" / "base" / "merged")
+    _, merged = hf.load(root / "done" / "merged")
+    moved = jax.tree.map(lambda one, two: not np.array_equal(one, two), base, merged)
+    assert moved["h"]["0"]["attn"]["c_attn"].pop("kernel")
+    assert not any(jax.tree.leaves(moved))
+    width = base["h"]["0"]["attn"]["c_attn"]["kernel"].shape[0]
+    difference = np.asarray(merged["h"]["0"]["attn"]["c_attn"]["kernel"] - base["h"]["0"]["attn"]["c_attn"]["kernel"])
+    assert not difference[:, width : 2 * width].any(), "the key block is not adapted"
+
+
+def test_again_is_already_finished(root, capsys):
+    before = snapshot(root / "done")
+    assert main(["run", str(root / "tiny.json"), "--workdir", str(root / "done")]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert snapshot(root / "done") == before
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_resume_is_bit_for_bit(root, tmp_path, stop, capsys):
+    """Stopped after any step, with a checkpoint at 3 or none yet, the run ends with the adapter of the uninterrupted one."""
+    config = configs.load(root / "tiny.json", [f'base={{"path": "{root / "done" / "base" / "merged"}"}}'])
+    whole = run(config, root / "tiny.json", root, tmp_path / "whole")
+    run(config, root / "tiny.json", root, tmp_path / "parts", stop_after=stop)
+    assert not (tmp_path / "parts" / "report.md").exists()
+    run(config, root / "tiny.json", root, tmp_path / "parts")
+    assert ("resuming after step 3" in capsys.readouterr().out) == (stop >= 3)
+    for name in ("merged/model.safetensors", "predictions.txt"):
+        assert (tmp_path / "parts" / name).read_bytes() == (whole / name).read_bytes()
+
+    def numbers(directory):
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
+
+    assert numbers(tmp_path / "parts") == numbers(whole), "each step is told once"
+
+
+def test_export_and_report(root, tmp_path, capsys, monkeypatch):
+    assert main(["export", "--workdir", str(root / "done"), "--to", str(tmp_path / "out"), "--format", "hf"]) == 0
+    exported, merged = (hf.load(directory)[1] for directory in (tmp_path / "out", root / "done" / "merged"))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, exported, merged)))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert "not empty" in refused(capsys, monkeypatch, "export", "--workdir", root / "done", "--to", tmp_path / "out", "--format", "hf")
+    assert "no finished run" in refused(capsys, monkeypatch, "export", "--workdir", tmp_path, "--to", tmp_path / "new", "--format", "hf")
+    assert main(["report", str(root / "done"), str(root / "done" / "base")]) == 0
+    table = capsys.readouterr().out
+    assert "| tiny |" in table and "| tiny_base |" in table
+    assert "no finished run" in refused(capsys, monkeypatch, "report", tmp_path)
+
+
+def test_pytorch_reads_the_export(root, torch):
+    import transformers
+
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(root / "done" / "merged", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ours, params = hf.load(root / "done" / "merged")
+    ids = np.arange(12)[None]
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(ours.apply({"params": params}, ids), theirs, atol=1e-5)
+
+
+BAD_ARGUMENTS = {
+    "unknown key": (["--set", "train.lrr=1"], "unknown key `train.lrr`; did you mean `train.lr`?"),
+    "wrong type": (["--set", "train.lr=fast"], '`train.lr` must be a number, got "fast" (a string)'),
+    "no config": (["--config", "nowhere.json"], "no config file `nowhere.json`"),
+    "missing data": (["--set", "data.train=absent.txt"], "no data file"),
+    "empty data": (["--set", "data.train=empty.txt"], "the data set `empty.txt` is empty"),
+    "no separator": (["--set", "data.valid=bare.txt"], "row 2: expected exactly one `||`"),
+    "too long for seq_len": (["--set", "data.seq_len=20"], "more than `data.seq_len` (20)"),
+    "too long for the model": (["--set", "data.seq_len=500"], "`data.seq_len` (500) is longer than the model, which has 160 positions"),
+    "missing base": (["--set", 'base={"path": "/absent"}'], "`base.path`: no directory"),
+    "unreachable hub": (["--set", 'base={"path": "gpt2-medium"}'], "the hub does not give it"),
+    "truncated safetensors": (["--set", 'base={"path": "truncated"}'], "model.safetensors"),
+    "no target": (["--set", 'targets=["c_attn"]'], "`targets` pattern 'c_attn' matches no leaf"),
+    "rank too large": (["--set", "method.rank=99"], "`rank` is 99"),
+    "mesh too large": (["--set", "mesh.tensor=16"], "needs 16 devices, but there are 8"),
+    "mesh that does not divide": (["--set", "mesh.tensor=5"], "does not divide"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(root):
+    """Data and bases to be refused, beside good ones, and the config of a run that would use them."""
+    inputs = root / "inputs"
+    inputs.mkdir()
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (inputs / name).write_bytes((root / "done" / "data" / name).read_bytes())
+    (inputs / "empty.txt").write_text("")
+    (inputs / "bare.txt").write_text("name : A||A .\nno separator\n")
+    truncated = inputs / "truncated"
+    truncated.mkdir()
+    for path in (root / "done" / "base" / "merged").iterdir():
+        content = path.read_bytes()
+        (truncated / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    tree = {**LORA, "base": {"path": str(root / "done" / "base" / "merged")}, "generate": None}
+    (root / "plain.json").write_text(json.dumps(tree))
+    return inputs
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_input_is_one_line(root, inputs, tmp_path, capsys, monkeypatch, case):
+    arguments, message = BAD_ARGUMENTS[case]
+    config = [] if "--config" in arguments else ["--config", root / "plain.json"]
+    line = refused(capsys, monkeypatch, "run", *config, "--data", inputs, "--workdir", tmp_path / "work", *arguments)
+    assert message in line
+    assert not (tmp_path / "work").exists(), "nothing was written"
+
+
+def test_another_config_is_refused(root, capsys, monkeypatch):
+    before = snapshot(root / "done")
+    line = refused(capsys, monkeypatch, "run", root / "tiny.json", "--workdir", root / "done", "--set", "train.lr=0.5")
+    assert "holds a run of another config: `train.lr` was 0.01 and is now 0.5" in line
+    assert snapshot(root / "done") == before
+
+
+@pytest.mark.parametrize("changed", ["base", "data"])
+def test_another_base_or_data_is_refused(root, inputs, tmp_path, capsys, monkeypatch, changed):
+    """The config is the same, but what it names has changed since the checkpoint."""
+    data, work = tmp_path / "data", tmp_path / "work"
+    model, params = hf.load(root / "done" / "base" / "merged")
+    hf.save(data / "model", model, params, source=root / "done" / "base" / "merged")
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (data / name).write_bytes((inputs / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**LORA, "base": {"path": "model"}, "generate": None}))
+    config = configs.load(tmp_path / "config.json")
+    run(config, tmp_path / "config.json", data, work, stop_after=3)
+    if changed == "base":
+        other = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+        hf.save(data / "other", model, other, source=data / "model")
+        (data / "model").rename(data / "old")
+        (data / "other").rename(data / "model")
+    else:
+        text = (data / "train.txt").read_text()
+        (data / "train.txt").write_text(text + text.splitlines()[0] + "\n")
+    before = snapshot(work)
+    line = refused(capsys, monkeypatch, "run", tmp_path / "config.json", "--data", data, "--workdir", work)
+    assert f"holds a run with another {changed}" in line
+    assert snapshot(work) == before
+
+
+def test_a_directory_of_something_else_is_refused(root, tmp_path, capsys, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("chapter one")
+    line = refused(capsys, monkeypatch, "run", root / "tiny.json", "--workdir", tmp_path)
+    assert "is not empty and holds no run" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_command_line_itself(root, capsys, monkeypatch):
+    assert "takes one config" in refused(capsys, monkeypatch, "run")
+    assert "takes one config" in refused(capsys, monkeypatch, "run", "a.json", "--config", "b.json")
+    assert "invalid choice" in refused(capsys, monkeypatch, "export", "--workdir", "a", "--to", "b", "--format", "onnx")
+    assert "unrecognized arguments" in refused(capsys, monkeypatch, "run", "a.json", "--worckdir", "x")
+    assert "required" in refused(capsys, monkeypatch)
+    for arguments in (["--help"], ["run", "--help"], ["export", "--help"], ["report", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+    with pytest.raises(FileNotFoundError):
+        main(["run", "nowhere.json", "--traceback"])

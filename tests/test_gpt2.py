@@ -1,0 +1,414 @@
+"""GPT-2 against `transformers`' PyTorch model on the same random weights and real tokens, and against itself."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from lora_jax.models import GPT2, GPT2Config, stack_layers, unstack_layers
+
+TINY = GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4)
+SMALL_VOCABULARY = dataclasses.replace(TINY, vocab_size=101, bos_token_id=0, eos_token_id=None)
+TEXTS = ["name : The Eagle | Type : coffee shop || The Eagle is a", "A coffee shop near the river"]
+VARIANTS = [dict(), dict(scan=True), dict(scan=True, checkpoint=True)]
+
+
+@pytest.fixture(scope="module")
+def tokens(data_dir):
+    """Two texts of unequal length, in GPT-2's own tokens."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(data_dir / "gpt2_bpe" / "tokenizer.json"))
+    rows = [tokenizer.encode(text).ids for text in TEXTS]
+    assert len(rows[0]) > len(rows[1]) + 2
+    return rows
+
+
+def padded(rows, side):
+    """The rows as one array, and the mask of its real tokens."""
+    width = max(map(len, rows))
+    before = [width - len(row) if side == "left" else 0 for row in rows]
+    ids, mask = np.full((2, len(rows), width), 0, np.int32)
+    for i, (row, start) in enumerate(zip(rows, before, strict=True)):
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def apply(model, params, *args, **kwargs):
+    """`model.apply` compiled as a whole, which is quicker than compiling each operation."""
+    return jax.jit(model.apply, static_argnames=("last_only", "deterministic"))({"params": params}, *args, **kwargs)
+
+
+def torch_model(torch, config):
+    """PyTorch's model with every parameter random, the ones that start as 0 or 1 included."""
+    import transformers
+
+    settings = transformers.GPT2Config(**config.to_hf(), attn_implementation="eager")
+    model = transformers.GPT2LMHeadModel(settings).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def from_torch(model):
+    """The parameters by our names. Written apart from `interop`, so that neither vouches for the other."""
+    leaf = {"wte": "embedding", "wpe": "embedding", "ln_1": "scale", "ln_2": "scale", "ln_f": "scale"}
+    flat = {}
+    for name, value in model.state_dict().items():
+        *path, last = name.removeprefix("transformer.").split(".")
+        if path == ["lm_head"]:
+            if model.config.tie_word_embeddings:
+                continue
+            value = value.T
+        flat[(*path, leaf.get(path[-1], "kernel") if last == "weight" else last)] = jnp.asarray(value.numpy())
+    return traverse_util.unflatten_dict(flat)
+
+
+def tensor(torch, array):
+    return None if array is None else torch.tensor(np.asarray(array), dtype=torch.long)
+
+
+def random_params(config, seed=0):
+    """A model and NumPy parameters with nothing at 0 or 1, where two wrongs could cancel; nothing is compiled."""
+    model, draw = GPT2(config), np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    return model, jax.tree.map(lambda leaf: draw.normal(0.05, 0.15, leaf.shape).astype(np.float32), shapes)
+
+
+def some_ids(shape, seed=3, vocabulary=101):
+    return np.random.default_rng(seed).integers(0, vocabulary, shape, dtype=np.int32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", ["no padding", "right", "left", "left with positions"])
+def test_logits_are_pytorchs(torch, tokens, case, variant):
+    rows = [row[: len(tokens[1])] for row in tokens] if case == "no padding" else tokens
+    ids, mask = padded(rows, case.split()[0])
+    mask = None if case == "no padding" else mask
+    positions = np.maximum(mask.cumsum(-1) - 1, 0) if case == "left with positions" else None
+    theirs = torch_model(torch, TINY)
+    params = from_torch(theirs)
+    params = stack_layers(params) if variant.get("scan") else params
+
+    arguments = dict(attention_mask=mask, position_ids=positions)
+    ours = apply(GPT2(TINY, **variant), params, ids, **arguments)
+    with torch.no_grad():
+        expected = theirs(tensor(torch, ids), **{k: tensor(torch, v) for k, v in arguments.items()}).logits.numpy()
+
+    assert ours.shape == (*ids.shape, TINY.vocab_size) and ours.dtype == jnp.float32
+    # What stands at padding is nobody's business: the two libraries differ there in how they fill an empty softmax.
+    real = np.ones_like(ids, bool) if mask is None else mask.astype(bool)
+    np.testing.assert_allclose(ours[real], expected[real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(activation_function=name) for name in ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu"]]
+    + [dict(activation_function=name) for name in ["relu", "silu", "swish", "tanh"]]
+    + [
+        dict(layer_norm_epsilon=0.1),
+        dict(n_inner=48),
+        dict(scale_attn_weights=False),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False),
+        dict(reorder_and_upcast_attn=True),
+        dict(tie_word_embeddings=False),
+    ],
+    ids=str,
+)
+def test_every_flag_that_changes_the_computation_is_honoured(torch, change):
+    config = dataclasses.replace(SMALL_VOCABULARY, **change)
+    theirs = torch_model(torch, config)
+    params = from_torch(theirs)
+    ids = some_ids((2, 9))
+    with torch.no_grad():
+        expected = theirs(tensor(torch, ids)).logits.numpy()
+    np.testing.assert_allclose(apply(GPT2(config), params, ids), expected, atol=1e-5, rtol=0)
+    if config.scale_attn_by_inverse_layer_idx:  # under `scan` the layer's number is traced
+        scanned = apply(GPT2(config, scan=True), stack_layers(params), ids)
+        np.testing.assert_allclose(scanned, expected, atol=1e-5, rtol=0)
+
+
+def test_float64_agrees_with_pytorchs_double(torch, x64):
+    theirs = torch_model(torch, SMALL_VOCABULARY).double()
+    ids, mask = some_ids((2, 9)), np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    ours = apply(GPT2(SMALL_VOCABULARY), from_torch(theirs), ids, mask)
+    with torch.no_grad():
+        expected = theirs(tensor(torch, ids), attention_mask=tensor(torch, mask)).logits.numpy()
+    assert ours.dtype == jnp.float64
+    np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=str)
+def test_gradients_are_pytorchs(torch, variant):
+    theirs = torch_model(torch, SMALL_VOCABULARY)
+    params = from_torch(theirs)
+    ids, mask = some_ids((2, 9)), np.array([[1] * 9, [1] * 6 + [0] * 3])
+    labels = np.where(mask == 1, np.asarray(ids), -100)
+    theirs(tensor(torch, ids), attention_mask=tensor(torch, mask), labels=tensor(torch, labels)).loss.backward()
+    # PyTorch keeps gradients beside the values; put them in their place, and they have names and layout too.
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad)
+    expected = from_torch(theirs)
+
+    def loss(params):
+        logits = apply(GPT2(SMALL_VOCABULARY, **variant), params, ids, mask)
+        scores = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.where(mask[:, 1:] == 1, scores, 0).sum() / mask[:, 1:].sum().astype(np.float32)
+
+    ours = jax.jit(jax.grad(loss))(stack_layers(params) if variant.get("scan") else params)
+    ours = unstack_layers(ours) if variant.get("scan") else ours
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=0), ours, expected)
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(ours)) > 1e-2  # or the tolerance would prove nothing
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_greedy_decoding_is_pytorchs(torch, tokens, scan):
+    ids, mask = padded(tokens, "left")
+    theirs = torch_model(torch, TINY)
+    expected = theirs.generate(
+        tensor(torch, ids), attention_mask=tensor(torch, mask), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    ).numpy()[:, ids.shape[1] :]
+
+    params = from_torch(theirs)
+    model = GPT2(TINY, scan=scan)
+    variables = {"params": stack_layers(params) if scan else params}
+    step = jax.jit(model.apply, static_argnames="last_only")
+    logits, cache = step(variables, ids, mask, cache=model.init_cache(2, TINY.n_positions), last_only=True)
+    chosen = [logits.argmax(-1)]
+    for _ in range(5):
+        logits, cache = step(variables, chosen[-1], cache=cache)
+        chosen.append(logits.argmax(-1))
+    np.testing.assert_array_equal(np.concatenate(chosen, 1), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_decoding_with_a_cache_is_the_full_forward_pass(scan, side):
+    model, params = random_params(SMALL_VOCABULARY)
+    model, params = model.clone(scan=scan), stack_layers(params) if scan else params
+    ids = some_ids((2, 10))
+    mask = np.ones((2, 10), np.int32)
+    mask[0, slice(0, 3) if side == "left" else slice(2, 5)] = 0  # of a prompt of five tokens
+    expected = apply(model, params, ids, mask, np.maximum(mask.cumsum(-1) - 1, 0))
+
+    step = jax.jit(functools.partial(model.apply, {"params": params}))
+    logits, cache = step(ids[:, :5], mask[:, :5], cache=model.init_cache(2, 10))
+    parts = [logits]
+    for t in range(5, 10):
+        logits, cache = step(ids[:, t : t + 1], cache=cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, 1)[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+    assert step._cache_size() == 2  # the prompt and the step, each compiled once
+    assert cache.length == 10
+
+    logits, _ = step(ids[:, :1], cache=cache)
+    assert jnp.isnan(logits).all()  # no slot is left, which `jit` cannot raise
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_cache_can_be_reordered(scan):
+    model, params = random_params(SMALL_VOCABULARY)
+    model, params = model.clone(scan=scan), stack_layers(params) if scan else params
+    ids, mask = some_ids((2, 5)), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    _, cache = apply(model, params, ids, mask, cache=model.init_cache(2, 8))
+    next_ids = some_ids((3, 1))
+    rows = jnp.array([1, 1, 0])
+    logits, _ = apply(model, params, next_ids, cache=cache.take(rows))
+    for i, row in enumerate([1, 1, 0]):
+        whole = np.concatenate([ids[row : row + 1, -mask[row].sum() :], next_ids[i : i + 1]], axis=1)
+        expected = apply(model, params, whole)
+        np.testing.assert_allclose(logits[i, -1], expected[0, -1], atol=1e-5, rtol=0)
+
+
+def test_last_only_is_the_last_column():
+    model, params = random_params(SMALL_VOCABULARY)
+    ids = some_ids((2, 5))
+    whole = apply(model, params, ids)
+    np.testing.assert_allclose(apply(model, params, ids, last_only=True), whole[:, -1:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    "name, expected",
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_published_sizes(name, expected, scan):
+    model = GPT2(GPT2Config.named(name), scan=scan)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
+
+
+def equations(jaxpr):
+    """Every equation, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def traced(model, ids=None):
+    ids = some_ids((2, 5)) if ids is None else ids
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
+    return list(equations(jax.make_jaxpr(model.apply)(shapes, ids).jaxpr))
+
+
+def test_scan_traces_one_layer_whatever_the_depth():
+    counts = {
+        scan: [len(traced(GPT2(dataclasses.replace(SMALL_VOCABULARY, n_layer=n), scan=scan))) for n in (2, 6)]
+        for scan in (False, True)
+    }
+    assert counts[True][0] == counts[True][1]
+    assert counts[False][0] < counts[False][1]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_checkpoint_wraps_each_layer(scan, checkpoint):
+    names = [str(e.primitive) for e in traced(GPT2(SMALL_VOCABULARY, scan=scan, checkpoint=checkpoint))]
+    wrapped = sum(name in ("checkpoint", "remat", "remat2") for name in names)
+    assert wrapped == ((1 if scan else SMALL_VOCABULARY.n_layer) if checkpoint else 0)
+
+
+@pytest.mark.parametrize("policy", ["parameters", "computation"])
+def test_bfloat16_accumulates_in_float32(policy):
+    model, params = random_params(SMALL_VOCABULARY)
+    ids = some_ids((2, 9))
+    expected = apply(model, params, ids)
+    model = model.clone(dtype=jnp.bfloat16 if policy == "computation" else None)
+    if policy == "parameters":
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    logits = apply(model, params, ids)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=0.1, rtol=0)
+    assert not np.allclose(logits, expected, atol=1e-4)  # it did run in bfloat16
+    found = list(equations(jax.make_jaxpr(model.apply)({"params": params}, ids).jaxpr))
+    for name in ("exp", "rsqrt"):  # of the softmax, of the layer norm
+        dtypes = {e.outvars[0].aval.dtype for e in found if str(e.primitive) == name}
+        assert dtypes == {jnp.dtype("float32")}, name
+    products = [e.invars[0].aval.dtype for e in found if str(e.primitive) == "dot_general"]
+    assert set(products) == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_is_drawn_from_its_key_and_off_by_default(scan):
+    model, params = random_params(SMALL_VOCABULARY)
+    model, params = model.clone(scan=scan), stack_layers(params) if scan else params
+    ids = some_ids((2, 9))
+
+    def runs(**rates):
+        config = dataclasses.replace(SMALL_VOCABULARY, **{"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **rates})
+        train = jax.jit(functools.partial(model.clone(config=config).apply, deterministic=False))
+        return [train({"params": params}, ids, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 0, 1)]
+
+    plain = apply(model, params, ids)
+    np.testing.assert_allclose(runs()[0], plain, atol=1e-5, rtol=0)
+    for rate in ["attn_pdrop"] if scan else ["embd_pdrop", "attn_pdrop", "resid_pdrop"]:
+        first, again, other = runs(**{rate: 0.3})
+        np.testing.assert_array_equal(first, again)
+        assert abs(first - plain).max() > 1e-3 and abs(first - other).max() > 1e-3, rate
+    with pytest.raises(Exception, match="dropout"):
+        apply(model, params, ids, deterministic=False)
+
+
+def test_attention_written_out_for_dropout_is_the_fused_one():
+    model, params = random_params(SMALL_VOCABULARY)
+    ids, mask = some_ids((2, 9)), np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    # So small a rate drops nothing, but it is not zero, and so takes the other path.
+    config = dataclasses.replace(SMALL_VOCABULARY, embd_pdrop=0.0, attn_pdrop=1e-9, resid_pdrop=0.0)
+    rngs = {"dropout": jax.random.key(0)}
+    logits = apply(model.clone(config=config), params, ids, mask, deterministic=False, rngs=rngs)
+    np.testing.assert_allclose(logits, apply(model, params, ids, mask), atol=1e-5, rtol=0)
+
+
+def test_layouts_are_each_others_inverse():
+    config = dataclasses.replace(SMALL_VOCABULARY, n_layer=12)  # twelve, because "10" sorts before "2"
+    model, params = random_params(config)
+    stacked = stack_layers(params)
+    expected = jax.eval_shape(model.clone(scan=True).init, jax.random.key(0), some_ids((1, 1)))["params"]
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, expected)
+    np.testing.assert_array_equal(stacked["h"]["mlp"]["c_fc"]["kernel"][10], params["h"]["10"]["mlp"]["c_fc"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
+
+    with pytest.raises(ValueError, match="stacked already"):
+        stack_layers(stacked)
+    with pytest.raises(ValueError, match="unstacked already"):
+        unstack_layers(params)
+    with pytest.raises(ValueError, match="no 'encoder'.*'h'"):
+        stack_layers(params, at="encoder/layer")
+    assert isinstance(stack_layers(jax.tree.map(np.asarray, params))["h"]["ln_1"]["scale"], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        (dict(add_cross_attention=True), ValueError, "`add_cross_attention`=True"),
+        (dict(is_encoder_decoder=True), ValueError, "`is_encoder_decoder`=True"),
+        (dict(quantization_config={"bits": 4}), ValueError, "`quantization_config`"),
+        (dict(rotary=True), ValueError, "`rotary`=True"),
+        (dict(activation_function="mish"), ValueError, "`activation_function`='mish'.*'gelu_new'"),
+        (dict(n_layer="12"), TypeError, "`n_layer`='12' must be int"),
+        (dict(n_layer=True), TypeError, "`n_layer`=True must be int"),
+        (dict(n_embd=None), TypeError, "`n_embd`=None must be int"),
+        (dict(scale_attn_weights=1), TypeError, "`scale_attn_weights`=1 must be bool"),
+        (dict(n_head=0), ValueError, "`n_head`=0 must be positive"),
+        (dict(n_head=5), ValueError, "`n_embd`=768 must be a multiple of `n_head`=5"),
+        (dict(attn_pdrop=1.5), ValueError, "`attn_pdrop`=1.5"),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be_are_refused_by_name(settings, error, message):
+    with pytest.raises(error, match=message):
+        GPT2Config.from_hf(settings)
+
+
+def test_configs_take_what_directories_hold():
+    idle = dict(n_ctx=1024, task_specific_params={"text-generation": {}}, _name_or_path="x", add_cross_attention=False)
+    assert GPT2Config.from_hf({**idle, "n_layer": 24, "eos_token_id": [1, 2], "resid_pdrop": 0}) == GPT2Config(
+        n_layer=24, eos_token_id=(1, 2), resid_pdrop=0
+    )
+    config = GPT2Config.named("gpt2-xl", n_inner=17, eos_token_id=(3,))
+    assert GPT2Config.from_hf(config.to_hf()) == config
+    with pytest.raises(ValueError, match="'gpt3'.*'gpt2-xl'"):
+        GPT2Config.named("gpt3")
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(input_ids=np.zeros((2, 33), int)), ValueError, "33 tokens.*`n_positions`=32"),
+        (dict(input_ids=np.zeros(5, int)), TypeError, r"`input_ids`.*\(5,\)"),
+        (dict(input_ids=np.zeros((2, 5), np.float32)), TypeError, "`input_ids`.*float32"),
+        (dict(attention_mask=np.ones((2, 4), int)), ValueError, r"`attention_mask`.*\(2, 5\).*\(2, 4\)"),
+        (dict(attention_mask=np.zeros((2, 5), np.float32)), TypeError, "not a bias"),
+        (dict(position_ids=np.zeros((5,), int)), ValueError, r"`position_ids`.*\(5,\)"),
+        (dict(cache=3), ValueError, "`cache` is for 3 rows and `input_ids` has 2"),
+    ],
+    ids=str,
+)
+def test_wrong_calls_say_what_was_passed(arguments, error, message):
+    model, params = random_params(SMALL_VOCABULARY)
+    arguments = {"input_ids": np.zeros((2, 5), np.int32), **arguments}
+    if "cache" in arguments:
+        arguments["cache"] = model.init_cache(arguments["cache"], 8)
+    with pytest.raises(error, match=message):
+        apply(model, params, **arguments)
+
+
+def test_wrong_caches_are_refused():
+    model, params = random_params(SMALL_VOCABULARY)
+    with pytest.raises(ValueError, match="`slots`=33.*`n_positions`=32"):
+        model.init_cache(2, 33)
+    with pytest.raises(TypeError, match="bfloat16.*float32.*dtype=jnp.float32"):
+        apply(model, params, some_ids((2, 5)), cache=model.init_cache(2, 8, dtype=jnp.bfloat16))
+    assert model.clone(dtype=jnp.bfloat16).init_cache(2, 8).layers[0][0].dtype == jnp.bfloat16

@@ -1,0 +1,403 @@
+"""Hugging Face directories: read and written without loss, accepted by PyTorch, refused where they are not whole."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lora_jax.interop import _files, hf
+from lora_jax.models import GPT2, GPT2Config, stack_layers, unstack_layers
+
+CONFIG = GPT2Config(
+    vocab_size=101, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+)
+MODEL = GPT2(CONFIG)
+UNTIED = GPT2(dataclasses.replace(CONFIG, tie_word_embeddings=False))
+IDS = np.arange(10, dtype=np.int32).reshape(2, 5)
+
+
+def random_params(model, dtype=np.float32):
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
+    return jax.tree.map(lambda leaf: draw.normal(0.05, 0.15, leaf.shape).astype(dtype), shapes)
+
+
+def logits_of(model, params):
+    return jax.jit(model.apply)({"params": params}, IDS)
+
+
+def assert_same(found, expected):
+    """Equal to the bit, dtype and structure included."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    hf.save(tmp_path / "model", MODEL, random_params(MODEL))
+    return tmp_path / "model"
+
+
+def edit(dir, change):
+    """Rewrites the tensors of a directory as `change(tensors)` returns them, or as it left them."""
+    tensors = load_file(dir / "model.safetensors")
+    save_file(change(tensors) or tensors, dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(dir, **changes):
+    settings = json.loads((dir / "config.json").read_text())
+    (dir / "config.json").write_text(json.dumps({**settings, **changes}))
+
+
+# Without loss
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("shard_bytes", [10**9, 5000], ids=["whole", "shards"])
+@pytest.mark.parametrize("model", [MODEL, UNTIED], ids=["tied", "untied"])
+def test_round_trip_is_exact(tmp_path, model, scan, shard_bytes, dtype):
+    params = random_params(model, dtype)
+    hf.save(tmp_path / "a", model.clone(scan=scan), stack_layers(params) if scan else params, shard_bytes=shard_bytes)
+    loaded, found = hf.load(tmp_path / "a", scan=not scan)
+    assert loaded == model.clone(scan=not scan, param_dtype=loaded.param_dtype)
+    assert jnp.dtype(loaded.param_dtype) == dtype
+    assert_same(found if scan else unstack_layers(found), params)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    sizes = [file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors")]
+    assert len(sizes) == 1 if shard_bytes == 10**9 else len(sizes) > 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_dtype_of_each_tensor_is_kept(tmp_path):
+    params = random_params(MODEL, jnp.bfloat16)
+    params["ln_f"]["scale"] = params["ln_f"]["scale"].astype(np.float32)
+    hf.save(tmp_path / "a", MODEL, params)
+    assert_same(hf.load(tmp_path / "a")[1], params)
+    # PyTorch casts to the config's dtype on loading, so that it must hold the widest.
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_float64_is_kept_or_refused(tmp_path, x64):
+    params = random_params(MODEL, np.float64)
+    hf.save(tmp_path / "a", MODEL, params)
+    assert_same(hf.load(tmp_path / "a")[1], params)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="wte/embedding.*float64.*jax_enable_x64"):
+        hf.load(tmp_path / "a")
+
+
+def test_place_decides_where_each_leaf_lives(saved):
+    seen = {}
+    device = jax.devices()[-1]
+
+    def place(path, array):
+        seen[path] = array.shape
+        return jax.device_put(array, device)
+
+    _, params = hf.load(saved, scan=True, place=place)
+    assert seen["h/attn/c_attn/kernel"] == (2, 16, 48) and seen["wte/embedding"] == (101, 16)
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
+
+
+# With PyTorch
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 5000], ids=["whole", "shards"])
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("model", [MODEL, UNTIED], ids=["tied", "untied"])
+def test_pytorch_loads_what_we_save(torch, tmp_path, model, scan, shard_bytes):
+    import transformers
+
+    params = random_params(model)
+    hf.save(tmp_path / "a", model.clone(scan=scan), stack_layers(params) if scan else params, shard_bytes=shard_bytes)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", output_loading_info=True, attn_implementation="eager"
+    )
+    assert isinstance(theirs, transformers.GPT2LMHeadModel)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), report
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits_of(model, params), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shard", [None, "5KB"])
+@pytest.mark.parametrize("head", ["GPT2LMHeadModel", "GPT2Model"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_we_load_what_pytorch_saves(torch, tmp_path, tied, head, shard):
+    import transformers
+
+    settings = transformers.GPT2Config(**{**CONFIG.to_hf(), "tie_word_embeddings": tied}, attn_implementation="eager")
+    theirs = transformers.GPT2LMHeadModel(settings).eval()
+    sizes = {} if shard is None else {"max_shard_size": shard}
+    (theirs if head == "GPT2LMHeadModel" else theirs.transformer).save_pretrained(tmp_path / "a", **sizes)
+    if head == "GPT2Model" and not tied:
+        with pytest.raises(ValueError, match="'lm_head.weight' is missing"):
+            hf.load(tmp_path / "a")
+        return
+    model, params = hf.load(tmp_path / "a")
+    assert model.config.tie_word_embeddings == tied
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits_of(model, params), expected, atol=1e-5, rtol=0)
+
+
+def test_the_tokenizer_is_carried_along(data_dir, tmp_path):
+    source = data_dir / "gpt2_bpe"
+    hf.save(tmp_path / "a", MODEL, random_params(MODEL), source=source)
+    found = {file.name for file in (tmp_path / "a").iterdir()}
+    assert found == {"config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"}
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer.decode(tokenizer("The Eagle is a coffee shop").input_ids) == "The Eagle is a coffee shop"
+
+
+# Ties
+
+
+def test_untie_gives_the_head_its_own_leaf(saved, tmp_path):
+    tied_model, tied = hf.load(saved)
+    assert "lm_head" not in tied
+    model, params = hf.load(saved, tie="untie")
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["wte"]["embedding"].T)
+    np.testing.assert_allclose(logits_of(model, params), logits_of(tied_model, tied), atol=1e-6, rtol=0)
+
+    params["lm_head"]["kernel"] += 1
+    hf.save(tmp_path / "untied", model, params)
+    for tie in ("share", "untie"):  # an untied directory has nothing to share
+        again, found = hf.load(tmp_path / "untied", tie=tie)
+        assert again == model
+        assert_same(found, params)
+    with pytest.raises(ValueError, match="`tie`='both'"):
+        hf.load(saved, tie="both")
+
+
+def test_a_head_stored_beside_its_embedding_must_equal_it(saved):
+    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].copy()}))
+    assert "lm_head" not in hf.load(saved)[1]
+    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
+    with pytest.raises(ValueError, match="'lm_head.weight' that differs.*tie='untie'"):
+        hf.load(saved)
+    params = hf.load(saved, tie="untie")[1]
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["wte"]["embedding"].T + 1)
+
+
+# Other people's names
+
+
+def test_buffers_and_missing_prefixes_are_known(saved):
+    expected = hf.load(saved)[1]
+
+    def bare(tensors):
+        tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+        for i in range(2):
+            tensors[f"h.{i}.attn.bias"] = np.ones((1, 1, 16, 16), np.uint8)
+            tensors[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+        return tensors
+
+    edit(saved, bare)
+    assert_same(hf.load(saved)[1], expected)
+
+
+# Bad input
+
+
+def drop(name):
+    return lambda dir: edit(dir, lambda tensors: tensors.pop(name) is None)
+
+
+def put(name, value):
+    return lambda dir: edit(dir, lambda tensors: tensors.update({name: value}))
+
+
+def rename(old, new):
+    return lambda dir: edit(dir, lambda tensors: tensors.update({new: tensors.pop(old)}))
+
+
+def cut(bytes):
+    def shorten(dir):
+        file = dir / "model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:bytes] if bytes >= 0 else content[: len(content) + bytes])
+
+    return shorten
+
+
+def write(name, text):
+    return lambda dir: (dir / name).write_text(text)
+
+
+def remove(name):
+    return lambda dir: (dir / name).unlink()
+
+
+BIAS = "transformer.h.1.mlp.c_fc.bias"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (drop(BIAS), f"'{BIAS}' is missing"),
+        (put("transformer.h.1.extra.weight", np.ones(3, np.float32)), "'transformer.h.1.extra.weight' is unexpected"),
+        (put("transformer.h.2.ln_1.bias", np.ones(16, np.float32)), "'transformer.h.2.ln_1.bias' is unexpected"),
+        (put("wte.weight", np.ones((101, 16), np.float32)), "one tensor under two names.*'wte.weight'"),
+        (put(BIAS, np.ones(65, np.float32)), rf"'{BIAS}' has shape \(65,\) and must have \(64,\)"),
+        (put("lm_head.weight", np.ones((101, 16), np.float32)), "'lm_head.weight' that differs"),
+        (put(BIAS, np.ones(64, np.int32)), f"'{BIAS}' has dtype I32"),
+        (rename(BIAS, "transformer.h.1.mlp.c_fc.bais"), f"'{BIAS}' is missing .is it 'transformer.h.1.mlp.c_fc.bais'"),
+        (cut(-1), "model.safetensors is not a complete safetensors file"),
+        (cut(100), "model.safetensors is not a complete safetensors file"),
+        (cut(0), "model.safetensors is not a complete safetensors file"),
+        (write("model.safetensors", "not tensors at all"), "model.safetensors is not a complete safetensors file"),
+        (remove("model.safetensors"), "neither model.safetensors nor .*found there: .'config.json'"),
+        (remove("config.json"), "config.json is missing; found there: .'model.safetensors'"),
+        (shutil.rmtree, "config.json is missing; found there: no such directory"),
+        (write("config.json", '{"n_layer":'), "config.json is not JSON"),
+        (write("config.json", "[]"), "config.json holds a JSON list"),
+        (lambda dir: configure(dir, model_type="mamba"), "`model_type`='mamba'.*supported are .*'gpt2'"),
+        (lambda dir: configure(dir, architectures=["GPT2ForSequenceClassification"]), "'GPT2ForSequenceClassification'"),
+        (lambda dir: configure(dir, add_cross_attention=True), "`add_cross_attention`=True"),
+        (lambda dir: configure(dir, n_layer=3), "'transformer.h.2.attn.c_attn.bias' is missing.*and 4 more"),
+        (lambda dir: configure(dir, n_positions=8), r"wpe.weight' has shape \(16, 16\) and must have \(8, 16\)"),
+    ],
+)
+def test_what_is_wrong_with_a_directory_is_named(saved, damage, message):
+    damage(saved)
+    with pytest.raises(ValueError, match=message):
+        hf.load(saved)
+
+
+def point(name, shard=None):
+    """Changes where the index says that a tensor is; to the first shard, if no other is given."""
+
+    def redirect(dir):
+        index = json.loads((dir / "model.safetensors.index.json").read_text())
+        index["weight_map"][name] = shard or min(index["weight_map"].values())
+        (dir / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return redirect
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (point(BIAS, "model-00099-of-00099.safetensors"), "names the file 'model-00099-of-00099.safetensors'"),
+        (point(BIAS, "../outside.safetensors"), "names the file '../outside.safetensors'"),
+        (point(BIAS), f"holds '{BIAS}', which .* does not place there"),
+        (point("a.new.name"), "lists 'a.new.name'"),
+        (write("model.safetensors.index.json", "{}"), "no `weight_map`"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_named(tmp_path, damage, message):
+    hf.save(tmp_path / "a", MODEL, random_params(MODEL), shard_bytes=4000)
+    shutil.copyfile(min((tmp_path / "a").glob("*.safetensors")), tmp_path / "outside.safetensors")
+    damage(tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        hf.load(tmp_path / "a")
+
+
+# Saving
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda p: p["ln_f"].pop("bias"), ValueError, "'ln_f/bias' is missing"),
+        (lambda p: p.update(lm_head={"kernel": np.ones((16, 101), np.float32)}), ValueError, "'lm_head/kernel' is unexp"),
+        (lambda p: p["ln_f"].update(bias=np.ones(3, np.float32)), ValueError, r"'ln_f/bias' has shape \(3,\)"),
+        (lambda p: p["ln_f"].update(bias=np.ones(16, np.int8)), ValueError, "'ln_f/bias' has dtype int8"),
+        (lambda p: p["ln_f"].update(bias=None), TypeError, "NoneType at 'ln_f/bias'.*lora_jax.merge"),
+        (lambda p: p.update(stack_layers(p)), ValueError, "unstack_layers"),
+    ],
+)
+def test_params_that_are_not_the_models_are_refused(tmp_path, change, error, message):
+    params = random_params(MODEL)
+    change(params)
+    with pytest.raises(error, match=message):
+        hf.save(tmp_path / "a", MODEL, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_wrong_arguments_are_refused(tmp_path):
+    params = random_params(MODEL)
+    with pytest.raises(TypeError, match="`model` is a dict.*GPT2"):
+        hf.save(tmp_path / "a", {}, params)
+    with pytest.raises(TypeError, match="`params` is a list"):
+        hf.save(tmp_path / "a", MODEL, [params])
+    with pytest.raises(ValueError, match="`source`=.*nowhere"):
+        hf.save(tmp_path / "a", MODEL, params, source=tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_over_unless_told(saved):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    params = jax.tree.map(lambda leaf: leaf + 1, random_params(MODEL))
+    with pytest.raises(ValueError, match="not empty.*overwrite=True"):
+        hf.save(saved, MODEL, params)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    hf.save(saved, MODEL, params, overwrite=True)
+    assert_same(hf.load(saved)[1], params)
+
+    home = saved.parent / "home"
+    home.mkdir()
+    (home / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="not an earlier export"):
+        hf.save(home, MODEL, params, overwrite=True)
+    with pytest.raises(ValueError, match="is a file"):
+        hf.save(home / "letter.txt", MODEL, params, overwrite=True)
+    (home / "letter.txt").unlink()
+    hf.save(home, MODEL, params)  # empty: nothing is lost
+    assert sorted(entry.name for entry in saved.parent.iterdir()) == ["home", "model"]
+
+
+def test_a_save_that_fails_leaves_everything_as_it_was(saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hf, "write_json", fail)
+    for dir in (saved, saved.parent / "new"):
+        with pytest.raises(OSError, match="disk full"):
+            hf.save(dir, MODEL, random_params(MODEL), overwrite=True)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert [entry.name for entry in saved.parent.iterdir()] == ["model"]
+
+
+def test_an_export_survives_when_its_replacement_cannot_take_its_place(saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    rename = Path.rename
+
+    def fail(self, target):
+        if target == saved and self.suffix != ".old":
+            raise OSError("no permission")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no permission"):
+        hf.save(saved, MODEL, random_params(MODEL), overwrite=True)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert [entry.name for entry in saved.parent.iterdir()] == ["model"]
+
+
+def test_one_shard_at_a_time_is_fetched(tmp_path):
+    """What lets a model larger than memory be written: tensors are fetched as their shard is, not before."""
+    written = []
+
+    def fetch():
+        written.append(len(list(tmp_path.glob("*.safetensors"))))
+        return np.ones(10, np.float32)
+
+    _files.write_tensors(tmp_path, [_files.Pending(str(i), 40, fetch) for i in range(5)], shard_bytes=80)
+    assert written == [0, 0, 1, 1, 2]
+    with safe_open(tmp_path / "model-00003-of-00003.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"} and list(file.keys()) == ["4"]
