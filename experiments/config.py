@@ -79,10 +79,10 @@ class E2EData:
 
 @dataclass(frozen=True)
 class TextData:
-    """Plain text, packed into blocks of `seq_len` tokens. `max_bytes` limits what is read of the training file."""
+    """Plain text, packed into blocks of `seq_len` tokens. `train`: one file or several; `max_bytes` limits what is read of each."""
 
     task: Literal["text"]
-    train: str
+    train: str | tuple[str, ...]
     valid: str
     seq_len: int
     max_bytes: int | None = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -63,7 +64,8 @@ class Trainer:
     def start(self, delta: Any, specs: Any, key: jax.Array) -> State:
         """The state before the first step, every array where it belongs on the mesh."""
         placed = shardings(self.mesh, delta_specs(delta, specs), delta)
-        delta = jax.device_put(delta, placed)
+        # Copied, since steps give these buffers away: a leaf that trains itself would otherwise be the base's own.
+        delta = jax.tree.map(jnp.copy, jax.device_put(delta, placed))
         shapes = jax.eval_shape(self.tx.init, delta)
         everywhere = NamedSharding(self.mesh, P())
         # Moments are trees like `delta`, and take its shardings; counters and the like are everywhere.

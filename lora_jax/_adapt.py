@@ -41,7 +41,7 @@ def factored(node: Adapted) -> Factored:
         magnitude=magnitude,
         key=key,
         axes=tuple(Axis(word, (index,)) for index, word in enumerate(spec.axes)),
-        leaf=Leaf(spec.path, dropout),
+        leaf=Leaf((spec.path,), dropout),
         windowed=spec.axis_indices("out")[0] if windows else None,
     )
 

@@ -54,7 +54,7 @@ def read(fn: Callable, params: Any, args: tuple) -> dict[str, Reading]:
         if not isinstance(leaf, _Marked):
             return None
         axes = tuple(Axis("?", (index,)) for index in range(leaf.weight.ndim))
-        return Factored(leaf.weight, (), None, None, axes, Leaf(leaf.path))
+        return Factored(leaf.weight, (), None, None, axes, Leaf((leaf.path,)))
 
     def call(params: list, *args: Any) -> Any:
         return fn(jax.tree.unflatten(treedef, params), *args)

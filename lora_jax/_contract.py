@@ -5,6 +5,8 @@ stays as it is, and adds the low-rank terms beside it. Factors are cast to the d
 `NotAView` means that no low-rank form exists for this use.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from jax import lax
 from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, place
 
 Base = Callable[[jax.Array, jax.Array], jax.Array]
+Piece = tuple[jax.Array, tuple[int, int] | None]  # a summand, and its window along the windowed axis
 
 
 def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
@@ -28,7 +31,7 @@ def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
 
 def dot_general(
     base: Base, x: jax.Array, weight: Factored, numbers: Any, weight_on_left: bool, precision: Any
-) -> jax.Array:
+) -> "Pending | jax.Array":
     """`lax.dot_general`: any dimension numbers, the weight on either side."""
     (left_summed, right_summed), (left_batch, right_batch) = numbers
     own, other = (left_summed, right_summed) if weight_on_left else (right_summed, left_summed)
@@ -70,8 +73,8 @@ def dot_general(
         return dot(*left, *right, keep=keep, precision=precision, preferred_element_type=y.dtype)
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
-    y = added(y, [(product(term), term.window) for term in weight.terms], axis)
-    return y if after is None else y * place(after.astype(y.dtype), weight.labels("magnitude"), out_labels, y.shape)
+    total = Pending(y, tuple((product(term), term.window) for term in weight.terms), axis)
+    return total if after is None else total.value() * place(after.astype(y.dtype), weight.labels("magnitude"), out_labels, y.shape)
 
 
 def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labels: Sequence) -> tuple:
@@ -86,17 +89,58 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
     raise NotAView
 
 
-def added(y: jax.Array, pieces: list[tuple[jax.Array, tuple[int, int] | None]], axis: int | None) -> jax.Array:
+def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
     """`y` plus the pieces, each in its window along `axis`; only the covered ranges are touched."""
+    windowed = []
     for piece, window in pieces:
         if window is None or axis is None or window == (0, y.shape[axis]):
             y = y + piece
-            continue
-        before = lax.slice_in_dim(y, 0, window[0], axis=axis)
-        within = lax.slice_in_dim(y, *window, axis=axis)
-        behind = lax.slice_in_dim(y, window[1], None, axis=axis)
-        y = lax.concatenate([part for part in (before, within + piece, behind) if part.shape[axis]], axis)
-    return y
+        else:
+            windowed.append((piece, window))
+    if not windowed:
+        return y
+    # One concatenation for all windows: with one for each, XLA adds and copies what lies between them that often.
+    edges = sorted({0, y.shape[axis], *(edge for _, window in windowed for edge in window)})
+    parts = []
+    for start, stop in itertools.pairwise(edges):
+        part = lax.slice_in_dim(y, start, stop, axis=axis)
+        for piece, (first, last) in windowed:
+            if first <= start and stop <= last:
+                part = part + lax.slice_in_dim(piece, start - first, stop - first, axis=axis)
+        parts.append(part)
+    return lax.concatenate(parts, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """`y` plus low-rank pieces that are not added yet, because what comes next is better done to `y` first.
+
+    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA, which otherwise keeps x W and
+    (x A) B both for the backward pass and adds them again there. After a fused projection is split, the parts that have
+    no window are not touched.
+    """
+
+    y: jax.Array
+    pieces: tuple[Piece, ...]
+    axis: int | None
+
+    def value(self) -> jax.Array:
+        return added(self.y, self.pieces, self.axis)
+
+    def cut(self, parts: Sequence[jax.Array], axis: int) -> "list[Pending | jax.Array] | None":
+        """The same for `parts`, into which `y` has been split along `axis`, if no window crosses a border."""
+        if axis != self.axis or any(window is None for _, window in self.pieces):
+            return None
+        start, results = 0, []
+        for part in parts:
+            stop = start + part.shape[axis]
+            inside = [(piece, window) for piece, window in self.pieces if window[0] < stop and start < window[1]]
+            if any(window[0] < start or stop < window[1] for _, window in inside):
+                return None
+            shifted = tuple((piece, (window[0] - start, window[1] - start)) for piece, window in inside)
+            results.append(Pending(part, shifted, axis) if shifted else part)
+            start = stop
+        return results
 
 
 def conv_general_dilated(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
@@ -133,7 +177,7 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
     _, kernel_spec, out_spec = params["dimension_numbers"]
     feature, groups = out_spec[1], params["feature_group_count"]
     y = base(x, weight.weight)
-    weight = weight.unwindowed() if groups > 1 else weight
+    weight = weight.unwindowed() if groups > 1 else weight.unwindowed(weight.tagged("in"))
     x = dropped_out(x, weight)
 
     def product(term: Term) -> jax.Array:

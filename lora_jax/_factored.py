@@ -58,10 +58,11 @@ class Canonical(NamedTuple):
     dropout: float = 0.0
 
 
-class Leaf(NamedTuple):
-    """The parameter that a factored weight is a view of."""
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """The parameter that a factored weight is a view of, or those that were joined to one."""
 
-    path: str
+    paths: tuple[str, ...]
     dropout: float = 0.0
 
 
@@ -168,19 +169,25 @@ class Factored:
         return self.replace(weight=operation(self.weight), terms=terms)
 
     def unwindowed(self, axes: Sequence[int] | None = None) -> "Factored":
-        """The same weight with B padded with zeros, if the windowed axis is among `axes`."""
+        """The same weight with its factors padded with zeros, if the windowed axis is among `axes`."""
         if self.windowed is None or (axes is not None and self.windowed not in axes):
             return self
-        position, size = self.labels("b").index(self.windowed), self.shape[self.windowed]
+        (name, position), size = self._windowed_part(), self.shape[self.windowed]
 
         def padded(term: Term) -> Term:
             if term.window is None:
                 return term
-            widths = [(0, 0, 0)] * term.b.ndim
+            factor = getattr(term, name)
+            widths = [(0, 0, 0)] * factor.ndim
             widths[position] = (term.window[0], size - term.window[1], 0)
-            return Term(term.a, lax.pad(term.b, jnp.zeros((), term.b.dtype), widths))
+            return dataclasses.replace(term, window=None, **{name: lax.pad(factor, jnp.zeros((), factor.dtype), widths)})
 
         return self.replace(terms=tuple(map(padded, self.terms)), windowed=None)
+
+    def _windowed_part(self) -> tuple[str, int]:
+        """The factor that the windows cut, and the position of their axis in it."""
+        name = "a" if self.axes[self.windowed].tag == "in" else "b"
+        return name, self.labels(name).index(self.windowed)
 
     def transposed(self, permutation: Sequence[int]) -> "Factored":
         place_of = {old: new for new, old in enumerate(permutation)}
@@ -299,13 +306,13 @@ class Factored:
         return self.replace(magnitude=None)._viewed(view, self.axes, weight=weight).replace(magnitude=magnitude)
 
     def _sliced_windows(self, start: int, stop: int) -> "Factored":
-        position, terms = self.labels("b").index(self.windowed), []
+        (name, position), terms = self._windowed_part(), []
         for term in self.terms:
             first, last = term.window or (0, self.shape[self.windowed])
             low, high = max(first, start), min(last, stop)
             if low < high:
-                b = lax.slice_in_dim(term.b, low - first, high - first, axis=position)
-                terms.append(Term(term.a, b, (low - start, high - start)))
+                factor = lax.slice_in_dim(getattr(term, name), low - first, high - first, axis=position)
+                terms.append(dataclasses.replace(term, window=(low - start, high - start), **{name: factor}))
         return self.replace(terms=tuple(terms))
 
     def dynamic_sliced(self, starts: Sequence[Any], sizes: Sequence[int]) -> "Factored":

@@ -9,6 +9,7 @@ jax 0.10 to 0.12 share are used, or both spellings where they differ.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from . import _contract
+from . import _contract, _views
+from ._contract import Pending
 from ._factored import Factored, NotAView
 
 
@@ -28,10 +30,11 @@ class MaterializeError(ValueError):
 
 
 class Use(NamedTuple):
-    """One operation that consumed a weight, as `explain` and the reading of axes see it.
+    """One operation that consumed a weight, as `explain` and the reading of axes see it: one each for joined weights.
 
     `how` is `low-rank`, `lookup` or `formed`; `summed`, `free` and `batch` are axes of the stored weight; FLOPs are
-    those of the operation on the plain weight, in low-rank form, and with the weight formed first.
+    those of the operation on the plain weight, in low-rank form, and with the weight formed first; of joined weights the
+    first counts them for all.
     """
 
     path: str
@@ -60,7 +63,7 @@ class Interpreter:
         """The outputs of a jaxpr, open or closed, on arrays and factored weights."""
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-        scalars: dict[Any, Any] = {}  # variable -> the scalar that it is a broadcast of
+        narrow: dict[Any, Any] = {}  # variable -> the array that it is a broadcast of, with axes of size 1
 
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
@@ -70,15 +73,24 @@ class Interpreter:
             with jax.named_scope(name_stack) if name_stack else contextlib.nullcontext():
                 for number, eqn in equations:
                     values = [read(atom) for atom in eqn.invars]
+                    if any(isinstance(value, Pending) for value in values):
+                        outputs = _postponed(eqn, values)
+                        if outputs is not None:
+                            env.update(zip(eqn.outvars, outputs, strict=True))
+                            continue
+                        sums = {atom: value.value() for atom, value in zip(eqn.invars, values, strict=True) if isinstance(value, Pending)}
+                        env.update(sums)
+                        values = [read(atom) for atom in eqn.invars]
                     if not any(isinstance(value, Factored) for value in values):
                         outputs = _bind(eqn, values)
-                        if eqn.primitive.name == "broadcast_in_dim" and jnp.ndim(values[0]) == 0:
-                            scalars[eqn.outvars[0]] = values[0]
+                        if eqn.primitive.name == "broadcast_in_dim":
+                            narrow[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
                     else:
-                        broadcast = [None if isinstance(atom, jex.Literal) else scalars.get(atom) for atom in eqn.invars]
+                        broadcast = [None if isinstance(atom, jex.Literal) else narrow.get(atom) for atom in eqn.invars]
                         outputs = self._apply(eqn, number, values, broadcast)
                     env.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        outputs = [read(atom) for atom in jaxpr.outvars]
+        return [value.value() if isinstance(value, Pending) else value for value in outputs]
 
     def _apply(self, eqn: Any, number: int, values: list[Any], broadcast: list[Any]) -> list[Any]:
         name = eqn.primitive.name
@@ -136,10 +148,11 @@ class Interpreter:
     def _dense(self, value: Factored, operation: str, place: str) -> Any:
         if self.materialize == "allow":
             return value.dense()
+        paths = " and ".join(map(repr, value.leaf.paths))
         message = (
-            f"`adapt` met {operation} {value.leaf.path!r} (as {value.dtype}{list(value.shape)}){place}. The weight "
+            f"`adapt` met {operation} {paths} (as {value.dtype}{list(value.shape)}){place}. The weight "
             f"W + A·B would have to be formed there. Pass `materialize='allow'` (or 'warn') to `adapt` to form it, "
-            f"or leave {value.leaf.path!r} out of `targets`."
+            f"or leave {paths} out of `targets`."
         )
         if self.materialize == "error":
             raise MaterializeError(message)
@@ -155,8 +168,10 @@ class Interpreter:
         if self.uses is None:
             return
         flops = tuple(self._times * count for count in flops)
-        use = Use(value.leaf.path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, source(eqn))
-        self.uses[(*self._calls, number, value.leaf.path)] = use  # a body that JAX traces twice is one use
+        for path in value.leaf.paths:
+            use = Use(path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, source(eqn))
+            self.uses[(*self._calls, number, path)] = use  # a body that JAX traces twice is one use
+            flops = (0, 0, 0)
 
     @contextlib.contextmanager
     def repeated(self, times: int) -> Any:
@@ -191,6 +206,20 @@ def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*functions, *values, **parameters)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def _postponed(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """What becomes of a pending sum to which something is added, or which is split; None for any other operation."""
+    positions = [position for position, value in enumerate(values) if isinstance(value, Pending)]
+    if len(positions) != 1 or any(isinstance(value, Factored) for value in values):
+        return None
+    pending = values[positions[0]]
+    if eqn.primitive.name == "add" and eqn.outvars[0].aval.shape == pending.y.shape:
+        plain = [value.y if isinstance(value, Pending) else value for value in values]
+        return [dataclasses.replace(pending, y=_bind(eqn, plain)[0])]
+    if eqn.primitive.name == "split":
+        return pending.cut(_bind(eqn, [pending.y]), eqn.params["axis"])
+    return None
 
 
 def source(eqn: Any) -> str:
@@ -230,14 +259,22 @@ def _every_part(eqn: Any, weight: Factored, *others: Any) -> Factored:
 
 
 def _barrier(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
-    """`optimization_barrier` takes and returns any number of values: all the parts go through it together."""
-    leaves, treedef = jax.tree.flatten([value.replace(key=None) if isinstance(value, Factored) else value for value in values])
+    """`optimization_barrier` takes and returns any number of values: all the factors go through it together.
+
+    Each W goes through one of its own, because the derivative of a barrier is one of all of its operands: together with
+    factors that train, W would get a gradient.
+    """
+    leaves, treedef = jax.tree.flatten([value.replace(weight=None, key=None) if isinstance(value, Factored) else value for value in values])
     outputs = jax.tree.unflatten(treedef, lax.optimization_barrier(leaves))
-    return [out.replace(key=value.key) if isinstance(value, Factored) else out for out, value in zip(outputs, values, strict=True)]
+    weights = [lax.optimization_barrier(value.weight) if isinstance(value, Factored) else None for value in values]
+    return [
+        out.replace(weight=weight, key=value.key) if isinstance(value, Factored) else out
+        for out, weight, value in zip(outputs, weights, values, strict=True)
+    ]
 
 
 def _multiplied(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
-    """`mul`, `div` and `neg` by a scalar, or by one that was broadcast to the weight's shape."""
+    """`mul` and `div` by a scalar or by an array that varies along few axes, and `neg`."""
     positions = [position for position, value in enumerate(values) if isinstance(value, Factored)]
     if len(positions) != 1 or (eqn.primitive.name == "div" and positions != [0]):
         raise NotAView
@@ -245,12 +282,47 @@ def _multiplied(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
     if len(values) == 1:
         return [weight.scaled(lax.neg)]
     other = 1 - positions[0]
-    scalar = values[other] if jnp.ndim(values[other]) == 0 else broadcast[other]
-    if scalar is None:
+    factor, dimensions = broadcast[other] or (values[other], range(jnp.ndim(values[other])))
+    if eqn.outvars[0].aval.shape != weight.shape:
         raise NotAView
-    operation = lax.div if eqn.primitive.name == "div" else lax.mul
-    scaled = weight.scaled(lambda array: operation(array, jnp.broadcast_to(jnp.asarray(scalar).astype(array.dtype), array.shape)))
-    return [scaled.replace(weight=_bind(eqn, [weight.weight if position != other else values[other] for position in (0, 1)])[0])]
+    sizes = dict(zip(dimensions, jnp.shape(factor), strict=True))
+    factor = lax.reshape(jnp.asarray(factor), [sizes.get(index, 1) for index in range(len(weight.shape))])
+    array = _bind(eqn, [value.weight if value is weight else value for value in values])[0]
+    return [_views.rescaled(weight, array, factor, lax.div if eqn.primitive.name == "div" else lax.mul)]
+
+
+def _concatenated(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
+    return [_views.concatenated(values, eqn.params["dimension"])]
+
+
+def _stacked(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
+    return [_views.stacked(values, eqn.params["axis"])]
+
+
+def _padded(eqn: Any, weight: Any, value: Any) -> Factored:
+    if not isinstance(weight, Factored) or isinstance(value, Factored):
+        raise NotAView
+    return _views.padded(weight, _bind(eqn, [weight.weight, value])[0], eqn.params["padding_config"])
+
+
+def _all_gathered(eqn: Any, weight: Factored) -> Factored:
+    """A weight that a `shard_map` gathers from its shards: so are its factors, along the axis if they have it."""
+    params = eqn.params
+    if not params["tiled"]:
+        raise NotAView
+    options = {"axis_index_groups": params["axis_index_groups"], "tiled": True}
+    gather = lambda part, axis: lax.all_gather(part, params["axis_name"], axis=axis, **options)  # noqa: E731
+    return _views.along(weight, _bind(eqn, [weight.weight])[0], params["all_gather_dimension"], gather)
+
+
+def _resharded(eqn: Any, weight: Factored) -> Factored:
+    """W moved to another explicit sharding; the factors to its restriction to their axes."""
+    array = _bind(eqn, [weight.weight])[0]
+    mesh, spec = eqn.params["dst_sharding"].mesh, eqn.params["dst_sharding"].spec
+    weight = weight.unwindowed()
+    place = lambda part, spec: jax.sharding.reshard(part, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
+    parts = jax.tree.map(place, weight.replace(key=None), weight.replace(key=None).partition_specs(spec))
+    return parts.replace(weight=array, key=weight.key)
 
 
 def _sharded(eqn: Any, weight: Factored) -> Factored:
@@ -309,6 +381,11 @@ _VIEWS: dict[str, Callable] = {
     "pvary": _view(_every_part),
     "pcast": _view(_every_part),
     "sharding_constraint": _view(_sharded),
+    "reshard": _view(_resharded),
+    "all_gather": _view(_all_gathered),
+    "concatenate": _concatenated,
+    "stack": _stacked,
+    "pad": _view(_padded),
     "optimization_barrier": _barrier,
 }
 
@@ -352,8 +429,10 @@ def _contraction_flops(weight: Factored, flops: int) -> tuple[int, int, int]:
     low = flops
     for term in weight.terms:
         rank = term.a.shape[-1]
-        covered = 1 if term.window is None else (term.window[1] - term.window[0]) / weight.shape[weight.windowed]
-        low += int(flops * rank / sizes["out"] + covered * flops * rank / sizes["in"])
+        covered = {"in": 1.0, "out": 1.0}
+        if term.window is not None:
+            covered[weight.axes[weight.windowed].tag] = (term.window[1] - term.window[0]) / weight.shape[weight.windowed]
+        low += int(covered["in"] * flops * rank / sizes["out"] + covered["out"] * flops * rank / sizes["in"])
     return flops, low, flops + _forming_flops(weight)
 
 

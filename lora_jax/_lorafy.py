@@ -71,7 +71,11 @@ def lorafy(
     leaves = _paths.named_leaves(params)
     if any(isinstance(leaf, Adapter | Adapted | Trained) for leaf in jax.tree.leaves(params, is_leaf=is_node)):
         raise TypeError("`params` already holds adapters. Pass the plain parameters (`frozen`, or `merge(frozen, delta)`).")
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else _random_key(key)
+    if fn is None and args:
+        raise ValueError("`args` is given without `fn`; pass both, to read the axes off how `fn(params, *args)` uses each weight.")
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"`args` is a {type(args).__name__}; pass a tuple, `args=(x,)` for `fn(params, x)`.")
     readings: dict[str, _axes.Reading] | None = None
     if fn is not None:
         readings = _axes.read(fn, params, tuple(args))
@@ -108,7 +112,15 @@ def _split(leaf: Any, spec: Spec | None, key: jax.Array) -> tuple[Any, Any]:
     if not _paths.is_shape(leaf):
         return spec.method.split(leaf, spec, own)
     frozen, delta = jax.eval_shape(lambda weight, own: spec.method.split(weight, spec, own), leaf, own)
-    return (leaf if _paths.is_shape(frozen) else frozen), delta  # the caller's own shape may carry a sharding
+    # The caller's own shape may carry a sharding.
+    return leaf if _paths.is_shape(frozen) else frozen, leaf if _paths.is_shape(delta) else delta
+
+
+def _random_key(key: Any) -> jax.Array:
+    """The key, new-style; `PRNGKey`s are accepted."""
+    if not _paths.is_array(key):
+        raise TypeError(f"`key` is {key!r}; pass a random key, for example `jax.random.key(0)`.")
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
@@ -127,9 +139,7 @@ def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
     Raises:
       ValueError: the two trees do not belong together.
     """
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    return paired(_joined, frozen, delta, key)
+    return paired(_joined, frozen, delta, None if key is None else _random_key(key))
 
 
 def paired(join: Callable, frozen: Any, delta: Any, *rest: Any) -> Any:
@@ -139,14 +149,24 @@ def paired(join: Callable, frozen: Any, delta: Any, *rest: Any) -> Any:
         others = treedef.flatten_up_to(delta)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`frozen` and `delta` do not have the same containers; pass the two trees of one `lorafy`. ({error})") from error
+    for index, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
+        alone = other is None or isinstance(other, Adapter) or leaf is None
+        if isinstance(leaf, Adapter | Adapted | Trained) or not alone:
+            path, _ = _paths.named_leaves(frozen, is_leaf=is_node)[index]
+            raise ValueError(
+                f"`frozen` and `delta` do not belong together: at {path!r} the first has {_kind(leaf)} and the second {_kind(other)}. "
+                "Pass the two trees of one `lorafy`, `frozen` first."
+            )
     return jax.tree.unflatten(treedef, [join(leaf, other, *rest) for leaf, other in zip(leaves, others, strict=True)])
+
+
+def _kind(leaf: Any) -> str:
+    return f"an array of shape {tuple(leaf.shape)}" if _paths.is_array(leaf) else f"an {type(leaf).__name__}"
 
 
 def _joined(frozen: Any, delta: Any, key: jax.Array | None) -> Any:
     if delta is None:
         return frozen
     if not isinstance(delta, Adapter):
-        if frozen is not None:
-            raise ValueError(f"`delta` holds an array where `frozen` holds a leaf too: {delta!r}. Pass the two trees of one `lorafy`.")
         return Trained(delta)
     return Adapted(frozen, delta, key if delta.spec.method.random else None)

@@ -44,10 +44,27 @@ def _merged(frozen: Any, delta: Any) -> Any:
         return frozen.weight if isinstance(frozen, Fixed) else frozen
     if not isinstance(delta, Adapter):
         return delta
-    node = Adapted(frozen, delta)
+    node = _mergeable(frozen, delta)
     if is_shape(node.weight):
         return node.weight
     return _placed(_dense(node), node.weight)
+
+
+def _mergeable(weight: Any, delta: Adapter) -> Adapted:
+    """The two as one node, under no name: leaves of equal shape share one compilation."""
+    node, spec = Adapted(weight, delta), delta.spec
+    if tuple(node.weight.shape) != spec.shape:
+        raise ValueError(
+            f"`delta` was made for a leaf {spec.path!r} of shape {spec.shape}, and here it has the shape {tuple(node.weight.shape)}: "
+            "this is another base, or a stack of bases, which `jax.vmap` maps over."
+        )
+    for name, axes in delta.array_axes().items():
+        if delta.arrays[name].ndim != len(axes):
+            raise ValueError(
+                f"`delta` holds {name} of shape {delta.arrays[name].shape} at {spec.path!r}, with {len(axes)} axes expected: "
+                "of stacked adapters, pick one with `take(stacked, 0)`."
+            )
+    return Adapted(weight, dataclasses.replace(delta, spec=dataclasses.replace(spec, path="")))
 
 
 @jax.jit
@@ -73,18 +90,17 @@ def unmerge(params: Any, delta: Any) -> Any:
     Raises:
       ValueError: a leaf trains itself (`Full`): its old value is gone.
     """
+    full = [path for path, leaf in named_leaves(delta, is_leaf=is_node) if leaf is not None and not isinstance(leaf, Adapter)]
+    if full:
+        raise ValueError(
+            f"`delta` holds leaves that trained themselves (`Full`): {', '.join(map(repr, full[:8]))}. Their values before training are "
+            "not in it: keep the original parameters to go back."
+        )
     return paired(_unmerged, params, delta)
 
 
 def _unmerged(weight: Any, delta: Any) -> Any:
-    if delta is None:
-        return weight
-    if not isinstance(delta, Adapter):
-        raise ValueError(
-            f"`delta` holds a leaf of shape {jnp.shape(delta)} that trained itself (`Full`): its value before training is gone. "
-            "Keep `frozen` and the original parameters to go back."
-        )
-    return _placed(_without(Adapted(weight, delta)), weight)
+    return weight if delta is None else _placed(_without(_mergeable(weight, delta)), weight)
 
 
 @jax.jit
@@ -129,24 +145,25 @@ def merge_report(frozen: Any, delta: Any) -> MergeReport:
     `lost` is |round(W + ΔW) − (W + ΔW)| / |ΔW|: about 0 in float32; in bfloat16 it grows as ΔW shrinks, until small
     updates vanish. Then serve in float32, or keep the adapter apart.
     """
-    adapted = paired(lambda leaf, other: Adapted(leaf, other) if isinstance(other, Adapter) else None, frozen, delta)
-    nodes = [node for node in jax.tree.leaves(adapted, is_leaf=is_node) if isinstance(node, Adapted)]
-    return MergeReport(_leaf_report(node) for node in nodes)
+    found: list[MergedLeaf] = []
+    paired(lambda leaf, other: found.append(_leaf_report(leaf, other)) if isinstance(other, Adapter) else None, frozen, delta)
+    return MergeReport(found)
 
 
-def _leaf_report(node: Adapted) -> MergedLeaf:
-    weight_norm, update_norm, lost_norm = map(float, _norms(node))
+def _leaf_report(frozen: Any, delta: Adapter) -> MergedLeaf:
+    node = _mergeable(frozen, delta)
+    weight_norm, update_norm, lost_norm = map(float, _norms(node, _dense(node)))
     lost = lost_norm / update_norm if update_norm else 0.0
-    return MergedLeaf(node.adapter.spec.path, str(node.weight.dtype), weight_norm, update_norm, lost)
+    return MergedLeaf(delta.spec.path, str(node.weight.dtype), weight_norm, update_norm, lost)
 
 
 @jax.jit
-def _norms(node: Adapted) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _norms(node: Adapted, merged: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # `merged` is an argument, because XLA takes a cast to a narrow dtype and back within one program for no operation.
     whole = factored(node)
     wide = widened(whole.dtype)
-    exact = whole.dense(wide)
-    before, rounded = whole.weight.astype(wide), exact.astype(whole.dtype).astype(wide)
-    return tuple(jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, rounded - exact))
+    exact, before = whole.dense(wide), whole.weight.astype(wide)
+    return tuple(jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, merged.astype(wide) - exact))
 
 
 def count(delta: Any) -> int:
@@ -166,8 +183,8 @@ def summary(params: Any, delta: Any) -> None:
     >>> import jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
     >>> lora_jax.summary(params, lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=2)).delta)
-    leaf    shape     axes    method                trains
-    kernel  (64, 64)  in out  LoRA(rank=2)             256
+    leaf    shape     axes    method        trains
+    kernel  (64, 64)  in out  LoRA(rank=2)     256
     trainable 256 of 4,160 parameters (6.1538 %)
     """
     total = sum(int(leaf.size) for leaf in jax.tree.leaves(params) if hasattr(leaf, "size"))

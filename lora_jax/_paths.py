@@ -24,13 +24,13 @@ def component(entry: Any) -> str:
     return str(entry)
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """`(path, leaf)` of every leaf, in the order of `jax.tree.leaves`.
 
     >>> named_leaves({"h": [{"kernel": 1.0}]})
     [('h/0/kernel', 1.0)]
     """
-    flat, _ = tree_util.tree_flatten_with_path(tree)
+    flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     wrappers = _variable_paths(tree)
     return [("/".join(_components(path, wrappers)), leaf) for path, leaf in flat]
 
@@ -114,13 +114,26 @@ def resolve_targets(
                 f"{_listed(found)}. Remove it, or move it before the pattern that shadows it."
             )
         chosen.update((path, pattern_method) for path in free)
+    _unambiguous(chosen, [path for path, _ in leaves])
     if not chosen:
         raise ValueError(f"`targets` is empty ({targets!r}): nothing would be trained. Name leaves, for example {_listed(floating[:3])}.")
     return chosen
 
 
+def _unambiguous(chosen: Iterable[str], paths: list[str]) -> None:
+    shared = [path for path in chosen if paths.count(path) > 1]
+    if shared:
+        raise ValueError(
+            f"`targets` names {shared[0]!r}, which is the path of {paths.count(shared[0])} leaves of `params`: a key that contains '/' "
+            "reads like two nested ones. Adapters are told apart by their paths, so rename one of these keys."
+        )
+
+
 def _pairs(targets: Any, method: Any) -> list[tuple[Any, Any]]:
     if isinstance(targets, Mapping):
+        wrong = [pattern for pattern in targets if not (isinstance(pattern, str) or callable(pattern))]
+        if wrong:
+            raise TypeError(f"`targets` has the key {wrong[0]!r}; the keys of a mapping of targets are patterns (strings).")
         return list(targets.items())
     if isinstance(targets, str) or callable(targets):
         return [(targets, method)]
@@ -149,6 +162,8 @@ def _nothing_matched(pattern: Any, leaves: list[tuple[str, Any]]) -> str:
             f"`targets` pattern {pattern!r} matches only leaves that are not floating point: {_listed(found)}. "
             "Only floating-point leaves can be adapted; cast them first or choose others."
         )
+    if not paths:
+        return f"`targets` is {pattern!r}, but `params` has no leaves."
     return (
         f"`targets` pattern {pattern!r} matches no leaf. A pattern is a regular expression for the whole path or for its "
         f"last whole components. The nearest paths are {_listed(nearest(str(pattern), paths))}."

@@ -1,5 +1,6 @@
 """Many adapters of one base: `stack` makes one tree of them, `take` picks from it by index."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._nodes import Adapter, is_node
+from ._paths import named_leaves
 
 
 def stack(deltas: Sequence[Any]) -> Any:
@@ -23,43 +25,39 @@ def stack(deltas: Sequence[Any]) -> Any:
     `jax.vmap(lambda delta, x: forward(combine(frozen, delta), x))(take(stacked, ids), xs)`.
 
     Raises:
-      ValueError: no delta, or deltas that target different leaves, differ in dropout or blocks.
+      ValueError: no delta, or deltas that target different leaves or differ in axes, dropout, blocks or dtype.
     """
     deltas = list(deltas)
     if not deltas:
         raise ValueError("`deltas` is empty; pass at least one delta.")
     leaves, treedef = jax.tree.flatten(deltas[0], is_leaf=is_node)
+    paths = [path for path, _ in named_leaves(deltas[0], is_leaf=is_node)]
     others = []
     for number, delta in enumerate(deltas[1:], 1):
         found, structure = jax.tree.flatten(delta, is_leaf=is_node)
         if structure != treedef:
             raise ValueError(f"`deltas[{number}]` does not have the containers of `deltas[0]`; stack adapters of one base.")
         others.append(found)
-    return jax.tree.unflatten(treedef, [_stacked(group) for group in zip(leaves, *others, strict=True)])
+    groups = zip(paths, zip(leaves, *others, strict=True), strict=True)
+    return jax.tree.unflatten(treedef, [_stacked(path, group) for path, group in groups])
 
 
-def _stacked(group: tuple) -> Any:
-    first = group[0]
-    if first is None and all(leaf is None for leaf in group):
+def _stacked(path: str, group: tuple) -> Any:
+    kinds = ["nothing" if leaf is None else "an adapter" if isinstance(leaf, Adapter) else f"an array of shape {leaf.shape}" for leaf in group]
+    if len(set(kinds)) != 1:
+        raise ValueError(f"`deltas` do not target the same leaves: at {path!r} they have {', '.join(kinds)}.")
+    if group[0] is None:
         return None
-    paths = {leaf.spec.path if isinstance(leaf, Adapter) else type(leaf).__name__ for leaf in group}
-    if len(paths) != 1:
-        raise ValueError(f"`deltas` do not target the same leaves: one has {first!r} where another has {next(leaf for leaf in group if type(leaf) is not type(first))!r}.")
-    if not isinstance(first, Adapter):
+    if not isinstance(group[0], Adapter):
         return jnp.stack(group)
     rank = max(leaf.spec.method.rank for leaf in group)
     padded = [leaf.spec.method.at_rank(leaf.arrays, leaf.spec, rank) for leaf in group]
-    methods = {method for method, _ in padded}
-    if len(methods) != 1:
-        raise ValueError(f"`deltas` differ at {first.spec.path!r} in more than rank and scale: {' and '.join(map(str, methods))}.")
+    specs = [dataclasses.replace(leaf.spec, method=method) for leaf, (method, _) in zip(group, padded, strict=True)]
+    for number, spec in enumerate(specs):
+        if spec != specs[0]:
+            raise ValueError(f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in more than rank, scale and start: {spec} and {specs[0]}.")
     arrays = jax.tree.map(lambda *parts: jnp.stack(parts), *(arrays for _, arrays in padded))
-    return Adapter(arrays, _with_method(first.spec, methods.pop()))
-
-
-def _with_method(spec: Any, method: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(spec, method=method)
+    return Adapter(arrays, specs[0])
 
 
 def take(stacked: Any, ids: Any) -> Any:
@@ -71,16 +69,21 @@ def take(stacked: Any, ids: Any) -> Any:
     >>> lora_jax.take(stacked, jnp.array([2, 0])).get("kernel").arrays["a"].shape
     (2, 8, 8)
 
-    With an array, the result has a leading axis to `vmap` over. Ids out of range are clamped to the last adapter under
-    `jit`, as JAX's indexing does; a concrete id out of range raises.
+    With an array, the result has a leading axis to `vmap` over. Negative ids count from the end. Ids out of range are
+    clamped under `jit`, as JAX's indexing does; a concrete id out of range raises.
 
     Raises:
-      ValueError: a concrete id out of range.
+      ValueError: a concrete id out of range, or a delta that is not stacked.
     """
+    for leaf in jax.tree.leaves(stacked, is_leaf=is_node):
+        if isinstance(leaf, Adapter) and any(leaf.arrays[name].ndim == len(axes) for name, axes in leaf.array_axes().items()):
+            raise ValueError(f"`stacked` holds a single adapter at {leaf.spec.path!r}; pass what `stack(deltas)` returns.")
     leaves = jax.tree.leaves(stacked)
     number = leaves[0].shape[0] if leaves else 0
-    if not isinstance(ids, jax.core.Tracer):
-        low, high = int(jnp.min(jnp.asarray(ids))), int(jnp.max(jnp.asarray(ids)))
+    ids = jnp.asarray(ids)
+    if not isinstance(ids, jax.core.Tracer) and ids.size:
+        low, high = int(jnp.min(ids)), int(jnp.max(ids))
         if low < -number or high >= number:
             raise ValueError(f"`ids` reaches from {low} to {high}, but `stacked` holds {number} adapters.")
+    ids = jnp.where(ids < 0, ids + number, ids)  # `clip` below would make them 0
     return jax.tree.map(lambda array: jnp.take(array, ids, axis=0, mode="clip"), stacked)

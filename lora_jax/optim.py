@@ -1,4 +1,4 @@
-"""The optax side: masks and labels for training one combined tree, and LoRA+.
+"""The optax side: masks and labels for training one combined tree.
 
 The plain way needs none of this: `tx.init(delta)` and `jax.grad` with respect to `delta`. These are for loops that hold
 the model as one tree, as `combine` returns.

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
+from experiments import config as configs
 from experiments import order
 from experiments.base import load_tokenizer
 from experiments.config import E2EData, Generate, TextData
@@ -171,6 +172,14 @@ def test_text_is_packed(generated, tmp_path, suffix):
     assert batch["input_ids"].ravel().tolist() == flat[:-1].tolist()
     assert batch["labels"].ravel().tolist() == flat[1:].tolist()
     assert batch["mask"].all()
+
+
+def test_text_of_several_files(generated, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"The text of {name}, which is long enough for a block of it.\n")
+    section = TextData("text", ("one.txt", "two.txt"), "one.txt", 4)
+    assert text.read(section, tmp_path)["train"] == [f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")]
+    assert configs.build(TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4}) == section
 
 
 def test_text_refusals(generated, tmp_path):

@@ -68,7 +68,8 @@ def read(section: TextData, directory: Path) -> dict[str, list[str]]:
     found = {}
     for split, limit in (("train", section.max_bytes), ("valid", section.max_valid_bytes)):
         name = getattr(section, split)
-        found[split] = documents(read_file(directory / name, limit))
+        files = (name,) if isinstance(name, str) else name
+        found[split] = [document for file in files for document in documents(read_file(directory / file, limit))]
         if not found[split]:
             raise ValueError(f"the data set `{name}` is empty")
     return found

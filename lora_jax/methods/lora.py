@@ -3,6 +3,8 @@ scale (rsLoRA, Kalajdzievski, arXiv 2312.03732)."""
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +60,9 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"`rank` is {self.rank!r}; it must be a positive integer.")
+        for name in ("alpha", "dropout"):
+            if not isinstance(getattr(self, name), numbers.Real):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a number, because it is static.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` is {self.dropout!r}; it must be at least 0 and below 1.")
         if not math.isfinite(self.alpha):
@@ -66,7 +71,10 @@ class LoRA(Method):
             raise ValueError(f"`init` is {self.init!r}; pass 'gaussian' (the paper) or 'kaiming' (its code).")
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"`dtype` is {self.dtype!r}; A and B need a floating-point dtype.")
+        object.__setattr__(self, "dtype", None if self.dtype is None else jnp.dtype(self.dtype))
         if self.blocks is not None:
+            if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence):
+                raise TypeError(f"`blocks` is {self.blocks!r}; pass one truth value a block, for example `(True, False, True)`.")
             object.__setattr__(self, "blocks", tuple(bool(block) for block in self.blocks))
             if not any(self.blocks):
                 raise ValueError(f"`blocks` is {self.blocks!r}: it adapts nothing. Set at least one of them to True.")
@@ -109,7 +117,7 @@ class LoRA(Method):
         return (*layers, *spec.sizes("in"), self.rank), (*layers, self.rank, *outs)
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype = self.dtype or widened(weight.dtype)
+        dtype = widened(jax.dtypes.canonicalize_dtype(weight.dtype)) if self.dtype is None else self.dtype
         a_shape, b_shape = self._shapes(spec)
         bound = 1.0 / math.sqrt(math.prod(spec.sizes("in")))
         if self.init == "gaussian":
@@ -145,5 +153,6 @@ class LoRA(Method):
 
         rank_axis = len(spec.sizes("layer")) + (self.blocks is not None)
         b = trained["b"] * jnp.asarray(self.scale, trained["b"].dtype)
-        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False)
+        # What only the start depended on is no difference any more.
+        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=b.dtype)
         return method, {"a": padded(trained["a"], -1), "b": padded(b, rank_axis)}

@@ -1,0 +1,119 @@
+"""GPT-2 and LoRA together: the adapted model, unrolled, scanned and rematerialised, and the merged one in PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formation import formed
+
+import lora_jax
+from lora_jax import LoRA
+from lora_jax.interop import hf
+from lora_jax.models import GPT2, GPT2Config, stack_layers
+
+# No activation has as many elements as a weight.
+CONFIG = GPT2Config(vocab_size=53, n_positions=16, n_embd=12, n_layer=3, n_head=2)
+IDS = jnp.arange(14).reshape(2, 7) * 3 % 53
+EVERYTHING = ("wte/embedding", "wpe/embedding", "attn/c_attn/kernel", "attn/c_proj/kernel", "mlp/c_fc/kernel", "mlp/c_proj/kernel")
+
+
+def _randomised(tree, seed=0):
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(treedef, [jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
+
+
+def _adapted(model, params, targets, method):
+    axes = {".*kernel": "layer in out"} if model.scan else None
+    frozen, delta = lora_jax.lorafy(params, targets, method=method, axes=axes)
+    return frozen, _randomised(delta)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize("which", ["q,v", "everything"])
+def test_adapted_is_merged_and_nothing_is_formed(which, scan, checkpoint, x64):
+    model = GPT2(CONFIG, scan=scan, checkpoint=checkpoint, param_dtype=jnp.float64)
+    params = model.init(jax.random.key(0), IDS)["params"]
+    targets, blocks = (EVERYTHING[2:3], (True, False, True)) if which == "q,v" else (EVERYTHING, None)
+    frozen, delta = _adapted(model, params, targets, LoRA(rank=2, alpha=3, blocks=blocks))
+    forward = lora_jax.adapt(model.apply)
+
+    def loss(apply, params):
+        return jnp.mean(apply({"params": params}, IDS) ** 2)
+
+    def both(delta):
+        ours = jax.value_and_grad(lambda d: loss(forward, lora_jax.combine(frozen, d)))(delta)
+        return ours, jax.value_and_grad(lambda d: loss(model.apply, lora_jax.merge(frozen, d)))(delta)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *jax.jit(both)(delta))
+    leaves, treedef = jax.tree.flatten(frozen)
+    paths = [path for path, _ in lora_jax._paths.named_leaves(frozen)]
+    gradient = jax.make_jaxpr(lambda leaves, d: jax.grad(lambda d: loss(forward, lora_jax.combine(jax.tree.unflatten(treedef, leaves), d)))(d))
+    jaxpr = gradient(leaves, delta)
+    for index, path in enumerate(paths):
+        if any(path.endswith(target) for target in targets):
+            layers = 3 if scan and path.startswith("h/") else 1
+            for size in {leaves[index].size, leaves[index].size // layers}:
+                assert not formed(jaxpr, [index], size), path
+
+
+def test_the_layouts_agree(x64):
+    unrolled, scanned = (GPT2(CONFIG, scan=scan, param_dtype=jnp.float64) for scan in (False, True))
+    params = unrolled.init(jax.random.key(0), IDS)["params"]
+    frozen, delta = _adapted(unrolled, params, EVERYTHING[2:3], LoRA(rank=2))
+    merged = lora_jax.merge(frozen, delta)
+    stacked_frozen, stacked_delta = _adapted(scanned, stack_layers(params), EVERYTHING[2:3], LoRA(rank=2))
+    arrays = {name: jnp.stack([delta["h"][str(i)]["attn"]["c_attn"]["kernel"].arrays[name] for i in range(3)]) for name in ("a", "b")}
+    stacked_delta["h"]["attn"]["c_attn"]["kernel"].arrays.update(arrays)
+    out = lora_jax.adapt(scanned.apply)({"params": lora_jax.combine(stacked_frozen, stacked_delta)}, IDS)
+    np.testing.assert_allclose(out, unrolled.apply({"params": merged}, IDS), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_base_with_float32_adapters():
+    model = GPT2(CONFIG, param_dtype=jnp.bfloat16)
+    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2))
+    assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(jnp.float32)}
+    out = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
+    wide = GPT2(CONFIG, param_dtype=jnp.float32)
+    exact = wide.apply({"params": lora_jax.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen), delta)}, IDS)
+    np.testing.assert_allclose(out, exact, atol=float(jnp.abs(exact).max()) * 2**-6)
+
+
+def test_decoding_with_a_cache():
+    """Prefill, then token by token, with adapters: the same logits as the full forward pass of the merged model."""
+    model = GPT2(CONFIG)
+    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2))
+    step = jax.jit(lora_jax.adapt(model.apply))
+    variables = {"params": lora_jax.combine(frozen, delta)}
+    logits, cache = step(variables, IDS[:, :4], cache=model.init_cache(2, 8))
+    found = [logits[:, -1]]
+    for column in range(4, 7):
+        logits, cache = step(variables, IDS[:, column : column + 1], cache=cache)
+        found.append(logits[:, 0])
+    exact = model.apply({"params": lora_jax.merge(frozen, delta)}, IDS)[:, 3:]
+    np.testing.assert_allclose(jnp.stack(found, 1), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_the_merged_export_is_pytorchs(scan, tmp_path, torch):
+    import transformers
+
+    model = GPT2(CONFIG, scan=scan)
+    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2))
+    hf.save(tmp_path / "merged", model, lora_jax.merge(frozen, delta))
+    loaded, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(np.asarray(IDS))).logits.numpy()
+    ours = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_published_counts_from_shapes_alone():
+    """loralib's 393,216 for GPT-2 medium and 737,280 for large, with r=4 on query and value."""
+    for name, count in (("gpt2-medium", 393_216), ("gpt2-large", 737_280)):
+        model = GPT2(GPT2Config.named(name))
+        shapes = jax.eval_shape(lambda model=model: model.init(jax.random.key(0), IDS)["params"])
+        delta = lora_jax.lorafy(shapes, "attn/c_attn/kernel", method=LoRA(rank=4, alpha=32, blocks=(True, False, True))).delta
+        assert lora_jax.count(delta) == count
