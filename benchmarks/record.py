@@ -1,29 +1,12 @@
-"""Where a result came from, and its file: `results/NAME-jax-VERSION.json` and the same as a table in `.md`."""
+"""The file of a result: `results/NAME-jax-VERSION.json`, and the same as a table in `.md`."""
 
-import datetime
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def provenance() -> dict[str, Any]:
-    """Commit (with `+changes` if the working tree differs from it), jax, device and date."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "../lora_jax", "../benchmarks", ":!results")
-    return {
-        "commit": git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else ""),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

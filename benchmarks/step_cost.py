@@ -23,6 +23,7 @@ import argparse
 import sys
 from typing import Any
 
+from experiments.provenance import provenance
 from lora_jax.models import GPT2Config
 
 from . import record
@@ -88,7 +89,7 @@ def main() -> int:
     options = parser.parse_args()
     config = GPT2Config.named("gpt2", n_layer=options.layers)
     recorded = options.layers == 12 and not options.only
-    about, rows, problems, full = record.provenance(), [], [], {}
+    about, rows, problems, full = provenance(), [], [], {}
     for setting in SETTINGS:
         if options.only and setting.name not in options.only:
             continue

@@ -5,8 +5,8 @@
 On what: the step of `step_cost.py`, GPT-2 small, unrolled, float32, from shapes alone. Each repeat measures both ways
 one after the other, in an order that alternates, with JAX's caches cleared before each, so that what else the machine
 does falls on both. Wall-clock and CPU time are kept; the ratio of medians is the result. Bound (exit status 1 if it is
-missed): ours takes at most 1.25 of the handwritten one's CPU time, tracing plus compiling. It is the CPU time that is
-bounded because a busy machine stretches the wall-clock time of single runs by half.
+missed, on either clock): ours takes at most 1.25 of the handwritten one's time, tracing plus compiling. A busy machine
+stretches the wall-clock time of single runs by half: measure on a quiet one.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from experiments.provenance import provenance
 from lora_jax.models import GPT2Config
 
 from . import record
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     config = GPT2Config.named("gpt2", n_layer=options.layers)
-    about = {**record.provenance(), "repeats": options.repeats}
+    about = {**provenance(), "repeats": options.repeats}
     jax.jit(lambda x: x + 1).lower(0.0).compile()  # what only the first compilation of a process pays
     rows = []
     for adapted in ("qv", "all"):
@@ -69,7 +70,7 @@ def main() -> int:
         if options.layers == 12:
             record.save("trace_and_compile", f"python -m benchmarks.trace_and_compile --repeats {options.repeats}", about, rows)
     print(record.table(rows))
-    return 1 if any(row["ratio"] > 1.25 for row in rows if row["what"] == "both, cpu") else 0
+    return 1 if any(row["ratio"] > 1.25 for row in rows if row["what"].startswith("both")) else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The comparison is of the logits of the adapted model in memory with those of the
 goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number in the report.
 """
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
     return merged
 
 
-def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, float]:
+def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:
     """The largest difference of a logit between the adapted model and the exported one, and the largest logit beside it."""
     rows = np.arange(min(ROWS, len(splits.valid)))
     ids = jnp.asarray(splits.valid.batch(rows)["input_ids"])
@@ -44,7 +45,25 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
     reloaded = jax.jit(model.apply)({"params": params}, ids)
     # On the host, because the two may live on different devices.
     adapted, reloaded = np.asarray(adapted, np.float32), np.asarray(reloaded, np.float32)
-    return {"max_difference": float(np.abs(adapted - reloaded).max()), "max_logit": float(np.abs(adapted).max())}
+    return {
+        "max_difference": float(np.abs(adapted - reloaded).max()),
+        "max_logit": float(np.abs(adapted).max()),
+        "pytorch": _in_pytorch(directory, np.asarray(ids), adapted),
+    }
+
+
+def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[str, Any] | None:
+    """The same comparison with what `transformers` makes of the export; None where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+    import transformers
+
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits.float().numpy()
+    keys = sorted(str(key) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[name])
+    return {"max_difference": float(np.abs(adapted - logits).max()), "keys": keys}
 
 
 def predict(section: Decode, base: Loaded, merged: Any, splits: Splits, directory: Path) -> list[dict[str, Any]]:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments import config as configs
 from experiments.config import Config
 from experiments.progress import read_metrics
+from experiments.provenance import command, provenance
 
 
 def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
@@ -22,8 +21,8 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
     facts = {
         **facts,
         "numbers": numbers(metrics),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
+        "command": command(),
+        **provenance(),
     }
     (workdir / "figures").mkdir(exist_ok=True)
     draw(metrics, config.name, workdir / "figures" / "loss.png")
@@ -79,6 +78,10 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "last training loss": f"{found['train_loss']:.4f}{smoothed}",
         "time": f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax {facts['jax']}",
         "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, largest logit {comparison['max_logit']:.1f}",
+        "merged, in PyTorch": _in_pytorch(comparison["pytorch"]),
+        "command": f"`{facts['command']}`",
+        "data": f"fingerprint `{facts['data']}`",
+        "commit, date": f"{facts['commit'] or 'outside of a clone'}, {facts['date']}",
     }
     lines = [f"# {config.name}", "", *_source(config), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
@@ -88,6 +91,12 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += _samples(facts["samples"])
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
+
+
+def _in_pytorch(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not tried: PyTorch is not installed"
+    return f"largest difference of a logit {found['max_difference']:.2e}; missing and unexpected keys: {', '.join(found['keys']) or 'none'}"
 
 
 def _source(config: Config) -> list[str]:

@@ -73,6 +73,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     merged = finish.export(trainer, state.delta, base, workdir / "merged")
     facts: dict[str, Any] = {
         "base": {"origin": base.origin, "fingerprint": identity["base"], "parameters": _size(base.params)},
+        "data": identity["data"],
         "trainable": lora_jax.count(state.delta),
         "summary": _summary(params, state.delta),
         "comparison": finish.compare(trainer, state.delta, workdir / "merged", splits),

@@ -55,6 +55,7 @@ class Interpreter:
         self.uses: dict[tuple, Use] | None = {} if observe else None
         self._jitted: dict[int, tuple[Any, Callable]] = {}
         self._calls: tuple[int, ...] = ()
+        self._callers: list[Any] = []
         self._times = 1
 
     # --- the loop over equations ------------------------------------------------------------------------------------
@@ -99,10 +100,12 @@ class Interpreter:
                 if name in _CALLS:
                     values = [value.folded(number) if isinstance(value, Factored) else value for value in values]
                     calls, self._calls = self._calls, (*self._calls, number)
+                    self._callers.append(eqn)
                     try:
                         return _CALLS[name](self, eqn, values)
                     finally:
                         self._calls = calls
+                        self._callers.pop()
                 if name in _VIEWS:
                     outputs = _VIEWS[name](eqn, values, broadcast)
                     return [self._settled(eqn, number, output) for output in outputs]
@@ -137,7 +140,7 @@ class Interpreter:
         rest = [stored for axis in value.axes for stored in axis.origin]
         how = "lookup" if value.looked_up else "formed"
         self.record(eqn, number, value, how, value.looked_up, rest, flops=(0, _forming_flops(value), _forming_flops(value)))
-        where = f"{_described(eqn)}, which has no low-rank rule, with the adapted weight", f" at {source(eqn)}"
+        where = f"{_described(eqn)}, which has no low-rank rule, with the adapted weight", f" at {self.line(eqn)}"
         return self._dense(value, *where)
 
     def returned(self, outputs: Sequence[Any]) -> list[Any]:
@@ -169,9 +172,14 @@ class Interpreter:
             return
         flops = tuple(self._times * count for count in flops)
         for path in value.leaf.paths:
-            use = Use(path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, source(eqn))
+            use = Use(path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, self.line(eqn))
             self.uses[(*self._calls, number, path)] = use  # a body that JAX traces twice is one use
             flops = (0, 0, 0)
+
+    def line(self, eqn: Any) -> str:
+        """The user's line behind an equation. Inside of a library's jitted function it is the line of the call."""
+        lines = map(source, (eqn, *reversed(self._callers)))
+        return next((line for line in lines if line), "an unknown line")
 
     @contextlib.contextmanager
     def repeated(self, times: int) -> Any:
@@ -223,12 +231,12 @@ def _postponed(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def source(eqn: Any) -> str:
-    """`file:line (function)` of the user's code behind an equation: the innermost frame outside of the libraries."""
+    """`file:line (function)` of the innermost frame outside of the libraries, or nothing."""
     frames = getattr(eqn.source_info.traceback, "frames", None) or []
     for frame in frames:
         if "site-packages" not in frame.file_name and "<frozen" not in frame.file_name and "/lora_jax/_" not in frame.file_name:
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return "an unknown line"
+    return ""
 
 
 def _described(eqn: Any) -> str:

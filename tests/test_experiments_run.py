@@ -84,7 +84,11 @@ def test_a_finished_work_directory(root):
     assert (done / "figures" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     page = (done / "report.md").read_text()
     assert "Published: BLEU 70.4" in page and "merged result of base.json" in page
-    assert json.loads((done / "report.json").read_text())["comparison"]["max_difference"] < 1e-4
+    facts = json.loads((done / "report.json").read_text())
+    assert facts["comparison"]["max_difference"] < 1e-4
+    in_pytorch = facts["comparison"]["pytorch"]
+    assert in_pytorch is None or (in_pytorch["max_difference"] < 1e-4 and not in_pytorch["keys"])
+    assert all(f" {word} |" in page or f"| {word}" in page for word in ("command", "data", "commit, date"))
     assert (done / "base" / "report.md").is_file(), "the base was run first"
 
 

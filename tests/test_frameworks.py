@@ -96,7 +96,7 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.RNN(nn.OptimizedLSTMCell(6), name="lstm")(x)
+        return nn.RNN(nn.OptimizedLSTMCell(6))(x)
 
 
 def _linen(module, linear, *inputs):
@@ -213,7 +213,7 @@ MODELS = {
     "linen convolutions": lambda: _linen(
         Images(), {name: "in in in out" for name in ("strided", "depthwise", "grouped", "transposed")} | {"head": "in out"}, _numbers(2, 6, 6, 3)
     ),
-    "linen joined LSTM": lambda: _linen(Recurrent(), {f"lstm/cell/{side}{gate}": "in out" for side in "ih" for gate in "ifgo"}, _numbers(2, 3, 5)),
+    "linen joined LSTM": lambda: _linen(Recurrent(), {f"OptimizedLSTMCell_0/{side}{gate}": "in out" for side in "ih" for gate in "ifgo"}, _numbers(2, 4, 5)),
     "linen decoding": _decoding,
     "nnx state": _nnx_state,
     "nnx module": _nnx_module,
@@ -228,9 +228,9 @@ def _arrays(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
 
 
-def _adapt(model, rank=1):
+def _adapt(model):
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), model.inputs)
-    frozen, delta = lora_jax.lorafy(model.params, "all-linear", method=LoRA(rank=rank), fn=model.fn, args=shapes)
+    frozen, delta = lora_jax.lorafy(model.params, "all-linear", method=LoRA(rank=1, alpha=1), fn=model.fn, args=shapes)
     adapters = [leaf for leaf in jax.tree.leaves(delta, is_leaf=lambda leaf: isinstance(leaf, Adapter)) if isinstance(leaf, Adapter)]
     assert {adapter.spec.path: " ".join(adapter.spec.axes) for adapter in adapters} == model.linear
     rng = np.random.default_rng(3)
