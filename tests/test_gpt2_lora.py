@@ -72,12 +72,18 @@ def test_the_layouts_agree(x64):
 
 def test_bfloat16_base_with_float32_adapters():
     model = GPT2(CONFIG, param_dtype=jnp.bfloat16)
-    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2))
+    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2, alpha=2))
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(jnp.float32)}
-    out = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
-    wide = GPT2(CONFIG, param_dtype=jnp.float32)
-    exact = wide.apply({"params": lora_jax.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen), delta)}, IDS)
-    np.testing.assert_allclose(out, exact, atol=float(jnp.abs(exact).max()) * 2**-6)
+    exact_frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
+    exact = GPT2(CONFIG).apply({"params": lora_jax.merge(exact_frozen, delta)}, IDS)
+
+    def error(logits):
+        return float(jnp.abs(logits - exact).max() / jnp.abs(exact).max())
+
+    adapted = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
+    merged = model.apply({"params": lora_jax.merge(frozen, delta)}, IDS)
+    # Three layers of bfloat16 with large random adapters lose some per cent either way; adapting loses no more of them.
+    assert error(adapted) < 2.5 * error(merged) < 0.5
 
 
 def test_decoding_with_a_cache():
