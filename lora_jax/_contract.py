@@ -61,7 +61,7 @@ def dot_general(
         if weight.windowed in own and term.window is not None:
             inner = lax.slice_in_dim(x, *term.window, axis=x_labels.index(weight.windowed))
         h, labels = contracted(inner, tuple(x_labels), term, first, keep=(*out_labels, *weight.labels(second)))
-        h, labels = contracted(h, labels, term, second, keep=out_labels)
+        h, labels = contracted(term.times_scale(h), labels, term, second, keep=out_labels)
         shape = list(y.shape)
         if term.window is not None and weight.windowed in out_labels:
             shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
@@ -183,7 +183,8 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
     def product(term: Term) -> jax.Array:
         rank, out = term.b.shape
         # Every group of input channels has the same A: one copy of it each.
-        h = _window(x, weight, jnp.concatenate([term.a] * groups, axis=-1), RANK, kernel_spec[1], params, y.dtype).astype(x.dtype)
+        h = _window(x, weight, jnp.concatenate([term.a] * groups, axis=-1), RANK, kernel_spec[1], params, y.dtype)
+        h = term.times_scale(h).astype(x.dtype)
         h = lax.reshape(h, (*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]))
         b = lax.reshape(term.b.astype(x.dtype), (rank, groups, out // groups))
         before, behind = (tuple(f"x{position}" for position in part) for part in (range(feature), range(feature + 1, y.ndim)))
@@ -207,7 +208,7 @@ def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax
     narrow = tuple(RANK if label == "out" else label for label in labels)
     for term in weight.terms:
         h = dot(x, labels, term.b.astype(x.dtype), (RANK, "out"), precision=params["precision"], preferred_element_type=y.dtype)
-        y = y + _window(place(*h, narrow, ()).astype(x.dtype), weight, term.a, kernel_spec[0], RANK, params, y.dtype)
+        y = y + _window(term.times_scale(place(*h, narrow, ())).astype(x.dtype), weight, term.a, kernel_spec[0], RANK, params, y.dtype)
     return y
 
 
@@ -242,6 +243,7 @@ def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Arra
                 preferred_element_type=y.dtype,
                 group_offset=params["group_offset"],
             )
+            h = term.times_scale(h) if name == order[0] else h
             summed, rows = (1,), [0]
         y = y + h
     return y
@@ -298,10 +300,10 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
     magnitude = None if weight.magnitude is None else view(weight.magnitude, weight.labels("magnitude"), 1.0)
     everything = tuple(range(ndim))
     if lookup:
-        for (a, a_labels), (b, b_labels) in terms:
+        for ((a, a_labels), (b, b_labels)), term in zip(terms, weight.terms, strict=True):
             both = [label for label in a_labels if label in b_labels and label != RANK]
             options = {"keep": both, "preferred_element_type": rows.dtype}
-            product = dot(a.astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
+            product = dot(term.times_scale(a).astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
             rows = rows + place(*product, everything, rows.shape)
         return rows if magnitude is None else rows * place(magnitude[0].astype(rows.dtype), magnitude[1], everything, rows.shape)
 
@@ -318,7 +320,7 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
         return None if part is None else place(*part, result.labels(name), ())
 
     return result.replace(
-        terms=tuple(Term(stored(a, "a"), stored(b, "b"), term.window) for (a, b), term in zip(terms, weight.terms, strict=True)),
+        terms=tuple(term.replace(a=stored(a, "a"), b=stored(b, "b")) for (a, b), term in zip(terms, weight.terms, strict=True)),
         magnitude=stored(magnitude, "magnitude"),
         key=stored(key, "key"),
     )

@@ -1,11 +1,9 @@
-"""Views that need more than a weight and its axes: joining weights, padding them, scaling them by a vector.
+"""The views through which a weight reaches its use: `lax` operations on a `Factored`, with a `Factored` as the result.
 
-Models join weights at run time (the gates of an LSTM, query, key and value) and stack those of equal layers to scan
-over them. Along an `in` or `out` axis the joined weight has the terms of all, each in its window; along a stacked axis
-their factors are stacked as the weights are.
+Each is the operation on W and, restricted to the axes that they have, on its parts. `NotAView` where no factors exist.
 """
 
-import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,96 +11,185 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import RANK, Axis, Factored, NotAView, Term, place
+from ._factored import NEW, RANK, Axis, Factored, NotAView
 
 
-def concatenated(operands: Sequence[Any], dimension: int) -> Factored:
-    """`lax.concatenate` of weights, or of weights and arrays, which are weights without terms."""
-    weights = [operand for operand in operands if isinstance(operand, Factored)]
-    first, tag = weights[0], weights[0].axes[dimension].tag
-    # While axes are being read, all must also run along the same stored axes: there is one record for the joined weight.
-    kinds = {weight.axes if tag == "?" else tuple(axis.tag for axis in weight.axes) for weight in weights}
-    if len(kinds) > 1 or any(weight.looked_up for weight in weights):
-        raise NotAView
-    if len({weight.leaf.dropout for weight in weights if weight.key is not None}) > 1 or len({weight.key is None for weight in weights}) > 1:
-        raise NotAView  # one input has one dropout
-    arrays = [operand.weight if isinstance(operand, Factored) else operand for operand in operands]
-    paths = dict.fromkeys(path for weight in weights for path in weight.leaf.paths)
-    joined = first.replace(weight=lax.concatenate(arrays, dimension), leaf=dataclasses.replace(first.leaf, paths=tuple(paths)))
-    if tag in ("in", "out"):
-        return _in_windows(joined, operands, dimension)
-    if tag == "?":
-        return joined
-    if len(weights) != len(operands):
-        raise NotAView
-    return _stacked(joined, [weight.unwindowed() for weight in weights], dimension)
-
-
-def stacked(operands: Sequence[Any], dimension: int) -> Factored:
-    """`jnp.stack` of weights."""
-    if not all(isinstance(operand, Factored) for operand in operands):
-        raise NotAView
-    shape = list(operands[0].shape)
-    shape.insert(dimension, 1)
-    kept = [index for index in range(len(shape)) if index != dimension]
-    return concatenated([weight.broadcast(shape, kept) for weight in operands], dimension)
-
-
-def _in_windows(joined: Factored, operands: Sequence[Any], dimension: int) -> Factored:
-    start, terms, magnitudes = 0, [], []
-    for operand in operands:
-        size = operand.shape[dimension]
-        if isinstance(operand, Factored):
-            operand = operand if operand.windowed == dimension else operand.unwindowed()
-            for term in operand.terms:
-                low, high = term.window or (0, size)
-                terms.append(Term(term.a, term.b, (start + low, start + high)))
-        magnitudes.append(getattr(operand, "magnitude", None))
-        start += size
-    if all(magnitude is None for magnitude in magnitudes):
-        return joined.replace(terms=tuple(terms), windowed=dimension)
-    if joined.axes[dimension].tag == "in":
-        raise NotAView  # one m for each part of a sum
-    labels, dtype = joined.labels("magnitude"), next(m.dtype for m in magnitudes if m is not None)
-    ones = lambda operand: jnp.ones([operand.shape[label] for label in labels], dtype)  # noqa: E731
-    filled = [ones(operand) if m is None else m.astype(dtype) for m, operand in zip(magnitudes, operands, strict=True)]
-    return joined.replace(terms=tuple(terms), windowed=dimension, magnitude=lax.concatenate(filled, labels.index(dimension)))
-
-
-def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> Factored:
-    """Along a `layer` axis, or along a `new` one, which becomes a `layer` axis: every index has its own factors."""
-    first = weights[0]
-    axes = tuple(Axis("layer") if index == dimension else axis for index, axis in enumerate(first.axes))
-    joined = joined.replace(axes=axes, windowed=None)
-    if len({len(weight.terms) for weight in weights}) > 1 or len({weight.magnitude is None for weight in weights}) > 1:
-        raise NotAView
-
-    def part(name: str, pick: Callable[[Factored], jax.Array | None]) -> jax.Array | None:
-        arrays = [pick(weight) for weight in weights]
-        if arrays[0] is None:
-            return None
-        before, after = first.labels(name), joined.labels(name)
-        if RANK in before:  # weights of several ranks: zeros change no product
-            position = before.index(RANK)
-            rank = max(array.shape[position] for array in arrays)
-            arrays = [_padded_to(array, position, rank) for array in arrays]
-        if dimension not in before:
-            sizes = lambda weight, array: [weight.shape[dimension] if label == dimension else array.shape[before.index(label)] for label in after]  # noqa: E731
-            arrays = [place(array, before, after, sizes(weight, array)) for weight, array in zip(weights, arrays, strict=True)]
-        return jnp.concatenate(arrays, after.index(dimension))
-
-    count = len(first.terms)
-    return joined.replace(
-        terms=tuple(Term(part("a", lambda w, i=i: w.terms[i].a), part("b", lambda w, i=i: w.terms[i].b)) for i in range(count)),
-        magnitude=part("magnitude", lambda weight: weight.magnitude),
-        key=part("key", lambda weight: weight.key),
+def transposed(weight: Factored, permutation: Sequence[int]) -> Factored:
+    place_of = {old: new for new, old in enumerate(permutation)}
+    windowed = None if weight.windowed is None else place_of[weight.windowed]
+    return weight.viewed(
+        lambda array, labels: (array, tuple(place_of.get(label, label) for label in labels)),
+        [weight.axes[old] for old in permutation],
+        windowed=windowed,
     )
 
 
-def _padded_to(array: jax.Array, axis: int, size: int) -> jax.Array:
-    if array.shape[axis] == size:
-        return array
-    return lax.pad(array, jnp.zeros((), array.dtype), [(0, size - array.shape[axis] if index == axis else 0, 0) for index in range(array.ndim)])
+def squeezed(weight: Factored, dimensions: Sequence[int]) -> Factored:
+    """Without these axes, all of size 1."""
+    weight = weight.unwindowed(dimensions)
+    kept = [index for index in range(len(weight.axes)) if index not in dimensions]
+    place_of = {old: new for new, old in enumerate(kept)} | {RANK: RANK}
+
+    def view(array: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        gone = [position for position, label in enumerate(labels) if label in dimensions]
+        return lax.squeeze(array, gone), tuple(place_of[label] for label in labels if label not in dimensions)
+
+    windowed = None if weight.windowed is None else place_of[weight.windowed]
+    return weight.viewed(view, [weight.axes[index] for index in kept], windowed=windowed)
+
+
+def broadcast(weight: Factored, shape: Sequence[int], dimensions: Sequence[int]) -> Factored:
+    """`lax.broadcast_in_dim`. Axes that appear or grow are `new`: the factors do not vary along them."""
+    grown = [index for index, new in enumerate(dimensions) if shape[new] != weight.shape[index]]
+    kept = [index for index in range(len(weight.axes)) if index not in grown]
+    axes = [NEW] * len(shape)
+    for index in kept:
+        axes[dimensions[index]] = weight.axes[index]
+    narrow = squeezed(weight, grown)
+    place_of = {narrowed: dimensions[index] for narrowed, index in enumerate(kept)} | {RANK: RANK}
+    return narrow.viewed(
+        lambda array, labels: (array, tuple(place_of[label] for label in labels)),
+        axes,
+        weight=lax.broadcast_in_dim(weight.weight, shape, dimensions),
+        windowed=None if narrow.windowed is None else place_of[narrow.windowed],
+    )
+
+
+def reshaped(weight: Factored, shape: Sequence[int]) -> Factored:
+    """Splits and merges axes. Axes of different kinds cannot be merged: then no factors exist."""
+    groups = _reshape_groups(weight.shape, shape)
+    axes = [NEW] * len(shape)
+    dropped: list[int] = []
+    for old, new in groups:
+        real = [index for index in old if weight.shape[index] > 1]
+        if len({weight.axes[index].tag for index in real}) > 1:
+            raise NotAView
+        if not real and len(old) == len(new) == 1:
+            axes[new[0]] = weight.axes[old[0]]
+            continue
+        dropped.extend(index for index in old if weight.shape[index] == 1)
+        origin = tuple(sorted({stored for index in real for stored in weight.axes[index].origin}))
+        for index in new:
+            if real and shape[index] > 1:
+                axes[index] = Axis(weight.axes[real[0]].tag, origin)
+    weight, windowed, windows = _reshape_windows(weight, groups, shape)
+
+    def view(array: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        sizes, result = [], []
+        for label in labels:
+            if label == RANK:
+                sizes.append(array.shape[labels.index(RANK)])
+                result.append(RANK)
+            for old, new in groups:
+                real = [index for index in old if index not in dropped]
+                if real and real[0] == label:
+                    members = [index for index in new if axes[index] is not NEW]
+                    narrow = math.prod(array.shape[labels.index(index)] for index in real)
+                    inner = [shape[index] for index in members[1:]]
+                    sizes.extend([narrow // math.prod(inner), *inner][: len(members)])
+                    result.extend(members)
+        return lax.reshape(array, sizes), tuple(result)
+
+    result = weight.viewed(view, axes, weight=lax.reshape(weight.weight, shape), windowed=windowed)
+    terms = tuple(term.replace(window=window) for term, window in zip(result.terms, windows, strict=True))
+    return result.replace(terms=terms)
+
+
+def _reshape_windows(weight: Factored, groups: list, shape: Sequence[int]) -> tuple[Factored, int | None, list]:
+    """Windows survive where their axis is split so that each covers whole rows of the first new axis."""
+    windows = [term.window for term in weight.terms]
+    if weight.windowed is None:
+        return weight, None, windows
+    old, new = next(group for group in groups if weight.windowed in group[0])
+    real = [index for index in new if shape[index] > 1]
+    row = math.prod(shape[index] for index in real[1:])
+    whole = len([index for index in old if weight.shape[index] > 1]) == 1 and real
+    if not whole or any(edge % row for window in windows if window for edge in window):
+        return weight.unwindowed(), None, [None] * len(windows)
+    return weight, real[0], [window and (window[0] // row, window[1] // row) for window in windows]
+
+
+def sliced(weight: Factored, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int] | None) -> Factored:
+    strides = strides or (1,) * len(weight.axes)
+    axis = weight.windowed
+    if axis is not None and (starts[axis], stops[axis]) != (0, weight.shape[axis]):
+        if strides[axis] != 1:
+            return sliced(weight.unwindowed(), starts, stops, strides)
+        return _sliced_apart(_sliced_windows(weight, starts[axis], stops[axis]), starts, stops, strides, axis)
+    return _sliced_apart(weight, starts, stops, strides, axis)
+
+
+def _sliced_apart(weight: Factored, starts: Sequence, stops: Sequence, strides: Sequence, windowed: int | None) -> Factored:
+    """Slices every axis; parts along the windowed axis have been narrowed already."""
+
+    def view(array: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        narrowed = [label == RANK or label == windowed for label in labels]
+        limits = [
+            (0, array.shape[position], 1) if skip else (starts[label], stops[label], strides[label])
+            for position, (label, skip) in enumerate(zip(labels, narrowed, strict=True))
+        ]
+        return lax.slice(array, *zip(*limits, strict=True)) if limits else array, labels
+
+    array = lax.slice(weight.weight, starts, stops, strides)
+    if weight.magnitude is None or windowed is None:
+        return weight.viewed(view, weight.axes, weight=array)
+    limits = [[ends[label] for label in weight.labels("magnitude")] for ends in (starts, stops, strides)]
+    magnitude = lax.slice(weight.magnitude, *limits)
+    return weight.replace(magnitude=None).viewed(view, weight.axes, weight=array).replace(magnitude=magnitude)
+
+
+def _sliced_windows(weight: Factored, start: int, stop: int) -> Factored:
+    (name, position), terms = weight.windowed_part(), []
+    for term in weight.terms:
+        first, last = term.window or (0, weight.shape[weight.windowed])
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            factor = lax.slice_in_dim(getattr(term, name), low - first, high - first, axis=position)
+            terms.append(term.replace(window=(low - start, high - start), **{name: factor}))
+    return weight.replace(terms=tuple(terms))
+
+
+def dynamic_sliced(weight: Factored, starts: Sequence[Any], sizes: Sequence[int]) -> Factored:
+    moved = [index for index, size in enumerate(sizes) if size != weight.shape[index]]
+    weight = weight.unwindowed(moved)
+
+    def view(array: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        for position, label in enumerate(labels):
+            if label in moved:
+                array = lax.dynamic_slice_in_dim(array, starts[label], sizes[label], position)
+        return array, labels
+
+    return weight.viewed(view, weight.axes)
+
+
+def flipped(weight: Factored, dimensions: Sequence[int]) -> Factored:
+    weight = weight.unwindowed(dimensions)
+    return weight.viewed(
+        lambda array, labels: (lax.rev(array, [p for p, label in enumerate(labels) if label in dimensions]), labels),
+        weight.axes,
+    )
+
+
+def unstacked(weight: Factored) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Factored]]:
+    """What `scan` over the first axis must slice, and how to make the weight of one step from the slices."""
+    weight = weight.unwindowed([0])
+    positions = {name: weight.labels(name).index(0) for name in ("a", "b", "magnitude", "key") if 0 in weight.labels(name)}
+    leaves = [("weight", weight.weight)]
+    leaves += [(name, getattr(term, name)) for term in weight.terms for name in ("a", "b")]
+    leaves += [("magnitude", weight.magnitude), ("key", weight.key)]
+    positions["weight"] = 0
+    scanned = [index for index, (name, array) in enumerate(leaves) if array is not None and name in positions]
+
+    def rebuild(slices: list[jax.Array]) -> Factored:
+        arrays = [array for _, array in leaves]
+        for index, array in zip(scanned, slices, strict=True):
+            arrays[index] = array
+        base, *factors, magnitude, key = arrays
+        terms = tuple(term.replace(a=a, b=b) for a, b, term in zip(factors[::2], factors[1::2], weight.terms, strict=True))
+        windowed = None if weight.windowed is None else weight.windowed - 1
+        return weight.replace(weight=base, terms=terms, magnitude=magnitude, key=key, axes=weight.axes[1:], windowed=windowed)
+
+    return [jnp.moveaxis(leaves[index][1], positions[leaves[index][0]], 0) for index in scanned], rebuild
 
 
 def padded(weight: Factored, array: jax.Array, config: Sequence[tuple[int, int, int]]) -> Factored:
@@ -118,7 +205,7 @@ def padded(weight: Factored, array: jax.Array, config: Sequence[tuple[int, int, 
 
     return weight.replace(
         weight=array,
-        terms=tuple(Term(part(term.a, "a", 0.0), part(term.b, "b", 0.0), term.window) for term in weight.terms),
+        terms=tuple(term.replace(a=part(term.a, "a", 0.0), b=part(term.b, "b", 0.0)) for term in weight.terms),
         magnitude=None if weight.magnitude is None else part(weight.magnitude, "magnitude", 1.0),
     )
 
@@ -146,7 +233,7 @@ def rescaled(weight: Factored, array: jax.Array, factor: jax.Array, operation: C
         own = lax.broadcast_in_dim(lax.transpose(own, order), part.shape, [labels.index(varying[index]) for index in order])
         return operation(part, own.astype(part.dtype))
 
-    return weight.replace(weight=array, terms=tuple(dataclasses.replace(term, **{name: scaled(getattr(term, name))}) for term in weight.terms))
+    return weight.replace(weight=array, terms=tuple(term.replace(**{name: scaled(getattr(term, name))}) for term in weight.terms))
 
 
 def along(weight: Factored, array: jax.Array, axis: int, operation: Callable[[jax.Array, int], jax.Array]) -> Factored:
@@ -161,6 +248,24 @@ def along(weight: Factored, array: jax.Array, axis: int, operation: Callable[[ja
 
     return weight.replace(
         weight=array,
-        terms=tuple(Term(part(term.a, "a"), part(term.b, "b"), term.window) for term in weight.terms),
+        terms=tuple(term.replace(a=part(term.a, "a"), b=part(term.b, "b")) for term in weight.terms),
         magnitude=None if weight.magnitude is None else part(weight.magnitude, "magnitude"),
     )
+
+
+def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The finest pairs of runs of axes, old and new, with equal products."""
+    groups, i, j = [], 0, 0
+    while i < len(old) and j < len(new):
+        first, second, left, right = [i], [j], old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                first.append(i)
+                left, i = left * old[i], i + 1
+            else:
+                second.append(j)
+                right, j = right * new[j], j + 1
+        groups.append((first, second))
+    rest = (list(range(i, len(old))), list(range(j, len(new))))
+    return [*groups, rest] if rest[0] or rest[1] else groups

@@ -24,8 +24,8 @@ class LoRA(Method):
     >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
     {'a': (64, 4), 'b': (4, 32)}
 
-    A starts random and B at zero, so training starts from the base exactly. The scale is folded into B where they are
-    used, in float32, because B is smaller than any activation.
+    A starts random and B at zero, so training starts from the base exactly. The scale multiplies `x·A`, the narrowest
+    array on the way.
 
     Args:
       rank: r, at most min(in, out) of the weight. For several in or out axes, their products.
@@ -133,14 +133,14 @@ class LoRA(Method):
         return {"a": (*layers, *spec.axis_indices("in"), None), "b": (*layers, None, *outs)}
 
     def canonical(self, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
-        a, b = trained["a"], trained["b"] * jnp.asarray(self.scale, trained["b"].dtype)
+        a, b = trained["a"], trained["b"]
         if self.blocks is None:
-            return Canonical((Term(a, b),), dropout=self.dropout)
+            return Canonical((Term(a, b, scale=self.scale),), dropout=self.dropout)
         axis, size = len(spec.sizes("layer")), spec.sizes("out")[0] // len(self.blocks)
         starts = [index * size for index, block in enumerate(self.blocks) if block]
         pick = jax.lax.index_in_dim
         terms = (
-            Term(pick(a, index, axis, keepdims=False), pick(b, index, axis, keepdims=False), (start, start + size))
+            Term(pick(a, index, axis, keepdims=False), pick(b, index, axis, keepdims=False), (start, start + size), self.scale)
             for index, start in enumerate(starts)
         )
         return Canonical(tuple(terms), dropout=self.dropout)

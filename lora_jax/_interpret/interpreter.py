@@ -1,0 +1,182 @@
+"""The loop over the equations of a jaxpr, and what happens where a weight would have to be formed."""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+from .._contract import Pending
+from .._factored import Factored, NotAView
+from .calls import CALLS
+from .equation import bind, described, postponed, source
+from .uses import USES, Use, forming_flops, lookup_flops
+from .views import VIEWS
+
+
+class MaterializeError(ValueError):
+    """An operation would have to form an adapted weight."""
+
+
+class Interpreter:
+    """One evaluation of a function: what may be formed, and who watches."""
+
+    def __init__(self, materialize: str = "error", observe: bool = False):
+        self.materialize = materialize
+        self.uses: dict[tuple, Use] | None = {} if observe else None
+        self._jitted: dict[int, tuple[Any, Callable]] = {}
+        self._calls: tuple[int, ...] = ()
+        self._callers: tuple[Any, ...] = ()
+        self._times = 1
+
+    # --- the loop over equations ------------------------------------------------------------------------------------
+
+    def evaluate(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr, open or closed, on arrays and factored weights."""
+        consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+        narrow: dict[Any, Any] = {}  # variable -> the array that it is a broadcast of, with axes of size 1
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+        numbered = enumerate(jaxpr.eqns)
+        for name_stack, equations in itertools.groupby(numbered, key=lambda pair: str(pair[1].source_info.name_stack)):
+            with jax.named_scope(name_stack) if name_stack else contextlib.nullcontext():
+                for number, eqn in equations:
+                    values = [read(atom) for atom in eqn.invars]
+                    if any(isinstance(value, Pending) for value in values):
+                        outputs = postponed(eqn, values)
+                        if outputs is not None:
+                            env.update(zip(eqn.outvars, outputs, strict=True))
+                            continue
+                        sums = {atom: value.value() for atom, value in zip(eqn.invars, values, strict=True) if isinstance(value, Pending)}
+                        env.update(sums)
+                        values = [read(atom) for atom in eqn.invars]
+                    if not any(isinstance(value, Factored) for value in values):
+                        outputs = bind(eqn, values)
+                        if eqn.primitive.name == "broadcast_in_dim":
+                            narrow[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
+                    else:
+                        broadcast = [None if isinstance(atom, jex.Literal) else narrow.get(atom) for atom in eqn.invars]
+                        outputs = self._apply(eqn, number, values, broadcast)
+                    env.update(zip(eqn.outvars, outputs, strict=True))
+        outputs = [read(atom) for atom in jaxpr.outvars]
+        return [value.value() if isinstance(value, Pending) else value for value in outputs]
+
+    def _apply(self, eqn: Any, number: int, values: list[Any], broadcast: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        with eqn.ctx.manager:
+            try:
+                if name in CALLS:
+                    values = [value.folded(number) if isinstance(value, Factored) else value for value in values]
+                    with self.inside(number, eqn):
+                        return CALLS[name](self, eqn, values)
+                if name in VIEWS:
+                    outputs = VIEWS[name](eqn, values, broadcast)
+                    return [self._settled(eqn, number, output) for output in outputs]
+                if name in USES:
+                    return [self._settled(eqn, number, USES[name](self, eqn, number, values))]
+            except NotAView:
+                pass
+        return bind(eqn, [self.formed(eqn, value, number) for value in values])
+
+    def _settled(self, eqn: Any, number: int, value: Any) -> Any:
+        """A view with no in or no out axis left is the result of a lookup: an activation, and as small as one."""
+        if not isinstance(value, Factored):
+            return value
+        tags = {axis.tag for axis in value.axes}
+        if "?" in tags or value.looked_up:
+            rest = [axis for axis, size in zip(value.axes, value.shape, strict=True) if axis.origin and size > 1]
+            if len(rest) > 1:
+                return value
+            self.record(eqn, number, value, "lookup", value.looked_up, [stored for axis in rest for stored in axis.origin])
+            return value.weight
+        if {"in", "out"} <= tags:
+            return value
+        self.record(eqn, number, value, "lookup", (), (), flops=lookup_flops(value, value.weight.size))
+        return value.dense()
+
+    # --- forming weights ----------------------------------------------------------------------------------------------
+
+    def formed(self, eqn: Any, value: Any, number: int = -1) -> Any:
+        """The weight itself, if that is allowed."""
+        if not isinstance(value, Factored):
+            return value
+        rest = [stored for axis in value.axes for stored in axis.origin]
+        how = "lookup" if value.looked_up else "formed"
+        self.record(eqn, number, value, how, value.looked_up, rest, flops=(0, forming_flops(value), forming_flops(value)))
+        where = f"{described(eqn)}, which has no low-rank rule, with the adapted weight", f" at {self.line(eqn)}"
+        return self._dense(value, *where)
+
+    def returned(self, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs of the function; a weight among them has to be formed."""
+        where = "`fn` returning the adapted weight", ""
+        return [self._dense(output, *where) if isinstance(output, Factored) else output for output in outputs]
+
+    def _dense(self, value: Factored, operation: str, place: str) -> Any:
+        if self.materialize == "allow":
+            return value.dense()
+        paths = " and ".join(map(repr, value.leaf.paths))
+        message = (
+            f"`adapt` met {operation} {paths} (as {value.dtype}{list(value.shape)}){place}. The weight "
+            f"W + A·B would have to be formed there. Pass `materialize='allow'` (or 'warn') to `adapt` to form it, "
+            f"or leave {paths} out of `targets`."
+        )
+        if self.materialize == "error":
+            raise MaterializeError(message)
+        warnings.warn(message, stacklevel=2)
+        return value.dense()
+
+    def all_formed(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        return [self.formed(eqn, value, -2 - position) for position, value in enumerate(values)]
+
+    def record(
+        self, eqn: Any, number: int, value: Factored, how: str, summed: Sequence, free: Sequence, batch: Sequence = (), flops: tuple = (0, 0, 0)
+    ) -> None:
+        if self.uses is None:
+            return
+        flops = tuple(self._times * count for count in flops)
+        for path in value.leaf.paths:
+            use = Use(path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, self.line(eqn))
+            self.uses[(*self._calls, number, path)] = use  # a body that JAX traces twice is one use
+            flops = (0, 0, 0)
+
+    def line(self, eqn: Any) -> str:
+        """The user's line behind an equation. Inside of a library's jitted function it is the line of the call."""
+        lines = map(source, (eqn, *reversed(self._callers)))
+        return next((line for line in lines if line), "an unknown line")
+
+    @contextlib.contextmanager
+    def inside(self, number: int, eqn: Any = None) -> Any:
+        """While an inner jaxpr is evaluated: what is recorded there belongs to this equation, or this branch of one."""
+        calls, callers = self._calls, self._callers
+        self._calls, self._callers = (*calls, number), callers if eqn is None else (*callers, eqn)
+        try:
+            yield
+        finally:
+            self._calls, self._callers = calls, callers
+
+    @contextlib.contextmanager
+    def repeated(self, times: int) -> Any:
+        self._times *= times
+        try:
+            yield
+        finally:
+            self._times //= times
+
+    def jitted(self, closed: Any, options: dict, name: str) -> Callable:
+        """The jitted evaluation of an inner jaxpr: one for each jaxpr, so that a repeated call is traced once."""
+        if self.uses is None and id(closed) in self._jitted:
+            return self._jitted[id(closed)][1]
+
+        def call(*operands: Any) -> list[Any]:
+            return self.evaluate(closed, operands)
+
+        call.__name__ = call.__qualname__ = name
+        function = jax.jit(call, **options)
+        self._jitted[id(closed)] = (closed, function)  # the jaxpr is kept: its id must stay its own
+        return function
