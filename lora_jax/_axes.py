@@ -28,6 +28,7 @@ class Reading:
     contracted: bool = False
     looked_up: bool = False
     conflict: str = ""  # "", "sides" (in and out exchanged between uses) or "layers"
+    formed: str = ""  # the first operation that has no low-rank rule, and its line
 
     @property
     def linear(self) -> bool:
@@ -70,17 +71,18 @@ def read(fn: Callable, params: Any, args: tuple) -> dict[str, Reading]:
 def _reading(ndim: int, uses: list[Use]) -> Reading:
     contractions = [use for use in uses if use.how == "low-rank"]
     lookups = [use for use in uses if use.how == "lookup"]
+    formed = next((f"`{use.operation}` at {use.source}" for use in uses if use.how == "formed"), "")
     # A lookup decides first: the axis it picks from is the in axis of a table, whoever else uses the table.
     words = [_words(ndim, use) for use in (*(use for use in lookups if use.summed and not _is_stack(use, contractions)), *contractions)]
     words = [word for word in words if word is not None]
     if not words:
-        return Reading(None, bool(contractions), bool(lookups))
+        return Reading(None, bool(contractions), bool(lookups), formed=formed)
     conflict = ""
     for other in words[1:]:
         if other != words[0]:
             same_layers = [word == "layer" for word in other] == [word == "layer" for word in words[0]]
             conflict = "layers" if not same_layers or conflict == "layers" else "sides"
-    return Reading(words[0], bool(contractions), any(not _is_stack(use, contractions) for use in lookups), conflict)
+    return Reading(words[0], bool(contractions), any(not _is_stack(use, contractions) for use in lookups), conflict, formed)
 
 
 def _is_stack(lookup: Use, contractions: list[Use]) -> bool:
@@ -130,13 +132,22 @@ def given(axes: Any, leaves: list[tuple[str, Any]], targeted: list[str]) -> dict
     return found
 
 
+def _instead(reading: Reading, shape: tuple[int, ...]) -> str:
+    """What `fn` does with a leaf that it never contracts with."""
+    if not reading.formed:
+        return "`fn` does not use it."
+    if len(shape) < 2:
+        return f"it goes into {reading.formed}, as a bias or a scale does, and has no low-rank form."
+    return f"it goes into {reading.formed}, of which there is no low-rank form; what is contracted later is another array."
+
+
 def resolve(path: str, shape: tuple[int, ...], given: dict[str, str], readings: dict[str, Reading] | None, sided: bool) -> tuple[str, ...]:
     """The axes of one targeted leaf, or an error that says what to pass."""
     reading = None if readings is None else readings[path]
     if reading is not None and reading.axes is None and not reading.contracted and not reading.looked_up:
         raise ValueError(
-            f"`targets` names {path!r}, of shape {shape}, but `fn` never contracts with it: a bias, a scale or an unused leaf has "
-            "no low-rank form. Leave it out, or train it itself with `Full()`."
+            f"`targets` names {path!r}, of shape {shape}, but `fn` never contracts with it: {_instead(reading, shape)} "
+            "Leave it out, or train it itself with `Full()`."
         )
     if path in given:
         return parse(given[path], path, shape)

@@ -1,4 +1,5 @@
-"""`lorafy` splits a pytree into what stays and what trains; `combine` puts the two side by side for an adapted function."""
+"""`lorafy` splits a pytree into what stays and what trains; `combine` puts the two side by side for an adapted function,
+and `partition` takes them apart again."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -140,6 +141,35 @@ def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
       ValueError: the two trees do not belong together.
     """
     return paired(_joined, frozen, delta, None if key is None else _random_key(key))
+
+
+def partition(tree: Any) -> Lorafied:
+    """The two trees of a combined one: undoes `combine`.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=lora_jax.LoRA(rank=1))
+    >>> tree = lora_jax.combine(frozen, delta)
+    >>> lora_jax.partition(tree).delta["kernel"] is delta["kernel"]
+    True
+
+    For loops that hold the model as one tree (`lora_jax.optim`): to merge, save or count what they trained, and for a
+    new dropout key in every step, `combine(*partition(tree), key=key)` inside the loss. A key of the tree's own is left
+    out. Leaves without an adapter are frozen.
+
+    Raises:
+      TypeError: `tree` is one half only, a `delta`.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
+    parts = [_parts(leaf) for leaf in leaves]
+    return Lorafied(treedef.unflatten([frozen for frozen, _ in parts]), treedef.unflatten([delta for _, delta in parts]))
+
+
+def _parts(leaf: Any) -> tuple[Any, Any]:
+    if isinstance(leaf, Adapter):
+        raise TypeError("`tree` is a delta; pass the combined tree, as `combine(frozen, delta)` returns it.")
+    if isinstance(leaf, Adapted):
+        return leaf.frozen, leaf.adapter
+    return (None, leaf.value) if isinstance(leaf, Trained) else (leaf, None)
 
 
 def paired(join: Callable, frozen: Any, delta: Any, *rest: Any) -> Any:

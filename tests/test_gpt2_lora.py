@@ -73,6 +73,8 @@ def test_the_layouts_agree(x64):
 def test_bfloat16_base_with_float32_adapters():
     model = GPT2(CONFIG, param_dtype=jnp.bfloat16)
     frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2, alpha=2))
+    # Adapters of about 0.4 of the weights' size. Ones that outweigh them make the model itself ill-conditioned.
+    delta = jax.tree.map(lambda array: 0.25 * array, delta)
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(jnp.float32)}
     exact_frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
     exact = GPT2(CONFIG).apply({"params": lora_jax.merge(exact_frozen, delta)}, IDS)
@@ -82,8 +84,8 @@ def test_bfloat16_base_with_float32_adapters():
 
     adapted = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
     merged = model.apply({"params": lora_jax.merge(frozen, delta)}, IDS)
-    # Three layers of bfloat16 with large random adapters lose some per cent either way; adapting loses no more of them.
-    assert error(adapted) < 2.5 * error(merged) < 0.5
+    assert error(adapted) < 2**-6 and error(merged) < 2**-6
+    assert float(jnp.abs(adapted - merged).max() / jnp.abs(exact).max()) < 2**-6
 
 
 def test_decoding_with_a_cache():

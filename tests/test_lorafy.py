@@ -137,6 +137,18 @@ def test_refuses_an_adapted_tree():
             lora_jax.lorafy(tree, "c_proj/kernel")
 
 
+def test_partition_undoes_combine():
+    params = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, "absent": None, "steps": jnp.arange(3), "head": [jnp.ones((4, 2))]}
+    frozen, delta = lora_jax.lorafy(params, {"kernel": LoRA(rank=2, dropout=0.1), "head/0": Full()})
+    for key in (None, jax.random.key(0)):
+        apart = lora_jax.partition(lora_jax.combine(frozen, delta, key=key))
+        assert jax.tree.structure(apart) == jax.tree.structure(lora_jax.Lorafied(frozen, delta))
+        assert all(a is b for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves((frozen, delta)), strict=True))
+    assert lora_jax.partition({}) == ({}, {})
+    with pytest.raises(TypeError, match="`tree` is a delta; pass the combined tree"):
+        lora_jax.partition(delta)
+
+
 @pytest.mark.parametrize("swap", [lora_jax.combine, lora_jax.merge, lora_jax.unmerge, lora_jax.merge_report])
 def test_trees_that_do_not_belong_together(swap):
     frozen, delta = lora_jax.lorafy({"w": jnp.ones((4, 4))}, "w", method=RANK_2)
@@ -370,7 +382,12 @@ def looped(params, x):  # stacked in one use, one matrix of two in axes in the o
         (HEADS, {"axes": {"k": "in out out"}}, r"`axes` pattern 'k' matches no leaf. The nearest paths are"),
         ({"w": shape(6)}, {}, r"'w', of shape \(6,\): fewer than two axes have no low-rank form.*`targets=\{'w': Full\(\)"),
         ({"w": shape(6, 6)}, {"fn": lambda params, x: x + params["w"][:1], "args": (X,)}, r"axes of 'w'.*cannot be read off `fn`, which does not contract with it as"),
-        ({"w": shape(6, 6)}, {"fn": lambda params, x: x, "args": (X,)}, r"'w', of shape \(6, 6\), but `fn` never contracts.*`Full\(\)`"),
+        ({"w": shape(6, 6)}, {"fn": lambda params, x: x, "args": (X,)}, r"'w', of shape \(6, 6\), but `fn` never contracts with it: `fn` does not use it.*`Full\(\)`"),
+        (
+            {"w": shape(6, 6)},
+            {"fn": lambda params, x: x @ (params["w"] * jnp.tri(6)), "args": (X,)},
+            r"'w', of shape \(6, 6\), but `fn` never contracts with it: it goes into `mul` at .*test_lorafy.py.*what is contracted later is another array",
+        ),
         ({"w": shape(2, 6)}, {"fn": lambda params, x: x + params["w"], "args": (X,)}, r"'w', of shape \(2, 6\), but `fn` never contracts"),
         ({"w": shape(2, 6)}, {"fn": lambda params, x: x + params["w"], "args": (X,), "axes": "in out"}, r"`fn` never contracts"),
         ({"w": shape(3, 6, 6)}, {"fn": looped, "args": (X,)}, r"`fn` uses 'w', of shape \(3, 6, 6\), in contradictory ways"),

@@ -125,6 +125,18 @@ def test_training_one_combined_tree(relaxed_promotion):
         assert np.abs(a - start).max() > 1e-2
 
 
+def test_dropout_in_the_mask_form(relaxed_promotion):
+    """A key for every step, given to the loss: the gradient is that of the delta alone under the same key."""
+    frozen, delta = lora_jax.lorafy(network(), {"kernel": LoRA(rank=2, dropout=0.5), "out/bias": Full()})
+    delta = jax.tree.map(lambda array: array + 0.1, delta)
+    tree, key = lora_jax.combine(frozen, delta), jax.random.key(3)
+    ours = jax.grad(lambda tree: loss(lora_jax.combine(*lora_jax.partition(tree), key=key)))(tree)
+    expected = jax.grad(lambda delta: loss(lora_jax.combine(frozen, delta, key=key)))(delta)
+    jax.tree.map(np.testing.assert_array_equal, lora_jax.partition(ours).delta, expected)
+    other = jax.grad(lambda delta: loss(lora_jax.combine(frozen, delta)))(delta)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True))
+
+
 @pytest.mark.parametrize(
     "wrap",
     [lambda tx: tx, lambda tx: optax.masked(tx, trainable_mask)],
