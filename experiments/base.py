@@ -23,10 +23,14 @@ class Loaded:
     origin: str
 
 
-def load(section: Base, data: Path, run: Path | None, key: jax.Array) -> Loaded:
-    """The base that `section` describes. `run`: the finished work directory, where `section.run` names another config."""
+def load(section: Base, data: Path, run: Path | None, tokenizer: Path | None, key: jax.Array) -> Loaded:
+    """The base that `section` describes.
+
+    `run`: the finished work directory, where `section.run` names another config; `tokenizer`: the one that was trained, where
+    `section.vocabulary` asks for one.
+    """
     if section.architecture is not None:
-        return _random(section.architecture, data / section.tokenizer, key)
+        return _random(section.architecture, tokenizer or data / section.tokenizer, key)
     directory = run / "merged" if run is not None else find(section.path, data)
     model, params = hf.load(directory)
     tokenizer = load_tokenizer(directory)

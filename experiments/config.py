@@ -44,7 +44,7 @@ class Base:
 
     `path`: a Hugging Face directory, or the name of one on the hub. `run`: another config, whose merged result is the base; it is
     run first when it is not finished, in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the
-    seed, with the `tokenizer` directory's vocabulary.
+    seed, with the `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens trained on the training text.
     """
 
     path: str | None = None
@@ -52,13 +52,14 @@ class Base:
     workdir: str = "base"
     architecture: Architecture | None = None
     tokenizer: str | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self):
         given = [name for name in ("path", "run", "architecture") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"`base` takes exactly one of `path`, `run` and `architecture`, got {', '.join(given) or 'none of them'}")
-        if (self.tokenizer is None) != (self.architecture is None):
-            raise ValueError("`base.tokenizer` goes with `base.architecture`: every other base brings its own tokenizer")
+        if ((self.tokenizer is None) == (self.vocabulary is None)) != (self.architecture is None):
+            raise ValueError("one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`: every other base brings its own tokenizer")
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ class Config:
             raise ValueError(
                 f"`train.batch` ({self.train.batch}) must be a multiple of mesh.data * mesh.fsdp * train.accumulate ({parts})"
             )
+        if self.base.vocabulary is not None and not isinstance(self.data, TextData):
+            raise ValueError('`base.vocabulary` trains a tokenizer on plain text, which `data.task` "text" has; pass `base.tokenizer` instead')
         method_value(self.method)
 
 

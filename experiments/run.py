@@ -21,12 +21,12 @@ from experiments import config as configs
 from experiments import finish, report, tasks, train
 from experiments.config import Config
 from experiments.progress import Record
-from experiments.tasks import generate
+from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, fingerprint
 
-# What may lie in a work directory before its run begins: the base's own run, and generated data.
-BEFOREHAND = {"base", "data"}
+# What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer trained for it.
+BEFOREHAND = {"base", "data", "tokenizer"}
 
 
 def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_after: int | None = None) -> Path:
@@ -45,7 +45,8 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     contents = tasks.read(config.data, data)
     base_run = _run_base(config, config_path, data, workdir)
     keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
-    base = bases.load(config.base, data, base_run, keys["base"])
+    trained = None if config.base.vocabulary is None else tokenizer.train(contents["train"], config.base.vocabulary, workdir / "tokenizer")
+    base = bases.load(config.base, data, base_run, trained, keys["base"])
     if config.data.seq_len > base.model.config.n_positions:
         raise ValueError(f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {base.model.config.n_positions} positions")
     splits = tasks.prepare(config.data, contents, base.tokenizer)

@@ -52,6 +52,12 @@ def test_shipped_config_is_a_row(path):
         ({"train": {"steps": 4.0, "batch": 2, "lr": 1}}, TypeError, "`train.steps` must be an integer, got 4.0 (float)"),
         ({"train": {"steps": True, "batch": 2, "lr": 1}}, TypeError, "`train.steps` must be an integer, got true (a boolean)"),
         ({"train": {"steps": 4, "lr": 1}}, ValueError, "missing key `train.batch`"),
+        ({"base": {"path": "gpt2", "vocabulary": 300}}, ValueError, "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`"),
+        (
+            {"base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}}},
+            ValueError,
+            "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`",
+        ),
         ({"train": 3}, TypeError, "`train` must be an object, got 3 (int)"),
         ({"targets": "c_attn"}, TypeError, '`targets` must be a list, got "c_attn" (a string)'),
         ({"targets": ["a", 1]}, TypeError, "`targets[1]` must be a string, got 1 (int)"),

@@ -54,6 +54,20 @@ def root(tmp_path_factory):
     return root
 
 
+def test_a_tokenizer_of_its_own(root, tmp_path):
+    """`base.vocabulary`: trained on the training text, carried along in the export, and kept by a second start."""
+    tree = {**BASE, "base": {"architecture": BASE["base"]["architecture"], "vocabulary": 300}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    arguments = ["run", "--config", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "run"), "--set", "train.steps=2"]
+    assert main(arguments) == 0
+    model, _ = hf.load(tmp_path / "run" / "merged")
+    assert model.config.vocab_size == 300
+    files = [tmp_path / "run" / room / "tokenizer.json" for room in ("tokenizer", "merged")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    before = snapshot(tmp_path / "run")
+    assert main(arguments) == 0 and snapshot(tmp_path / "run") == before
+
+
 def snapshot(directory):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
 

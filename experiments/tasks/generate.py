@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 
 from experiments.config import Generate
+from experiments.tasks import tokenizer
 from experiments.tasks.text import SEPARATOR
 
 FIRST = "Amber Birch Clover Copper Falcon Fern Granite Heron Juniper Lantern Maple Marble Otter Raven Saffron Sparrow Thistle Willow"
@@ -137,7 +138,7 @@ def write(section: Generate, directory: Path) -> Path:
             else:
                 lines += [f"{context(facts)}||{text}\n" for text in dict.fromkeys(wordings)]
         (directory / f"{split}.txt").write_text("".join(lines), "utf-8")
-    _train_tokenizer(directory / "prose_train.txt", directory / "tokenizer", section.vocabulary)
+    tokenizer.train((directory / "prose_train.txt").read_text("utf-8").split(SEPARATOR), section.vocabulary, directory / "tokenizer")
     mark.write_text(described, "utf-8")
     return directory
 
@@ -151,18 +152,3 @@ def _distinct(count: int, seen: set[Meaning], chance: random.Random) -> list[Mea
             seen.add(facts)
             found.append(facts)
     return found
-
-
-def _train_tokenizer(text: Path, directory: Path, size: int) -> None:
-    """A GPT-2 tokenizer (byte-level BPE, so no text is outside it) of `size` tokens, one of them the end of text."""
-    import tokenizers
-    import transformers
-
-    documents = text.read_text("utf-8").split(SEPARATOR)
-    trained = tokenizers.ByteLevelBPETokenizer()
-    trained.train_from_iterator(documents, vocab_size=size, special_tokens=[SEPARATOR], show_progress=False)
-    state = json.loads(trained.to_str())["model"]
-    merges = [tuple(pair) for pair in state["merges"]]
-    tokenizer = transformers.GPT2Tokenizer(vocab=state["vocab"], merges=merges)
-    directory.mkdir(exist_ok=True)
-    tokenizer.save_pretrained(directory)
