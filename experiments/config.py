@@ -106,9 +106,9 @@ class Generate:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`name` is a row of `experiments.optimizer.OPTIMIZERS`."""
+    """`name` is a row of `experiments.optimizer.OPTIMIZERS`; `adamw_authors` is the one of LoRA's authors, `adamw` is optax's."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw_authors"] = "adamw"
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -57,7 +57,7 @@ def test_shipped_config_is_a_row(path):
         ({"targets": ["a", 1]}, TypeError, "`targets[1]` must be a string, got 1 (int)"),
         ({"data": {"task": "e2"}}, ValueError, '`data.task` must be one of "e2e", "text", got "e2"; did you mean `e2e`?'),
         ({"data": {"train": "x"}}, ValueError, '`data` lacks the key `task`, which must be one of "e2e", "text"'),
-        ({"optimizer": {"name": "adam"}}, ValueError, '`optimizer.name` must be one of "adamw", got "adam"; did you mean `adamw`?'),
+        ({"optimizer": {"name": "adam"}}, ValueError, '`optimizer.name` must be one of "adamw", "adamw_authors", got "adam"; did you mean `adamw`?'),
         ({"method": {"name": "Lora"}}, ValueError, "`method.name` must be one of LoRA, Full, got 'Lora'; did you mean `LoRA`?"),
         ({"method": {"name": "LoRA", "ranks": 2}}, ValueError, "unknown key `method.ranks`; did you mean `method.rank`?"),
         ({"method": {"name": "LoRA", "rank": "2"}}, TypeError, '`method.rank` must be an integer, got "2" (a string)'),
