@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import decode, progress
-from experiments.config import Architecture, Base, Config, Decode, E2EData, Sample, Source, Train
+from experiments import decode, progress, train
+from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
 from experiments.sample import draw
 from experiments.search import search
 from experiments.tasks.examples import Prompt
@@ -100,7 +100,7 @@ SECTIONS = {
     "greedy": COMMON,
     "penalty": dataclasses.replace(COMMON, beams=3, length_penalty=0.8),
     "strong penalty": dataclasses.replace(COMMON, beams=10, length_penalty=2.0, no_repeat_ngram=2),
-    "negative penalty, no token twice": dataclasses.replace(COMMON, beams=4, length_penalty=-0.7, no_repeat_ngram=1),
+    "negative penalty, no token twice": dataclasses.replace(COMMON, beams=4, length_penalty=-0.3, no_repeat_ngram=1),
     "ban": dataclasses.replace(COMMON, beams=5, no_repeat_ngram=3),
     "the authors'": dataclasses.replace(COMMON, beams=10, length_penalty=0.9, no_repeat_ngram=4),
 }
@@ -139,6 +139,11 @@ def test_scanned_layers_search_as_unrolled_ones():
     section = SECTIONS["ban"]
     scanned = generated(stack_layers(weights(2)), PROMPTS, section, model=MODEL.clone(scan=True))
     assert scanned == generated(weights(2), PROMPTS, section)
+
+
+def test_weights_may_lie_on_a_mesh():
+    placed, _ = train.place(train.make_mesh(Mesh(2, 2, 2)), weights(2))
+    assert generated(placed, PROMPTS, SECTIONS["ban"]) == generated(weights(2), PROMPTS, SECTIONS["ban"])
 
 
 @pytest.mark.parametrize("scores, expected", [([1.0, 1.0, 0.0], [0]), ([0.0, 1.0, 1.0], [1])])
