@@ -1,62 +1,126 @@
-"""Greedy decoding with the model's KV cache: many prompts at a time, one compiled program.
+"""From prompts to texts: what is wrong is found before training, prompts of like length go together, texts are cut as the authors do.
 
-Prompts are padded on the left, so that all rows write their next token in the same slot; the mask keeps padding out. Left out:
-beam search, which is how the paper decodes and will stand beside this.
+Each batch is padded to a power of two, so that a data set needs few compiled programs. The search itself is in `search`.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.config import Config, Decode
+from experiments.search import search
+from experiments.tasks.examples import Prompt
 
-@functools.partial(jax.jit, static_argnames=("model", "end", "max_tokens"))
-def _generate(model: Any, params: Any, prompt: jax.Array, mask: jax.Array, *, end: int, max_tokens: int) -> jax.Array:
-    """The next `max_tokens` tokens of each row of `prompt`; after `end` a row repeats it."""
-    cache = model.init_cache(batch=prompt.shape[0], slots=prompt.shape[1] + max_tokens)
-    logits, cache = model.apply({"params": params}, prompt, mask, cache=cache, last_only=True)
-    first = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-
-    def one(carry: tuple, _: None) -> tuple:
-        token, cache = carry
-        logits, cache = model.apply({"params": params}, token[:, None], cache=cache, last_only=True)
-        following = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        return (jnp.where(token == end, end, following), cache), token
-
-    _, tokens = jax.lax.scan(one, (first, cache), None, length=max_tokens)
-    return tokens.T
+# The narrowest prompts that are worth a program of their own.
+NARROWEST = 16
 
 
-def greedy(
-    model: Any, params: Any, prompts: Sequence[Sequence[int]], *, end: int, max_tokens: int, batch: int = 32
+@dataclass(frozen=True)
+class Decoder:
+    """The prompts of a run, as they go into its model, and how they are continued, whatever the weights."""
+
+    model: Any
+    tokenizer: Any
+    section: Decode
+    end: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+
+    @classmethod
+    def create(cls, config: Config, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> "Decoder":
+        """With `data.truncate`, prompts lose their beginning to leave room in `data.seq_len`, as the authors cut them.
+
+        Raises `ValueError` for prompts that are too long otherwise, and for end tokens and widths that the vocabulary does not have.
+        """
+        chosen = prompts[: config.decode.prompts]
+        if chosen and getattr(config.data, "truncate", False):
+            room = config.data.seq_len - config.decode.max_tokens
+            if room < 1:
+                raise ValueError(f"`decode.max_tokens` ({config.decode.max_tokens}) leaves no room for a prompt in `data.seq_len` ({config.data.seq_len})")
+            chosen = [replace(prompt, ids=prompt.ids[-room:]) for prompt in chosen]
+        end = end_tokens(config.decode, tokenizer)
+        _check(model.config, [prompt.ids for prompt in chosen], config.decode, end)
+        return cls(model, tokenizer, config.decode, end, tuple(chosen))
+
+    def texts(self, params: Any, count: int | None = None, *, tell: Callable[[int], None] = lambda done: None) -> list[str]:
+        """The texts that plain `params` (merge first) make of the first `count` prompts, or of all."""
+        ids = [prompt.ids for prompt in self.prompts[:count]]
+        found = generate(self.model, params, ids, self.section, end=self.end, tell=tell)
+        return [clean(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) for tokens in found]
+
+
+def generate(
+    model: Any,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    section: Decode,
+    *,
+    end: tuple[int, ...],
+    tell: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token, without the end token.
+    """The continuation of each prompt that `section` asks for, without its end token.
 
-    `params` are plain: merge first. Raises `ValueError` when a prompt leaves no room for `max_tokens` in the model.
+    What a prompt gets depends on the prompt, and its place among `prompts` where it is drawn, but not on its batch. `tell` is called
+    with the number of prompts that are done. Raises `ValueError` when a prompt leaves no room for `max_tokens` in the model.
     """
-    if not prompts:
-        return []
-    width = max(len(prompt) for prompt in prompts)
-    if width + max_tokens > model.config.n_positions:
-        raise ValueError(f"a prompt of {width} tokens and `decode.max_tokens` ({max_tokens}) exceed the model's {model.config.n_positions} positions")
-    results = []
-    for start in range(0, len(prompts), batch):
-        rows = [prompts[min(row, len(prompts) - 1)] for row in range(start, start + batch)]
-        ids = np.asarray([[end] * (width - len(row)) + list(row) for row in rows], np.int32)
-        mask = np.asarray([[0] * (width - len(row)) + [1] * len(row) for row in rows], np.int32)
-        tokens = np.asarray(_generate(model, params, ids, mask, end=end, max_tokens=max_tokens))
-        results += [list(map(int, row[: int(np.argmax(row == end)) if (row == end).any() else None])) for row in tokens]
-    return results[: len(prompts)]
+    _check(model.config, prompts, section, end)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), section.batch):
+        rows = order[start : start + section.batch]
+        filled = rows + rows[-1:] * (section.batch - len(rows))
+        width = _width(len(prompts[rows[-1]]), model.config.n_positions - section.max_tokens)
+        # The padding is any token at all: the mask keeps it out.
+        ids = np.asarray([[end[0]] * (width - len(prompts[row])) + list(prompts[row]) for row in filled], np.int32)
+        mask = np.asarray([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in filled], np.int32)
+        tokens = np.asarray(search(model, params, ids, mask, _keys(section, filled), section=section, end=end))
+        for row, found in zip(rows, tokens.tolist(), strict=False):
+            results[row] = found[: next((place for place, token in enumerate(found) if token in end), None)]
+        tell(start + len(rows))
+    return results
+
+
+def _width(longest: int, room: int) -> int:
+    width = NARROWEST
+    while width < longest:
+        width *= 2
+    return min(width, room)
+
+
+def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:
+    """A key a prompt, from its place in the input, so that neither sorting nor the size of the batch changes what is drawn."""
+    if section.sample is None:
+        return None
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(jax.random.key(section.sample.seed), np.asarray(rows, np.int32))
+
+
+def _check(config: Any, prompts: Sequence[Sequence[int]], section: Decode, end: tuple[int, ...]) -> None:
+    lengths = [len(prompt) for prompt in prompts]
+    if lengths and max(lengths) + section.max_tokens > config.n_positions:
+        raise ValueError(f"a prompt of {max(lengths)} tokens and `decode.max_tokens` ({section.max_tokens}) exceed the model's {config.n_positions} positions")
+    if lengths and min(lengths) == 0:
+        raise ValueError(f"prompt {lengths.index(0) + 1} is empty: there is nothing to continue")
+    if section.beams > config.vocab_size:
+        raise ValueError(f"`decode.beams` ({section.beams}) is more than the vocabulary has tokens ({config.vocab_size})")
+    outside = [token for token in end if not 0 <= token < config.vocab_size]
+    if outside:
+        raise ValueError(f"`decode.end` has the token {outside[0]}, which is not in the vocabulary of {config.vocab_size}")
+
+
+def end_tokens(section: Decode, tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's end of text, then those of `section.end`."""
+    found = [tokenizer.eos_token_id]
+    for item in section.end:
+        ids = tokenizer(item, add_special_tokens=False)["input_ids"] if isinstance(item, str) else [item]
+        if len(ids) != 1:
+            raise ValueError(f"`decode.end` has {item!r}, which the tokenizer encodes as {len(ids)} tokens ({ids}); an end must be a single one")
+        found += ids
+    return tuple(dict.fromkeys(found))
 
 
 def clean(text: str) -> str:
-    """What the authors keep of a generated text: up to the first blank line, stripped; on one line, as predictions are stored."""
-    return " ".join(text.split("\n\n")[0].split())
-
-
-def texts(model: Any, params: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, batch: int) -> list[str]:
-    found = greedy(model, params, prompts, end=tokenizer.eos_token_id, max_tokens=max_tokens, batch=batch)
-    return [clean(tokenizer.decode(ids)) for ids in found]
+    """What the authors keep of a generated text: up to the end of text and the first blank line, stripped; on one line, as predictions are stored."""
+    return " ".join(text.split("<|endoftext|>")[0].split("\n\n")[0].split())

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from experiments import decode
 from experiments.base import Loaded
-from experiments.config import Decode
+from experiments.decode import Decoder
+from experiments.progress import Count
 from experiments.tasks.examples import Splits
 from experiments.train import Trainer
 from lora_jax.interop import hf
@@ -66,21 +66,14 @@ def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[s
     return {"max_difference": float(np.abs(adapted - logits).max()), "keys": keys}
 
 
-def predict(section: Decode, base: Loaded, merged: Any, splits: Splits, directory: Path) -> list[dict[str, Any]]:
+def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> list[dict[str, Any]]:
     """Writes `predictions.txt`, a line a test input, and returns the samples for the report: before, after, and by people."""
-    prompts = splits.prompts[: section.prompts]
-    if not prompts:
+    if not decoder.prompts:
         return []
-
-    def texts(params: Any, chosen: tuple) -> list[str]:
-        ids = [prompt.ids for prompt in chosen]
-        return decode.texts(base.model, params, base.tokenizer, ids, max_tokens=section.max_tokens, batch=section.batch)
-
-    after = texts(merged, prompts)
+    with Count("decoding", len(decoder.prompts)) as count:
+        after = decoder.texts(merged, tell=count.update)
     (directory / "predictions.txt").write_text("".join(line + "\n" for line in after), "utf-8")
-    shown = prompts[: section.shown]
-    before = texts(base.params, shown)
     return [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
-        for prompt, old, new in zip(shown, before, after, strict=False)
+        for prompt, old, new in zip(decoder.prompts, decoder.texts(before, decoder.section.shown), after, strict=False)
     ]

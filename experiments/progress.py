@@ -23,6 +23,45 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _bar(out: TextIO, name: str, total: int, done: int = 0) -> tuple[Any, Any]:
+    """A bar, not yet shown, and its task; `(None, None)` where `out` is no terminal."""
+    if not out.isatty():
+        return None, None
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
+    bar = progress.Progress(*columns, console=Console(file=out))
+    return bar, bar.add_task(name, total=total, completed=done, numbers="")
+
+
+class Count:
+    """How many of `total` are done, on a bar or, elsewhere, on a line now and then."""
+
+    def __init__(self, name: str, total: int, out: TextIO | None = None):
+        self._out = sys.stdout if out is None else out
+        self._name, self._total = name, total
+        self._spoke = time.monotonic()
+        self._bar, self._task = _bar(self._out, name, total)
+
+    def __enter__(self) -> "Count":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._spoke >= QUIET:
+            self._spoke = time.monotonic()
+            print(f"{self._name}: {done}/{self._total}", file=self._out, flush=True)
+
+
 class Record:
     """Opens the metrics of a work directory at `step`, forgetting what an interrupted run wrote beyond it.
 
@@ -40,15 +79,7 @@ class Record:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._bar = self._task = None
-        if self._out.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
-            columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
-            self._bar = progress.Progress(*columns, console=Console(file=self._out))
-            self._task = self._bar.add_task(name, total=steps, completed=step, numbers="")
+        self._bar, self._task = _bar(self._out, name, steps, step)
 
     def __enter__(self) -> "Record":
         if self._bar is not None:

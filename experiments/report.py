@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config as configs
-from experiments.config import Config
+from experiments.config import Config, Decode
 from experiments.progress import read_metrics
 from experiments.provenance import command, provenance
 
@@ -88,7 +88,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += ["", "![loss](figures/loss.png)", ""]
     lines += ["`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the adapter and the"]
     lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", ""]
-    lines += _samples(facts["samples"])
+    lines += _samples(facts["samples"], config.decode)
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
 
@@ -110,10 +110,11 @@ def _source(config: Config) -> list[str]:
     return [f"{words} {source.note}" if source.note else words]
 
 
-def _samples(samples: list[dict[str, Any]]) -> list[str]:
+def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
     if not samples:
         return []
-    lines = ["## Samples (greedy decoding of test inputs)", ""]
+    how = "drawn" if section.sample else "greedy decoding" if section.beams == 1 else f"beam search, width {section.beams}"
+    lines = [f"## Samples ({how}, test inputs)", ""]
     for sample in samples:
         lines += [f"**{sample['input']}**", "", f"- before: {sample['before']}", f"- after: {sample['after']}"]
         lines += [f"- a person: {text}" for text in sample["references"][:1]] + [""]

@@ -20,6 +20,7 @@ from experiments import base as bases
 from experiments import config as configs
 from experiments import finish, report, tasks, train
 from experiments.config import Config
+from experiments.decode import Decoder
 from experiments.progress import Record
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
@@ -50,6 +51,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     if config.data.seq_len > base.model.config.n_positions:
         raise ValueError(f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {base.model.config.n_positions} positions")
     splits = tasks.prepare(config.data, contents, base.tokenizer)
+    decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
 
     identity = {"base": fingerprint(base.params), "config": _digest(resolved), "data": _data_fingerprint(splits)}
     params, specs = train.place(mesh, base.params)
@@ -78,7 +80,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
         "trainable": lora_jax.count(state.delta),
         "summary": _summary(params, state.delta),
         "comparison": finish.compare(trainer, state.delta, workdir / "merged", splits),
-        "samples": finish.predict(config.decode, base, merged, splits, workdir),
+        "samples": finish.predict(decoder, base.params, merged, workdir),
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
         "finishing_seconds": time.perf_counter() - started,
     }

@@ -33,7 +33,7 @@ LORA = {
     "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1, "blocks": [True, False, True]},
     "targets": ["attn/c_attn/kernel"],
     "train": {"steps": 8, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 1, "eval_every": 4, "eval_batches": 1, "checkpoint_every": 3},
-    "decode": {"max_tokens": 4, "shown": 2},
+    "decode": {"max_tokens": 4, "shown": 2, "beams": 3, "length_penalty": 0.9, "no_repeat_ngram": 2, "end": ["\n"]},
 }
 
 
@@ -97,6 +97,7 @@ def test_a_finished_work_directory(root):
     assert lines[1]["lr"] == 0, "the first step has rate 0"
     assert (done / "figures" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     page = (done / "report.md").read_text()
+    assert "Samples (beam search, width 3, test inputs)" in page
     assert "Published: BLEU 70.4" in page and "merged result of base.json" in page
     facts = json.loads((done / "report.json").read_text())
     assert facts["comparison"]["max_difference"] < 1e-4
@@ -177,6 +178,8 @@ BAD_ARGUMENTS = {
     "no separator": (["--set", "data.valid=bare.txt"], "row 2: expected exactly one `||`"),
     "too long for seq_len": (["--set", "data.seq_len=20"], "more than `data.seq_len` (20)"),
     "too long for the model": (["--set", "data.seq_len=500"], "`data.seq_len` (500) is longer than the model, which has 160 positions"),
+    "too long to decode": (["--set", "decode.max_tokens=150"], "`decode.max_tokens` (150) exceed the model's 160 positions"),
+    "end of two tokens": (["--set", 'decode.end=["no one"]'], "`decode.end` has 'no one', which the tokenizer encodes as"),
     "missing base": (["--set", 'base={"path": "/absent"}'], "`base.path`: no directory"),
     "unreachable hub": (["--set", 'base={"path": "gpt2-medium"}'], "the hub does not give it"),
     "truncated safetensors": (["--set", 'base={"path": "truncated"}'], "model.safetensors"),

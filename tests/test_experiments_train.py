@@ -26,11 +26,11 @@ def _optax_promotes():
         yield
 
 
-def config(method=LORA, targets=("attn/c_attn/kernel",), mesh=Mesh(), clip=None, **settings):
+def config(method=LORA, targets=("attn/c_attn/kernel",), mesh=Mesh(), clip=None, name="adamw", **settings):
     section = Train(**{"steps": 6, "batch": 8, "lr": 1e-2, "warmup": 2, "label_smoothing": 0.1, **settings})
     architecture = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="none")
     data = TextData("text", "none", "none", 12)
-    return Config("tiny", Source(None), architecture, data, method, targets, section, Optimizer(weight_decay=0.01, clip=clip), mesh)
+    return Config("tiny", Source(None), architecture, data, method, targets, section, Optimizer(name, weight_decay=0.01, clip=clip), mesh)
 
 
 def examples(count=24, seq_len=12):
@@ -152,6 +152,15 @@ def test_every_mesh_gives_the_same_adapter(full, shape):
     halved = [leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state)]
     # With `blocks`, B stays whole, so only fsdp splits anything of LoRA's.
     assert any(halved) == (full or shape[1] > 1), "the moments are split as their arrays are"
+
+
+def test_the_authors_optimizer_on_a_mesh():
+    """Its moments are split and its counters are everywhere, as those of optax's own."""
+    whole, state, _ = steps(config(name="adamw_authors"))
+    spread, other, _ = steps(config(name="adamw_authors", mesh=Mesh(2, 2, 2)))
+    np.testing.assert_allclose(whole, spread, rtol=1e-5)
+    close(state.delta, jax.device_get(other.delta), 2e-5)
+    assert any(leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state))
 
 
 def test_the_base_outlives_full_fine_tuning():

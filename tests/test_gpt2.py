@@ -228,6 +228,33 @@ def test_a_cache_can_be_reordered(scan):
         np.testing.assert_allclose(logits[i, -1], expected[0, -1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_alternatives_share_the_slots_of_a_row(scan):
+    """Three beams of two prompts, two tokens each, the second token's parents out of order: every one is a sequence of its own."""
+    model, params = random_params(SMALL_VOCABULARY)
+    model, params = model.clone(scan=scan), stack_layers(params) if scan else params
+    ids, mask = some_ids((2, 5)), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    first, second, parents = some_ids((2, 3)), some_ids((2, 3))[:, ::-1], np.array([[2, 0, 2], [1, 1, 0]])
+    _, cache = apply(model, params, ids, mask, cache=model.init_cache(2, 5))
+    cache = cache.extended(6)
+    visible, own = np.zeros((2, 3, 11), bool), np.eye(3, dtype=bool)[None]
+    visible[..., :5] = mask[:, None] == 1
+    visible[..., 5:8] = own
+    positions = np.broadcast_to(mask.sum(-1, keepdims=True), (2, 3))
+    _, cache = apply(model, params, first, position_ids=positions, cache=cache, visible=visible)
+    visible = np.take_along_axis(visible, parents[..., None], axis=1)
+    visible[..., 8:] = own
+    logits, cache = apply(model, params, second, position_ids=positions + 1, cache=cache, visible=visible)
+    assert cache.length == 11
+    whole, lengths = np.zeros((6, 7), np.int32), []
+    for number, (row, beam) in enumerate(np.ndindex(2, 3)):
+        sequence = [*ids[row, mask[row] == 1], first[row, parents[row, beam]], second[row, beam]]
+        whole[number, : len(sequence)] = sequence
+        lengths.append(len(sequence))
+    expected = apply(model, params, whole)[np.arange(6), np.array(lengths) - 1]
+    np.testing.assert_allclose(logits.reshape(6, -1), expected, atol=1e-5, rtol=0)
+
+
 def test_last_only_is_the_last_column():
     model, params = random_params(SMALL_VOCABULARY)
     ids = some_ids((2, 5))
@@ -403,6 +430,17 @@ def test_wrong_calls_say_what_was_passed(arguments, error, message):
         arguments["cache"] = model.init_cache(arguments["cache"], 8)
     with pytest.raises(error, match=message):
         apply(model, params, **arguments)
+
+
+def test_visible_goes_with_a_cache_and_positions():
+    model, params = random_params(SMALL_VOCABULARY)
+    ids, positions, visible = some_ids((2, 1)), np.zeros((2, 1), int), np.ones((2, 1, 8), bool)
+    for arguments in ({"position_ids": positions}, {"cache": model.init_cache(2, 8)}):
+        with pytest.raises(ValueError, match="`visible` goes with `cache` and `position_ids`"):
+            apply(model, params, ids, visible=visible, **arguments)
+    for wrong in (visible[..., :7], visible.astype(int)):
+        with pytest.raises(ValueError, match=r"`visible` must be booleans of shape \(2, 1, 8\), got"):
+            apply(model, params, ids, position_ids=positions, cache=model.init_cache(2, 8), visible=wrong)
 
 
 def test_wrong_caches_are_refused():

@@ -142,7 +142,9 @@ class GPT2(nn.Module):
 
     **With a `cache`** the mask is that of the new tokens, each attends to every real token before it, positions default
     to the number of real tokens before, and `(logits, cache)` is returned. Writing past the last slot cannot raise
-    inside `jit`: it gives NaN logits, as a position or token id out of range does.
+    inside `jit`: it gives NaN logits, as a position or token id out of range does. `visible` (B, T, S) booleans narrows
+    down the slots that each new token attends to, its own among them: tokens of one call that are alternatives of each
+    other, as the beams of a search, then share the slots of a row. It needs `position_ids`, and the caller sees to the room.
 
     **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`: recompute
     each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
@@ -166,16 +168,18 @@ class GPT2(nn.Module):
         position_ids=None,
         *,
         cache: Cache | None = None,
+        visible=None,
         last_only: bool = False,
         deterministic: bool = True,
     ):
         config = self.config
-        _check(config, input_ids, attention_mask, position_ids, cache)
+        _check(config, input_ids, attention_mask, position_ids, cache, visible)
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
         if cache is not None:
             mask_Bx1xTxS, derived_BxT, cache = advance(cache, mask_BxT, input_ids.shape, config.n_positions)
             position_ids = derived_BxT if position_ids is None else position_ids
+            mask_Bx1xTxS = mask_Bx1xTxS if visible is None else mask_Bx1xTxS & visible[:, None]
         elif position_ids is None:
             position_ids = jnp.arange(input_ids.shape[1])[None]
 
@@ -243,7 +247,7 @@ class GPT2(nn.Module):
         return jax.lax.dot_general(x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype))
 
 
-def _check(config, input_ids, attention_mask, position_ids, cache):
+def _check(config, input_ids, attention_mask, position_ids, cache, visible):
     """The mistakes a caller can make, as errors that say what was passed; `chex` guards our own shapes."""
     if jnp.ndim(input_ids) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
         found = f"{jnp.result_type(input_ids)}{jnp.shape(input_ids)}"
@@ -261,3 +265,9 @@ def _check(config, input_ids, attention_mask, position_ids, cache):
         raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")
     if cache is not None and cache.mask.shape[0] != batch:
         raise ValueError(f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}")
+    if visible is not None:
+        if cache is None or position_ids is None:
+            raise ValueError("`visible` goes with `cache` and `position_ids`: it says which of the cache's slots a token sees")
+        expected = (batch, tokens, cache.mask.shape[1])
+        if jnp.shape(visible) != expected or jnp.result_type(visible) != bool:
+            raise ValueError(f"`visible` must be booleans of shape {expected}, got {jnp.result_type(visible)}{jnp.shape(visible)}")

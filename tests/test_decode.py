@@ -1,0 +1,350 @@
+"""Beam search, greedy decoding and drawing: against a search written with lists, against `transformers`, and against themselves.
+
+The reference knows no cache, no batch and no padding: it runs every prefix anew and keeps Python lists.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import decode, progress, train
+from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
+from experiments.sample import draw
+from experiments.search import search
+from experiments.tasks.examples import Prompt
+from lora_jax.interop import hf
+from lora_jax.models import stack_layers
+from lora_jax.models.gpt2 import GPT2, GPT2Config
+
+MODEL = GPT2(GPT2Config(vocab_size=13, n_positions=40, n_embd=8, n_layer=2, n_head=2))
+END = (0, 5)
+PROMPTS = [[3, 1, 4], [1], [9, 2, 6, 5, 3, 12, 8, 9, 7, 9], [3, 2], [8, 4, 6, 2, 6, 4, 3]]
+
+
+@functools.cache
+def weights(seed):
+    """Random, and large enough for the next token to depend on all before it."""
+    draw = np.random.default_rng(seed)
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: draw.normal(0, 0.7, leaf.shape).astype(np.float32), shapes)
+
+
+@functools.cache
+def _forward():
+    return jax.jit(MODEL.apply)
+
+
+def next_logits(params, sequences):
+    """The logits after each sequence, by the whole forward pass over all of it."""
+    rows = np.zeros((10, MODEL.config.n_positions), np.int32)  # of one shape, whatever is asked: compiled once
+    for row, sequence in zip(rows, sequences, strict=False):
+        row[: len(sequence)] = sequence
+    logits = np.asarray(_forward()({"params": params}, rows), np.float64)
+    return [logits[row, len(sequence) - 1] for row, sequence in enumerate(sequences)]
+
+
+def repeats(tokens, size):
+    """What would complete a second occurrence of `size` tokens in a row."""
+    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return {gram[-1] for gram in grams if gram[:-1] == tuple(tokens[len(tokens) - size + 1 :])}
+
+
+def reference(params, prompt, section, end, seen=None):
+    """The authors' beam search for one prompt. `seen` collects the names of what occurred."""
+    seen = set() if seen is None else seen
+    live, ended = [(0.0, [])], []
+
+    def finish(score, tokens):
+        ended.append((score / len(tokens) ** section.length_penalty, tokens))
+
+    for _ in range(section.max_tokens):
+        candidates = []
+        logits = next_logits(params, [prompt + tokens for _, tokens in live])
+        for (score, tokens), row in zip(live, logits, strict=True):
+            banned = repeats(tokens, section.no_repeat_ngram) if section.no_repeat_ngram else set()
+            if banned:
+                seen.add("banned")
+                row[list(banned)] = -math.inf
+            log_p = row - np.log(np.exp(row - row.max()).sum()) - row.max()
+            candidates += [(score + log_p[token], [*tokens, token]) for token in range(len(row)) if token not in banned]
+        live = []
+        for score, tokens in sorted(candidates, key=lambda candidate: -candidate[0])[: section.beams]:
+            if tokens[-1] in end:
+                seen.add(f"ended by {tokens[-1]}")
+                finish(score, tokens)
+            else:
+                live.append((score, tokens))
+        if not live:
+            seen.add("all ended")
+            break
+    for score, tokens in live:
+        finish(score, tokens)
+    best = max(ended, key=lambda text: text[0])[1]
+    seen.add("best is whole" if best[-1] not in end else "best has ended")
+    return best[:-1] if best[-1] in end else best
+
+
+def generated(params, prompts, section, end=END, model=MODEL):
+    return decode.generate(model, params, prompts, section, end=end)
+
+
+# One length and one batch, so that tests that need no other share the compiled programs.
+COMMON = Decode(max_tokens=12, batch=3)
+SECTIONS = {
+    "greedy": COMMON,
+    "penalty": dataclasses.replace(COMMON, beams=3, length_penalty=0.8),
+    "strong penalty": dataclasses.replace(COMMON, beams=10, length_penalty=2.0, no_repeat_ngram=2),
+    "negative penalty, no token twice": dataclasses.replace(COMMON, beams=4, length_penalty=-0.3, no_repeat_ngram=1),
+    "ban": dataclasses.replace(COMMON, beams=5, no_repeat_ngram=3),
+    "the authors'": dataclasses.replace(COMMON, beams=10, length_penalty=0.9, no_repeat_ngram=4),
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_search_is_the_reference(name):
+    """Five prompts of different lengths in batches of three, on four random models."""
+    section, seen = SECTIONS[name], set()
+    for seed in range(4):
+        found = generated(weights(seed), PROMPTS, section)
+        assert found == [reference(weights(seed), prompt, section, END, seen) for prompt in PROMPTS]
+        assert not set(END) & {token for tokens in found for token in tokens}
+    # A comparison in which nothing happens would prove little.
+    assert "best has ended" in seen and (section.beams == 1 or {"ended by 0", "ended by 5"} <= seen)
+    assert ("banned" in seen) == (section.no_repeat_ngram is not None)
+
+
+def test_one_beam_is_the_likeliest_token_each_time():
+    for prompt, found in zip(PROMPTS, generated(weights(1), PROMPTS, COMMON), strict=True):
+        tokens = []
+        while len(tokens) < COMMON.max_tokens and (not tokens or tokens[-1] not in END):
+            tokens.append(int(next_logits(weights(1), [prompt + tokens])[0].argmax()))
+        assert found == [token for token in tokens if token not in END]
+
+
+def test_a_prompt_alone_is_a_prompt_in_a_batch():
+    section = SECTIONS["ban"]
+    together = generated(weights(2), PROMPTS, section)
+    assert [generated(weights(2), [prompt], dataclasses.replace(section, batch=1))[0] for prompt in PROMPTS] == together
+    assert generated(weights(2), PROMPTS[::-1], section) == together[::-1], "results come in the order of the prompts"
+    assert generated(weights(2), [], section) == []
+
+
+def test_scanned_layers_search_as_unrolled_ones():
+    section = SECTIONS["ban"]
+    scanned = generated(stack_layers(weights(2)), PROMPTS, section, model=MODEL.clone(scan=True))
+    assert scanned == generated(weights(2), PROMPTS, section)
+
+
+def test_weights_may_lie_on_a_mesh():
+    placed, _ = train.place(train.make_mesh(Mesh(2, 2, 2)), weights(2))
+    assert generated(placed, PROMPTS, SECTIONS["ban"]) == generated(weights(2), PROMPTS, SECTIONS["ban"])
+
+
+@pytest.mark.parametrize("scores, expected", [([1.0, 1.0, 0.0], [0]), ([0.0, 1.0, 1.0], [1])])
+def test_ties_go_to_the_lower_token(scores, expected):
+    """The last layer norm turned into a constant gives the same logits whatever the tokens."""
+    params = jax.tree.map(np.zeros_like, weights(0))
+    params["ln_f"]["bias"] = np.eye(8, dtype=np.float32)[0]
+    params["wte"]["embedding"][:3, 0] = scores
+    assert generated(params, [[7]], Decode(max_tokens=1, beams=2), end=(12,)) == [expected]
+
+
+def test_one_program_serves_all_batches_of_a_width():
+    section = Decode(max_tokens=3, beams=2, batch=2)
+    before = search._cache_size()
+    generated(weights(0), PROMPTS, section)
+    assert search._cache_size() == before + 1
+    generated(weights(1), [prompt + [7] * 6 for prompt in PROMPTS], dataclasses.replace(section))
+    assert search._cache_size() == before + 1
+    generated(weights(0), [*PROMPTS, [1] * 17, [1] * 30], section)
+    assert search._cache_size() == before + 2
+    assert [decode._width(length, 37) for length in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 37]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_search_is_transformers(torch, tmp_path, beams):
+    """No ban, no end and no length penalty: there `generate` keeps and ranks the same beams."""
+    import transformers
+
+    hf.save(tmp_path / "model", MODEL, weights(3))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+    theirs.generation_config = transformers.GenerationConfig(
+        num_beams=beams, do_sample=False, max_new_tokens=9, length_penalty=0.0, early_stopping=False, pad_token_id=0
+    )
+    width = max(map(len, PROMPTS))
+    ids = np.array([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS], np.int32)
+    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS], np.int32)
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())[:, width:]
+    found = search(MODEL, weights(3), ids, mask, None, section=Decode(max_tokens=9, beams=beams), end=(-1,))
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+def filtered(logits, section):
+    """The distribution that is drawn from, token by token."""
+    p = np.exp(logits / section.temperature)
+    order = sorted(range(len(p)), key=lambda token: -p[token])[: section.top_k]
+    kept, mass = [], 0.0
+    for token in order:
+        if section.top_p is None or mass < section.top_p * p[order].sum():
+            kept.append(token)
+        mass += p[token]
+    p = np.where(np.isin(np.arange(len(p)), kept), p, 0)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "section, kept",
+    [
+        (Sample(), 6),
+        (Sample(temperature=0.5), 6),
+        (Sample(temperature=3.0, top_k=3), 3),
+        (Sample(top_k=1), 1),
+        (Sample(top_p=0.8), 3),
+        (Sample(top_p=1.0), 6),
+        (Sample(top_p=0.001), 1),
+        (Sample(temperature=2.0, top_k=4, top_p=0.7), 3),
+    ],
+)
+def test_draws_follow_the_distribution(section, kept):
+    logits = np.array([0.5, 2.0, -1.0, 1.5, 1.0, -0.5], np.float32)
+    expected = filtered(logits, section)
+    assert (expected > 0).sum() == kept
+    count = 20_000
+    keys = jax.random.split(jax.random.key(0), count)
+    found = np.bincount(jax.vmap(lambda key: draw(section, key, jnp.asarray(logits)))(keys), minlength=6) / count
+    assert not found[expected == 0].any()
+    # Five standard deviations of a frequency.
+    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / count))
+
+
+def test_drawing_depends_on_seed_and_place_alone():
+    section = Decode(max_tokens=8, sample=Sample(temperature=1.5), batch=2)
+    once = generated(weights(0), PROMPTS, section)
+    assert generated(weights(0), PROMPTS, dataclasses.replace(section, batch=4)) == once
+    assert generated(weights(0), PROMPTS, dataclasses.replace(section, sample=Sample(temperature=1.5, seed=1))) != once
+    same = generated(weights(0), [PROMPTS[0]] * 6, section)
+    assert len(set(map(tuple, same))) > 1, "each prompt is drawn for on its own"
+
+
+def test_drawn_sequences_follow_the_model():
+    """The second token as often as the model says, given the first: the cache and the keys of later steps are right."""
+    prompts = [[3, 1, 4]] * 4000
+    found = generated(weights(1), prompts, Decode(max_tokens=2, sample=Sample(), batch=2000), end=(12,))
+    (first,) = next_logits(weights(1), [[3, 1, 4]])
+    p = filtered(first, Sample())
+    for token in np.argsort(-p)[:2]:
+        (second,) = next_logits(weights(1), [[3, 1, 4, int(token)]])
+        followers = [tokens[1] for tokens in found if len(tokens) == 2 and tokens[0] == token]
+        expected = np.delete(filtered(second, Sample()), 12)
+        frequency = np.bincount(followers, minlength=13)[:12] / len(followers)
+        np.testing.assert_allclose(frequency, expected / expected.sum(), atol=5 * np.sqrt(0.25 / len(followers)))
+
+
+# From prompts to texts
+
+
+class Tokenizer:
+    """Letters, a is token 1; 0 ends a text."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return "".join(chr(token + 96) for token in ids)
+
+
+def settings(section, **data):
+    data = E2EData("e2e", "none", "none", **data)
+    architecture = Base(architecture=Architecture(8, 2, 2, 40), tokenizer="none")
+    return Config("tiny", Source(None), architecture, data, {"name": "LoRA"}, ("c",), Train(1, 1, 1.0), decode=section)
+
+
+def decoder(section, prompts=PROMPTS, **data):
+    prompts = [Prompt(str(number), tuple(ids), ()) for number, ids in enumerate(prompts)]
+    return decode.Decoder.create(settings(section, **data), MODEL, Tokenizer(), prompts)
+
+
+def test_texts_of_prompts():
+    section = Decode(max_tokens=6, beams=3, end=("e",), batch=2, prompts=4)
+    made, done = decoder(section), []
+    assert made.end == END
+    expected = ["".join(chr(token + 96) for token in tokens) for tokens in generated(weights(0), PROMPTS[:4], section)]
+    assert made.texts(weights(0), tell=done.append) == expected
+    assert done == [2, 4]
+    assert made.texts(weights(0), 2) == expected[:2]
+
+
+def test_long_prompts_are_refused_or_lose_their_beginning():
+    section = Decode(max_tokens=6, prompts=3)
+    long = [[1, 2], list(range(1, 13)) * 3, [4]]
+    with pytest.raises(ValueError, match=r"a prompt of 36 tokens and `decode.max_tokens` \(6\) exceed the model's 40 positions"):
+        decoder(section, long)
+    cut = decoder(section, long, truncate=True, seq_len=16)
+    assert [prompt.ids for prompt in cut.prompts] == [(1, 2), tuple(range(3, 13)), (4,)]
+    with pytest.raises(ValueError, match=r"`decode.max_tokens` \(6\) leaves no room for a prompt in `data.seq_len` \(6\)"):
+        decoder(section, truncate=True, seq_len=6)
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        (Decode(max_tokens=1, end=("ab",)), r"`decode.end` has 'ab', which the tokenizer encodes as 2 tokens \(\[1, 2\]\)"),
+        (Decode(max_tokens=1, end=("",)), r"`decode.end` has '', which the tokenizer encodes as 0 tokens"),
+        (Decode(max_tokens=1, end=(13,)), "`decode.end` has the token 13, which is not in the vocabulary of 13"),
+        (Decode(max_tokens=1, beams=14), r"`decode.beams` \(14\) is more than the vocabulary has tokens \(13\)"),
+    ],
+)
+def test_what_a_vocabulary_does_not_have(section, message):
+    with pytest.raises(ValueError, match=message):
+        decoder(section)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt 2 is empty"):
+        decoder(Decode(max_tokens=1), [[1], []])
+
+
+def test_the_blank_line_of_gpt2_is_one_token(data_dir):
+    from experiments.base import load_tokenizer
+
+    tokenizer = load_tokenizer(data_dir / "gpt2_bpe")
+    assert decode.end_tokens(Decode(end=("\n\n",)), tokenizer) == (50256, 628)
+    assert decode.end_tokens(Decode(end=(628, "<|endoftext|>")), tokenizer) == (50256, 628)
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        (" The Mill is a pub .", "The Mill is a pub ."),
+        (" A pub .\n\n B", "A pub ."),
+        (" A\npub . \n", "A pub ."),
+        ("A<|endoftext|>B\n\nC", "A"),
+        ("", ""),
+    ],
+)
+def test_what_is_kept_of_a_text(text, kept):
+    assert decode.clean(text) == kept
+
+
+def test_long_decoding_says_how_far_it_is(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    with progress.Count("decoding", 4, out) as count:
+        count.update(2)
+        count.update(4)
+    assert out.getvalue() == "decoding: 2/4\ndecoding: 4/4\n"
+    monkeypatch.setattr(progress, "QUIET", 20.0)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with progress.Count("decoding", 4, terminal) as count:
+        count.update(4)
+    assert "decoding" in terminal.getvalue() and "4/4" in terminal.getvalue()
