@@ -14,9 +14,8 @@ twice the bytes of A and B, and a counter of four bytes.
 Why not 0.68 under `checkpoint`: both repeat the forward pass of the layers, so that LoRA takes three passes of equal cost
 where full fine-tuning takes four. The handwritten model has the same ratio to full fine-tuning there as ours.
 
-Where the last thousandth of the temporary bytes goes: s·B, in the handwritten model s·(x A), and with `blocks` the
-slices of the stacked A and B; each is of the size of A or B and lives from the forward to the backward pass. With `scan`
-and `checkpoint` little else lives that long, and s·B of all layers, formed before the loop, is 1.0058 (a bound missed).
+Where the last thousandths of the temporary bytes with q and v go: with `blocks`, A and B of the adapted blocks are stored
+stacked, and their slices live from the forward to the backward pass beside them. Without blocks the two are equal to the byte.
 """
 
 import argparse

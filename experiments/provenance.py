@@ -27,7 +27,7 @@ def commit() -> str | None:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "lora_jax", "experiments", "benchmarks", ":!*/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "lora_jax", "experiments", "benchmarks", ":(exclude,glob)*/results/**")
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
