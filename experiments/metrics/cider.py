@@ -3,8 +3,8 @@
     g(text)[w] = count of w in text * (ln(inputs) - ln(max(1, inputs with w in a reference)))
     CIDEr = 10 * mean over n = 1..4 and references of min(g(h), g(r)) . g(r) / (|g(h)| |g(r)|) * exp(-(l_h - l_r)^2 / (2 sigma^2))
 
-sigma = 6. Two details that are the implementation's, not the paper's: a length l is counted in bigrams, and document frequencies come
-from these references, so that the score of an input depends on all the others and one input alone scores zero.
+sigma = 6, l is a length in words. Document frequencies come from these references, so that the score of an input depends on all the
+others, and one input alone scores zero.
 """
 
 import math
@@ -19,7 +19,7 @@ _SIGMA = 6.0
 
 
 class _Vector(NamedTuple):
-    """The weights of the n-grams of each order, their norms, and the number of bigrams."""
+    """The weights of the n-grams of each order, their norms, and the number of words."""
 
     weights: list[dict[tuple[str, ...], float]]
     norms: list[float]
@@ -55,7 +55,7 @@ def _count(tokens: Tokens) -> list[Counts]:
 def _vector(orders: list[Counts], rarity: dict[tuple[str, ...], float], unseen: float) -> _Vector:
     weights = [{ngram: count * rarity.get(ngram, unseen) for ngram, count in counts.items()} for counts in orders]
     norms = [math.sqrt(sum(weight * weight for weight in order.values())) for order in weights]
-    return _Vector(weights, norms, orders[1].total())
+    return _Vector(weights, norms, orders[0].total())
 
 
 def _similarity(hypothesis: _Vector, reference: _Vector) -> float:

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from experiments.metrics.ngrams import Counts, Tokens, matches, ngrams
+from experiments.metrics.ngrams import Counts, Tokens, each_ngram, matches
 
 ORDER = 5
 _BETA = math.log(2) / math.log(1.5) ** 2
@@ -28,7 +28,7 @@ def score(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) 
     for n in range(1, ORDER + 1):
         for group in references:
             for reference in group:
-                known.update(ngrams(reference, n))
+                known.update(each_ngram(reference, n))
         gained = 0.0
         for group, hypothesis in zip(references, hypotheses, strict=True):
             for ngram, hits in matches(hypothesis, group, n).items():

@@ -9,6 +9,7 @@ any scanner of its kind the longest match wins, and of two equally long ones the
 most smileys, and symbols outside the basic plane beyond their disappearance.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ _HYPHENATED = rf"{_PART}(?:[-_](?:o'clock|{_PART}))*"
 _COMPOUND = r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z0-9]+|[A-Za-z](?:\.[A-Za-z])+\.))+"
 _SIDE = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _APOSTROPHE = (
-    r"(?:['’]n['’]|['’]n(?![^\W\d_])|['’]em"
+    r"(?:['’]n['’]|['’]n(?!\S)|['’]em"
     r"|[ldjy]['’]|d['’]you|ol['’]|somethin['’]|dunkin['’]|['’]till?|['’]cause"
     r"|['’]\d\d(?=\s)|['’][2-9]0s|o['’]clocks?|ma['’]ams?|c['’]mon|[eo]['’]er|ne['’]er|ev['’]ry|s['’]mores|li['’]l|nat['’]l|nor['’]easter)"
 )
@@ -34,7 +35,7 @@ _ABBREVIATIONS = """
     cmdr colo conn corp dept elec govs insp intl invt kans mich minn mlle mont msgr natl okla penn ppte ppty pres prof ptes ptys reps
     sens sept supt tenn tues univ wisc assoc attys calif comdr lieut thurs messrs ph.d
 """
-# A single letter and a point end a sentence before these; everywhere else they are an initial.
+# A single letter and a point end a sentence before these, capitalised; everywhere else they are an initial.
 _STARTERS = """
     a about according additionally after an as at but earlier he her here however if in it last many more now once one other our she
     since so some such that the their then there these they this we what when while yet you
@@ -43,7 +44,7 @@ _NUMBERED = "art ca fig figs no nos op pp prop"  # abbreviations before a number
 _SPLIT = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3, "'tis": 2, "'twas": 2}
 _CHANGED = {"£": "#", "€": "$", "¤": "$", "₠": "$", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 _CHANGED |= {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_CHANGED |= {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": "."}
+_CHANGED |= {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": "'"}
 _CHANGED |= dict.fromkeys("\"“”«»‘’‛‹›–—―…", "'")  # all of them punctuation that is removed
 
 
@@ -71,7 +72,7 @@ _RULES = tuple(
         r"([A-Za-z]+?)(?i:n['’]t)",
         r"((?i:n['’]t))",
         r"([A-Za-z](?:\.[A-Za-z])+\.)",
-        rf"([A-Za-z]\.)(?!\s+(?i:{_any(_STARTERS)})\s)",
+        rf"([A-Za-z]\.)(?!\s+(?=[A-Z])(?i:{_any(_STARTERS)})\s)",
         rf"((?i:{_any(_ABBREVIATIONS)})\.)",
         rf"((?i:{_any(_NUMBERED)})\.)\s?\d",
         r"([A-Z]+\$)",
@@ -80,7 +81,7 @@ _RULES = tuple(
         r"((?:https?://[^\s\"<>|().]+|www)\.[^\s\"<>|()]*[^\s\"<>|()\].,;:!?'-])",
         r"(</?[A-Za-z][^<>\n]*>|<[!?][^<>\n]*>)",
         r"(&(?:amp|lt|gt|quot|apos|nbsp|\#\d+);)",
-        r"([<>]?[:;=][-o*']?[()DdPpO|\\[\]{@])(?!\w)",
+        r"([<>]?[:;=][-o*']?[()DdPpO|\\[\]{@])(?=\W)",
         r"(-[LR][RCS]B-)",
         r"(--+|[?!]{2,}|#{2,}|@{2,}|\*{2,}|_{2,}|<<|>>|\.{3,}|''|’’|‘‘|``)",
     )
@@ -88,7 +89,8 @@ _RULES = tuple(
 # Most tokens are plain words before a blank, which no rule above lengthens.
 _PLAIN = re.compile(r"[A-Za-z]{2,}(?=[.,]?\s)")
 _NOT_PLAIN = {*_SPLIT, *_ABBREVIATIONS.split(), *_NUMBERED.split()}
-_DROPPED = re.compile(r"[^!-\u06ff\u2016-\u203e\u2070-\u209f₤€\u2100-\u27ff]|[\u2028-\u202f]")
+# Long dashes, long ellipses and doubled quotes are punctuation too; of single symbols some are unknown to the tokenizer.
+_DROPPED = re.compile(r"--+|\.{3,}|['’‘`]{2}|[^\w!-\u06ff\u2016-\u203e\u2070-\u209f₤€\u2100-\u27ff]|[\u2028-\u202f]")
 
 
 def tokenize(lines: Sequence[str]) -> list[list[str]]:
@@ -97,7 +99,7 @@ def tokenize(lines: Sequence[str]) -> list[list[str]]:
     >>> tokenize(["It isn't £20-25 (a kids' pub),", "near St. John's."])
     [['it', 'is', "n't", '#', '20-25', '-lrb-', 'a', 'kids', 'pub', '-rrb-'], ['near', 'st.', 'john', "'s"]]
     """
-    text = "\n".join(lines).replace("\xad", "")
+    text = "\n".join(" ".join(line.splitlines()) for line in lines).replace("\xad", "")
     found: list[list[str]] = [[]]
     position = 0
     while position < len(text):
@@ -108,7 +110,7 @@ def tokenize(lines: Sequence[str]) -> list[list[str]]:
             continue
         token = _next(text, position)
         position += len(token)
-        found[-1] += [word for word in _written(token) if word not in REMOVED]
+        found[-1] += _written(token)
     return found
 
 
@@ -120,19 +122,15 @@ def _next(text: str, position: int) -> str:
     return longest[1] if longest else text[position]
 
 
-def _written(token: str) -> list[str]:
-    """How the tokenizer writes what it has read: as one token but for the few that the treebank splits, some not at all."""
+@functools.lru_cache(maxsize=100_000)
+def _written(token: str) -> tuple[str, ...]:
+    """What is kept of what was read: itself, what the treebank writes for it, the two words it splits it into, or nothing."""
     lower = token.lower()
-    if lower in _CHANGED:
-        return [_CHANGED[lower]]
     if lower in _SPLIT:
-        return [lower[: _SPLIT[lower]], lower[_SPLIT[lower] :]]
-    if re.fullmatch(r"--+|\.{3,}|['’‘`]{2}", lower):
-        return []
+        return lower[: _SPLIT[lower]], lower[_SPLIT[lower] :]
     if re.fullmatch(rf"n['’]t|{_ENDING}", lower):
-        return [lower.replace("’", "'")]
-    if len(token) == 1:
-        return [] if _DROPPED.match(token) else [lower]
-    if token[0] in "<>:;=":
+        return (lower.replace("’", "'"),)
+    if token[0] in "<>:;=" and len(token) > 1:
         lower = lower.replace("(", "-lrb-").replace(")", "-rrb-")
-    return [lower.replace("&amp;", "&").replace(" ", "\xa0")]
+    lower = _CHANGED.get(lower, lower.replace("&amp;", "&").replace(" ", "\xa0"))
+    return () if lower in REMOVED or _DROPPED.fullmatch(token) else (lower,)
