@@ -1,6 +1,7 @@
 """The command line. Bad input is one line on standard error and a non-zero exit; with `--traceback`, where it came from as well."""
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -11,6 +12,8 @@ from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = REPOSITORY.parent / "shared" / "data"
+# The tasks whose metrics `score` computes.
+SCORED = ("e2e",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     report.set_defaults(handler=_report)
 
-    for command in (run, export, report):
+    score = commands.add_parser("score", help="compute a task's published metrics of generated texts, as JSON")
+    score.add_argument("task", metavar="TASK", help=f"one of: {', '.join(SCORED)}")
+    score.add_argument("--refs", required=True, metavar="FILE", help="references one a line, a blank line between inputs")
+    score.add_argument("--hyps", required=True, metavar="FILE", help="one generated text a line, in the order of the inputs")
+    score.set_defaults(handler=_score)
+
+    for command in (run, export, report, score):
         command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
     return parser
 
@@ -92,3 +101,14 @@ def _report(args: argparse.Namespace) -> None:
     from experiments.report import table
 
     print(table([Path(workdir) for workdir in args.workdirs]))
+
+
+def _score(args: argparse.Namespace) -> None:
+    if args.task not in SCORED:
+        from experiments.strict_json import nearest
+
+        raise ValueError(f"`TASK` must be one of {', '.join(SCORED)}, got `{args.task}`{nearest(args.task, SCORED)}")
+    from experiments.metrics import files, score_e2e
+
+    scores = score_e2e(*files.read(Path(args.refs), Path(args.hyps)))
+    print(json.dumps(scores, indent=2))

