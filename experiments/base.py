@@ -23,15 +23,15 @@ class Loaded:
     origin: str
 
 
-def load(section: Base, data: Path, run: Path | None, tokenizer: Path | None, key: jax.Array) -> Loaded:
+def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array) -> Loaded:
     """The base that `section` describes.
 
-    `run`: the finished work directory, where `section.run` names another config; `tokenizer`: the one that was trained, where
+    `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the finished work directory, where `section.run` names another config; `tokenizer`: the one that was trained, where
     `section.vocabulary` asks for one.
     """
     if section.architecture is not None:
         return _random(section.architecture, tokenizer or data / section.tokenizer, key)
-    directory = run / "merged" if run is not None else find(section.path, data)
+    directory = run / "merged" if run is not None else find(section.path, data, beside)
     model, params = hf.load(directory)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > model.config.vocab_size:
@@ -39,12 +39,13 @@ def load(section: Base, data: Path, run: Path | None, tokenizer: Path | None, ke
     return Loaded(model, params, tokenizer, directory, section.path or f"merged result of {section.run}")
 
 
-def find(path: str, data: Path) -> Path:
-    """A directory below `data`, or an absolute one, or else a snapshot of the hub's repository of that name."""
-    local = data / path
+def find(path: str, data: Path, beside: Path) -> Path:
+    """A directory below `data`, or below `beside` if the path begins with a dot, or else a snapshot of the hub's repository of that name."""
+    dotted = path.startswith(".")
+    local = (beside / path).resolve() if dotted else data / path
     if local.is_dir():
         return local
-    if Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
+    if Path(path).is_absolute() or dotted or path.count("/") > 1:
         raise FileNotFoundError(f"`base.path`: no directory `{local}`")
     import huggingface_hub
 

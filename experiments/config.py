@@ -1,7 +1,7 @@
 """What a config file may say: one frozen dataclass a section, and the only place that holds a default.
 
 A config is a row of a table: `source` names the paper, the table and the numbers to expect, or says that there are none.
-Paths inside a config are relative to `--data`; `base.run` is relative to the config's own file. Left out: anything that
+Paths inside a config are relative to `--data`; `base.run`, and a `base.path` that begins with a dot, to the config's own file. Left out: anything that
 describes the machine (device counts aside) or where results go: those are arguments of the command line.
 """
 
@@ -43,7 +43,7 @@ class Architecture:
 class Base:
     """Where the weights come from: exactly one of `path`, `run` and `architecture`.
 
-    `path`: a Hugging Face directory, or the name of one on the hub. `run`: another config, whose merged result is the base; it is
+    `path`: a Hugging Face directory, beside this config's file if it begins with a dot, or the name of one on the hub. `run`: another config, whose merged result is the base; it is
     run first when it is not finished, in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the
     seed, with the `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens trained on the training text.
     """
@@ -179,7 +179,8 @@ class Decode:
 
     Beam search of width `beams`, or greedy decoding (1), or drawing (`sample`). Beams are compared by their summed log-probability
     over length ** `length_penalty`, and `no_repeat_ngram` forbids a second occurrence of that many generated tokens in a row. A text
-    ends at the tokenizer's end of text or at one of `end`: ids, or texts that the tokenizer encodes as one token.
+    ends at the tokenizer's end of text or at one of `end`: ids, or texts that the tokenizer encodes as one token. `before`: the base,
+    as it was, answers all of the inputs too and is scored beside the result.
     """
 
     max_tokens: int = 64
@@ -191,6 +192,7 @@ class Decode:
     sample: Sample | None = None
     prompts: int | None = None
     shown: int = 10
+    before: bool = False
 
     def __post_init__(self):
         for name in ("max_tokens", "batch", "beams"):
@@ -206,6 +208,8 @@ class Decode:
 
 @dataclass(frozen=True)
 class Config:
+    """`compare_full`: measure a few steps of full fine-tuning too, whose memory the device then needs, for the report."""
+
     name: str
     source: Source
     base: Base
@@ -217,6 +221,7 @@ class Config:
     mesh: Mesh = Mesh()
     decode: Decode = Decode()
     generate: Generate | None = None
+    compare_full: bool = False
     seed: int = 0
 
     def __post_init__(self):

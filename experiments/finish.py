@@ -1,4 +1,4 @@
-"""From trained arrays to files: merge, export, read back, compare, decode.
+"""From trained arrays to files: merge, export, read back, compare, decode, score.
 
 The comparison is of the logits of the adapted model in memory with those of the exported one, read back from its files: whatever
 goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number in the report.
@@ -16,6 +16,7 @@ import numpy as np
 import lora_jax
 from experiments.base import Loaded
 from experiments.decode import Decoder
+from experiments.metrics import score_e2e, warn
 from experiments.progress import Count
 from experiments.tasks.examples import Splits
 from experiments.train import Trainer
@@ -66,14 +67,35 @@ def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[s
     return {"max_difference": float(np.abs(adapted - logits).max()), "keys": keys}
 
 
-def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> list[dict[str, Any]]:
-    """Writes `predictions.txt`, a line a test input, and returns the samples for the report: before, after, and by people."""
-    if not decoder.prompts:
-        return []
-    with Count("decoding", len(decoder.prompts)) as count:
-        after = decoder.texts(merged, tell=count.update)
-    (directory / "predictions.txt").write_text("".join(line + "\n" for line in after), "utf-8")
-    return [
+def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict[str, Any]:
+    """Decodes the test inputs; returns the samples and the scores for the report.
+
+    `predictions.txt` has a line an input, `references.txt` people's wordings in the scorer's form; with `decode.before` the base, as
+    it was, answers all inputs too, in `predictions_before.txt`, and not only those that the report shows.
+    """
+    prompts, section = decoder.prompts, decoder.section
+    if not prompts:
+        return {"samples": [], "scores": {}}
+
+    def decoded(params: Any, count: int, what: str) -> list[str]:
+        with Count(what, count) as progress:
+            return decoder.texts(params, count, tell=progress.update)
+
+    texts = {"after": decoded(merged, len(prompts), "decoding")}
+    texts["before"] = decoded(before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base")
+    for name, lines in texts.items():
+        if len(lines) == len(prompts):
+            file = "predictions.txt" if name == "after" else "predictions_before.txt"
+            (directory / file).write_text("".join(line + "\n" for line in lines), "utf-8")
+    samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
-        for prompt, old, new in zip(decoder.prompts, decoder.texts(before, decoder.section.shown), after, strict=False)
+        for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
     ]
+    if not all(prompt.references for prompt in prompts):
+        return {"samples": samples, "scores": {}}
+    references = [prompt.references for prompt in prompts]
+    (directory / "references.txt").write_text("\n".join("".join(line + "\n" for line in group) for group in references), "utf-8")
+    whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
+    # What METEOR lacks is said once.
+    scores = {name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None) for name in whole}
+    return {"samples": samples, "scores": scores}

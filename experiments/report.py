@@ -72,6 +72,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
         "method": f"`{configs.method_value(config.method)}` on {', '.join(f'`{pattern}`' for pattern in config.targets)}",
         "trainable parameters": f"{facts['trainable']:,} ({facts['trainable'] / base['parameters']:.3%} of the base)",
+        "sizes": f"base {_megabytes(facts['bytes']['base'])}, what trains {_megabytes(facts['bytes']['delta'])}",
         "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
         "steps": f"{found['steps']:,} of {config.train.batch} examples x {config.data.seq_len} tokens",
         "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after (best {found['best_valid_loss']:.4f})",
@@ -88,7 +89,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += ["", "![loss](figures/loss.png)", ""]
     lines += ["`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the adapter and the"]
     lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", ""]
-    lines += _samples(facts["samples"], config.decode)
+    lines += [*_scores(facts["scores"], config), *_cost(facts["cost"]), *_samples(facts["samples"], config.decode)]
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
 
@@ -110,6 +111,44 @@ def _source(config: Config) -> list[str]:
     return [f"{words} {source.note}" if source.note else words]
 
 
+# Of the five, these are fractions that papers print as percentages.
+PERCENTAGES = ("BLEU", "METEOR", "ROUGE_L")
+
+
+def _as_printed(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}" if name in PERCENTAGES else f"{value:.4f}"
+
+
+def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[str]:
+    if not scores:
+        return []
+    names = list(scores["after"])
+    rows = {words: scores[key] for key, words in (("before", "base, untouched"), ("after", "this run")) if key in scores}
+    lines = ["## Scores (test inputs)", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {words} | {' | '.join(_as_printed(name, found[name]) for name in names)} |" for words, found in rows.items()]
+    if config.source.expected:
+        lines += [f"| published | {' | '.join(f'{config.source.expected[name]:g}' if name in config.source.expected else '-' for name in names)} |"]
+    lines += ["", "`python -m experiments score e2e --refs references.txt --hyps predictions.txt` gives these numbers again; BLEU, METEOR and"]
+    return [*lines, "ROUGE-L are percentages here. A dash under METEOR: java or its package was not there.", ""]
+
+
+def _cost(cost: dict[str, dict[str, float]]) -> list[str]:
+    if not cost:
+        return []
+    ours, full = cost["this run"], cost["full fine-tuning"]
+    shown = {"bytes": _megabytes, "optimiser bytes": _megabytes, "seconds": "{:.3f} s".format, "FLOPs": "{:.3g}".format}
+    words = {"bytes": "memory", "optimiser bytes": "optimiser state", "seconds": "time (median of 5)"}
+    lines = ["## A training step, beside full fine-tuning's", "", "| | this run | full fine-tuning | ratio |", "|---|---|---|---|"]
+    for name in ours:
+        cells = [shown.get(name, "{:,}".format)(value) for value in (ours[name], full[name])]
+        lines.append(f"| {words.get(name, name)} | {' | '.join(cells)} | {ours[name] / full[name]:.3f} |")
+    return [*lines, "", "Memory and FLOPs are the compiler's figures for the whole step; the times were measured one after the other.", ""]
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
 def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
     if not samples:
         return []
@@ -123,15 +162,16 @@ def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
 
 def table(workdirs: Sequence[Path]) -> str:
     """One line a finished run, as Markdown. Raises `ValueError` for a directory that holds none."""
-    lines = ["| run | trainable | steps | validation loss before | after | s/step | merged - adapted |", "|---|---|---|---|---|---|---|"]
+    lines = ["| run | trainable | steps | validation loss before | after | BLEU before | after | s/step | merged - adapted |", "|---" * 9 + "|"]
     for workdir in workdirs:
         if not (workdir / "report.md").is_file():
             raise ValueError(f"`{workdir}` holds no finished run")
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
         name = json.loads((workdir / "config.json").read_text("utf-8"))["name"]
-        found = facts["numbers"]
+        found, scores = facts["numbers"], facts["scores"]
+        bleu = [_as_printed("BLEU", scores.get(when, {}).get("BLEU")) for when in ("before", "after")]
         lines.append(
-            f"| {name} | {facts['trainable']:,} | {found['steps']:,} | {found['first_valid_loss']:.4f} | {found['valid_loss']:.4f} | "
+            f"| {name} | {facts['trainable']:,} | {found['steps']:,} | {found['first_valid_loss']:.4f} | {found['valid_loss']:.4f} | {' | '.join(bleu)} | "
             f"{found['median_seconds_per_step']:.3f} | {facts['comparison']['max_difference']:.1e} |"
         )
     return "\n".join(lines)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import lora_jax
 from experiments import base as bases
 from experiments import config as configs
-from experiments import finish, report, tasks, train
+from experiments import cost, finish, report, tasks, train
 from experiments.config import Config
 from experiments.decode import Decoder
 from experiments.progress import Record
@@ -47,7 +48,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     base_run = _run_base(config, config_path, data, workdir)
     keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
     trained = None if config.base.vocabulary is None else tokenizer.train(contents["train"], config.base.vocabulary, workdir / "tokenizer")
-    base = bases.load(config.base, data, base_run, trained, keys["base"])
+    base = bases.load(config.base, data, config_path.parent, base_run, trained, keys["base"])
     if config.data.seq_len > base.model.config.n_positions:
         raise ValueError(f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {base.model.config.n_positions} positions")
     splits = tasks.prepare(config.data, contents, base.tokenizer)
@@ -80,8 +81,10 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
         "trainable": lora_jax.count(state.delta),
         "summary": _summary(params, state.delta),
         "comparison": finish.compare(trainer, state.delta, workdir / "merged", splits),
-        "samples": finish.predict(decoder, base.params, merged, workdir),
+        "bytes": {"base": _bytes(params), "delta": _bytes(state.delta)},
+        **finish.predict(decoder, params, merged, workdir),
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
+        "cost": cost.beside_full(trainer, state, params, specs, splits.train.batch(np.arange(config.train.batch))) if config.compare_full else {},
         "finishing_seconds": time.perf_counter() - started,
     }
     report.write(workdir, config, facts)
@@ -126,3 +129,7 @@ def _data_fingerprint(splits: Splits) -> str:
 
 def _size(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -43,6 +43,17 @@ def test_shipped_config_is_a_row(path):
         assert (path.parent / config.base.run).is_file()
 
 
+@pytest.mark.parametrize("name, row", [("e2e_gpt2_medium", "GPT-2 M LoRA"), ("e2e_gpt2_large", "GPT-2 L LoRA")])
+def test_expected_scores_are_the_published_ones(name, row, data_dir):
+    path = data_dir.parent / "reference" / "published.json"
+    if not path.is_file():
+        pytest.skip(f"no {path}: the paper's numbers lie beside the data sets only where the project is developed")
+    published = json.loads(path.read_text())
+    found = next(found for found in published["table3_E2E"]["rows"] if found["method"] == row)
+    expected = configs.load(SHIPPED[0].parent / f"{name}.json").source.expected
+    assert expected == {metric: found[metric] for metric in ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")}
+
+
 @pytest.mark.parametrize(
     "change, kind, message",
     [

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import jax
@@ -33,7 +34,8 @@ LORA = {
     "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1, "blocks": [True, False, True]},
     "targets": ["attn/c_attn/kernel"],
     "train": {"steps": 8, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 1, "eval_every": 4, "eval_batches": 1, "checkpoint_every": 3},
-    "decode": {"max_tokens": 4, "shown": 2, "beams": 3, "length_penalty": 0.9, "no_repeat_ngram": 2, "end": ["\n"]},
+    "decode": {"max_tokens": 4, "shown": 2, "beams": 3, "length_penalty": 0.9, "no_repeat_ngram": 2, "end": ["\n"], "before": True},
+    "compare_full": True,
 }
 
 
@@ -105,6 +107,26 @@ def test_a_finished_work_directory(root):
     assert in_pytorch is None or (in_pytorch["max_difference"] < 1e-4 and not in_pytorch["keys"])
     assert all(f" {word} |" in page or f"| {word}" in page for word in ("command", "data", "commit, date"))
     assert (done / "base" / "report.md").is_file(), "the base was run first"
+
+
+def test_the_report_scores_and_weighs(root, capsys):
+    """The scores are those of the files beside the report, and the costs are those of this model."""
+    done = root / "done"
+    facts, page = json.loads((done / "report.json").read_text()), (done / "report.md").read_text()
+    capsys.readouterr()
+    for when, file in (("after", "predictions.txt"), ("before", "predictions_before.txt")):
+        assert main(["score", "e2e", "--refs", str(done / "references.txt"), "--hyps", str(done / file)]) == 0
+        assert json.loads(capsys.readouterr().out) == facts["scores"][when]
+    assert "| base, untouched |" in page and "| published | 70.4 | - |" in page
+    ours, full = facts["cost"]["this run"], facts["cost"]["full fine-tuning"]
+    for method, cost in ((facts["trainable"], ours), (facts["base"]["parameters"], full)):
+        assert cost["trained parameters"] == method
+        assert 8 * method < cost["optimiser bytes"] < 8 * method + 64, "two float32 moments, and counters"
+    assert ours["FLOPs"] < full["FLOPs"] and ours["bytes"] < full["bytes"]
+    assert facts["bytes"] == {"base": 4 * facts["base"]["parameters"], "delta": 4 * facts["trainable"]}
+    assert main(["report", str(done)]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.count("|") == 10 and f"{100 * facts['scores']['after']['BLEU']:.2f}" in row
 
 
 def test_the_base_stays_and_the_merged_model_moves(root):
@@ -216,6 +238,16 @@ def test_bad_input_is_one_line(root, inputs, tmp_path, capsys, monkeypatch, case
     line = refused(capsys, monkeypatch, "run", *config, "--data", inputs, "--workdir", tmp_path / "work", *arguments)
     assert message in line
     assert not (tmp_path / "work").exists(), "nothing was written"
+
+
+def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({**LORA, "base": {"path": "./bases/tiny"}, "compare_full": False}))
+    arguments = ["run", str(tmp_path / "config.json"), "--data", str(root), "--workdir", str(tmp_path / "run")]
+    line = refused(capsys, monkeypatch, *arguments)
+    assert f"no directory `{tmp_path / 'bases' / 'tiny'}`" in line
+    shutil.copytree(root / "done" / "base" / "merged", tmp_path / "bases" / "tiny")
+    run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1)
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
 def test_another_config_is_refused(root, capsys, monkeypatch):

@@ -5,14 +5,20 @@ CIDEr on those of the Penn Treebank. All but METEOR is plain Python here and nee
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from experiments.metrics import bleu, cider, meteor, mteval, nist, ptb, rouge
 
 
-def score_e2e(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> dict[str, float | None]:
-    """The scores of one hypothesis an input. Where METEOR cannot run it is `None`, and a line on standard error says why.
+def warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def score_e2e(
+    references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, tell: Callable[[str], None] = warn
+) -> dict[str, float | None]:
+    """The scores of one hypothesis an input. Where METEOR cannot run it is `None`, and `tell` is told why.
 
     >>> scores = score_e2e([["Cotto is a pub.", "There is a pub, Cotto."], ["It is cheap."]], ["Cotto is a pub.", "It is cheap."])
     >>> scores["BLEU"], scores["ROUGE_L"]
@@ -33,15 +39,17 @@ def score_e2e(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) ->
     return {
         "BLEU": bleu.score(words, outputs),
         "NIST": nist.score(words, outputs),
-        "METEOR": _meteor_or_none(treebank, treebank_outputs),
+        "METEOR": _meteor_or_none(treebank, treebank_outputs, tell),
         "ROUGE_L": rouge.score(treebank, treebank_outputs),
         "CIDEr": cider.score(treebank, treebank_outputs),
     }
 
 
-def _meteor_or_none(references: Sequence[Sequence[Sequence[str]]], hypotheses: Sequence[Sequence[str]]) -> float | None:
+def _meteor_or_none(
+    references: Sequence[Sequence[Sequence[str]]], hypotheses: Sequence[Sequence[str]], tell: Callable[[str], None]
+) -> float | None:
     try:
         return meteor.score(references, hypotheses)
     except meteor.NoMeteorError as error:
-        print(f"METEOR is null: {error}", file=sys.stderr)
+        tell(f"METEOR is null: {error}")
         return None
