@@ -12,11 +12,7 @@ import numpy as np
 
 from experiments.config import Config, Decode
 from experiments.search import search
-from experiments.tasks.examples import Prompt
-
-# The narrowest prompts that are worth a program of their own.
-NARROWEST = 16
-
+from experiments.tasks.examples import Prompt, padded_width
 
 @dataclass(frozen=True)
 class Decoder:
@@ -71,7 +67,7 @@ def generate(
     for start in range(0, len(order), section.batch):
         rows = order[start : start + section.batch]
         filled = rows + rows[-1:] * (section.batch - len(rows))
-        width = _width(len(prompts[rows[-1]]), model.config.n_positions - section.max_tokens)
+        width = padded_width(len(prompts[rows[-1]]), model.config.n_positions - section.max_tokens)
         # The padding is any token at all: the mask keeps it out.
         ids = np.asarray([[end[0]] * (width - len(prompts[row])) + list(prompts[row]) for row in filled], np.int32)
         mask = np.asarray([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in filled], np.int32)
@@ -80,13 +76,6 @@ def generate(
             results[row] = found[: next((place for place, token in enumerate(found) if token in end), None)]
         tell(start + len(rows))
     return results
-
-
-def _width(longest: int, room: int) -> int:
-    width = NARROWEST
-    while width < longest:
-        width *= 2
-    return min(width, room)
 
 
 def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:

@@ -23,17 +23,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _bar(out: TextIO, name: str, total: int, done: int = 0) -> tuple[Any, Any]:
-    """A bar, not yet shown, and its task; `(None, None)` where `out` is no terminal."""
-    if not out.isatty():
-        return None, None
-    from rich import progress
-    from rich.console import Console
+class _Bar:
+    """A bar on a terminal; nothing elsewhere, where `shown` is False."""
 
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
-    columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
-    bar = progress.Progress(*columns, console=Console(file=out))
-    return bar, bar.add_task(name, total=total, completed=done, numbers="")
+    def __init__(self, out: TextIO, name: str, total: int, done: int = 0):
+        self.shown = out.isatty()
+        if not self.shown:
+            return
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+        columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
+        self._progress = progress.Progress(*columns, console=Console(file=out))
+        self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
+
+    def start(self) -> None:
+        if self.shown:
+            self._progress.start()
+
+    def stop(self) -> None:
+        if self.shown:
+            self._progress.stop()
+
+    def update(self, done: int, **fields: str) -> None:
+        if self.shown:
+            self._progress.update(self._task, completed=done, **fields)
 
 
 class Count:
@@ -43,21 +58,18 @@ class Count:
         self._out = sys.stdout if out is None else out
         self._name, self._total = name, total
         self._spoke = time.monotonic()
-        self._bar, self._task = _bar(self._out, name, total)
+        self._bar = _Bar(self._out, name, total)
 
     def __enter__(self) -> "Count":
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def update(self, done: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done)
-        elif time.monotonic() - self._spoke >= QUIET:
+        self._bar.update(done)
+        if not self._bar.shown and time.monotonic() - self._spoke >= QUIET:
             self._spoke = time.monotonic()
             print(f"{self._name}: {done}/{self._total}", file=self._out, flush=True)
 
@@ -79,21 +91,18 @@ class Record:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._bar, self._task = _bar(self._out, name, steps, step)
+        self._bar = _Bar(self._out, name, steps, step)
 
     def __enter__(self) -> "Record":
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
         self._file.close()
 
     def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(step)
 
     def log(self, step: int, **numbers: float) -> None:
         """One line of metrics, on the disk before this returns, and a word about it to whoever watches."""
@@ -102,8 +111,8 @@ class Record:
         shown = [f"{name} {numbers[name]:.4f}" for name in ("loss", "valid_loss") if name in numbers]
         if "seconds_per_step" in numbers:
             shown.append(f"{numbers['seconds_per_step']:.3f} s/step")
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=", ".join(shown))
+        self._bar.update(step, numbers=", ".join(shown))
+        if self._bar.shown:
             return
         now = time.monotonic()
         if "valid_loss" in numbers or now - self._spoke >= QUIET:

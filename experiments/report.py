@@ -74,7 +74,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "trainable parameters": f"{facts['trainable']:,} ({facts['trainable'] / base['parameters']:.3%} of the base)",
         "sizes": f"base {_megabytes(facts['bytes']['base'])}, what trains {_megabytes(facts['bytes']['delta'])}",
         "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
-        "steps": f"{found['steps']:,} of {config.train.batch} examples x {config.data.seq_len} tokens",
+        "steps": f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens each",
         "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after (best {found['best_valid_loss']:.4f})",
         "last training loss": f"{found['train_loss']:.4f}{smoothed}",
         "time": f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax {facts['jax']}",

@@ -17,7 +17,7 @@ from experiments import decode, progress, train
 from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
 from experiments.sample import draw
 from experiments.search import search
-from experiments.tasks.examples import Prompt
+from experiments.tasks.examples import Prompt, padded_width
 from lora_jax.interop import hf
 from lora_jax.models import stack_layers
 from lora_jax.models.gpt2 import GPT2, GPT2Config
@@ -164,7 +164,7 @@ def test_one_program_serves_all_batches_of_a_width():
     assert search._cache_size() == before + 1
     generated(weights(0), [*PROMPTS, [1] * 17, [1] * 30], section)
     assert search._cache_size() == before + 2
-    assert [decode._width(length, 37) for length in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 37]
+    assert [padded_width(length, 37) for length in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 37]
 
 
 @pytest.mark.parametrize("beams", [1, 4])

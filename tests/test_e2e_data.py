@@ -103,6 +103,17 @@ def test_batch_is_the_authors():
     assert batch["mask"].tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
 
 
+def test_a_batch_is_as_wide_as_its_longest_example():
+    """To the next power of two: what is cut off is padding."""
+    pairs = [([5] * 10, [7] * 10), ([5] * 2, [7] * 3), ([5] * 30, [7] * 10)]
+    data, wide = examples.Examples(pairs, seq_len=48), examples.Examples([*pairs, ([5] * 40, [7] * 8)], seq_len=48)
+    for rows, width in (([1], 16), ([0, 1], 32), ([1, 2], 48), ([0, 1, 2], 48)):
+        narrow, whole = data.batch(np.array(rows)), wide.batch(np.array([*rows, 3]))
+        for name, array in narrow.items():
+            assert array.shape == (len(rows), width)
+            np.testing.assert_array_equal(np.pad(array, [(0, 0), (0, 48 - width)]), whole[name][:-1])
+
+
 @pytest.mark.parametrize("seq_len, mask", [(5, [0, 0, 1, 1, 0]), (3, [0, 0, 0]), (2, [0, 0])])
 def test_truncation_is_the_authors(seq_len, mask):
     """Inputs lose their end, n = kept inputs - len(context) tokens are counted, and the label of the last kept input is known."""

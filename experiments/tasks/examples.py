@@ -12,8 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 
 
+# The narrowest batch that is worth a compiled program of its own.
+NARROWEST = 16
+
+
+def padded_width(longest: int, most: int) -> int:
+    """How wide a batch is: a power of two, so that a data set needs few programs and short sequences do not pay for long ones."""
+    width = NARROWEST
+    while width < longest:
+        width *= 2
+    return min(width, most)
+
+
 class Examples:
-    """`len(context) + len(completion)` tokens each, given out as padded batches of `seq_len` positions."""
+    """`len(context) + len(completion)` tokens each, given out as padded batches of at most `seq_len` positions."""
 
     def __init__(self, pairs: Iterable[tuple[list[int], list[int]]], seq_len: int):
         contexts, lengths, tokens = [], [], []
@@ -37,9 +49,9 @@ class Examples:
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from the mask."""
-        inputs = np.zeros((len(indices), self.seq_len), np.int32)
-        labels = np.zeros((len(indices), self.seq_len), np.int32)
-        mask = np.zeros((len(indices), self.seq_len), np.float32)
+        width = padded_width(int(self._lengths[np.asarray(indices)].max()), self.seq_len)
+        inputs, labels = np.zeros((2, len(indices), width), np.int32)
+        mask = np.zeros((len(indices), width), np.float32)
         for row, index in enumerate(indices):
             ids, context = self.ids(index), self._contexts[index]
             shown, shifted = ids[: self.seq_len], ids[1 : self.seq_len + 1]
