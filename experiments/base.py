@@ -1,5 +1,6 @@
 """The weights a run starts from, and the tokenizer that belongs to them."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,14 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
+def model(architecture: Architecture, *, vocabulary: int, end: int) -> GPT2:
+    """A GPT-2 of that shape; `end` is the token that begins and ends a text."""
+    config = GPT2Config(vocab_size=vocabulary, **dataclasses.asdict(architecture), bos_token_id=end, eos_token_id=end)
+    return GPT2(config)
+
+
 def _random(architecture: Architecture, directory: Path, key: jax.Array) -> Loaded:
     tokenizer = load_tokenizer(directory)
-    end = tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=architecture.n_positions,
-        n_embd=architecture.n_embd,
-        n_layer=architecture.n_layer,
-        n_head=architecture.n_head,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    model = GPT2(config)
-    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(key)
-    return Loaded(model, params, tokenizer, directory, "random weights")
+    fresh = model(architecture, vocabulary=len(tokenizer), end=tokenizer.eos_token_id)
+    params = jax.jit(lambda key: fresh.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(key)
+    return Loaded(fresh, params, tokenizer, directory, "random weights")

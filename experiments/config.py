@@ -16,6 +16,14 @@ from typing import Any, Literal
 from experiments.strict_json import build, nearest
 
 
+def _at_least(least: int, section: str, values: Any, *names: str) -> None:
+    """Raises `ValueError` for a number that is smaller, or not finite; null is left to mean what it means."""
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"`{section}.{name}` must be at least {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class Source:
     """Whose numbers these are: `paper=None` says that no paper has this row."""
@@ -78,6 +86,9 @@ class E2EData:
     max_rows: int | None = None
     max_valid_rows: int | None = None
 
+    def __post_init__(self):
+        _at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -89,6 +100,9 @@ class TextData:
     seq_len: int
     max_bytes: int | None = None
     max_valid_bytes: int | None = None
+
+    def __post_init__(self):
+        _at_least(1, "data", self, "seq_len", "max_bytes", "max_valid_bytes")
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,12 @@ class Optimizer:
     weight_decay: float = 0.0
     clip: float | None = None
 
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`optimizer.{name}` must be at least 0 and below 1, got {getattr(self, name)}")
+        _at_least(0, "optimizer", self, "eps", "weight_decay", "clip")
+
 
 @dataclass(frozen=True)
 class Train:
@@ -135,9 +155,8 @@ class Train:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`train.{name}` must be at least 1, got {getattr(self, name)}")
+        _at_least(1, "train", self, "steps", "batch", "accumulate", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+        _at_least(0, "train", self, "lr")
         if self.batch % self.accumulate:
             raise ValueError(f"`train.batch` ({self.batch}) must be a multiple of `train.accumulate` ({self.accumulate})")
         if not 0 <= self.warmup <= self.steps:
@@ -153,6 +172,9 @@ class Mesh:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self):
+        _at_least(1, "mesh", self, "data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
@@ -195,11 +217,8 @@ class Decode:
     before: bool = False
 
     def __post_init__(self):
-        for name in ("max_tokens", "batch", "beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`decode.{name}` must be at least 1, got {getattr(self, name)}")
-        if self.no_repeat_ngram is not None and self.no_repeat_ngram < 1:
-            raise ValueError(f"`decode.no_repeat_ngram` must be at least 1 or null, got {self.no_repeat_ngram}")
+        _at_least(1, "decode", self, "max_tokens", "batch", "beams", "no_repeat_ngram", "prompts")
+        _at_least(0, "decode", self, "shown")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"`decode.length_penalty` must be finite, got {self.length_penalty}")
         if self.sample is not None and self.beams > 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments import config as configs
 from experiments.config import Config, Decode
+from experiments.cost import STEPS
 from experiments.progress import read_metrics
 from experiments.provenance import command, provenance
 
@@ -137,12 +138,12 @@ def _cost(cost: dict[str, dict[str, float]]) -> list[str]:
         return []
     ours, full = cost["this run"], cost["full fine-tuning"]
     shown = {"bytes": _megabytes, "optimiser bytes": _megabytes, "seconds": "{:.3f} s".format, "FLOPs": "{:.3g}".format}
-    words = {"bytes": "memory", "optimiser bytes": "optimiser state", "seconds": "time (median of 5)"}
+    words = {"bytes": "memory", "optimiser bytes": "optimiser state", "seconds": f"time (median of {STEPS})"}
     lines = ["## A training step, beside full fine-tuning's", "", "| | this run | full fine-tuning | ratio |", "|---|---|---|---|"]
     for name in ours:
         cells = [shown.get(name, "{:,}".format)(value) for value in (ours[name], full[name])]
         lines.append(f"| {words.get(name, name)} | {' | '.join(cells)} | {ours[name] / full[name]:.3f} |")
-    return [*lines, "", "Memory and FLOPs are the compiler's figures for the whole step; the times were measured one after the other.", ""]
+    return [*lines, "", "Memory and FLOPs are the compiler's figures for a whole step on one device; the times were measured one after the other.", ""]
 
 
 def _megabytes(count: float) -> str:
@@ -168,7 +169,7 @@ def table(workdirs: Sequence[Path]) -> str:
             raise ValueError(f"`{workdir}` holds no finished run")
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
         name = json.loads((workdir / "config.json").read_text("utf-8"))["name"]
-        found, scores = facts["numbers"], facts["scores"]
+        found, scores = facts["numbers"], facts.get("scores", {})  # pretraining has none, nor had older reports
         bleu = [_as_printed("BLEU", scores.get(when, {}).get("BLEU")) for when in ("before", "after")]
         lines.append(
             f"| {name} | {facts['trainable']:,} | {found['steps']:,} | {found['first_valid_loss']:.4f} | {found['valid_loss']:.4f} | {' | '.join(bleu)} | "

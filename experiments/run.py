@@ -1,6 +1,6 @@
 """One config from nothing to a finished work directory; started again, it goes on where it stopped.
 
-Everything that can be wrong with the input is found before the first byte of a run is written. `config.json` marks a directory as
+What can be wrong with the input is found before the run begins: before a base is trained, where its config says enough. `config.json` marks a directory as
 a run's own, `report.md`, written last, marks it as finished.
 """
 
@@ -27,8 +27,9 @@ from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, fingerprint
 
-# What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer trained for it.
-BEFOREHAND = {"base", "data", "tokenizer"}
+# What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer trained for it, and what a
+# crash left of the last two.
+BEFOREHAND = {"base", "data", "tokenizer", "tokenizer.tmp", "config.json.tmp"}
 
 
 def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_after: int | None = None) -> Path:
@@ -41,7 +42,10 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     if is_finished(workdir, resolved):
         print(f"{config.name}: already finished, see {workdir / 'report.md'}")
         return workdir
+    if jax.process_count() > 1:
+        raise ValueError(f"this run has {jax.process_count()} processes, which would all write the same files: several hosts are not supported yet")
     mesh = train.make_mesh(config.mesh)
+    _check_against_shapes(config, config_path)
     if config.generate is not None:
         data = generate.write(config.generate, workdir / "data")
     contents = tasks.read(config.data, data)
@@ -49,8 +53,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
     trained = None if config.base.vocabulary is None else tokenizer.train(contents["train"], config.base.vocabulary, workdir / "tokenizer")
     base = bases.load(config.base, data, config_path.parent, base_run, trained, keys["base"])
-    if config.data.seq_len > base.model.config.n_positions:
-        raise ValueError(f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {base.model.config.n_positions} positions")
+    _check_room(config, base.model.config.n_positions)
     splits = tasks.prepare(config.data, contents, base.tokenizer)
     decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
 
@@ -67,7 +70,10 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
             state = checkpoints.restore(state.delta, state.opt_state)
             print(f"{config.name}: resuming after step {state.step}")
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(resolved, indent=2) + "\n", "utf-8")
+        if not (workdir / "config.json").is_file():
+            fresh = workdir / "config.json.tmp"
+            fresh.write_text(json.dumps(resolved, indent=2) + "\n", "utf-8")
+            fresh.replace(workdir / "config.json")
         with Record(workdir, config.name, config.train.steps, state.step) as record:
             state = trainer.fit(state, splits, checkpoints, record, stop_after)
     if state.step < config.train.steps:
@@ -96,13 +102,36 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
     """Whether `workdir` holds the finished run of this config. Raises `ValueError` if it holds anything of another."""
     kept = workdir / "config.json"
     if kept.is_file():
-        found = configs.difference(json.loads(kept.read_text("utf-8")), resolved)
+        try:
+            old = json.loads(kept.read_text("utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{kept}` is not valid JSON: {error}") from error
+        found = configs.difference(old, resolved)
         if found:
             raise ValueError(f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config it was started with")
         return (workdir / "report.md").is_file()
     if workdir.exists() and (not workdir.is_dir() or {entry.name for entry in workdir.iterdir()} - BEFOREHAND):
         raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir")
     return False
+
+
+def _check_against_shapes(config: Config, config_path: Path) -> None:
+    """What a base that is still to be trained already says: whether sequences have room, and whether `targets` name leaves of it."""
+    described = config
+    while described.base.run is not None:
+        config_path = config_path.parent / described.base.run
+        described = configs.load(config_path)
+    if described.base.architecture is None:
+        return
+    _check_room(config, described.base.architecture.n_positions)
+    model = bases.model(described.base.architecture, vocabulary=257, end=0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
+    lora_jax.lorafy(shapes, list(config.targets), method=configs.method_value(config.method))
+
+
+def _check_room(config: Config, positions: int) -> None:
+    if config.data.seq_len > positions:
+        raise ValueError(f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} positions")
 
 
 def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> Path | None:

@@ -55,7 +55,8 @@ class Term:
         return dataclasses.replace(self, **changes)
 
     def times_scale(self, array: jax.Array) -> jax.Array:
-        return array if self.scale == 1.0 else array * jnp.asarray(self.scale, array.dtype)
+        """In float32 at least: a scale rounded to bfloat16 would be wrong in the same direction everywhere."""
+        return array if self.scale == 1.0 else (array.astype(widened(array.dtype)) * self.scale).astype(array.dtype)
 
     def unscaled(self) -> "Term":
         """The same with the scale in B, for what joins terms of different scales."""

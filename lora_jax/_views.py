@@ -112,7 +112,7 @@ def _reshape_windows(weight: Factored, groups: list, shape: Sequence[int]) -> tu
 def sliced(weight: Factored, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int] | None) -> Factored:
     strides = strides or (1,) * len(weight.axes)
     axis = weight.windowed
-    if axis is not None and (starts[axis], stops[axis]) != (0, weight.shape[axis]):
+    if axis is not None and (starts[axis], stops[axis], strides[axis]) != (0, weight.shape[axis], 1):
         if strides[axis] != 1:
             return sliced(weight.unwindowed(), starts, stops, strides)
         return _sliced_apart(_sliced_windows(weight, starts[axis], stops[axis]), starts, stops, strides, axis)

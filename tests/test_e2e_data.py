@@ -1,5 +1,6 @@
 """The E2E data set in all its forms, plain text, generated data, batches, and the order in which they are seen."""
 
+import dataclasses
 import lzma
 
 import datasets
@@ -10,7 +11,7 @@ from experiments import config as configs
 from experiments import order
 from experiments.base import load_tokenizer
 from experiments.config import E2EData, Generate, TextData
-from experiments.tasks import e2e, examples, generate, text
+from experiments.tasks import e2e, examples, generate, text, tokenizer
 
 FILES = [("trainset.csv.xz", "train.txt.xz", 42061), ("devset.csv", "valid.txt", 4672), ("testset_w_refs.csv", "test.txt", 4693)]
 SECTION = Generate(seed=1, meanings=12, held_out=4, references=3, prose=20, vocabulary=300)
@@ -191,6 +192,29 @@ def test_text_of_several_files(generated, tmp_path):
     section = TextData("text", ("one.txt", "two.txt"), "one.txt", 4)
     assert text.read(section, tmp_path)["train"] == [f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")]
     assert configs.build(TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4}) == section
+
+
+def test_a_tokenizer_is_found_again_or_refused(tmp_path):
+    documents = ["one and two and three and four"] * 3
+    directory = tokenizer.train(documents, 260, tmp_path / "tokenizer")
+    before = (directory / "tokenizer.json").stat().st_mtime_ns
+    assert tokenizer.train(iter(documents), 260, directory) == directory
+    assert (directory / "tokenizer.json").stat().st_mtime_ns == before
+    for other in (([*documents, "five"], 260), (documents, 259)):
+        with pytest.raises(ValueError, match="holds a tokenizer of another size or text"):
+            tokenizer.train(*other, directory)
+    with pytest.raises(ValueError, match="a vocabulary of 4096 tokens was asked for, and the training text gives 2"):
+        tokenizer.train(documents, 4096, tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
+def test_unfinished_data_is_written_anew(generated, tmp_path):
+    """The mark is written last: without it, everything is made again, the tokenizer too."""
+    made = generate.write(dataclasses.replace(SECTION, seed=5, vocabulary=280), tmp_path / "data")
+    (made / "generate.json").unlink()
+    generate.write(SECTION, made)
+    for name in ("train.txt", "tokenizer/tokenizer.json"):
+        assert (made / name).read_bytes() == (generated / name).read_bytes()
 
 
 def test_text_refusals(generated, tmp_path):

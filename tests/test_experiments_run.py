@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -248,6 +249,40 @@ def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
     shutil.copytree(root / "done" / "base" / "merged", tmp_path / "bases" / "tiny")
     run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1)
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ('targets=["attn/c_atn/kernel"]', "matches no leaf"),
+        ("data.seq_len=161", "`data.seq_len` (161) is longer than the model, which has 160 positions"),
+        ("method.rank=9", "`rank` is 9, above min(in, out) = 8"),
+    ],
+)
+def test_what_a_base_would_not_fit_is_found_before_it_is_trained(root, tmp_path, capsys, monkeypatch, override, message):
+    line = refused(capsys, monkeypatch, "run", root / "tiny.json", "--workdir", tmp_path / "work", "--set", override)
+    assert message in line
+    assert not (tmp_path / "work").exists(), "nothing was written"
+
+
+def test_what_a_crash_leaves(root, tmp_path, capsys, monkeypatch):
+    """A tokenizer cut short is made again; a configuration that is cut short is named."""
+    (tmp_path / "run" / "tokenizer.tmp").mkdir(parents=True)
+    tree = {**BASE, "base": {"architecture": BASE["base"]["architecture"], "vocabulary": 300}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1)
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file() and not (tmp_path / "run" / "tokenizer.tmp").exists()
+    (tmp_path / "run" / "config.json").write_text("")
+    line = refused(capsys, monkeypatch, "run", tmp_path / "config.json", "--workdir", tmp_path / "run")
+    assert f"`{tmp_path / 'run' / 'config.json'}` is not valid JSON" in line
+
+
+def test_committed_results_can_be_tabled(capsys):
+    results = Path(__file__).parent.parent / "experiments" / "results"
+    found = sorted(path.parent for path in results.rglob("report.json"))
+    assert found
+    assert main(["report", *map(str, found)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(found)
 
 
 def test_another_config_is_refused(root, capsys, monkeypatch):

@@ -88,6 +88,12 @@ def test_joined_weights_are_one_use_each():
     assert [(use.path, use.how, use.flops[0]) for use in uses] == [("q", "low-rank", 2 * 2 * 4 * 8), ("k", "low-rank", 0)]
 
 
+def test_a_returned_weight_is_formed():
+    explanation = lora_jax.explain(lambda params: params["w"].T, _combined({"w": (3, 4)}, "w"))
+    assert [(use.operation, use.how, use.source) for use in explanation.formed] == [("return", "formed", "the result of `fn`")]
+    assert not explanation.unused
+
+
 def test_scalar_arguments_stay_static():
     params = _combined({"w": (4, 4)}, "w")
     explanation = lora_jax.explain(lambda params, x, power: (x @ params["w"]) ** (power if power > 1 else 1), params, SHAPE((2, 4), jnp.float32), 2)

@@ -214,21 +214,6 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(scan, side):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_cache_can_be_reordered(scan):
-    model, params = random_params(SMALL_VOCABULARY)
-    model, params = model.clone(scan=scan), stack_layers(params) if scan else params
-    ids, mask = some_ids((2, 5)), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    _, cache = apply(model, params, ids, mask, cache=model.init_cache(2, 8))
-    next_ids = some_ids((3, 1))
-    rows = jnp.array([1, 1, 0])
-    logits, _ = apply(model, params, next_ids, cache=cache.take(rows))
-    for i, row in enumerate([1, 1, 0]):
-        whole = np.concatenate([ids[row : row + 1, -mask[row].sum() :], next_ids[i : i + 1]], axis=1)
-        expected = apply(model, params, whole)
-        np.testing.assert_allclose(logits[i, -1], expected[0, -1], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("scan", [False, True])
 def test_alternatives_share_the_slots_of_a_row(scan):
     """Three beams of two prompts, two tokens each, the second token's parents out of order: every one is a sequence of its own."""
     model, params = random_params(SMALL_VOCABULARY)

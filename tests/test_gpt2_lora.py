@@ -88,6 +88,19 @@ def test_bfloat16_base_with_float32_adapters():
     assert float(jnp.abs(adapted - merged).max() / jnp.abs(exact).max()) < 2**-6
 
 
+@pytest.mark.parametrize("method", [LoRA(rank=3, alpha=16), LoRA(rank=3, alpha=16, rs=True)], ids=["alpha / rank", "rsLoRA"])
+def test_the_scale_is_not_rounded_to_bfloat16(method):
+    """Rounding errors of single elements average out over many; that of a scale, up to 2^-9, would not."""
+    draw = np.random.default_rng(1).normal
+    frozen, delta = lora_jax.lorafy({"w": jnp.zeros((64, 512), jnp.bfloat16)}, "w", method=method)
+    delta = jax.tree.map(lambda array: jnp.asarray(draw(size=array.shape), jnp.bfloat16).astype(array.dtype), delta)
+    x = jnp.asarray(draw(size=(512, 64)), jnp.bfloat16)
+    ours = lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(frozen, delta), x).astype(jnp.float32)
+    a, b = (delta["w"].arrays[name] for name in "ab")
+    exact = method.scale * (x.astype(jnp.float32) @ a) @ b
+    assert abs(float(jnp.vdot(ours, exact) / jnp.vdot(exact, exact)) - 1) < 3e-4
+
+
 def test_decoding_with_a_cache():
     """Prefill, then token by token, with adapters: the same logits as the full forward pass of the merged model."""
     model = GPT2(CONFIG)

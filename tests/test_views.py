@@ -140,6 +140,7 @@ VIEWS = {
     "slice in": _along("i", lambda w, axis: lax.slice_in_dim(w, 1, 5, axis=axis)),
     "slice out": _along("o", lambda w, axis: lax.slice_in_dim(w, 1, 3, axis=axis)),
     "slice with stride": _along("o", lambda w, axis: lax.slice_in_dim(w, 1, 4, 2, axis=axis)),
+    "every second": _along("o", lambda w, axis: lax.slice_in_dim(w, 0, w.shape[axis], 2, axis=axis)),
     "dynamic_slice in": _along("i", lambda w, axis: lax.dynamic_slice_in_dim(w, _traced(2), 3, axis)),
     "dynamic_slice out": _along("o", lambda w, axis: lax.dynamic_slice_in_dim(w, _traced(1), 2, axis)),
     "split": _along("o", lambda w, axis: jnp.split(w, 2, axis)[1]),
@@ -427,6 +428,22 @@ REFUSED = {
     "cond": lambda w: lax.cond(w.ndim > _traced(1), lambda w: w, lambda w: 2 * w, w),
     "reshape": lambda w: w.reshape(4, 9),
 }
+
+
+def test_inner_jits_keep_their_own_shardings():
+    """Two jits of one function share its jaxpr and nothing else."""
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+    there = [jax.sharding.NamedSharding(mesh, spec) for spec in (P("d", None), P(None, "d"))]
+
+    def product(x, w):
+        return x @ w
+
+    calls = [jax.jit(product, out_shardings=sharding) for sharding in there]
+    frozen, delta = lora_jax.lorafy({"w": _numbers(6, 4)}, "w", method=LoRA(rank=1))
+    fn = lambda params, x: [call(x, params["w"]) for call in calls]  # noqa: E731
+    found = jax.jit(lora_jax.adapt(fn))(lora_jax.combine(frozen, delta), _numbers(2, 6))
+    assert [out.sharding.spec for out in found] == [out.sharding.spec for out in jax.jit(fn)(frozen, _numbers(2, 6))]
+    assert found[0].sharding.spec != found[1].sharding.spec
 
 
 @pytest.mark.parametrize("operation", REFUSED)

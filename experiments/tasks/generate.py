@@ -12,6 +12,7 @@ the wordings of one meaning one after the other, so that a base can learn to tak
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 from experiments.config import Generate
@@ -125,6 +126,7 @@ def write(section: Generate, directory: Path) -> Path:
             raise ValueError(f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}")
         return directory
     directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / "tokenizer", ignore_errors=True)
     chance = random.Random(section.seed)
     counts = {"train": section.meanings, "valid": section.held_out, "test": section.held_out}
     counts |= {"prose_train": section.prose, "prose_valid": section.held_out}

@@ -27,7 +27,7 @@ class Interpreter:
     def __init__(self, materialize: str = "error", observe: bool = False):
         self.materialize = materialize
         self.uses: dict[tuple, Use] | None = {} if observe else None
-        self._jitted: dict[int, tuple[Any, Callable]] = {}
+        self._jitted: dict[tuple, tuple[Any, Callable]] = {}
         self._calls: tuple[int, ...] = ()
         self._callers: tuple[Any, ...] = ()
         self._times = 1
@@ -114,8 +114,14 @@ class Interpreter:
 
     def returned(self, outputs: Sequence[Any]) -> list[Any]:
         """The outputs of the function; a weight among them has to be formed."""
-        where = "`fn` returning the adapted weight", ""
-        return [self._dense(output, *where) if isinstance(output, Factored) else output for output in outputs]
+        return [self._returned(output) if isinstance(output, Factored) else output for output in outputs]
+
+    def _returned(self, value: Factored) -> Any:
+        if self.uses is not None:
+            rest = tuple(stored for axis in value.axes for stored in axis.origin)
+            for path in value.leaf.paths:
+                self.uses[("returned", path)] = Use(path, "return", "formed", (), rest, (), (0, *[forming_flops(value)] * 2), "the result of `fn`")
+        return self._dense(value, "`fn` returning the adapted weight", "")
 
     def _dense(self, value: Factored, operation: str, place: str) -> Any:
         if self.materialize == "allow":
@@ -169,14 +175,15 @@ class Interpreter:
             self._times //= times
 
     def jitted(self, closed: Any, options: dict, name: str) -> Callable:
-        """The jitted evaluation of an inner jaxpr: one for each jaxpr, so that a repeated call is traced once."""
-        if self.uses is None and id(closed) in self._jitted:
-            return self._jitted[id(closed)][1]
+        """The jitted evaluation of an inner jaxpr: one for each jaxpr and its options, so that a repeated call is traced once."""
+        key = (id(closed), name, *(tuple(value) if isinstance(value, list) else value for value in options.values()), *options)
+        if self.uses is None and key in self._jitted:
+            return self._jitted[key][1]
 
         def call(*operands: Any) -> list[Any]:
             return self.evaluate(closed, operands)
 
         call.__name__ = call.__qualname__ = name
         function = jax.jit(call, **options)
-        self._jitted[id(closed)] = (closed, function)  # the jaxpr is kept: its id must stay its own
+        self._jitted[key] = (closed, function)  # the jaxpr is kept: its id must stay its own
         return function

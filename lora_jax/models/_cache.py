@@ -1,6 +1,6 @@
 """Keys and values kept between the steps of decoding, as an explicit pytree: it is passed in and comes out again.
 
-Explicit rather than a linen collection, because decoding loops carry it, may reorder or extend it, and `scan` over the
+Explicit rather than a linen collection, because decoding loops carry and extend it, and `scan` over the
 layers maps over it as over any other array.
 """
 
@@ -21,11 +21,6 @@ class Cache(NamedTuple):
     layers: tuple  # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`)
     mask: jax.Array  # (B, S) bool: true where a slot holds a real token
     length: jax.Array  # () int32: slots filled
-
-    def take(self, rows) -> "Cache":
-        """The cache of the given rows, in that order and with repetition: what a search with a row a beam does after each step."""
-        layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), self.layers)
-        return Cache(layers, jnp.take(self.mask, rows, axis=0), self.length)
 
     def extended(self, slots: int) -> "Cache":
         """The same cache with `slots` more, empty. Slots may outnumber the model's positions where beams share a row."""
