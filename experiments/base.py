@@ -27,8 +27,8 @@ class Loaded:
 def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array) -> Loaded:
     """The base that `section` describes.
 
-    `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the finished work directory, where `section.run` names another config; `tokenizer`: the one that was trained, where
-    `section.vocabulary` asks for one.
+    `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the finished work directory,
+    where `section.run` names another config; `tokenizer`: the one that was trained, where `section.vocabulary` asks for one.
     """
     if section.architecture is not None:
         return _random(section.architecture, tokenizer or data / section.tokenizer, key)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.config import Config, Decode
+from experiments.config import Config, Decode, E2EData
 from experiments.search import search
 from experiments.tasks.examples import Prompt, padded_width
 
@@ -31,7 +31,7 @@ class Decoder:
         Raises `ValueError` for prompts that are too long otherwise, and for end tokens and widths that the vocabulary does not have.
         """
         chosen = prompts[: config.decode.prompts]
-        if chosen and getattr(config.data, "truncate", False):
+        if chosen and isinstance(config.data, E2EData) and config.data.truncate:
             room = config.data.seq_len - config.decode.max_tokens
             if room < 1:
                 raise ValueError(f"`decode.max_tokens` ({config.decode.max_tokens}) leaves no room for a prompt in `data.seq_len` ({config.data.seq_len})")

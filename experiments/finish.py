@@ -24,6 +24,7 @@ from lora_jax.interop import hf
 
 # Rows of validation data on which the export is compared.
 ROWS = 4
+PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 
 
 def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
@@ -83,10 +84,9 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
 
     texts = {"after": decoded(merged, len(prompts), "decoding")}
     texts["before"] = decoded(before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base")
-    for name, lines in texts.items():
-        if len(lines) == len(prompts):
-            file = "predictions.txt" if name == "after" else "predictions_before.txt"
-            (directory / file).write_text("".join(line + "\n" for line in lines), "utf-8")
+    whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
+    for name in whole:
+        (directory / PREDICTIONS[name]).write_text("".join(line + "\n" for line in texts[name]), "utf-8")
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
@@ -95,7 +95,6 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         return {"samples": samples, "scores": {}}
     references = [prompt.references for prompt in prompts]
     (directory / "references.txt").write_text("\n".join("".join(line + "\n" for line in group) for group in references), "utf-8")
-    whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
     # What METEOR lacks is said once.
     scores = {name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None) for name in whole}
     return {"samples": samples, "scores": scores}

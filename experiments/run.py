@@ -1,7 +1,7 @@
 """One config from nothing to a finished work directory; started again, it goes on where it stopped.
 
-What can be wrong with the input is found before the run begins: before a base is trained, where its config says enough. `config.json` marks a directory as
-a run's own, `report.md`, written last, marks it as finished.
+What can be wrong with the input is found before the run begins: before a base is trained, where its config says enough.
+`config.json` marks a directory as a run's own, `report.md`, written last, marks it as finished.
 """
 
 import contextlib

@@ -179,11 +179,6 @@ class Factored:
         parts = jax.tree.map(operation, (self.weight, self.terms, self.magnitude))
         return self.replace(weight=parts[0], terms=parts[1], magnitude=parts[2])
 
-    def scaled(self, operation: Callable[[jax.Array], jax.Array]) -> "Factored":
-        """`c·W' = (c·W + A·(c·B)) ⊙ m`, where `operation` multiplies by the scalar."""
-        terms = tuple(term.replace(b=operation(term.b)) for term in self.terms)
-        return self.replace(weight=operation(self.weight), terms=terms)
-
     def unwindowed(self, axes: Sequence[int] | None = None) -> "Factored":
         """The same weight with its factors padded with zeros, if the windowed axis is among `axes`."""
         if self.windowed is None or (axes is not None and self.windowed not in axes):

@@ -176,7 +176,8 @@ class Interpreter:
 
     def jitted(self, closed: Any, options: dict, name: str) -> Callable:
         """The jitted evaluation of an inner jaxpr: one for each jaxpr and its options, so that a repeated call is traced once."""
-        key = (id(closed), name, *(tuple(value) if isinstance(value, list) else value for value in options.values()), *options)
+        hashable = ((option, tuple(value) if isinstance(value, list) else value) for option, value in options.items())
+        key = (id(closed), name, *hashable)
         if self.uses is None and key in self._jitted:
             return self._jitted[key][1]
 

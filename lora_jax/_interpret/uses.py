@@ -29,7 +29,6 @@ class Use(NamedTuple):
     source: str
 
 
-
 def _dot_general(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]) -> Any:
     left, right = values
     if isinstance(left, Factored) and isinstance(right, Factored):

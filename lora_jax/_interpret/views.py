@@ -56,7 +56,8 @@ def _multiplied(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
         raise NotAView
     weight = values[positions[0]]
     if len(values) == 1:
-        return [weight.scaled(lax.neg)]
+        terms = tuple(term.replace(scale=-term.scale) for term in weight.terms)
+        return [weight.replace(weight=bind(eqn, [weight.weight])[0], terms=terms)]
     other = 1 - positions[0]
     factor, dimensions = broadcast[other] or (values[other], range(jnp.ndim(values[other])))
     if eqn.outvars[0].aval.shape != weight.shape:
