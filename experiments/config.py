@@ -107,17 +107,14 @@ class TextData:
 
 @dataclass(frozen=True)
 class Generate:
-    """The project's own data set in E2E's form, made in the work directory; `data` and `base.tokenizer` then name files of it.
+    """The project's own data set in E2E's form, made in the work directory; `data` then names files of it.
 
-    `meanings` to train on and `held_out` ones for validation and for test, each in `references` wordings; `prose`: further ones whose
-    wordings alone a base is trained on; `vocabulary`: tokens of the BPE."""
+    `meanings` to train on and `held_out` ones for validation and for test, each in `references` wordings."""
 
     seed: int
     meanings: int
     held_out: int
     references: int
-    prose: int
-    vocabulary: int
 
 
 @dataclass(frozen=True)

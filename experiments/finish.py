@@ -5,7 +5,6 @@ goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, i
 """
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,7 @@ PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
     """Writes the merged model to `directory`, all of it or nothing, and returns the merged parameters."""
     merged = lora_jax.merge(trainer.frozen, delta)
-    fresh = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    hf.save(fresh, base.model, merged, source=base.directory)
-    shutil.rmtree(directory, ignore_errors=True)
-    fresh.rename(directory)
+    hf.save(directory, base.model, merged, source=base.directory, overwrite=True)
     return merged
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import lzma
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 
+import experiments
 from experiments import config as configs
 from experiments import order
 from experiments.base import load_tokenizer
@@ -14,12 +16,19 @@ from experiments.config import E2EData, Generate, TextData
 from experiments.tasks import e2e, examples, generate, text, tokenizer
 
 FILES = [("trainset.csv.xz", "train.txt.xz", 42061), ("devset.csv", "valid.txt", 4672), ("testset_w_refs.csv", "test.txt", 4693)]
-SECTION = Generate(seed=1, meanings=12, held_out=4, references=3, prose=20, vocabulary=300)
+SMALL = Path(experiments.__file__).parent / "bases" / "small"
+SECTION = Generate(seed=1, meanings=12, held_out=4, references=3)
 
 
 @pytest.fixture(scope="module")
 def gpt2_tokenizer(data_dir):
     return load_tokenizer(data_dir / "gpt2_bpe")
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    """That of the base which ships with the project."""
+    return load_tokenizer(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -124,45 +133,37 @@ def test_truncation_is_the_authors(seq_len, mask):
     assert batch["mask"].tolist() == [mask]
 
 
-def test_too_long_is_refused_by_name(generated):
-    tokenizer = load_tokenizer(generated / "tokenizer")
+def test_too_long_is_refused_by_name(generated, small_tokenizer):
     section = E2EData("e2e", "train.txt", "valid.txt", seq_len=10)
     with pytest.raises(ValueError, match=r"example 1 of `train.txt` \('name : .*'\) has \d+ tokens, more than `data.seq_len` \(10\)"):
-        e2e.prepare(section, e2e.read(section, generated), tokenizer)
+        e2e.prepare(section, e2e.read(section, generated), small_tokenizer)
     section = E2EData("e2e", "train.txt", "valid.txt", seq_len=10, truncate=True)
-    assert e2e.prepare(section, e2e.read(section, generated), tokenizer).train.batch(np.array([0]))["input_ids"].shape == (1, 10)
+    assert e2e.prepare(section, e2e.read(section, generated), small_tokenizer).train.batch(np.array([0]))["input_ids"].shape == (1, 10)
 
 
-def test_prompts_are_grouped_by_context(generated):
-    tokenizer = load_tokenizer(generated / "tokenizer")
+def test_prompts_are_grouped_by_context(generated, small_tokenizer):
     section = E2EData("e2e", "train.txt", "valid.txt", "test.txt", max_rows=5)
-    splits = e2e.prepare(section, e2e.read(section, generated), tokenizer)
+    splits = e2e.prepare(section, e2e.read(section, generated), small_tokenizer)
     assert len(splits.train) == 5
     assert len(splits.prompts) == SECTION.held_out
     first = splits.prompts[0]
-    assert tokenizer.decode(first.ids[:-1]) == first.text and first.ids[-1] == tokenizer.eos_token_id
+    assert small_tokenizer.decode(first.ids[:-1]) == first.text and first.ids[-1] == small_tokenizer.eos_token_id
     assert 1 <= len(first.references) <= SECTION.references
 
 
 def test_generated_data(generated, tmp_path):
     again = generate.write(SECTION, tmp_path / "again")
-    for name in ("train.txt", "valid.txt", "test.txt", "prose_train.txt", "tokenizer/tokenizer.json"):
+    for name in ("train.txt", "valid.txt", "test.txt"):
         assert (again / name).read_bytes() == (generated / name).read_bytes(), "a function of its section"
     meanings = [{context for context, _ in e2e.read_file(generated / f"{split}.txt")} for split in ("train", "valid", "test")]
     assert [len(found) for found in meanings] == [12, 4, 4]
     assert len(set.union(*meanings)) == 20, "no meaning is in two files"
-    assert "name :" not in (generated / "prose_train.txt").read_text(), "the base never sees a meaning"
-    tokenizer = load_tokenizer(generated / "tokenizer")
-    assert len(tokenizer) == 300
-    sample = (generated / "prose_valid.txt").read_text().split("\n")[0]
-    assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
     with pytest.raises(ValueError, match="another `generate` section"):
-        generate.write(Generate(2, 12, 4, 3, 20, 300), again)
+        generate.write(Generate(2, 12, 4, 3), again)
 
 
 @pytest.mark.parametrize("suffix", ["txt", "txt.xz", "txt.zst"])
-def test_text_is_packed(generated, tmp_path, suffix):
-    tokenizer = load_tokenizer(generated / "tokenizer")
+def test_text_is_packed(small_tokenizer, tmp_path, suffix):
     content = "First döcument.\n<|endoftext|>\nSecond one.\n"
     path = tmp_path / f"a.{suffix}"
     if suffix == "txt.zst":
@@ -176,8 +177,8 @@ def test_text_is_packed(generated, tmp_path, suffix):
     assert parts == ["First döcument.", "Second one."]
     # Nine bytes end inside the two-byte letter, which is left out.
     assert [text.read_file(path, limit) for limit in (7, 8, 9)] == ["First d", "First d", "First dö"]
-    row = text.tokens(parts, tokenizer)
-    assert tokenizer.decode(row) == "First döcument.<|endoftext|>Second one.<|endoftext|>"
+    row = text.tokens(parts, small_tokenizer)
+    assert small_tokenizer.decode(row) == "First döcument.<|endoftext|>Second one.<|endoftext|>"
     blocks = examples.Blocks(row, 4)
     batch = blocks.batch(np.arange(len(blocks)))
     flat = row[: len(blocks) * 4 + 1]
@@ -209,16 +210,14 @@ def test_a_tokenizer_is_found_again_or_refused(tmp_path):
 
 
 def test_unfinished_data_is_written_anew(generated, tmp_path):
-    """The mark is written last: without it, everything is made again, the tokenizer too."""
-    made = generate.write(dataclasses.replace(SECTION, seed=5, vocabulary=280), tmp_path / "data")
+    """The mark is written last: without it, everything is made again."""
+    made = generate.write(dataclasses.replace(SECTION, seed=5), tmp_path / "data")
     (made / "generate.json").unlink()
     generate.write(SECTION, made)
-    for name in ("train.txt", "tokenizer/tokenizer.json"):
-        assert (made / name).read_bytes() == (generated / name).read_bytes()
+    assert (made / "train.txt").read_bytes() == (generated / "train.txt").read_bytes()
 
 
-def test_text_refusals(generated, tmp_path):
-    tokenizer = load_tokenizer(generated / "tokenizer")
+def test_text_refusals(small_tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff\xfe\xff\xfe")
@@ -228,7 +227,7 @@ def test_text_refusals(generated, tmp_path):
             text.read(TextData("text", name, name, 8), tmp_path)
     section = TextData("text", "short.txt", "short.txt", 8)
     with pytest.raises(ValueError, match="shorter than one block"):
-        text.prepare(section, text.read(section, tmp_path), tokenizer)
+        text.prepare(section, text.read(section, tmp_path), small_tokenizer)
 
 
 @pytest.mark.parametrize("count, batch", [(10, 5), (11, 4), (3, 8)])

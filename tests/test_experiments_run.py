@@ -15,13 +15,13 @@ from experiments.command_line import main
 from experiments.run import run
 from lora_jax.interop import hf
 
-GENERATE = {"seed": 0, "meanings": 12, "held_out": 4, "references": 2, "prose": 30, "vocabulary": 400}
+GENERATE = {"seed": 0, "meanings": 12, "held_out": 4, "references": 2}
 BASE = {
     "name": "tiny_base",
     "source": {"paper": None, "note": "a test"},
     "generate": GENERATE,
-    "base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 160}, "tokenizer": "tokenizer"},
-    "data": {"task": "text", "train": "prose_train.txt", "valid": "prose_valid.txt", "seq_len": 32},
+    "base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 160}, "vocabulary": 400},
+    "data": {"task": "text", "train": "train.txt", "valid": "valid.txt", "seq_len": 32},
     "method": {"name": "Full"},
     "targets": [".*"],
     "train": {"steps": 3, "batch": 4, "lr": 0.01, "log_every": 1, "eval_batches": 1},

@@ -3,21 +3,15 @@
 Nothing is downloaded and nothing is anybody else's, so the demo runs from the repository alone. `write` leaves
 
     train.txt valid.txt test.txt    `name : Otter Landing | Type : inn | …||wording`, several wordings a meaning
-    prose_train.txt prose_valid.txt the wordings of other meanings without the meanings: what the demo's base is trained on
-    tokenizer/                      a byte-level BPE trained on that prose
 
-Meanings of one file are in no other, and the whole is a function of the config's `generate` section. Each document of prose puts
-the wordings of one meaning one after the other, so that a base can learn to take names and facts from what stands before.
+Meanings of one file are in no other, and the whole is a function of the config's `generate` section.
 """
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 from experiments.config import Generate
-from experiments.tasks import tokenizer
-from experiments.tasks.text import SEPARATOR
 
 FIRST = "Amber Birch Clover Copper Falcon Fern Granite Heron Juniper Lantern Maple Marble Otter Raven Saffron Sparrow Thistle Willow"
 SECOND = "Corner Court Farm Gate Haven Hollow Landing Loft Mill Perch Rest Row Terrace Yard"
@@ -126,21 +120,15 @@ def write(section: Generate, directory: Path) -> Path:
             raise ValueError(f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}")
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(directory / "tokenizer", ignore_errors=True)
     chance = random.Random(section.seed)
     counts = {"train": section.meanings, "valid": section.held_out, "test": section.held_out}
-    counts |= {"prose_train": section.prose, "prose_valid": section.held_out}
     seen: set[Meaning] = set()
     for split, count in counts.items():
         lines = []
         for facts in _distinct(count, seen, chance):
             wordings = [wording(facts, chance) for _ in range(section.references)]
-            if split.startswith("prose"):
-                lines.append("\n".join(wordings) + f"\n{SEPARATOR}\n")
-            else:
-                lines += [f"{context(facts)}||{text}\n" for text in dict.fromkeys(wordings)]
+            lines += [f"{context(facts)}||{text}\n" for text in dict.fromkeys(wordings)]
         (directory / f"{split}.txt").write_text("".join(lines), "utf-8")
-    tokenizer.train((directory / "prose_train.txt").read_text("utf-8").split(SEPARATOR), section.vocabulary, directory / "tokenizer")
     mark.write_text(described, "utf-8")
     return directory
 

@@ -98,6 +98,8 @@ def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str
     for name, shard in zip(names, shards, strict=True):
         # `transformers` refuses files that do not say which framework's conventions they follow.
         save_file({tensor.name: tensor.fetch() for tensor in shard}, dir / name, metadata={"format": "pt"})
+        # The library makes it readable by its owner alone; an export is served by others.
+        (dir / name).chmod(dir.stat().st_mode & 0o666)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
