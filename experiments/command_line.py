@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="compare finished runs in one table")
     report.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+    report.add_argument("--figure", metavar="FILE", help="draw their validation losses too, in a picture such as losses.png")
     report.set_defaults(handler=_report)
 
     score = commands.add_parser("score", help="compute a task's published metrics of generated texts, as JSON")
@@ -98,9 +99,12 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from experiments.report import table
+    from experiments.report import draw_together, table
 
-    print(table([Path(workdir) for workdir in args.workdirs]))
+    workdirs = [Path(workdir) for workdir in args.workdirs]
+    print(table(workdirs))
+    if args.figure:
+        draw_together(workdirs, Path(args.figure))
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -50,6 +50,20 @@ def numbers(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 def draw(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Training and validation loss over the steps."""
+    _plot({"training": _curve(metrics, "loss"), "validation": _curve(metrics, "valid_loss")}, title, path)
+
+
+def draw_together(workdirs: Sequence[Path], path: Path) -> None:
+    """The validation losses of several finished runs in one picture."""
+    curves = {_name(workdir): _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss") for workdir in workdirs}
+    _plot(curves, "validation", path)
+
+
+def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in metrics if name in line]
+
+
+def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) -> None:
     # The object interface: no display, no global state, whatever backend the user has chosen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,9 +71,9 @@ def draw(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
-        points = [(line["step"], line[name]) for line in metrics if name in line]
-        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    for label, points in curves.items():
+        # Few points, as of a validation loss, are shown as such.
+        axes.plot(*zip(*points, strict=True), "o-" if len(points) < 30 else "-", label=label, linewidth=1, markersize=3)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -167,8 +181,7 @@ def table(workdirs: Sequence[Path]) -> str:
     for workdir in workdirs:
         if not (workdir / "report.md").is_file():
             raise ValueError(f"`{workdir}` holds no finished run")
-        facts = json.loads((workdir / "report.json").read_text("utf-8"))
-        name = json.loads((workdir / "config.json").read_text("utf-8"))["name"]
+        facts, name = json.loads((workdir / "report.json").read_text("utf-8")), _name(workdir)
         found, scores = facts["numbers"], facts.get("scores", {})  # pretraining has none, nor had older reports
         bleu = [_as_printed("BLEU", scores.get(when, {}).get("BLEU")) for when in ("before", "after")]
         lines.append(
@@ -176,3 +189,7 @@ def table(workdirs: Sequence[Path]) -> str:
             f"{found['median_seconds_per_step']:.3f} | {facts['comparison']['max_difference']:.1e} |"
         )
     return "\n".join(lines)
+
+
+def _name(workdir: Path) -> str:
+    return json.loads((workdir / "config.json").read_text("utf-8"))["name"]

@@ -13,10 +13,12 @@ from experiments import config as configs
 from experiments import order
 from experiments.base import load_tokenizer
 from experiments.config import E2EData, Generate, TextData
+from experiments.decode import end_tokens
 from experiments.tasks import e2e, examples, generate, text, tokenizer
 
 FILES = [("trainset.csv.xz", "train.txt.xz", 42061), ("devset.csv", "valid.txt", 4672), ("testset_w_refs.csv", "test.txt", 4693)]
 SMALL = Path(experiments.__file__).parent / "bases" / "small"
+CONFIGS = SMALL.parent.parent / "configs"
 SECTION = Generate(seed=1, meanings=12, held_out=4, references=3)
 
 
@@ -245,10 +247,11 @@ def test_order_is_a_function_of_seed_and_step(count, batch):
 
 
 @pytest.mark.slow
-def test_all_of_e2e_fits_the_first_run(gpt2_tokenizer, data_dir):
-    """The sequence length of first_run.json holds every example, and 5,258 batches of 8 make an epoch, as published."""
-    section = E2EData("e2e", "train.txt.xz", "valid.txt", "test.txt", seq_len=136)
-    directory = data_dir / "e2e" / "lora_nlg_txt"
-    splits = e2e.prepare(section, e2e.read(section, directory), gpt2_tokenizer)
-    assert order.batches_per_epoch(len(splits.train), 8) == 5258
+def test_all_of_e2e_fits_the_small_base(small_tokenizer, data_dir):
+    """`data.seq_len` of the small rows holds every example, decoding has room, and 5,258 batches of 8 make an epoch, as published."""
+    config = configs.load(CONFIGS / "e2e_small_lora.json")
+    splits = e2e.prepare(config.data, e2e.read(config.data, data_dir), small_tokenizer)
+    assert order.batches_per_epoch(len(splits.train), config.train.batch) == config.train.steps == 5258
     assert len(splits.prompts) == 630
+    assert max(len(prompt.ids) for prompt in splits.prompts) + config.decode.max_tokens <= config.data.seq_len
+    assert end_tokens(config.decode, small_tokenizer) == (small_tokenizer.eos_token_id, *small_tokenizer.encode("\n\n"))
