@@ -37,12 +37,15 @@ def _size(tree) -> int:
 
 @pytest.fixture
 def beside_a_model(tmp_path, monkeypatch):
-    """A working directory that holds the `gpt2` which the README loads: a tiny one."""
+    """A working directory that holds the `gpt2` and the `roberta-base` which the README loads: tiny ones."""
     from lora_jax.interop import hf
-    from lora_jax.models import GPT2, GPT2Config
+    from lora_jax.models import GPT2, GPT2Config, Roberta, RobertaConfig
 
     gpt2 = GPT2(GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2))
     hf.save(tmp_path / "gpt2", gpt2, gpt2.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"])
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    roberta = Roberta(RobertaConfig.named("roberta-base", **sizes))
+    hf.save(tmp_path / "roberta-base", roberta, roberta.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -70,7 +73,8 @@ def test_every_block_runs(beside_a_model, relaxed_promotion, capsys):
     for library, linears in [("linen", 2), ("nnx", 1), ("eqx", 3)]:
         adapters = [leaf for leaf in jax.tree.leaves(namespace[f"delta_{library}"], is_leaf=is_node) if isinstance(leaf, Adapter)]
         assert len(adapters) == linears, library
-    assert (beside_a_model / "gpt2-merged" / "model.safetensors").is_file()
+    for name in ("gpt2", "roberta"):
+        assert (beside_a_model / f"{name}-merged" / "model.safetensors").is_file()
 
 
 def test_names_of_the_library_exist():

@@ -1,7 +1,8 @@
 """The models that can be read and written, one table a model: a new one is one more row of `FAMILIES`.
 
 A table says what each tensor of a Hugging Face file is called here. `{}` stands for the number of a layer, and a star
-marks the weights that PyTorch's `Linear` keeps as (out, in) and Flax as (in, out); GPT-2's `Conv1D` is (in, out) in both.
+marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in, width) of a convolution. GPT-2's
+`Conv1D` is (in, out) in both.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ..models.deberta import DebertaV2, DebertaV2Config
 from ..models.gpt2 import GPT2, GPT2Config
+from ..models.roberta import Roberta, RobertaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +27,13 @@ class Family:
 
     model: type[nn.Module]
     config: type
-    architectures: tuple[str, ...]  # the first is what `save` writes
+    heads: Mapping[str, str | None]  # their class: our head; of several for one head, the first is what `save` writes
+    layers: str  # the field of the config that counts them
     prefix: str  # files of the bare model lack it
-    tied: tuple[str, str]  # the head's tensor, and the embedding it repeats when tied
-    buffers: re.Pattern  # tensors of old files that hold no parameter
+    embedding: str  # the tensor of the word embedding
+    decoder: str  # the tensor that repeats it when tied
+    aliases: Mapping[str, str]  # a second name of a tensor: the first one
+    leftovers: re.Pattern  # tensors that files hold beside the model's, and that no result depends on
     table: str
 
     def rows(self) -> Iterator[tuple[str, str, bool]]:
@@ -38,18 +44,45 @@ class Family:
 
     def full_name(self, name: str) -> str:
         """A tensor's name in the table: files of the bare model leave the prefix out."""
-        in_table = any(name == theirs for theirs, _, _ in self.rows())
-        return name if in_table or name.startswith(self.prefix) else self.prefix + name
+        known = name in self.aliases or any(name == theirs for theirs, _, _ in self.rows())
+        return name if known or name.startswith(self.prefix) else self.prefix + name
+
+    def build(self, config: Any, head: str | None, **options) -> nn.Module:
+        """The model, with that head where there is more than one."""
+        return self.model(config, **options) if None in self.heads.values() else self.model(config, head=head, **options)
+
+
+def _layers_of_bert(prefix: str, query: str, key: str, value: str) -> str:
+    """The rows of BERT's layers, whose names differ between families in the projections only."""
+    weights = [
+        *(f"attention.self.{name}" for name in (query, key, value)),
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ]
+    rows = []
+    for name in weights:
+        ours = name.replace(".", "/")
+        rows.append(f"{prefix}encoder.layer.{{}}.{name}.weight encoder/layer/{{}}/{ours}/kernel *")
+        rows.append(f"{prefix}encoder.layer.{{}}.{name}.bias encoder/layer/{{}}/{ours}/bias")
+    for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+        ours = name.replace(".", "/")
+        rows.append(f"{prefix}encoder.layer.{{}}.{name}.weight encoder/layer/{{}}/{ours}/scale")
+        rows.append(f"{prefix}encoder.layer.{{}}.{name}.bias encoder/layer/{{}}/{ours}/bias")
+    return "\n".join(rows)
 
 
 FAMILIES = {
     "gpt2": Family(
         model=GPT2,
         config=GPT2Config,
-        architectures=("GPT2LMHeadModel", "GPT2Model"),
+        heads={"GPT2LMHeadModel": None, "GPT2Model": None},
+        layers="n_layer",
         prefix="transformer.",
-        tied=("lm_head.weight", "transformer.wte.weight"),
-        buffers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+        embedding="transformer.wte.weight",
+        decoder="lm_head.weight",
+        aliases={},
+        leftovers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
         table="""
             transformer.wte.weight                 wte/embedding
             transformer.wpe.weight                 wpe/embedding
@@ -70,28 +103,140 @@ FAMILIES = {
             lm_head.weight                         lm_head/kernel *
         """,
     ),
+    "roberta": Family(
+        model=Roberta,
+        config=RobertaConfig,
+        heads={
+            "RobertaForMaskedLM": "masked_lm",
+            "RobertaForSequenceClassification": "sequence_classification",
+            "RobertaForTokenClassification": "token_classification",
+            "RobertaForQuestionAnswering": "question_answering",
+            "RobertaModel": "features",
+        },
+        layers="num_hidden_layers",
+        prefix="roberta.",
+        embedding="roberta.embeddings.word_embeddings.weight",
+        decoder="lm_head.decoder.weight",
+        aliases={"lm_head.decoder.bias": "lm_head.bias"},
+        # Files of every head may carry the pooler of pretraining, which only `features` uses.
+        leftovers=re.compile(r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"),
+        table="""
+            roberta.embeddings.word_embeddings.weight          embeddings/word_embeddings/embedding
+            roberta.embeddings.position_embeddings.weight      embeddings/position_embeddings/embedding
+            roberta.embeddings.token_type_embeddings.weight    embeddings/token_type_embeddings/embedding
+            roberta.embeddings.LayerNorm.weight                embeddings/LayerNorm/scale
+            roberta.embeddings.LayerNorm.bias                  embeddings/LayerNorm/bias
+            roberta.pooler.dense.weight                        pooler/dense/kernel *
+            roberta.pooler.dense.bias                          pooler/dense/bias
+            lm_head.dense.weight                               lm_head/dense/kernel *
+            lm_head.dense.bias                                 lm_head/dense/bias
+            lm_head.layer_norm.weight                          lm_head/layer_norm/scale
+            lm_head.layer_norm.bias                            lm_head/layer_norm/bias
+            lm_head.bias                                       lm_head/bias
+            lm_head.decoder.weight                             lm_head/decoder/kernel *
+            classifier.dense.weight                            classifier/dense/kernel *
+            classifier.dense.bias                              classifier/dense/bias
+            classifier.out_proj.weight                         classifier/out_proj/kernel *
+            classifier.out_proj.bias                           classifier/out_proj/bias
+            classifier.weight                                  classifier/kernel *
+            classifier.bias                                    classifier/bias
+            qa_outputs.weight                                  qa_outputs/kernel *
+            qa_outputs.bias                                    qa_outputs/bias
+        """
+        + _layers_of_bert("roberta.", "query", "key", "value"),
+    ),
+    "deberta-v2": Family(
+        model=DebertaV2,
+        config=DebertaV2Config,
+        heads={
+            "DebertaV2ForMaskedLM": "masked_lm",
+            "DebertaV2ForSequenceClassification": "sequence_classification",
+            "DebertaV2ForTokenClassification": "token_classification",
+            "DebertaV2ForQuestionAnswering": "question_answering",
+            "DebertaV2Model": "features",
+        },
+        layers="num_hidden_layers",
+        prefix="deberta.",
+        embedding="deberta.embeddings.word_embeddings.weight",
+        decoder="cls.predictions.decoder.weight",
+        aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+        # The published files have absolute positions that `position_biased_input`=false leaves aside, and a head of pretraining.
+        leftovers=re.compile(r"deberta\.(embeddings\.(position_ids|position_embeddings\.weight)|mask_predictions\..*)"),
+        table="""
+            deberta.embeddings.word_embeddings.weight          embeddings/word_embeddings/embedding
+            deberta.embeddings.position_embeddings.weight      embeddings/position_embeddings/embedding
+            deberta.embeddings.token_type_embeddings.weight    embeddings/token_type_embeddings/embedding
+            deberta.embeddings.embed_proj.weight               embeddings/embed_proj/kernel *
+            deberta.embeddings.LayerNorm.weight                embeddings/LayerNorm/scale
+            deberta.embeddings.LayerNorm.bias                  embeddings/LayerNorm/bias
+            deberta.encoder.rel_embeddings.weight              encoder/rel_embeddings/embedding
+            deberta.encoder.LayerNorm.weight                   encoder/LayerNorm/scale
+            deberta.encoder.LayerNorm.bias                     encoder/LayerNorm/bias
+            deberta.encoder.conv.conv.weight                   encoder/conv/conv/kernel *
+            deberta.encoder.conv.conv.bias                     encoder/conv/conv/bias
+            deberta.encoder.conv.LayerNorm.weight              encoder/conv/LayerNorm/scale
+            deberta.encoder.conv.LayerNorm.bias                encoder/conv/LayerNorm/bias
+            deberta.encoder.layer.{}.attention.self.pos_key_proj.weight      encoder/layer/{}/attention/self/pos_key_proj/kernel *
+            deberta.encoder.layer.{}.attention.self.pos_key_proj.bias        encoder/layer/{}/attention/self/pos_key_proj/bias
+            deberta.encoder.layer.{}.attention.self.pos_query_proj.weight    encoder/layer/{}/attention/self/pos_query_proj/kernel *
+            deberta.encoder.layer.{}.attention.self.pos_query_proj.bias      encoder/layer/{}/attention/self/pos_query_proj/bias
+            pooler.dense.weight                                pooler/dense/kernel *
+            pooler.dense.bias                                  pooler/dense/bias
+            classifier.weight                                  classifier/kernel *
+            classifier.bias                                    classifier/bias
+            qa_outputs.weight                                  qa_outputs/kernel *
+            qa_outputs.bias                                    qa_outputs/bias
+            cls.predictions.transform.dense.weight             cls/predictions/transform/dense/kernel *
+            cls.predictions.transform.dense.bias               cls/predictions/transform/dense/bias
+            cls.predictions.transform.LayerNorm.weight         cls/predictions/transform/LayerNorm/scale
+            cls.predictions.transform.LayerNorm.bias           cls/predictions/transform/LayerNorm/bias
+            cls.predictions.bias                               cls/predictions/bias
+            cls.predictions.decoder.weight                     cls/predictions/decoder/kernel *
+            lm_predictions.lm_head.dense.weight                lm_predictions/lm_head/dense/kernel *
+            lm_predictions.lm_head.dense.bias                  lm_predictions/lm_head/dense/bias
+            lm_predictions.lm_head.LayerNorm.weight            lm_predictions/lm_head/LayerNorm/scale
+            lm_predictions.lm_head.LayerNorm.bias              lm_predictions/lm_head/LayerNorm/bias
+            lm_predictions.lm_head.bias                        lm_predictions/lm_head/bias
+        """
+        + _layers_of_bert("deberta.", "query_proj", "key_proj", "value_proj"),
+    ),
 }
 
 
-def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
+def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a `config.json` names, or an error that names the supported ones."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}")
-    family = FAMILIES[kind]
-    strangers = set(config.get("architectures") or ()) - set(family.architectures)
+    return FAMILIES[kind]
+
+
+def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None) -> str | None:
+    """`wanted`, or our name for the head of the class that a `config.json` names."""
+    named = config.get("architectures") or ()
+    strangers = set(named) - set(family.heads)
+    known = sorted(filter(None, set(family.heads.values())))
+    if wanted is not None:
+        if wanted not in known:
+            raise ValueError(f"`head`={wanted!r} must be one of {known}" if known else f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; leave it out")
+        return wanted
     if strangers:
         raise ValueError(
-            f"`architectures`={sorted(strangers)} in config.json is not supported; of {kind!r} there are "
-            f"{list(family.architectures)}"
+            f"`architectures`={sorted(strangers)} in config.json is not supported; of {config['model_type']!r} there are "
+            f"{list(family.heads)}" + (f"; or pass `head=`, one of {known}" if known else "")
         )
-    return kind, family
+    found = {family.heads[name] for name in named} or set(family.heads.values())
+    if len(found) > 1:
+        raise ValueError(f"config.json does not name one class in `architectures`; pass `head=`, one of {known}")
+    return found.pop()
 
 
-def family_of_model(model: nn.Module) -> tuple[str, Family]:
+def family_of_model(model: nn.Module) -> tuple[str, str, Family]:
+    """`(model_type, architecture, family)` of a model."""
     for kind, family in FAMILIES.items():
         if isinstance(model, family.model):
-            return kind, family
+            head = getattr(model, "head", None)
+            return kind, next(name for name, ours in family.heads.items() if ours == head), family
     names = [family.model.__name__ for family in FAMILIES.values()]
     raise TypeError(f"`model` is a {type(model).__name__}, which has no Hugging Face form here; those of {names} have")
 
@@ -120,7 +265,7 @@ def tensors_of(model: nn.Module, family: Family) -> list[Tensor]:
     shapes = shapes_of(model)
     tensors = []
     for theirs, ours, transposed in family.rows():
-        for i in range(model.config.n_layer) if "{}" in theirs else [None]:
+        for i in range(getattr(model.config, family.layers)) if "{}" in theirs else [None]:
             path = ours.replace("/{}/", "/") if model.scan and i is not None else ours.format(i)
             layer = i if model.scan else None
             if path in shapes:

@@ -20,7 +20,8 @@ import numpy as np
 from flax import traverse_util
 
 from .._paths import nearest
-from ._families import Family, Tensor, family_of, family_of_model, shapes_of, tensors_of
+from ..models._encoder import EncoderConfig, with_labels
+from ._families import Family, Tensor, family_of, family_of_model, head_of, shapes_of, tensors_of
 from ._files import Pending, Stored, new_directory, read_json, stored_tensors, write_json, write_tensors
 
 _DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "F64": jnp.float64}
@@ -36,12 +37,15 @@ def load(
     dir: str | Path,
     *,
     tie: str = "share",
+    head: str | None = None,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
     scan: bool = False,
     checkpoint: bool = False,
     dtype: Any = None,
     place: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> tuple[nn.Module, dict]:
-    """The model that a directory's `config.json` names, and its parameters.
+    """The model that a directory's `config.json` names, with the head that it names, and its parameters.
 
     ```python
     model, params = hf.load("path/to/gpt2")
@@ -49,12 +53,18 @@ def load(
 
     model, params = hf.load("path/to/gpt2", tie="untie")   # the head as a leaf of its own, lm_head/kernel
     model, params = hf.load("path/to/gpt2", scan=True, checkpoint=True, dtype=jnp.bfloat16)
+
+    # The pretrained encoder with a new head, drawn from `key`: where fine-tuning begins.
+    model, params = hf.load("path/to/roberta-base", head="sequence_classification", num_labels=3, key=jax.random.key(0))
     ```
 
     Parameters keep the dtype they have in the file. `tie="share"` follows the config: a tied head is the embedding, used
     twice. `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
-    values. `scan`, `checkpoint` and `dtype` (of the computation) are the model's. `place(path, array)` puts each leaf
-    where it shall live, on one device or across several; the default is `jnp.asarray`.
+    values. `head`, one of `lora_jax.models.HEADS`, takes the place of the one that the config names: the encoder is read as
+    strictly as ever, tensors of other heads are passed over, and unless the file has the whole new head, for as many labels,
+    all of it is drawn from `key` (None: `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the
+    computation) are the model's. `place(path, array)` puts each leaf where it shall live, on one device or across several;
+    the default is `jnp.asarray`.
 
     Raises `ValueError` naming the file, key or tensor that is missing, unexpected, damaged or of another shape or dtype.
     """
@@ -62,32 +72,26 @@ def load(
         raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'")
     dir = Path(dir)
     settings = read_json(dir / "config.json")
-    _, family = family_of(settings)
+    family = family_of(settings)
     config = family.config.from_hf(settings)
+    if num_labels is not None:
+        config = _with_labels(config, head, num_labels)
     stored = _named_as_in_table(dir, family)
-
-    head, embedding = family.tied
-    if config.tie_word_embeddings and tie == "untie":
-        config = dataclasses.replace(config, tie_word_embeddings=False)
-        if head not in stored and embedding in stored:
-            stored[head] = stored[embedding]
-    elif config.tie_word_embeddings and head in stored and embedding in stored:
-        if not np.array_equal(stored[head].read(), stored[embedding].read()):
-            raise ValueError(
-                f"{dir} has a {head!r} that differs from its {embedding!r}, though its config.json ties them; keep both "
-                "with `tie='untie'`, or remove the tensor"
-            )
-        del stored[head]
-
-    model = family.model(config, dtype=dtype, scan=scan, checkpoint=checkpoint)
+    build = functools.partial(family.build, head=head_of(settings, family, head), dtype=dtype, scan=scan, checkpoint=checkpoint)
+    config = _tied_or_untied(dir, family, build, config, stored, tie)
+    model = build(config)
     tensors = tensors_of(model, family)
-    _check_stored(dir, tensors, stored)
+    expected = {tensor.name for tensor in tensors}
+    stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
+    stored, fresh = (stored, set()) if head is None else _head_of_file_or_new(family, tensors, stored)
+    kept = [tensor for tensor in tensors if tensor.path not in fresh]
+    _check_stored(dir, kept, stored)
     # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
-    model = model.clone(param_dtype=_DTYPES[stored[embedding].dtype])
+    model = model.clone(param_dtype=_DTYPES[stored[family.embedding].dtype])
 
     place = place or _place
-    flat = {}
-    for path, parts in itertools.groupby(tensors, lambda tensor: tensor.path):
+    flat = {path: place(path, array) for path, array in _drawn(model, fresh, key).items()}
+    for path, parts in itertools.groupby(kept, lambda tensor: tensor.path):
         parts = list(parts)
         arrays = [tensor.to_ours(stored[tensor.name].read()) for tensor in parts]
         flat[path] = place(path, arrays[0] if parts[0].layer is None else np.stack(arrays))
@@ -118,18 +122,21 @@ def save(
     Raises `ValueError` naming a leaf that is missing, unexpected or of another shape, and `TypeError` for one that is no
     array, as in the two halves that `lorafy` returns.
     """
-    kind, family = family_of_model(model)
+    kind, architecture, family = family_of_model(model)
     flat = _checked_leaves(model, params)
     carried = _carried_files(source)
     pending = []
     for tensor in tensors_of(model, family):
         leaf = flat[tensor.path]
         fetch = functools.partial(tensor.to_theirs, leaf)
-        pending.append(Pending(tensor.name, math.prod(tensor.shape) * leaf.dtype.itemsize, fetch))
+        names = [tensor.name]
+        if not model.config.tie_word_embeddings:
+            names += [alias for alias, name in family.aliases.items() if name == tensor.name]
+        pending += [Pending(name, math.prod(tensor.shape) * leaf.dtype.itemsize, fetch) for name in names]
 
     with new_directory(Path(dir), overwrite=overwrite) as new:
         write_tensors(new, pending, shard_bytes)
-        about = {"model_type": kind, "architectures": [family.architectures[0]], "dtype": _widest(flat.values())}
+        about = {"model_type": kind, "architectures": [architecture], "dtype": _widest(flat.values())}
         write_json(new / "config.json", {**model.config.to_hf(), **about})
         for file in carried:
             shutil.copyfile(file, new / file.name)
@@ -139,12 +146,68 @@ def _named_as_in_table(dir: Path, family: Family) -> dict[str, Stored]:
     named: dict[str, Stored] = {}
     for name, tensor in stored_tensors(dir).items():
         full = family.full_name(name)
-        if family.buffers.fullmatch(full):
-            continue
         if full in named:
             raise ValueError(f"{dir} holds one tensor under two names, {named[full].name!r} and {name!r}")
         named[full] = tensor
     return named
+
+
+def _with_labels(config: Any, head: str | None, count: int) -> Any:
+    if not isinstance(config, EncoderConfig):
+        raise ValueError(f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it out")
+    if head is None:
+        raise ValueError(f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} labels it was trained for")
+    return with_labels(config, count)
+
+
+def _tied_or_untied(dir: Path, family: Family, build: Callable, config: Any, stored: dict[str, Stored], tie: str) -> Any:
+    """The config after `tie`, with `stored` brought to it: each array under one name, the head's own where it is apart."""
+    decoder, embedding = family.decoder, family.embedding
+    tied = config.tie_word_embeddings
+    if tied and tie == "untie":
+        apart = dataclasses.replace(config, tie_word_embeddings=False)
+        if any(tensor.name == decoder for tensor in tensors_of(build(apart), family)):
+            config, tied = apart, False
+            if decoder not in stored and embedding in stored:
+                stored[decoder] = stored[embedding]
+        elif any(family.full_name(name).startswith("lm_predictions.") for name in stored):
+            raise ValueError(f"`tie`='untie' was passed for {dir}, whose head is the embedding by definition (`legacy`=false); leave it out")
+    elif tied and decoder in stored and embedding in stored:
+        _check_equal(dir, stored, decoder, embedding, "; keep both with `tie='untie'`, or remove the tensor")
+        del stored[decoder]
+    for alias, name in family.aliases.items():
+        if alias in stored:
+            if tied and name in stored:
+                _check_equal(dir, stored, alias, name, "; remove the first")
+            # Apart, it is the one that PyTorch adds.
+            stored[name] = stored.pop(alias)
+    return config
+
+
+def _check_equal(dir: Path, stored: dict[str, Stored], one: str, other: str, fix: str) -> None:
+    if not np.array_equal(stored[one].read(), stored[other].read()):
+        raise ValueError(f"{dir} has a {one!r} that differs from its {other!r}, though its config.json ties them{fix}")
+
+
+def _head_of_file_or_new(family: Family, tensors: list[Tensor], stored: dict[str, Stored]) -> tuple[dict[str, Stored], set[str]]:
+    """`stored` without the tensors of other heads, and the paths to be drawn: none, or the whole head if any of it is not there or does not fit."""
+    body = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
+    own = [tensor for tensor in tensors if not tensor.name.startswith(family.prefix)]
+    if any(tensor.name not in stored or stored[tensor.name].shape != tensor.shape for tensor in own):
+        return body, {tensor.path for tensor in own}
+    return body | {tensor.name: stored[tensor.name] for tensor in own}, set()
+
+
+def _drawn(model: nn.Module, paths: set[str], key: jax.Array | None) -> dict[str, np.ndarray]:
+    """These leaves of freshly drawn parameters; the others are never computed."""
+    if not paths:
+        return {}
+
+    def draw(key):
+        flat = traverse_util.flatten_dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], sep="/")
+        return {path: flat[path] for path in sorted(paths)}
+
+    return jax.device_get(jax.jit(draw)(jax.random.key(0) if key is None else key))
 
 
 def _check_stored(dir: Path, tensors: list[Tensor], stored: dict[str, Stored]) -> None:

@@ -1,4 +1,4 @@
-"""What the transformer models share: activations, attention, layer norm, and the two layouts of repeated layers.
+"""What the transformer models share: activations, attention, layer norm, repeated layers and their two layouts.
 
 Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), S slots (keys and
 values), H heads, K width of one head, D width of the model, F inner width, V vocabulary, L layers.
@@ -53,17 +53,115 @@ class LayerNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
+    def affine(self, width):
+        """The scale and the bias, for `layer_norm` elsewhere."""
+        scale_D = self.param("scale", nn.initializers.ones, (width,), self.param_dtype)
+        return scale_D, self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
+
     def __call__(self, x):
-        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        out_dtype = nn.dtypes.canonicalize_dtype(x, scale_D, bias_D, dtype=self.dtype)
-        wide = accumulator(out_dtype)
-        x = x.astype(wide)
-        centred = x - x.mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        row = (1,) * (x.ndim - 1) + (-1,)
-        y = normal * scale_D.astype(wide).reshape(row) + bias_D.astype(wide).reshape(row)
-        return y.astype(out_dtype)
+        scale_D, bias_D = self.affine(x.shape[-1])
+        return layer_norm(x, scale_D, bias_D, self.epsilon, nn.dtypes.canonicalize_dtype(x, scale_D, bias_D, dtype=self.dtype))
+
+
+def layer_norm(x, scale_D, bias_D, epsilon, out_dtype):
+    wide = accumulator(out_dtype)
+    x = x.astype(wide)
+    centred = x - x.mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    row = (1,) * (x.ndim - 1) + (-1,)
+    y = normal * scale_D.astype(wide).reshape(row) + bias_D.astype(wide).reshape(row)
+    return y.astype(out_dtype)
+
+
+class Part(nn.Module):
+    """The fields that every part of a model has, and the layers that it is made of."""
+
+    config: Any
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    deterministic: bool = True
+    implementation: str | None = None
+
+    def options(self):
+        """The fields, for the parts of this part."""
+        return self.config, self.dtype, self.param_dtype, self.deterministic, self.implementation
+
+    def normal(self):
+        return nn.initializers.normal(self.config.initializer_range)
+
+    def dense(self, features, name, *, kernel_init=None, use_bias=True):
+        return nn.Dense(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=kernel_init or self.normal(),
+            name=name,
+        )
+
+    def embed(self, rows, features, name):
+        return nn.Embed(rows, features, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=self.normal(), name=name)
+
+    def drop(self, rate, x):
+        return nn.Dropout(rate)(x, deterministic=self.deterministic)
+
+    def random(self, rate):
+        """The dropout of this rate as a function, or `None` where nothing would be dropped."""
+        return partial(self.drop, rate) if rate > 0 and not self.deterministic else None
+
+
+class _Unrolled(nn.Module):
+    """The layers one after the other, named "0", "1", …, called as the scanned block is."""
+
+    block: Callable
+    layers: int
+
+    @nn.compact
+    def __call__(self, x_BxTxD, numbers_L, slots, *shared):
+        filled = []
+        for i in range(self.layers):
+            mine = None if slots is None else slots[i]
+            x_BxTxD, mine = self.block(name=str(i))(x_BxTxD, numbers_L[i], mine, *shared)
+            filled.append(mine)
+        return x_BxTxD, None if slots is None else tuple(filled)
+
+
+def repeated(block, options, layers, *, scan, checkpoint, shared, name):
+    """`layers` times `block(*options)` as one module, called as `(x, numbers_L, slots, *shared) -> (x, slots)`.
+
+    A block gets its own number and its own slots of the cache (`None` without one), and all get the `shared` arguments,
+    whose count is given. With `scan` one block is traced and parameters and slots have a leading axis of layers.
+    """
+    # Under `scan` the loop itself keeps XLA from merging the recomputation with the forward pass.
+    block = nn.remat(block, prevent_cse=not scan) if checkpoint else block
+    if not scan:
+        return _Unrolled(partial(block, *options), layers, name=name)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, 0) + (nn.broadcast,) * shared,
+        length=layers,
+    )
+    return scanned(*options, name=name)
+
+
+def check_inputs(input_ids, attention_mask, position_ids, *, limit, limited_by):
+    """The mistakes a caller can make, as errors that say what was passed; `chex` guards our own shapes."""
+    if jnp.ndim(input_ids) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
+        found = f"{jnp.result_type(input_ids)}{jnp.shape(input_ids)}"
+        raise TypeError(f"`input_ids` must be integers of shape (batch, time), got {found}")
+    batch, tokens = jnp.shape(input_ids)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"`input_ids` has {tokens} tokens and the model {limited_by}; shorten it")
+    if attention_mask is not None:
+        if jnp.issubdtype(jnp.result_type(attention_mask), jnp.floating):
+            raise TypeError("`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add")
+        if jnp.shape(attention_mask) != (batch, tokens):
+            found = jnp.shape(attention_mask)
+            raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}")
+    if position_ids is not None and jnp.shape(position_ids) not in [(batch, tokens), (1, tokens)]:
+        raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")
 
 
 def attention(
@@ -71,13 +169,14 @@ def attention(
     k_BxSxHxK,
     v_BxSxHxK,
     *,
+    bias_BxHxTxS=None,
     mask_Bx1xTxS=None,
     causal=False,
     scale=1.0,
     dropout=None,
     implementation=None,
 ):
-    """softmax(scale · q kᵀ + mask) v, for every head; returns (B, T, H, K) in the dtype of `q`.
+    """softmax(scale · q kᵀ + bias, masked) v, for every head; returns (B, T, H, K) in the dtype of `q`.
 
     `mask` is boolean, true where a query may look; its T axis may be 1 (a mask of keys only). A query that may look
     nowhere, such as a padding token on the left, gets the mean of all values, as in PyTorch, and no NaN. `dropout` is a
@@ -97,6 +196,7 @@ def attention(
                 q_BxTxHxK,
                 k_BxSxHxK,
                 v_BxSxHxK,
+                bias=bias_BxHxTxS,
                 mask=mask_Bx1xTxS,
                 is_causal=causal,
                 scale=scale,
@@ -105,6 +205,8 @@ def attention(
 
     wide = accumulator(q_BxTxHxK.dtype)
     scores_BxHxTxS = scale * jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=wide)
+    if bias_BxHxTxS is not None:
+        scores_BxHxTxS = scores_BxHxTxS + bias_BxHxTxS.astype(wide)
     allowed = jnp.ones((1, 1, 1, 1), bool) if mask_Bx1xTxS is None else mask_Bx1xTxS
     if causal:
         allowed = allowed & jnp.tril(jnp.ones((1, 1, tokens, k_BxSxHxK.shape[1]), bool))

@@ -9,7 +9,6 @@ shape suffixes and the dtype policy are stated in `_layers.py`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -20,36 +19,17 @@ import jax.numpy as jnp
 from ._cache import Cache as Cache
 from ._cache import advance, write
 from ._gpt2_config import GPT2Config as GPT2Config
-from ._layers import ACTIVATIONS, LayerNorm, accumulator, attention
+from ._layers import ACTIVATIONS, LayerNorm, Part, accumulator, attention, check_inputs, repeated
 
 
-class _Part(nn.Module):
-    """The fields that every part of the model has."""
-
-    config: GPT2Config
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    deterministic: bool = True
-    implementation: str | None = None
-
-    def dense(self, features, name, std=None):
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(std or self.config.initializer_range),
-            name=name,
-        )
-
+class _Part(Part):
     def residual_dense(self, features, name):
         # Each layer adds to the residual stream twice: 1/sqrt(2L) keeps its variance at the start (section 2.3).
-        return self.dense(features, name, self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
+        std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
+        return self.dense(features, name, kernel_init=nn.initializers.normal(std))
 
     def norm(self, name):
         return LayerNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype, name=name)
-
-    def drop(self, rate, x):
-        return nn.Dropout(rate)(x, deterministic=self.deterministic)
 
 
 class Attention(_Part):
@@ -67,7 +47,6 @@ class Attention(_Part):
         if self.config.scale_attn_by_inverse_layer_idx:
             # On the queries, because under `scan` the layer's number is traced and a fused kernel wants a static scale.
             q_BxTxHxK = q_BxTxHxK / (layer + 1).astype(q_BxTxHxK.dtype)
-        random = self.config.attn_pdrop > 0 and not self.deterministic
         y_BxTxHxK = attention(
             q_BxTxHxK,
             k_BxSxHxK,
@@ -75,7 +54,7 @@ class Attention(_Part):
             mask_Bx1xTxS=mask_Bx1xTxS,
             causal=slots is None,  # with slots, the mask says it all
             scale=scale,
-            dropout=functools.partial(self.drop, self.config.attn_pdrop) if random else None,
+            dropout=self.random(self.config.attn_pdrop),
             implementation=self.implementation,
         )
         y_BxTxD = self.residual_dense(width, "c_proj")(y_BxTxHxK.reshape(batch, tokens, width))
@@ -96,30 +75,12 @@ class Block(_Part):
 
     @nn.compact
     def __call__(self, x_BxTxD, layer, slots, mask_Bx1xTxS, start):
-        part = functools.partial
-        options = (self.config, self.dtype, self.param_dtype, self.deterministic, self.implementation)
-        attend, feed = part(Attention, *options, name="attn"), part(MLP, *options, name="mlp")
-        y_BxTxD, slots = attend()(self.norm("ln_1")(x_BxTxD), layer, slots, mask_Bx1xTxS, start)
+        attend = Attention(*self.options(), name="attn")
+        y_BxTxD, slots = attend(self.norm("ln_1")(x_BxTxD), layer, slots, mask_Bx1xTxS, start)
         x_BxTxD = x_BxTxD + y_BxTxD
-        x_BxTxD = x_BxTxD + feed()(self.norm("ln_2")(x_BxTxD))
+        x_BxTxD = x_BxTxD + MLP(*self.options(), name="mlp")(self.norm("ln_2")(x_BxTxD))
         chex.assert_shape(x_BxTxD, y_BxTxD.shape)
         return x_BxTxD, slots
-
-
-class _Unrolled(nn.Module):
-    """The layers one after the other, named "0", "1", …, called as the scanned block is."""
-
-    block: Callable
-    layers: int
-
-    @nn.compact
-    def __call__(self, x_BxTxD, numbers_L, slots, mask_Bx1xTxS, start):
-        filled = []
-        for i in range(self.layers):
-            mine = None if slots is None else slots[i]
-            x_BxTxD, mine = self.block(name=str(i))(x_BxTxD, numbers_L[i], mine, mask_Bx1xTxS, start)
-            filled.append(mine)
-        return x_BxTxD, None if slots is None else tuple(filled)
 
 
 class GPT2(nn.Module):
@@ -195,7 +156,8 @@ class GPT2(nn.Module):
         x_BxTxD = nn.Dropout(config.embd_pdrop)(x_BxTxD, deterministic=deterministic)
 
         slots, start = (None, None) if cache is None else (cache.layers, cache.length - input_ids.shape[1])
-        layers = self._layers(config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        layers = repeated(Block, options, config.n_layer, scan=self.scan, checkpoint=self.checkpoint, shared=2, name="h")
         x_BxTxD, slots = layers(x_BxTxD, jnp.arange(config.n_layer), slots, mask_Bx1xTxS, start)
 
         x_BxTxD = x_BxTxD[:, -1:] if last_only else x_BxTxD
@@ -222,20 +184,6 @@ class GPT2(nn.Module):
         layers = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
         return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
-    def _layers(self, *options):
-        # Under `scan` the loop itself keeps XLA from merging the recomputation with the forward pass.
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.checkpoint else Block
-        if not self.scan:
-            return _Unrolled(functools.partial(block, *options), self.config.n_layer, name="h")
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
-            length=self.config.n_layer,
-        )
-        return scanned(*options, name="h")
-
     def _head(self, wte, x_BxTxD):
         if not self.config.tie_word_embeddings:
             wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x_BxTxD.dtype))
@@ -248,21 +196,8 @@ class GPT2(nn.Module):
 
 
 def _check(config, input_ids, attention_mask, position_ids, cache, visible):
-    """The mistakes a caller can make, as errors that say what was passed; `chex` guards our own shapes."""
-    if jnp.ndim(input_ids) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
-        found = f"{jnp.result_type(input_ids)}{jnp.shape(input_ids)}"
-        raise TypeError(f"`input_ids` must be integers of shape (batch, time), got {found}")
+    check_inputs(input_ids, attention_mask, position_ids, limit=config.n_positions, limited_by=f"`n_positions`={config.n_positions}")
     batch, tokens = jnp.shape(input_ids)
-    if tokens > config.n_positions:
-        raise ValueError(f"`input_ids` has {tokens} tokens and the model `n_positions`={config.n_positions}; shorten it")
-    if attention_mask is not None:
-        if jnp.issubdtype(jnp.result_type(attention_mask), jnp.floating):
-            raise TypeError("`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add")
-        if jnp.shape(attention_mask) != (batch, tokens):
-            found = jnp.shape(attention_mask)
-            raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}")
-    if position_ids is not None and jnp.shape(position_ids) not in [(batch, tokens), (1, tokens)]:
-        raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")
     if cache is not None and cache.mask.shape[0] != batch:
         raise ValueError(f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}")
     if visible is not None:

@@ -1,0 +1,160 @@
+"""What RoBERTa and DeBERTa share: BERT's layer (norm after each residual), and the heads and configuration of encoders.
+
+Letters beyond those of `_layers.py`: E width of the embedding, N labels.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ._config import Config
+from ._layers import ACTIVATIONS, LayerNorm, Part, accumulator
+
+# What a model ends in, and the shape of what it then returns.
+HEADS = {
+    "features": "(batch, time, width): no head, the states of the last layer",
+    "masked_lm": "(batch, time, vocabulary)",
+    "sequence_classification": "(batch, labels); one label is a regression",
+    "token_classification": "(batch, time, labels)",
+    "question_answering": "(batch, time, 2): start and end of the answer",
+}
+
+
+class EncoderConfig(Config):
+    """What the configurations of encoders have in common; `labels` are the names of the classes, Hugging Face's `id2label`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self.check_positive("max_position_embeddings", "layer_norm_eps")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"`hidden_size`={self.hidden_size} must be a multiple of `num_attention_heads`={self.num_attention_heads}")
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"`labels`={self.labels!r} must be the names of the classes, one at least")
+
+    @classmethod
+    def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        config = {key: value for key, value in config.items() if key != "label2id"}
+        names, count = config.pop("id2label", None), config.pop("num_labels", None)
+        if names:
+            names = {int(number): str(name) for number, name in names.items()}
+            if sorted(names) != list(range(len(names))):
+                raise ValueError(f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap")
+            if count is not None and count != len(names):
+                raise ValueError(f"`num_labels`={count} in config.json, but `id2label` has {len(names)} names")
+            config["labels"] = tuple(names[number] for number in range(len(names)))
+        elif count is not None:
+            config["labels"] = numbered_labels(count)
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        fields = super().to_hf()
+        names = fields.pop("labels")
+        return {**fields, "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+
+def numbered_labels(count: int) -> tuple[str, ...]:
+    """The names that Hugging Face gives to classes without one."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+class EncoderPart(Part):
+    def norm(self, name):
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, self.param_dtype, name=name)
+
+    def activation(self, x):
+        return ACTIVATIONS[self.config.hidden_act](x)
+
+
+class Dense(EncoderPart):
+    """A dense layer in a module of its own, as Hugging Face names it: `intermediate/dense`."""
+
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        return self.dense(self.features, "dense")(x)
+
+
+class Residual(EncoderPart):
+    """LayerNorm(residual + dropout(dense(x))), which ends both halves of a layer."""
+
+    @nn.compact
+    def __call__(self, x_BxTxF, residual_BxTxD):
+        x_BxTxD = self.dense(self.config.hidden_size, "dense")(x_BxTxF)
+        x_BxTxD = self.drop(self.config.hidden_dropout_prob, x_BxTxD)
+        return self.norm("LayerNorm")(residual_BxTxD + x_BxTxD)
+
+
+class FeedForward:
+    """The second half of a layer. A mixin, because its two modules have no common parent in Hugging Face's names."""
+
+    def feed_forward(self, x_BxTxD):
+        h_BxTxF = Dense(*self.options(), self.config.intermediate_size, name="intermediate")(x_BxTxD)
+        return Residual(*self.options(), name="output")(self.activation(h_BxTxF), x_BxTxD)
+
+
+class Logits(Part):
+    """A dense layer whose result is accumulated and left in float32 or wider, with its bias: `kernel`, `bias`."""
+
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.normal(), (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        return contracted(x, kernel, ((x.ndim - 1,), (0,)), bias)
+
+
+def contracted(x, kernel, axes, bias):
+    wide = accumulator(x.dtype)
+    y = jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=wide)
+    return y + bias.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Decoder(Part):
+    """The last step of a masked-LM head: to the vocabulary by the embedding, or by a kernel of its own, plus a bias.
+
+    Its bias stands beside it in the head, which passes it.
+    """
+
+    @nn.compact
+    def __call__(self, x_BxTxE, embedding_VxE, bias_V):
+        if embedding_VxE is None:
+            kernel_ExV = self.param("kernel", self.normal(), (x_BxTxE.shape[-1], bias_V.shape[0]), self.param_dtype)
+            x_BxTxE, kernel_ExV = nn.dtypes.promote_dtype(x_BxTxE, kernel_ExV, dtype=self.dtype)
+            return contracted(x_BxTxE, kernel_ExV, ((2,), (0,)), bias_V)
+        x_BxTxE, embedding_VxE = nn.dtypes.promote_dtype(x_BxTxE, embedding_VxE, dtype=self.dtype)
+        return contracted(x_BxTxE, embedding_VxE, ((2,), (1,)), bias_V)
+
+
+def check_head(head: str, config: EncoderConfig) -> None:
+    if head not in HEADS:
+        raise ValueError(f"`head`={head!r} must be one of {list(HEADS)}")
+    if head == "question_answering" and config.num_labels != 2:
+        raise ValueError(f"`head`='question_answering' has two outputs, start and end, and `labels` are {config.num_labels}")
+
+
+def check_token_types(token_type_ids, input_ids, count: int) -> None:
+    if token_type_ids is None:
+        return
+    if count == 0:
+        raise ValueError("`token_type_ids` were given to a model without token types (`type_vocab_size`=0); leave them out")
+    if jnp.shape(token_type_ids) != jnp.shape(input_ids):
+        raise ValueError(f"`token_type_ids` must have the shape of `input_ids`, {jnp.shape(input_ids)}, got {jnp.shape(token_type_ids)}")
+
+
+def with_labels(config: EncoderConfig, count: int | None) -> EncoderConfig:
+    """`config` for that many classes, named by their numbers; its own where `count` is None or the same."""
+    if count is None or count == config.num_labels:
+        return config
+    return dataclasses.replace(config, labels=numbered_labels(count))

@@ -1,0 +1,71 @@
+"""The configuration of RoBERTa."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ._encoder import EncoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RobertaConfig(EncoderConfig):
+    """Sizes and choices of a RoBERTa, under the names and with the defaults of Hugging Face's `config.json`.
+
+    ```python
+    RobertaConfig.named("roberta-base")                                 # 12 layers of width 768 (Liu et al. 2019)
+    RobertaConfig.named("roberta-large", labels=("no", "yes"))
+    RobertaConfig.from_hf(json.loads(text))                             # what a config.json says
+    ```
+
+    Positions are counted from `pad_token_id` + 1, so that 514 of them hold 512 tokens. `problem_type` and the token ids
+    other than padding take no part in the computation and are carried. Raises `ValueError` or `TypeError`, naming the key.
+    """
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | tuple | None = 2
+    tie_word_embeddings: bool = True
+    problem_type: str | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    family: ClassVar = "RoBERTa"
+    sizes: ClassVar = {
+        "roberta-base": dict(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5),
+        "roberta-large": dict(
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        ),
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("type_vocab_size")
+        self.check_activation("hidden_act")
+        if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
+            raise ValueError(f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it")
+
+    @classmethod
+    def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        config = super().translated(config)
+        kind = config.pop("position_embedding_type", "absolute")
+        if kind != "absolute":
+            raise ValueError(f"`position_embedding_type`={kind!r} in config.json is not supported for RoBERTa: only 'absolute' is")
+        return config

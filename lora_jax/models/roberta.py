@@ -1,0 +1,173 @@
+"""RoBERTa (Liu et al. 2019) in Flax linen, equal to `transformers`' PyTorch classes, with their heads.
+
+Parameter names follow Hugging Face without the prefix `roberta`, with Flax's words for the leaves:
+`encoder/layer/0/attention/self/query/kernel`, `embeddings/word_embeddings/embedding`; with `scan` the layers are stacked,
+and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
+
+Left out: use as a decoder, cross-attention, multiple choice, output of attention weights.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ._encoder import Decoder, EncoderPart, FeedForward, Logits, Residual, check_head, check_token_types
+from ._layers import attention, check_inputs, repeated
+from ._roberta_config import RobertaConfig as RobertaConfig
+
+
+class Embeddings(EncoderPart):
+    @nn.compact
+    def __call__(self, input_ids, token_type_ids, position_ids):
+        config = self.config
+        words = self.embed(config.vocab_size, config.hidden_size, "word_embeddings")
+        types = self.embed(config.type_vocab_size, config.hidden_size, "token_type_embeddings")
+        places = self.embed(config.max_position_embeddings, config.hidden_size, "position_embeddings")
+        x_BxTxD = words(input_ids) + types(token_type_ids) + places(position_ids)
+        x_BxTxD = self.norm("LayerNorm")(x_BxTxD)
+        return self.drop(config.hidden_dropout_prob, x_BxTxD), words.embedding
+
+
+class SelfAttention(EncoderPart):
+    @nn.compact
+    def __call__(self, x_BxTxD, mask_Bx1xTxS):
+        batch, tokens, width = x_BxTxD.shape
+        heads = self.config.num_attention_heads
+        q_BxTxHxK, k_BxSxHxK, v_BxSxHxK = (
+            self.dense(width, name)(x_BxTxD).reshape(batch, tokens, heads, width // heads) for name in ("query", "key", "value")
+        )
+        y_BxTxHxK = attention(
+            q_BxTxHxK,
+            k_BxSxHxK,
+            v_BxSxHxK,
+            mask_Bx1xTxS=mask_Bx1xTxS,
+            scale=(width // heads) ** -0.5,
+            dropout=self.random(self.config.attention_probs_dropout_prob),
+            implementation=self.implementation,
+        )
+        return y_BxTxHxK.reshape(batch, tokens, width)
+
+
+class Attention(EncoderPart):
+    @nn.compact
+    def __call__(self, x_BxTxD, mask_Bx1xTxS):
+        y_BxTxD = SelfAttention(*self.options(), name="self")(x_BxTxD, mask_Bx1xTxS)
+        return Residual(*self.options(), name="output")(y_BxTxD, x_BxTxD)
+
+
+class Layer(FeedForward, EncoderPart):
+    """One layer. Takes and returns what `scan` carries; its number and the slots of a cache are not used."""
+
+    @nn.compact
+    def __call__(self, x_BxTxD, number, slots, mask_Bx1xTxS):
+        x_BxTxD = Attention(*self.options(), name="attention")(x_BxTxD, mask_Bx1xTxS)
+        return self.feed_forward(x_BxTxD), slots
+
+
+class Encoder(EncoderPart):
+    scan: bool = False
+    checkpoint: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxTxD, mask_Bx1xTxS):
+        count = self.config.num_hidden_layers
+        layers = repeated(Layer, self.options(), count, scan=self.scan, checkpoint=self.checkpoint, shared=1, name="layer")
+        return layers(x_BxTxD, jnp.arange(count), None, mask_Bx1xTxS)[0]
+
+
+class Pooler(EncoderPart):
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        return jnp.tanh(self.dense(self.config.hidden_size, "dense")(x_BxTxD[:, 0]))
+
+
+class ClassificationHead(EncoderPart):
+    """From the state of the first token, `<s>`."""
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        drop = functools.partial(self.drop, _classifier_dropout(self.config))
+        x_BxD = jnp.tanh(self.dense(self.config.hidden_size, "dense")(drop(x_BxTxD[:, 0])))
+        return Logits(*self.options(), self.config.num_labels, name="out_proj")(drop(x_BxD))
+
+
+class LMHead(EncoderPart):
+    @nn.compact
+    def __call__(self, x_BxTxD, embedding_VxD):
+        bias_V = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
+        # Always the exact gelu, whatever the layers' activation is.
+        x_BxTxD = jax.nn.gelu(self.dense(self.config.hidden_size, "dense")(x_BxTxD), approximate=False)
+        x_BxTxD = self.norm("layer_norm")(x_BxTxD)
+        tied = embedding_VxD if self.config.tie_word_embeddings else None
+        return Decoder(*self.options(), name="decoder")(x_BxTxD, tied, bias_V)
+
+
+class Roberta(nn.Module):
+    """RoBERTa with one of the heads of `transformers`.
+
+    ```python
+    model = Roberta(RobertaConfig.named("roberta-base", labels=("no", "yes")), head="sequence_classification")
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    logits = model.apply({"params": params}, input_ids, attention_mask)      # (batch, labels)
+    ```
+
+    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on either side;
+    `position_ids` (B, T) or (1, T); `token_type_ids` (B, T). Positions default to `pad_token_id` + 1, + 2, … over the
+    tokens that are not `pad_token_id`, whatever the mask says, as in `transformers`; token types default to 0. Returns
+    float32 logits (float64 in a float64 model): masked_lm (B, T, V), sequence_classification (B, N), one label being a
+    regression, token_classification (B, T, N), question_answering (B, T, 2), start and end. `head="features"` returns
+    the states of the last layer (B, T, D) and the pooled first one (B, D), in the dtype of the computation. Evaluation mode
+    unless `deterministic=False`, which needs `rngs={"dropout": key}`.
+
+    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`: recompute
+    each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
+    `jax.nn.dot_product_attention`, "xla" or "cudnn".
+
+    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than the model.
+    """
+
+    config: RobertaConfig
+    head: str = "masked_lm"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    checkpoint: bool = False
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask=None, position_ids=None, token_type_ids=None, *, deterministic: bool = True):
+        config = self.config
+        check_head(self.head, config)
+        room = config.max_position_embeddings - config.pad_token_id - 1
+        limited_by = f"has room for {room}: `max_position_embeddings`={config.max_position_embeddings} less the padding's"
+        check_inputs(input_ids, attention_mask, position_ids, limit=None if position_ids is not None else room, limited_by=limited_by)
+        check_token_types(token_type_ids, input_ids, config.type_vocab_size)
+        mask_Bx1xTxS = None if attention_mask is None else (jnp.asarray(attention_mask) != 0)[:, None, None, :]
+        if position_ids is None:
+            real = (jnp.asarray(input_ids) != config.pad_token_id).astype(jnp.int32)
+            position_ids = jnp.cumsum(real, axis=1) * real + config.pad_token_id
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros((1, 1), jnp.int32)
+
+        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        x_BxTxD, embedding_VxD = Embeddings(*options, name="embeddings")(input_ids, token_type_ids, position_ids)
+        x_BxTxD = Encoder(*options, self.scan, self.checkpoint, name="encoder")(x_BxTxD, mask_Bx1xTxS)
+
+        if self.head == "features":
+            return x_BxTxD, Pooler(*options, name="pooler")(x_BxTxD)
+        if self.head == "masked_lm":
+            return LMHead(*options, name="lm_head")(x_BxTxD, embedding_VxD)
+        if self.head == "sequence_classification":
+            return ClassificationHead(*options, name="classifier")(x_BxTxD)
+        if self.head == "question_answering":
+            return Logits(*options, 2, name="qa_outputs")(x_BxTxD)
+        drop = nn.Dropout(_classifier_dropout(config), deterministic=deterministic)
+        return Logits(*options, config.num_labels, name="classifier")(drop(x_BxTxD))
+
+
+def _classifier_dropout(config):
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
