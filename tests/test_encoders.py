@@ -206,6 +206,18 @@ def test_bfloat16_is_near_and_logits_are_float32(config):
 
 
 @pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
+def test_attention_is_jaxs_own(config, monkeypatch):
+    """So that fused kernels apply: one call a layer, and of the model's choice of them."""
+    calls, own = [], jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kwargs: calls.append(kwargs) or own(*args, **kwargs))
+    model = ours(config, "features", implementation="xla")
+    jax.eval_shape(model.apply, {"params": encoders.random_params(model)}, some_ids(config, 5)[0])
+    used = calls[-config.num_hidden_layers :]
+    assert [call["implementation"] for call in used] == ["xla"] * config.num_hidden_layers
+    assert all((call["bias"] is not None) == (config is DEBERTA) for call in used)
+
+
+@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
 def test_padding_changes_nothing(config):
     """A row alone, and the same row beside a longer one: to the rounding of float32."""
     model = ours(config, "sequence_classification")

@@ -177,6 +177,27 @@ def test_an_encoder_must_be_whole_whatever_the_head(pretrained, name):
         hf.load(directory, head="token_classification")
 
 
+@pytest.mark.parametrize("name", ["roberta", "deberta"])
+def test_the_configs_own_head_must_be_whole_even_when_it_is_asked_for(tmp_path, name):
+    """A fine-tuned classifier that lost a tensor is never replaced by a random one."""
+    model = ours(CONFIGS[name], "sequence_classification")
+    hf.save(tmp_path, model, encoders.random_params(model))
+    tensors = load_file(tmp_path / "model.safetensors")
+    victim = next(key for key in tensors if key.startswith("classifier."))
+    save_file({key: value for key, value in tensors.items() if key != victim}, tmp_path / "model.safetensors")
+    for arguments in ({}, {"head": "sequence_classification"}, {"head": "sequence_classification", "num_labels": 2}):
+        with pytest.raises(ValueError, match=f"'{victim}' is missing"):
+            hf.load(tmp_path, **arguments)
+    hf.load(tmp_path, head="sequence_classification", num_labels=4)
+
+
+def test_a_head_without_a_decoder_has_nothing_to_untie(tmp_path):
+    model = ours(SCALED["deberta-v3-base"], "sequence_classification")
+    params = encoders.random_params(model)
+    hf.save(tmp_path, model, params)
+    equal(hf.load(tmp_path, tie="untie")[1], params)
+
+
 def test_what_cannot_be_read_is_named(pretrained, tmp_path):
     directory, model, _ = pretrained(ROBERTA)
     settings = json.loads((directory / "config.json").read_text())

@@ -78,6 +78,13 @@ def test_round_trip_is_exact(tmp_path, model, scan, shard_bytes, dtype):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
+def test_others_may_read_what_they_may_list(tmp_path):
+    """The writer of safetensors keeps its files to their owner; an export is as open as its directory."""
+    hf.save(tmp_path / "a", MODEL, random_params(MODEL))
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "a").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], modes
+
+
 def test_the_dtype_of_each_tensor_is_kept(tmp_path):
     params = random_params(MODEL, jnp.bfloat16)
     params["ln_f"]["scale"] = params["ln_f"]["scale"].astype(np.float32)

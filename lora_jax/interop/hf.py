@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from .._paths import nearest
-from ..models._encoder import EncoderConfig, with_labels
+from ..models._encoder import EncoderConfig, numbered_labels
 from ._families import Family, Tensor, family_of, family_of_model, head_of, shapes_of, tensors_of
 from ._files import Pending, Stored, new_directory, read_json, stored_tensors, write_json, write_tensors
 
@@ -60,9 +60,9 @@ def load(
 
     Parameters keep the dtype they have in the file. `tie="share"` follows the config: a tied head is the embedding, used
     twice. `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
-    values. `head`, one of `lora_jax.models.HEADS`, takes the place of the one that the config names: the encoder is read as
-    strictly as ever, tensors of other heads are passed over, and unless the file has the whole new head, for as many labels,
-    all of it is drawn from `key` (None: `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the
+    values. `head`, one of `lora_jax.models.HEADS`, or another `num_labels` for it, takes the place of what the config names: the
+    encoder is read as strictly as ever, tensors of other heads are passed over, and unless the file has the whole new head,
+    for as many labels, all of it is drawn from `key` (None: `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the
     computation) are the model's. `place(path, array)` puts each leaf where it shall live, on one device or across several;
     the default is `jnp.asarray`.
 
@@ -73,17 +73,20 @@ def load(
     dir = Path(dir)
     settings = read_json(dir / "config.json")
     family = family_of(settings)
-    config = family.config.from_hf(settings)
-    if num_labels is not None:
-        config = _with_labels(config, head, num_labels)
+    named = family.config.from_hf(settings)
+    config = named if num_labels is None else _with_labels(named, head, num_labels)
+    chosen = head_of(settings, family, head)
+    # The config's own head, asked for by name, is as strict as any other part.
+    own = {family.heads.get(name) for name in settings.get("architectures") or ()}
+    replaced = head is not None and (own != {head} or config != named)
     stored = _named_as_in_table(dir, family)
-    build = functools.partial(family.build, head=head_of(settings, family, head), dtype=dtype, scan=scan, checkpoint=checkpoint)
+    build = functools.partial(family.build, head=chosen, dtype=dtype, scan=scan, checkpoint=checkpoint)
     config = _tied_or_untied(dir, family, build, config, stored, tie)
     model = build(config)
     tensors = tensors_of(model, family)
     expected = {tensor.name for tensor in tensors}
     stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
-    stored, fresh = (stored, set()) if head is None else _head_of_file_or_new(family, tensors, stored)
+    stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
     kept = [tensor for tensor in tensors if tensor.path not in fresh]
     _check_stored(dir, kept, stored)
     # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
@@ -157,10 +160,10 @@ def _with_labels(config: Any, head: str | None, count: int) -> Any:
         raise ValueError(f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it out")
     if head is None:
         raise ValueError(f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} labels it was trained for")
-    return with_labels(config, count)
+    return config if count == config.num_labels else dataclasses.replace(config, labels=numbered_labels(count))
 
 
-def _tied_or_untied(dir: Path, family: Family, build: Callable, config: Any, stored: dict[str, Stored], tie: str) -> Any:
+def _tied_or_untied(dir: Path, family: Family, build: functools.partial, config: Any, stored: dict[str, Stored], tie: str) -> Any:
     """The config after `tie`, with `stored` brought to it: each array under one name, the head's own where it is apart."""
     decoder, embedding = family.decoder, family.embedding
     tied = config.tie_word_embeddings
@@ -170,7 +173,7 @@ def _tied_or_untied(dir: Path, family: Family, build: Callable, config: Any, sto
             config, tied = apart, False
             if decoder not in stored and embedding in stored:
                 stored[decoder] = stored[embedding]
-        elif any(family.full_name(name).startswith("lm_predictions.") for name in stored):
+        elif build.keywords["head"] == "masked_lm":
             raise ValueError(f"`tie`='untie' was passed for {dir}, whose head is the embedding by definition (`legacy`=false); leave it out")
     elif tied and decoder in stored and embedding in stored:
         _check_equal(dir, stored, decoder, embedding, "; keep both with `tie='untie'`, or remove the tensor")

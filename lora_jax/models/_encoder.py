@@ -3,7 +3,6 @@
 Letters beyond those of `_layers.py`: E width of the embedding, N labels.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -151,10 +150,3 @@ def check_token_types(token_type_ids, input_ids, count: int) -> None:
         raise ValueError("`token_type_ids` were given to a model without token types (`type_vocab_size`=0); leave them out")
     if jnp.shape(token_type_ids) != jnp.shape(input_ids):
         raise ValueError(f"`token_type_ids` must have the shape of `input_ids`, {jnp.shape(input_ids)}, got {jnp.shape(token_type_ids)}")
-
-
-def with_labels(config: EncoderConfig, count: int | None) -> EncoderConfig:
-    """`config` for that many classes, named by their numbers; its own where `count` is None or the same."""
-    if count is None or count == config.num_labels:
-        return config
-    return dataclasses.replace(config, labels=numbered_labels(count))
