@@ -38,6 +38,8 @@ class Setting:
     batch: int = 4
     tokens: int = 128
     config: GPT2Config = GPT2Config.named("gpt2")
+    method: Any = None  # other than LoRA, for all projections
+    format: str | None = None  # in which the adapted projections are stored, if not as they are
 
     @property
     def name(self) -> str:
@@ -87,7 +89,9 @@ def training_step(way: str, setting: Setting) -> Step:
         fixed, trained = lorafied(params, setting)
         forward = lora_jax.adapt(model.apply) if way == "adapt" else model.apply
         join = lora_jax.combine if way == "adapt" else lora_jax.merge
-        logits_of = lambda trained, fixed, ids: forward({"params": join(fixed, trained)}, ids)  # noqa: E731
+        draws = setting.method is not None and setting.method.random
+        keyed = lambda ids: {"key": jax.random.key(ids[0, 0])} if draws else {}  # noqa: E731
+        logits_of = lambda trained, fixed, ids: forward({"params": join(fixed, trained, **keyed(ids))}, ids)  # noqa: E731
 
     tx = optax.adamw(2e-4)
 
@@ -107,4 +111,8 @@ def lorafied(params: Any, setting: Setting) -> lora_jax.Lorafied:
     blocks = (True, False, True) if setting.adapted == "qv" else None
     targets = "c_attn/kernel" if setting.adapted == "qv" else "h/.*/kernel"
     axes = "layer in out" if setting.scan else "in out"
-    return lora_jax.lorafy(params, targets, method=LoRA(rank=RANK, alpha=ALPHA, blocks=blocks), axes=axes)
+    method = LoRA(rank=RANK, alpha=ALPHA, blocks=blocks) if setting.method is None else setting.method
+    frozen, delta = lora_jax.lorafy(params, targets, method=method, axes=axes)
+    if setting.format is not None:
+        frozen = lora_jax.quantize(frozen, setting.format, targets=targets)
+    return lora_jax.Lorafied(frozen, delta)

@@ -16,6 +16,9 @@ from typing import Any, Literal
 from experiments.strict_json import build, nearest
 
 
+METHODS = ("LoRA", "DoRA", "VeRA", "LoRAFA", "DyLoRA", "DeltaLoRA", "AdaLoRA", "PiSSA", "Full")
+
+
 def _at_least(least: int, section: str, values: Any, *names: str) -> None:
     """Raises `ValueError` for a number that is smaller, or not finite; null is left to mean what it means."""
     for name in names:
@@ -118,8 +121,28 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """AdaLoRA's: the average rank at the end, when ranks begin to be given up and how long before the end that is over, at every how
+    many steps; and the weight of `lora_jax.methods.orthogonality` in the loss."""
+
+    target_rank: int
+    initial_steps: int = 0
+    final_steps: int = 0
+    every: int = 1
+    orthogonality: float = 0.5
+
+    def __post_init__(self):
+        _at_least(1, "optimizer.adalora", self, "target_rank", "every")
+        _at_least(0, "optimizer.adalora", self, "initial_steps", "final_steps", "orthogonality")
+
+
+@dataclass(frozen=True)
 class Optimizer:
-    """`name` is a row of `experiments.optimizer.OPTIMIZERS`; `adamw_authors` is the one of LoRA's authors, `adamw` is optax's."""
+    """`name` is a row of `experiments.optimizer.OPTIMIZERS`; `adamw_authors` is the one of LoRA's authors, `adamw` is optax's.
+
+    `loraplus`: B's rate is so many times A's. `lorafa`: the corrected gradient of LoRA-FA. `adalora`: the budget that the method AdaLoRA
+    needs.
+    """
 
     name: Literal["adamw", "adamw_authors"] = "adamw"
     b1: float = 0.9
@@ -127,12 +150,15 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = None
+    loraplus: float | None = None
+    lorafa: bool = False
+    adalora: Budget | None = None
 
     def __post_init__(self):
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`optimizer.{name}` must be at least 0 and below 1, got {getattr(self, name)}")
-        _at_least(0, "optimizer", self, "eps", "weight_decay", "clip")
+        _at_least(0, "optimizer", self, "eps", "weight_decay", "clip", "loraplus")
 
 
 @dataclass(frozen=True)
@@ -224,7 +250,8 @@ class Decode:
 
 @dataclass(frozen=True)
 class Config:
-    """`compare_full`: measure a few steps of full fine-tuning too, whose memory the device then needs, for the report."""
+    """`quantize`: how the weights of the frozen layers are stored (QLoRA); embeddings, heads and vectors stay as they are.
+    `compare_full`: measure a few steps of full fine-tuning too, whose memory the device then needs, for the report."""
 
     name: str
     source: Source
@@ -238,6 +265,7 @@ class Config:
     decode: Decode = Decode()
     generate: Generate | None = None
     compare_full: bool = False
+    quantize: Literal["nf4", "int8"] | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -248,7 +276,14 @@ class Config:
             )
         if self.base.vocabulary is not None and not isinstance(self.data, TextData):
             raise ValueError('`base.vocabulary` trains a tokenizer on plain text, which `data.task` "text" has; pass `base.tokenizer` instead')
-        method_value(self.method)
+        method = method_value(self.method)
+        for name, section in (("AdaLoRA", self.optimizer.adalora), ("LoRAFA", self.optimizer.lorafa or None)):
+            if section is not None and type(method).__name__ != name:
+                raise ValueError(f"`optimizer.{name.lower()}` is for the method {name}, and `method.name` is {self.method['name']}: leave one of them out")
+        if type(method).__name__ == "AdaLoRA" and self.optimizer.adalora is None:
+            raise ValueError('`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`, for example {"target_rank": 4}')
+        if getattr(method, "delayed", False):
+            raise ValueError("`method.delayed` waits for `start_delta`, which a run does not call: leave it out, and the base follows from the first step")
 
 
 def method_value(section: dict[str, Any]) -> Any:
@@ -259,10 +294,9 @@ def method_value(section: dict[str, Any]) -> Any:
     """
     import lora_jax
 
-    known = [name for name in ("LoRA", "Full") if hasattr(lora_jax, name)]
     name = section.get("name")
-    if name not in known:
-        raise ValueError(f"`method.name` must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    if name not in METHODS:
+        raise ValueError(f"`method.name` must be one of {', '.join(METHODS)}, got {name!r}{nearest(name, METHODS)}")
     return build(getattr(lora_jax, name), {key: value for key, value in section.items() if key != "name"}, "method")
 
 

@@ -4,7 +4,6 @@ Memory is what the compiled step needs at once: its arguments (weights, what tra
 and gradients), and results that replace no argument.
 """
 
-import dataclasses
 import statistics
 import time
 from typing import Any
@@ -25,7 +24,7 @@ STEPS = 5
 def beside_full(trainer: Trainer, state: State, params: Any, specs: Any, arrays: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """The cost of this run's step and of full fine-tuning's from the same base, measured in turn."""
     frozen, delta = lora_jax.lorafy(params, ".*", method=Full())
-    full = dataclasses.replace(trainer, frozen=frozen)
+    full = trainer.of_full(frozen)
     batch = trainer.device_batch(arrays, trainer.config.train.accumulate)
     return {"this run": _of(trainer, state, batch), "full fine-tuning": _of(full, full.start(delta, specs, state.key), batch)}
 

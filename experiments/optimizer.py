@@ -6,12 +6,14 @@ A row of `OPTIMIZERS` takes a learning-rate schedule and the config's section an
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from experiments.config import Optimizer, Train
+from lora_jax import optim
 
 
 def warmup_linear(train: Train) -> Callable[[jax.Array], jax.Array]:
@@ -82,8 +84,22 @@ OPTIMIZERS = {"adamw": _adamw, "adamw_authors": _adamw_authors}
 
 
 def create(section: Optimizer, train: Train) -> optax.GradientTransformation:
-    """The whole update rule: clipping by the global norm if asked for, then the named optimiser."""
+    """The update rule of any parameters: clipping by the global norm if asked for, then the named optimiser."""
     update = OPTIMIZERS[section.name](warmup_linear(train), section)
     if section.clip is None:
         return update
     return optax.chain(optax.clip_by_global_norm(section.clip), update)
+
+
+def for_adapters(section: Optimizer, train: Train, frozen: Any, delta: Any) -> optax.GradientTransformation:
+    """The same with the rules that belong to a method of adaptation: LoRA-FA's gradient before, LoRA+'s rates and AdaLoRA's budget after."""
+    tx = create(section, train)
+    if section.lorafa:
+        tx = optax.chain(optim.lorafa(frozen, delta), tx)
+    if section.loraplus is not None:
+        tx = optim.loraplus(tx, section.loraplus)
+    if section.adalora is not None:
+        budget = section.adalora
+        steps = {"initial_steps": budget.initial_steps, "final_steps": budget.final_steps, "every": budget.every}
+        tx = optim.adalora(tx, total_steps=train.steps, target_rank=budget.target_rank, **steps)
+    return tx

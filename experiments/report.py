@@ -82,10 +82,11 @@ def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) ->
 def render(config: Config, facts: dict[str, Any]) -> str:
     """The page, as Markdown."""
     found, base, comparison = facts["numbers"], facts["base"], facts["comparison"]
+    stored = "" if config.quantize is None else f", base stored in {config.quantize}"
     smoothed = f" (with label smoothing {config.train.label_smoothing:g})" if config.train.label_smoothing else ""
     rows = {
         "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
-        "method": f"`{configs.method_value(config.method)}` on {', '.join(f'`{pattern}`' for pattern in config.targets)}",
+        "method": f"`{configs.method_value(config.method)}` on {', '.join(f'`{pattern}`' for pattern in config.targets)}{stored}",
         "trainable parameters": f"{facts['trainable']:,} ({facts['trainable'] / base['parameters']:.3%} of the base)",
         "sizes": f"base {_megabytes(facts['bytes']['base'])}, what trains {_megabytes(facts['bytes']['delta'])}",
         "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),

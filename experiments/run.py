@@ -62,7 +62,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     base = dataclasses.replace(base, params=params)
     method = configs.method_value(config.method)
     frozen, delta = lora_jax.lorafy(params, list(config.targets), method=method, key=keys["adapter"])
-    trainer = train.Trainer.create(config, mesh, base.model.apply, frozen)
+    trainer = train.Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
     state = trainer.start(delta, specs, keys["dropout"])
 
     with Checkpoints(workdir / "checkpoints", identity=identity, keep=config.train.keep_checkpoints) as checkpoints:

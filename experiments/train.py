@@ -8,7 +8,7 @@ fsdp and tensor, and the optimiser's moments follow the arrays they belong to.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ from experiments.config import Mesh as MeshSection
 from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, State
-from lora_jax.sharding import GPT2_RULES, delta_specs, partition_specs, shardings
+from lora_jax.methods import orthogonality
+from lora_jax.sharding import GPT2_RULES, delta_specs, frozen_specs, partition_specs, shardings
 
 # A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each are spread.
 BATCH = P(None, ("data", "fsdp"), None)
@@ -49,17 +50,31 @@ def place(mesh: Mesh, params: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything of a run that stays the same: the adapted forward pass, the update rule, the mesh and the frozen weights."""
+    """Everything of a run that stays the same: the adapted forward pass, the update rule, the mesh and the frozen weights.
+
+    `penalty` is a part of the loss that depends on what trains alone.
+    """
 
     config: Config
     mesh: Mesh
     forward: Callable
     frozen: Any
     tx: optax.GradientTransformation
+    penalty: Callable | None = None
 
     @classmethod
-    def create(cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any) -> "Trainer":
-        return cls(config, mesh, lora_jax.adapt(apply), frozen, optimizer.create(config.optimizer, config.train))
+    def create(cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any) -> "Trainer":
+        """`specs`: of the base. What the method keeps beside the weights is placed as they are; quantised weights are everywhere."""
+        if config.quantize is not None:
+            frozen = lora_jax.quantize(frozen, config.quantize)
+        frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
+        tx, budget = optimizer.for_adapters(config.optimizer, config.train, frozen, delta), config.optimizer.adalora
+        penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)
+        return cls(config, mesh, lora_jax.adapt(apply), frozen, tx, penalty)
+
+    def of_full(self, frozen: Any) -> "Trainer":
+        """The same for full fine-tuning: without the rules of a method."""
+        return replace(self, frozen=frozen, tx=optimizer.create(self.config.optimizer, self.config.train), penalty=None)
 
     def start(self, delta: Any, specs: Any, key: jax.Array) -> State:
         """The state before the first step, every array where it belongs on the mesh."""
@@ -95,6 +110,8 @@ class Trainer:
             sums = jax.lax.fori_loop(1, accumulate, add, sums)
         total, count, grads = sums
         grads = jax.tree.map(lambda grad: losses.mean(grad, count.astype(grad.dtype)), grads)
+        if self.penalty is not None:
+            grads = jax.tree.map(jnp.add, grads, jax.grad(self.penalty)(delta))
         updates, opt_state = self.tx.update(grads, opt_state, delta)
         numbers = {"loss": losses.mean(total, count), "gradient_norm": optax.tree.norm(grads)}
         return optax.apply_updates(delta, updates), opt_state, numbers

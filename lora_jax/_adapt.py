@@ -4,6 +4,7 @@
 (`_interpret.py`), so `x @ W` becomes `x @ W + (x @ A) @ B` wherever and however `fn` came to it.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._factored import Axis, Factored, Leaf
+from ._factored import PLAIN, Axis, Factored, Leaf
 from ._interpret import Interpreter, Use, trace
-from ._nodes import Adapted, Trained, is_node
+from ._nodes import Adapted, Fixed, Trained, is_node, resolved
+from ._packed import Lazy, Packed
 from ._paths import is_array
 
 _POLICIES = ("error", "warn", "allow")
@@ -27,8 +29,12 @@ def path_seed(path: str) -> np.uint32:
 
 def factored(node: Adapted) -> Factored:
     """The canonical form of an adapted leaf, with its dropout key folded with its path and split per layer."""
-    spec = node.adapter.spec
-    terms, magnitude, dropout = spec.method.canonical(node.fixed, node.adapter.arrays, spec, node.key)
+    spec, weight = node.adapter.spec, node.weight
+    sliced = len(spec.shape) - weight.ndim
+    if sliced > 0 and set(spec.axes[:sliced]) == {"layer"}:
+        # A loop of the user's own, over the combined tree, has cut these off.
+        spec = dataclasses.replace(spec, shape=spec.shape[sliced:], axes=spec.axes[sliced:])
+    terms, magnitude, dropout = spec.method.canonical(weight, node.fixed, node.adapter.arrays, spec, node.key)
     key = None
     if node.key is not None and dropout > 0.0:
         key = jax.random.fold_in(node.key, path_seed(spec.path))
@@ -36,7 +42,7 @@ def factored(node: Adapted) -> Factored:
             key = jax.random.split(key, spec.sizes("layer"))
     windows = any(term.window is not None for term in terms)
     return Factored(
-        weight=node.weight,
+        weight=Lazy.of(weight) if isinstance(weight, Packed) else weight,
         terms=terms,
         magnitude=magnitude,
         key=key,
@@ -44,6 +50,26 @@ def factored(node: Adapted) -> Factored:
         leaf=Leaf((spec.path,), dropout),
         windowed=spec.axis_indices("out")[0] if windows else None,
     )
+
+
+def _weight(leaf: Any) -> Factored | None:
+    """What the interpreter follows: adapted leaves, and packed ones, which are unpacked where they are used."""
+    if isinstance(leaf, Adapted):
+        return factored(leaf)
+    if isinstance(leaf, Packed):
+        axes = tuple(Axis(PLAIN, (index,)) for index in range(leaf.ndim))
+        return Factored(Lazy.of(leaf), (), None, None, axes, Leaf(("a packed leaf",)))
+    return None
+
+
+def _leaves(args: tuple, kwargs: dict, is_leaf: Callable) -> tuple[list, Any]:
+    """The flat arguments, with the arrays that adapters of one argument share in place."""
+    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
+    leaves: list[Any] = []
+    for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
+        leaves += resolved(jax.tree.leaves(argument, is_leaf=is_leaf))
+    assert len(leaves) == len(flat)
+    return leaves, treedef
 
 
 def adapt(fn: Callable, *, materialize: str = "error") -> Callable:
@@ -83,10 +109,11 @@ def adapt(fn: Callable, *, materialize: str = "error") -> Callable:
 
 
 def _call(fn: Callable, args: tuple, kwargs: dict, interpreter: Interpreter) -> Any:
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
-    nodes = [factored(leaf) for leaf in leaves if isinstance(leaf, Adapted)]
-    plain = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
-    return evaluate(fn, plain, treedef, [isinstance(leaf, Adapted) for leaf in leaves], nodes, interpreter)
+    leaves, treedef = _leaves(args, kwargs, is_node)
+    weights = [_weight(leaf) for leaf in leaves]
+    plain = [leaf.value if isinstance(leaf, Trained) else leaf.weight if isinstance(leaf, Fixed) else leaf for leaf in leaves]
+    found = [weight for weight in weights if weight is not None]
+    return evaluate(fn, plain, treedef, [weight is not None for weight in weights], found, interpreter)
 
 
 def evaluate(fn: Callable, leaves: list, treedef: Any, abstracted: list[bool], weights: list[Factored], interpreter: Interpreter) -> Any:
@@ -103,7 +130,7 @@ def evaluate(fn: Callable, leaves: list, treedef: Any, abstracted: list[bool], w
         static["outputs"] = [None if isinstance(output, jax.Array | np.ndarray) else output for output in outputs]
         return [output for output in outputs if isinstance(output, jax.Array | np.ndarray)]
 
-    jaxpr = trace(of_weights, *(weight.weight for weight in weights))
+    jaxpr = trace(of_weights, *(jax.ShapeDtypeStruct(w.shape, w.dtype) if isinstance(w.weight, Lazy) else w.weight for w in weights))
     arrays = iter(interpreter.returned(interpreter.evaluate(jaxpr, weights)))
     outputs = [next(arrays) if output is None else output for output in static["outputs"]]
     return jax.tree.unflatten(static["treedef"], outputs)
@@ -111,7 +138,7 @@ def evaluate(fn: Callable, leaves: list, treedef: Any, abstracted: list[bool], w
 
 def observe(fn: Callable, args: tuple, kwargs: dict, mark: Callable[[Any], Factored | None], is_leaf: Callable = is_node) -> list[Use]:
     """The uses of weights in `fn`, traced from shapes alone. `mark` says which leaves are weights."""
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
+    leaves, treedef = _leaves(args, kwargs, is_leaf)
     interpreter = Interpreter("allow", observe=True)
 
     def abstractly(arrays: list) -> None:
@@ -182,7 +209,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
       An `Explanation`: `print` it, or read its `uses`, `formed` (uses that would form the weight; `adapt` refuses them
       by default), `unused` (adapted leaves that `fn` does not consume) and `contradictory` leaves.
     """
-    uses = observe(fn, args, kwargs, lambda leaf: factored(leaf) if isinstance(leaf, Adapted) else None)
+    uses = observe(fn, args, kwargs, _weight)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_node)
     adapted = [leaf.adapter.spec.path for leaf in leaves if isinstance(leaf, Adapted)]
     used = {use.path for use in uses}

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, place
+from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, place, widened
+from ._packed import on_weight, used, value_of
 
 Base = Callable[[jax.Array, jax.Array], jax.Array]
 Piece = tuple[jax.Array, tuple[int, int] | None]  # a summand, and its window along the windowed axis
@@ -44,7 +45,7 @@ def dot_general(
     out_labels = (*own_batch, *w_free, *x_free) if weight_on_left else (*own_batch, *x_free, *w_free)
 
     after, x = _magnitude_side(weight, x, x_labels, out_labels)
-    y = base(x, weight.weight)
+    y = used(base, x, weight.weight)
     weight = weight.unwindowed(own_batch)
     x = dropped_out(x, weight)
     # The factors do not vary along new axes: contracting with one is summing over it.
@@ -60,12 +61,26 @@ def dot_general(
         inner = x
         if weight.windowed in own and term.window is not None:
             inner = lax.slice_in_dim(x, *term.window, axis=x_labels.index(weight.windowed))
+        if first == "b":
+            inner = times_diagonal(inner, tuple(x_labels), term, "outer")
         h, labels = contracted(inner, tuple(x_labels), term, first, keep=(*out_labels, *weight.labels(second)))
-        h, labels = contracted(term.times_scale(h), labels, term, second, keep=out_labels)
+        h = times_diagonal(term.times_scale(h), labels, term, "inner")
+        h, labels = contracted(h, labels, term, second, keep=out_labels)
+        if first == "a":
+            h = times_diagonal(h, labels, term, "outer")
+        h = term.tapped(h, labels, weight.labels("tap"))
         shape = list(y.shape)
         if term.window is not None and weight.windowed in out_labels:
             shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
         return place(h, labels, out_labels, shape)
+
+    def times_diagonal(h: jax.Array, labels: tuple, term: Term, name: str) -> jax.Array:
+        """`h` times a diagonal, in float32 at least, as for the scale."""
+        diagonal = getattr(term, name)
+        if diagonal is None:
+            return h
+        wide = widened(h.dtype)
+        return (h.astype(wide) * place(diagonal.astype(wide), weight.labels(name), labels, h.shape)).astype(h.dtype)
 
     def contracted(h: jax.Array, labels: tuple, term: Term, name: str, keep: tuple) -> tuple[jax.Array, tuple]:
         sides = ((getattr(term, name).astype(x.dtype), weight.labels(name)), (h.astype(x.dtype), labels))
@@ -92,11 +107,14 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
     """`y` plus the pieces, each in its window along `axis`; only the covered ranges are touched."""
     windowed = []
+    whole = None
     for piece, window in pieces:
         if window is None or axis is None or window == (0, y.shape[axis]):
-            y = y + piece
+            # Pieces first: those of a method that starts as a difference (PiSSA) are then exactly zero.
+            whole = piece if whole is None else whole + piece
         else:
             windowed.append((piece, window))
+    y = y if whole is None else y + whole
     if not windowed:
         return y
     # One concatenation for all windows: with one for each, XLA adds and copies what lies between them that often.
@@ -176,8 +194,8 @@ def _window(x: jax.Array, weight: Factored, window: jax.Array, first: int, secon
 def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
     _, kernel_spec, out_spec = params["dimension_numbers"]
     feature, groups = out_spec[1], params["feature_group_count"]
-    y = base(x, weight.weight)
-    weight = weight.unwindowed() if groups > 1 else weight.unwindowed(weight.tagged("in"))
+    y = used(base, x, weight.weight)
+    weight = weight.plain().unwindowed() if groups > 1 else weight.plain().unwindowed(weight.tagged("in"))
     x = dropped_out(x, weight)
 
     def product(term: Term) -> jax.Array:
@@ -191,7 +209,7 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
         options = {"keep": ("group",), "precision": params["precision"], "preferred_element_type": y.dtype}
         grouped = dot(h, (*before, "group", RANK, *behind), b, (RANK, "group", "out"), **options)
         placed = place(*grouped, (*before, "group", "out", *behind), ())
-        return lax.reshape(placed, (*y.shape[:feature], out, *y.shape[feature + 1 :]))
+        return term.tapped(lax.reshape(placed, (*y.shape[:feature], out, *y.shape[feature + 1 :])), (), ())
 
     y = added(y, [(product(term), term.window) for term in weight.terms], None if weight.windowed is None else feature)
     if weight.magnitude is None:
@@ -201,14 +219,15 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
 
 def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
     lhs_spec, kernel_spec, _ = params["dimension_numbers"]
-    y, feature = base(x, weight.weight), lhs_spec[1]
-    weight = weight.unwindowed()
+    y, feature = used(base, x, weight.weight), lhs_spec[1]
+    weight = weight.plain().unwindowed()
     x = dropped_out(x, weight)
     labels = tuple("out" if position == feature else f"x{position}" for position in range(x.ndim))
     narrow = tuple(RANK if label == "out" else label for label in labels)
     for term in weight.terms:
         h = dot(x, labels, term.b.astype(x.dtype), (RANK, "out"), precision=params["precision"], preferred_element_type=y.dtype)
-        y = y + _window(term.times_scale(place(*h, narrow, ())).astype(x.dtype), weight, term.a, kernel_spec[0], RANK, params, y.dtype)
+        summand = _window(term.times_scale(place(*h, narrow, ())).astype(x.dtype), weight, term.a, kernel_spec[0], RANK, params, y.dtype)
+        y = y + term.tapped(summand, (), ())
     return y
 
 
@@ -221,10 +240,10 @@ def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Arra
     ragged_rows = all(position not in x_summed for position in numbers.lhs_ragged_dimensions)
     if not ragged_rows or x_batch or w_batch or weight.tagged("layer") != (group,) or kinds not in ({"in"}, {"out"}) or x.ndim != 2 or len(weight.axes) != 3:
         raise NotAView
-    if weight.magnitude is not None:
+    if weight.magnitude is not None or any(term.tap is not None for term in weight.terms):
         raise NotAView
-    y = base(x, weight.weight)
-    weight = weight.unwindowed()
+    y = used(base, x, weight.weight)
+    weight = weight.plain().unwindowed()
     h0 = dropped_out(x, weight)
     order = ("a", "b") if kinds == {"in"} else ("b", "a")
     for term in weight.terms:
@@ -254,6 +273,7 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
 
     Out-of-range rows of the factors are filled with zeros, so that the fill value of the base stays alone there.
     """
+    weight = weight.plain()
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     picked, paired = numbers.start_index_map, numbers.operand_batching_dims
     weight = weight.unwindowed([axis for axis in (*picked, *paired) if axis in paired or sizes[axis] != weight.shape[axis]])
@@ -288,7 +308,7 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
     axes: list[Axis] = [NEW] * ndim
     for axis in kept:
         axes[place_of[axis]] = weight.axes[axis]
-    rows = base(weight.weight, indices)
+    rows = on_weight(base, weight.weight, indices)
     if any(axis.tag == "?" for axis in weight.axes):
         looked_up = (stored for axis in picked for stored in weight.axes[axis].origin)
         axes = [Axis("?") if position in batch else axis for position, axis in enumerate(axes)]
@@ -296,20 +316,25 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
 
     lookup = not {"in", "out"} <= {weight.axes[axis].tag for axis in kept}
     weight = weight.unwindowed() if lookup else weight
-    terms = [(view(term.a, weight.labels("a"), 0.0), view(term.b, weight.labels("b"), 0.0)) for term in weight.terms]
+    names = ("a", "b", "tap")
+    terms = [{name: view(getattr(term, name), weight.labels(name), 0.0) for name in names if getattr(term, name) is not None} for term in weight.terms]
     magnitude = None if weight.magnitude is None else view(weight.magnitude, weight.labels("magnitude"), 1.0)
     everything = tuple(range(ndim))
     if lookup:
-        for ((a, a_labels), (b, b_labels)), term in zip(terms, weight.terms, strict=True):
+        rows = value_of(rows)
+        summands = []
+        for parts, term in zip(terms, weight.terms, strict=True):
+            (a, a_labels), (b, b_labels) = parts["a"], parts["b"]
+            tap, layers = parts.get("tap", (None, ()))
             both = [label for label in a_labels if label in b_labels and label != RANK]
             options = {"keep": both, "preferred_element_type": rows.dtype}
-            product = dot(term.times_scale(a).astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
-            rows = rows + place(*product, everything, rows.shape)
+            product, labels = dot(term.times_scale(a).astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
+            summands.append((place(term.replace(tap=tap).tapped(product, labels, layers), labels, everything, rows.shape), None))
+        rows = added(rows, summands, None)
         return rows if magnitude is None else rows * place(magnitude[0].astype(rows.dtype), magnitude[1], everything, rows.shape)
 
     # An index axis belongs to the factors that were indexed: to both if the stack was.
-    in_a = {label for (_, labels), _ in terms for label in labels}
-    in_b = {label for _, (_, labels) in terms for label in labels}
+    in_a, in_b = ({label for parts in terms for label in parts[name][1]} for name in ("a", "b"))
     for position in batch:
         axes[position] = Axis("layer" if position in in_a & in_b else "in" if position in in_a else "out")
     key = None if weight.key is None else view(weight.key, weight.labels("key"), None)
@@ -320,7 +345,7 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
         return None if part is None else place(*part, result.labels(name), ())
 
     return result.replace(
-        terms=tuple(term.replace(a=stored(a, "a"), b=stored(b, "b")) for (a, b), term in zip(terms, weight.terms, strict=True)),
+        terms=tuple(term.replace(**{name: stored(part, name) for name, part in parts.items()}) for parts, term in zip(terms, weight.terms, strict=True)),
         magnitude=stored(magnitude, "magnitude"),
         key=stored(key, "key"),
     )

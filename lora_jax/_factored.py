@@ -3,14 +3,14 @@
 A model rarely uses a weight as it was stored: it casts, transposes, reshapes, slices and indexes it first. A
 `Factored` weight goes through such views without being formed, because each axis of W belongs to A, to B or to both:
 
-    axis of W      in A   in B   in m   in the dropout key
-    `layer`         x      x      x      x       stacked: each index has factors of its own
+    axis of W      in A   in B, outer, m   in inner   in the dropout key
+    `layer`         x      x                x          x       stacked: each index has factors of its own
     `in`            x
-    `out`                  x      x
-    `new`                                        made by a view: every index has the same factors
+    `out`                  x
+    `new`                                                      made by a view: every index has the same factors
 
-so that a view of W is the same view of its parts, restricted to the axes they have. The last axis of A and the first
-axis of B after the layers is the rank. The views are in `_views.py` and `_joins.py`, the
+so that a view of W is the same view of its parts, restricted to the axes they have. The last axis of A, the first
+axis of B after the layers, and the last of inner is the rank. The views are in `_views.py` and `_joins.py`, the
 rules that *use* a weight in `_contract.py`.
 """
 
@@ -23,31 +23,44 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._packed import Lazy, on_weight, value_of
+
 RANK = -1  # the label of the rank axis, beside the indices of W's own axes
 
 
 class Axis(NamedTuple):
-    """The word for one axis of a view (`layer`, `in`, `out`, `new`, or `?` while axes are being read), and the axes
-    of the stored weight that it runs along."""
+    """The word for one axis of a view (`layer`, `in`, `out`, `new`, `plain` of a weight without an adapter, or `?` while
+    axes are being read), and the axes of the stored weight that it runs along."""
 
     tag: str
     origin: tuple[int, ...] = ()
 
 
 NEW = Axis("new")
+PLAIN = "plain"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["window", "scale"])
+PARTS = ("a", "b", "inner", "outer", "tap")  # of a term, by name, those that are absent included
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=list(PARTS), meta_fields=["window", "scale"])
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank summand s·A·B. With a `window`, it covers only that range of the weight's windowed axis.
+    """One low-rank summand s·A·diag(inner)·B·diag(outer). With a `window`, it covers only that range of the weight's
+    windowed axis.
 
-    The scale waits for the narrowest array on the way, x·A: in B it would be a second copy of B, of every layer of a
-    stack at once, that lives from the forward to the backward pass.
+    The scale and the diagonals wait for the narrow arrays on the way, x·A and the result: in A or B they would be second
+    copies of these, of every layer of a stack at once, that live from the forward to the backward pass, and their
+    gradients would cost a contraction as large as that of A or B.
+
+    `tap` is a zero whose derivative, whatever is differentiated, is the sum of squares of what the term adds (`tapped`).
     """
 
     a: jax.Array  # (layers…, in…, rank)
     b: jax.Array  # (layers…, rank, out…)
+    inner: jax.Array | None = None  # (layers…, rank)
+    outer: jax.Array | None = None  # (layers…, out…)
+    tap: jax.Array | None = None  # (layers…)
     window: tuple[int, int] | None = None
     scale: float = 1.0
 
@@ -61,6 +74,32 @@ class Term:
     def unscaled(self) -> "Term":
         """The same with the scale in B, for what joins terms of different scales."""
         return self.replace(b=self.times_scale(self.b), scale=1.0)
+
+    def tapped(self, summand: jax.Array, labels: Sequence, layers: Sequence) -> jax.Array:
+        """`summand`, with its sum of squares for every layer as the derivative with respect to the tap."""
+        if self.tap is None:
+            return summand
+        own = [label for label in layers if label in labels]  # of a vmapped or sliced stack, the tap has fewer
+        return _tapped(tuple(labels.index(label) for label in own), summand, self.tap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(layers: tuple[int, ...], summand: jax.Array, tap: jax.Array) -> jax.Array:
+    return summand
+
+
+def _tapped_forward(layers: tuple[int, ...], summand: jax.Array, tap: jax.Array) -> tuple:
+    return summand, (summand, tap)
+
+
+def _tapped_backward(layers: tuple[int, ...], residuals: tuple, cotangent: jax.Array) -> tuple:
+    summand, tap = residuals
+    rest = [axis for axis in range(summand.ndim) if axis not in layers]
+    squares = jnp.sum(jnp.square(summand.astype(tap.dtype)), axis=rest)
+    return cotangent, lax.transpose(squares, [sorted(layers).index(axis) for axis in layers])
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 class Canonical(NamedTuple):
@@ -95,7 +134,7 @@ class NotAView(Exception):
 class Factored:
     """A weight `(W + Σ A·B) ⊙ m` that is never formed."""
 
-    weight: jax.Array
+    weight: Any  # an array, or a `Lazy` that will be one where it is used
     terms: tuple[Term, ...]
     magnitude: jax.Array | None
     key: jax.Array | None
@@ -112,13 +151,22 @@ class Factored:
     def dtype(self) -> Any:
         return self.weight.dtype
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is W alone, packed: then it may be unpacked anywhere."""
+        return not self.terms and self.magnitude is None and isinstance(self.weight, Lazy)
+
     def tagged(self, tag: str) -> tuple[int, ...]:
         return tuple(index for index, axis in enumerate(self.axes) if axis.tag == tag)
 
     def labels(self, part: str) -> tuple[int, ...]:
         """The axes of W, and RANK, that the axes of a part run along, in the order in which it is stored."""
         layers, ins, outs = self.tagged("layer"), self.tagged("in"), self.tagged("out")
-        return {"a": (*layers, *ins, RANK), "b": (*layers, RANK, *outs), "magnitude": (*layers, *outs), "key": layers}[part]
+        if part in ("key", "tap"):
+            return layers
+        if part in ("magnitude", "outer"):
+            return (*layers, *outs)
+        return {"a": (*layers, *ins, RANK), "b": (*layers, RANK, *outs), "inner": (*layers, RANK)}[part]
 
     def replace(self, **changes: Any) -> "Factored":
         return dataclasses.replace(self, **changes)
@@ -128,9 +176,26 @@ class Factored:
     def dense(self, dtype: Any = None) -> jax.Array:
         """W' itself, computed in float32 or in W's dtype if that is wider, and cast once."""
         wide = widened(self.dtype)
-        total = self.weight.astype(wide)
-        whole = self.unwindowed()
-        everything = tuple(range(len(self.axes)))
+        total = value_of(self.weight).astype(wide) + self._update(wide)
+        if self.magnitude is not None:
+            total = total * self._placed_magnitude(wide)
+        return total.astype(self.dtype if dtype is None else dtype)
+
+    def removed_from(self, merged: jax.Array) -> jax.Array:
+        """W again, from W'."""
+        wide = widened(merged.dtype)
+        total = merged.astype(wide)
+        if self.magnitude is not None:
+            total = total / self._placed_magnitude(wide)
+        return (total - self._update(wide)).astype(merged.dtype)
+
+    def _placed_magnitude(self, dtype: Any) -> jax.Array:
+        return place(self.magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape)
+
+    def _update(self, wide: Any) -> jax.Array:
+        """Σ A·B."""
+        whole = self.plain().unwindowed()
+        everything, total = tuple(range(len(self.axes))), jnp.zeros(self.shape, wide)
         for term in whole.terms:
             product = dot(
                 *(term.a.astype(wide), whole.labels("a")),
@@ -139,9 +204,7 @@ class Factored:
                 precision=lax.Precision.HIGHEST,
             )
             total = total + term.times_scale(place(*product, everything, self.shape))
-        if self.magnitude is not None:
-            total = total * place(self.magnitude.astype(wide), self.labels("magnitude"), everything, self.shape)
-        return total.astype(self.dtype if dtype is None else dtype)
+        return total
 
     # --- views ------------------------------------------------------------------------------------------------------
 
@@ -154,8 +217,12 @@ class Factored:
     ) -> "Factored":
         """A view of W and of every part. `view` maps an array and its labels to the same of the result."""
         if weight is None:
-            weight, labels = view(self.weight, tuple(range(len(self.axes))))
-            weight = lax.transpose(weight, _order(labels, range(len(axes))))
+
+            def of_weight(array: jax.Array) -> jax.Array:
+                array, labels = view(array, tuple(range(len(self.axes))))
+                return lax.transpose(array, _order(labels, range(len(axes))))
+
+            weight = on_weight(of_weight, self.weight)
         result = self.replace(weight=weight, axes=tuple(axes), **changes)
 
         def part(array: jax.Array | None, name: str) -> jax.Array | None:
@@ -165,40 +232,55 @@ class Factored:
             order = _order(labels, result.labels(name))
             return array if order == tuple(range(len(order))) else lax.transpose(array, order)
 
-        return result.replace(
-            terms=tuple(term.replace(a=part(term.a, "a"), b=part(term.b, "b")) for term in self.terms),
-            magnitude=part(self.magnitude, "magnitude"),
-            key=part(self.key, "key"),
-        )
+        return result.map_terms(part).replace(magnitude=part(self.magnitude, "magnitude"), key=part(self.key, "key"))
+
+    def map_terms(self, part: Callable[[jax.Array, str], jax.Array | None]) -> "Factored":
+        """`part(array, name)` in place of every part of every term."""
+        changed = lambda term: {name: part(array, name) for name in PARTS if (array := getattr(term, name)) is not None}  # noqa: E731
+        return self.replace(terms=tuple(term.replace(**changed(term)) for term in self.terms))
 
     def map_weight(self, operation: Callable[[jax.Array], jax.Array]) -> "Factored":
-        return self.replace(weight=operation(self.weight))
+        return self.replace(weight=on_weight(operation, self.weight))
 
     def map_parts(self, operation: Callable[[jax.Array], jax.Array]) -> "Factored":
         """The same elementwise operation on W and on every floating part."""
-        parts = jax.tree.map(operation, (self.weight, self.terms, self.magnitude))
-        return self.replace(weight=parts[0], terms=parts[1], magnitude=parts[2])
+        terms, magnitude = jax.tree.map(operation, (self.terms, self.magnitude))
+        return self.map_weight(operation).replace(terms=terms, magnitude=magnitude)
+
+    def plain(self) -> "Factored":
+        """The same weight with the diagonals of its terms in B, for uses that have no better place for them."""
+
+        def folded(term: Term) -> Term:
+            b, wide = term.b, widened(term.b.dtype)
+            for name in ("inner", "outer"):
+                if (diagonal := getattr(term, name)) is not None:
+                    b = b.astype(wide) * place(diagonal.astype(wide), self.labels(name), self.labels("b"), b.shape)
+            return term.replace(b=b.astype(term.b.dtype), inner=None, outer=None)
+
+        return self.replace(terms=tuple(map(folded, self.terms)))
 
     def unwindowed(self, axes: Sequence[int] | None = None) -> "Factored":
         """The same weight with its factors padded with zeros, if the windowed axis is among `axes`."""
         if self.windowed is None or (axes is not None and self.windowed not in axes):
             return self
-        (name, position), size = self.windowed_part(), self.shape[self.windowed]
+        size = self.shape[self.windowed]
 
         def padded(term: Term) -> Term:
             if term.window is None:
                 return term
-            factor = getattr(term, name)
-            widths = [(0, 0, 0)] * factor.ndim
-            widths[position] = (term.window[0], size - term.window[1], 0)
-            return term.replace(window=None, **{name: lax.pad(factor, jnp.zeros((), factor.dtype), widths)})
+            parts = {}
+            for part, position in self.windowed_parts(term):
+                array = getattr(term, part)
+                widths = [(0, 0, 0)] * array.ndim
+                widths[position] = (term.window[0], size - term.window[1], 0)
+                parts[part] = lax.pad(array, jnp.zeros((), array.dtype), widths)
+            return term.replace(window=None, **parts)
 
         return self.replace(terms=tuple(map(padded, self.terms)), windowed=None)
 
-    def windowed_part(self) -> tuple[str, int]:
-        """The factor that the windows cut, and the position of their axis in it."""
-        name = "a" if self.axes[self.windowed].tag == "in" else "b"
-        return name, self.labels(name).index(self.windowed)
+    def windowed_parts(self, term: Term) -> list[tuple[str, int]]:
+        """The parts of a term that its window cuts, and the position of the windowed axis in each."""
+        return [(name, self.labels(name).index(self.windowed)) for name in PARTS if getattr(term, name) is not None and self.windowed in self.labels(name)]
 
     def folded(self, number: Any) -> "Factored":
         """The same weight with other dropout, for one of several uses."""
@@ -216,9 +298,8 @@ class Factored:
         def restricted(name: str) -> jax.sharding.PartitionSpec:
             return jax.sharding.PartitionSpec(*[None if label == RANK else entries[label] for label in self.labels(name)])
 
-        return self.replace(
-            weight=jax.sharding.PartitionSpec(*entries),
-            terms=tuple(term.replace(a=restricted("a"), b=restricted("b")) for term in self.terms),
+        return self.map_terms(lambda _, name: restricted(name)).replace(
+            weight=jax.sharding.PartitionSpec() if isinstance(self.weight, Lazy) else jax.sharding.PartitionSpec(*entries),
             magnitude=None if self.magnitude is None else restricted("magnitude"),
             key=None if self.key is None else restricted("key"),
         )

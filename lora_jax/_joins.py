@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import RANK, Axis, Factored, NotAView, Term, place
+from ._factored import PARTS, RANK, Axis, Factored, NotAView, Term, place
+from ._packed import value_of
 from ._views import broadcast
 
 
@@ -27,7 +28,7 @@ def concatenated(operands: Sequence[Any], dimension: int) -> Factored:
         raise NotAView
     if len({weight.leaf.dropout for weight in weights if weight.key is not None}) > 1 or len({weight.key is None for weight in weights}) > 1:
         raise NotAView  # one input has one dropout
-    arrays = [operand.weight if isinstance(operand, Factored) else operand for operand in operands]
+    arrays = [value_of(operand.weight) if isinstance(operand, Factored) else operand for operand in operands]
     paths = dict.fromkeys(path for weight in weights for path in weight.leaf.paths)
     joined = first.replace(weight=lax.concatenate(arrays, dimension), leaf=dataclasses.replace(first.leaf, paths=tuple(paths)))
     if tag in ("in", "out"):
@@ -72,6 +73,7 @@ def _in_windows(joined: Factored, operands: Sequence[Any], dimension: int) -> Fa
 
 def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> Factored:
     """Along a `layer` axis, or along a `new` one, which becomes a `layer` axis: every index has its own factors."""
+    weights = [weight.plain() for weight in weights]
     if len({tuple(term.scale for term in weight.terms) for weight in weights}) > 1:
         weights = [weight.replace(terms=tuple(term.unscaled() for term in weight.terms)) for weight in weights]
     first = weights[0]
@@ -96,7 +98,9 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
 
     count = len(first.terms)
     return joined.replace(
-        terms=tuple(Term(part("a", lambda w, i=i: w.terms[i].a), part("b", lambda w, i=i: w.terms[i].b), scale=first.terms[i].scale) for i in range(count)),
+        terms=tuple(
+            Term(*(part(name, lambda w, i=i, name=name: getattr(w.terms[i], name)) for name in PARTS), scale=first.terms[i].scale) for i in range(count)
+        ),
         magnitude=part("magnitude", lambda weight: weight.magnitude),
         key=part("key", lambda weight: weight.key),
     )

@@ -1,6 +1,7 @@
 """`lorafy` splits a pytree into what stays and what trains; `combine` puts the two side by side for an adapted function,
 and `partition` takes them apart again."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 
 from . import _axes, _paths
 from ._adapt import path_seed
-from ._method import Method, Spec
-from ._nodes import Adapted, Adapter, Trained, is_node
+from ._method import Grouped, Method, Spec
+from ._nodes import Adapted, Adapter, Fixed, Trained, is_node
+from ._packed import Packed
+from ._pairs import paired
 from .methods.lora import LoRA
 
 
@@ -70,8 +73,11 @@ def lorafy(
       TypeError: an argument of the wrong kind.
     """
     leaves = _paths.named_leaves(params)
-    if any(isinstance(leaf, Adapter | Adapted | Trained) for leaf in jax.tree.leaves(params, is_leaf=is_node)):
+    nodes = jax.tree.leaves(params, is_leaf=is_node)
+    if any(isinstance(leaf, Adapter | Adapted | Fixed | Trained) for leaf in nodes):
         raise TypeError("`params` already holds adapters. Pass the plain parameters (`frozen`, or `merge(frozen, delta)`).")
+    if any(isinstance(leaf, Packed) for leaf in nodes):
+        raise TypeError("`params` holds quantised leaves. Adapt first, then quantise what stays: `quantize(lorafy(params, ...).frozen, 'nf4')`.")
     key = jax.random.key(0) if key is None else _random_key(key)
     if fn is None and args:
         raise ValueError("`args` is given without `fn`; pass both, to read the axes off how `fn(params, *args)` uses each weight.")
@@ -92,7 +98,7 @@ def lorafy(
             raise TypeError(f"The method for {path!r} is {chosen!r}; pass a method as a value, for example `LoRA(rank=8)` or `Full()`.")
     by_path = dict(leaves)
     given = _axes.given(axes, leaves, [path for path, chosen in methods.items() if chosen.needs_axes])
-    specs = {path: _spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()}
+    specs = _grouped([_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()])
     pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
     treedef = jax.tree.structure(params)
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
@@ -106,6 +112,15 @@ def _spec(path: str, leaf: Any, method: Method, given: dict, readings: dict | No
     return spec
 
 
+def _grouped(specs: list[Spec]) -> dict[str, Spec]:
+    """The specs by path, after those of one `Grouped` method have been brought together."""
+    found = {spec.path: spec for spec in specs}
+    for method in dict.fromkeys(spec.method for spec in specs if isinstance(spec.method, Grouped)):
+        own = tuple(spec for spec in specs if spec.method == method)
+        found.update((spec.path, spec) for spec in method.grouped(own))
+    return found
+
+
 def _split(leaf: Any, spec: Spec | None, key: jax.Array) -> tuple[Any, Any]:
     if spec is None:
         return leaf, None
@@ -114,6 +129,8 @@ def _split(leaf: Any, spec: Spec | None, key: jax.Array) -> tuple[Any, Any]:
         return spec.method.split(leaf, spec, own)
     frozen, delta = jax.eval_shape(lambda weight, own: spec.method.split(weight, spec, own), leaf, own)
     # The caller's own shape may carry a sharding.
+    if isinstance(frozen, Fixed):
+        frozen = dataclasses.replace(frozen, weight=leaf)
     return leaf if _paths.is_shape(frozen) else frozen, leaf if _paths.is_shape(delta) else delta
 
 
@@ -140,7 +157,7 @@ def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
     Raises:
       ValueError: the two trees do not belong together.
     """
-    return paired(_joined, frozen, delta, None if key is None else _random_key(key))
+    return paired(_joined, frozen, delta, None if key is None else _random_key(key), resolve=False)
 
 
 def partition(tree: Any) -> Lorafied:
@@ -170,28 +187,6 @@ def _parts(leaf: Any) -> tuple[Any, Any]:
     if isinstance(leaf, Adapted):
         return leaf.frozen, leaf.adapter
     return (None, leaf.value) if isinstance(leaf, Trained) else (leaf, None)
-
-
-def paired(join: Callable, frozen: Any, delta: Any, *rest: Any) -> Any:
-    """`join(frozen leaf, delta leaf, *rest)` at every leaf."""
-    leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
-    try:
-        others = treedef.flatten_up_to(delta)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"`frozen` and `delta` do not have the same containers; pass the two trees of one `lorafy`. ({error})") from error
-    for index, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
-        alone = other is None or isinstance(other, Adapter) or leaf is None
-        if isinstance(leaf, Adapter | Adapted | Trained) or not alone:
-            path, _ = _paths.named_leaves(frozen, is_leaf=is_node)[index]
-            raise ValueError(
-                f"`frozen` and `delta` do not belong together: at {path!r} the first has {_kind(leaf)} and the second {_kind(other)}. "
-                "Pass the two trees of one `lorafy`, `frozen` first."
-            )
-    return jax.tree.unflatten(treedef, [join(leaf, other, *rest) for leaf, other in zip(leaves, others, strict=True)])
-
-
-def _kind(leaf: Any) -> str:
-    return f"an array of shape {tuple(leaf.shape)}" if _paths.is_array(leaf) else f"an {type(leaf).__name__}"
 
 
 def _joined(frozen: Any, delta: Any, key: jax.Array | None) -> Any:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from ._adapt import factored
 from ._factored import widened
-from ._lorafy import paired
 from ._nodes import Adapted, Adapter, Fixed, is_node
+from ._packed import Packed, value_of
+from ._pairs import paired
 from ._paths import is_shape, named_leaves
 
-_BASES = ("dequantized",)
+_BASES = ("dequantized", "original")
 
 
 def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
@@ -29,28 +30,42 @@ def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
 
     Args:
       frozen, delta: the two trees of `lorafy`, or later states of them.
-      base: which base a quantised weight is merged into; plain weights do not care.
+      base: which base a quantised weight is merged into. `"dequantized"`: the one that the adapter was trained beside, with the
+        values it was quantised to, so that the merged model computes what the adapted one did. `"original"`: the one from
+        before; pass the `frozen` of `lorafy` then, since a quantised leaf does not hold it. Plain weights do not care.
 
     Raises:
-      ValueError: the trees do not belong together, or `base` is unknown.
+      ValueError: the trees do not belong together; `base` is unknown, or `"original"` with quantised leaves.
     """
     if base not in _BASES:
         raise ValueError(f"`base` is {base!r}; pass one of {', '.join(map(repr, _BASES))}.")
+    if base == "original":
+        packed = [path for path, leaf in named_leaves(frozen, is_leaf=is_node) if isinstance(_weight(leaf), Packed)]
+        if packed:
+            raise ValueError(
+                f"`base` is 'original', but `frozen` is quantised (at {packed[0]!r} and {len(packed) - 1} more): its original values are gone. "
+                "Pass the `frozen` that `lorafy` returned, from before `quantize`."
+            )
     return paired(_merged, frozen, delta)
 
 
+def _weight(leaf: Any) -> Any:
+    return leaf.weight if isinstance(leaf, Fixed) else leaf
+
+
 def _merged(frozen: Any, delta: Any) -> Any:
-    if delta is None:
-        return frozen.weight if isinstance(frozen, Fixed) else frozen
-    if not isinstance(delta, Adapter):
+    if delta is not None and not isinstance(delta, Adapter):
         return delta
-    node = _mergeable(frozen, delta)
-    if is_shape(node.weight):
-        return node.weight
+    weight = _weight(frozen) if delta is None else mergeable(frozen, delta).weight
+    if any(map(is_shape, jax.tree.leaves(weight))):
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype) if isinstance(weight, Packed) else weight
+    if delta is None:
+        return value_of(weight)
+    node = mergeable(frozen, delta)
     return _placed(_dense(node), node.weight)
 
 
-def _mergeable(weight: Any, delta: Adapter) -> Adapted:
+def mergeable(weight: Any, delta: Adapter) -> Adapted:
     """The two as one node, under no name: leaves of equal shape share one compilation."""
     node, spec = Adapted(weight, delta), delta.spec
     if tuple(node.weight.shape) != spec.shape:
@@ -64,7 +79,9 @@ def _mergeable(weight: Any, delta: Adapter) -> Adapted:
                 f"`delta` holds {name} of shape {delta.arrays[name].shape} at {spec.path!r}, with {len(axes)} axes expected: "
                 "of stacked adapters, pick one with `take(stacked, 0)`."
             )
-    return Adapted(weight, dataclasses.replace(delta, spec=dataclasses.replace(spec, path="")))
+    spec = dataclasses.replace(spec, path="")
+    weight = dataclasses.replace(weight, spec=spec) if isinstance(weight, Fixed) else weight
+    return Adapted(weight, dataclasses.replace(delta, spec=spec))
 
 
 @jax.jit
@@ -77,18 +94,24 @@ def _placed(merged: jax.Array, weight: Any) -> jax.Array:
     return merged if traced else jax.device_put(merged, weight.sharding)
 
 
-def unmerge(params: Any, delta: Any) -> Any:
-    """Takes `delta` out of merged parameters: the frozen weights, to the rounding of their dtype.
+def unmerge(params: Any, delta: Any, *, frozen: Any = None) -> Any:
+    """Takes `delta` out of merged parameters: the plain weights, to the rounding of their dtype.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=lora_jax.LoRA(rank=1))
     >>> bool(jnp.allclose(lora_jax.unmerge(lora_jax.merge(frozen, delta), delta)["kernel"], 1.0))
     True
 
-    Keep `frozen` instead where you can: a base in bfloat16 does not come back exactly.
+    Keep the original parameters instead where you can: a base in bfloat16 does not come back exactly.
+
+    Args:
+      params: merged parameters.
+      delta: what was merged into them.
+      frozen: the other tree of `lorafy`, for methods that keep a part of the adapter there (DoRA, VeRA, LoRA-FA, PiSSA, Delta-LoRA).
 
     Raises:
-      ValueError: a leaf trains itself (`Full`): its old value is gone.
+      ValueError: a leaf trains itself (`Full`), and its old value is gone; the base was quantised, and the weights from before
+        are gone; a method needs `frozen`.
     """
     full = [path for path, leaf in named_leaves(delta, is_leaf=is_node) if leaf is not None and not isinstance(leaf, Adapter)]
     if full:
@@ -96,19 +119,31 @@ def unmerge(params: Any, delta: Any) -> Any:
             f"`delta` holds leaves that trained themselves (`Full`): {', '.join(map(repr, full[:8]))}. Their values before training are "
             "not in it: keep the original parameters to go back."
         )
-    return paired(_unmerged, params, delta)
+    beside = jax.tree.map(lambda _: None, params) if frozen is None else frozen
+    nodes: list[Any] = []
+    paired(lambda leaf, other: nodes.append(None if other is None else Adapted(leaf, other)), beside, delta)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [_unmerged(leaf, node) for leaf, node in zip(leaves, nodes, strict=True)])
 
 
-def _unmerged(weight: Any, delta: Any) -> Any:
-    return weight if delta is None else _placed(_without(_mergeable(weight, delta)), weight)
+def _unmerged(merged: Any, node: Adapted | None) -> Any:
+    if node is None:
+        return merged
+    spec = node.adapter.spec
+    if isinstance(node.weight, Packed):
+        raise ValueError(f"`frozen` is quantised at {spec.path!r}: the weight from before is gone. Keep the original parameters to go back.")
+    missing = spec.method.array_axes(spec).keys() - node.adapter.arrays.keys()
+    if missing and node.frozen is None:
+        raise ValueError(
+            f"`unmerge` of the {type(spec.method).__name__} adapter of {spec.path!r} needs {', '.join(sorted(missing))}, which the method keeps in "
+            "`frozen`: pass `frozen=`, the other tree of `lorafy`."
+        )
+    return _placed(_without(mergeable(merged if node.frozen is None else node.frozen, node.adapter), merged), merged)
 
 
 @jax.jit
-def _without(node: Adapted) -> jax.Array:
-    whole = factored(node)
-    wide = widened(whole.dtype)
-    update = whole.replace(weight=jnp.zeros(whole.shape, wide), magnitude=None).dense()
-    return (whole.weight.astype(wide) - update).astype(whole.dtype)
+def _without(node: Adapted, merged: jax.Array) -> jax.Array:
+    return factored(node).removed_from(merged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +186,7 @@ def merge_report(frozen: Any, delta: Any) -> MergeReport:
 
 
 def _leaf_report(frozen: Any, delta: Adapter) -> MergedLeaf:
-    node = _mergeable(frozen, delta)
+    node = mergeable(frozen, delta)
     weight_norm, update_norm, lost_norm = map(float, _norms(node, _dense(node)))
     lost = lost_norm / update_norm if update_norm else 0.0
     return MergedLeaf(delta.spec.path, str(node.weight.dtype), weight_norm, update_norm, lost)
@@ -162,7 +197,7 @@ def _norms(node: Adapted, merged: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     # `merged` is an argument, because XLA takes a cast to a narrow dtype and back within one program for no operation.
     whole = factored(node)
     wide = widened(whole.dtype)
-    exact, before = whole.dense(wide), whole.weight.astype(wide)
+    exact, before = whole.dense(wide), value_of(whole.weight).astype(wide)
     return tuple(jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, merged.astype(wide) - exact))
 
 

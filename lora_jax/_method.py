@@ -17,13 +17,15 @@ from ._factored import Canonical
 class Spec:
     """What is known of one adapted leaf before any array exists: static and hashable.
 
-    `axes` has one word for each axis of the weight: `in`, `out` or `layer` (stacked).
+    `axes` has one word for each axis of the weight: `in`, `out` or `layer` (stacked). `group` is what a `Grouped` method
+    noted of the leaves that share arrays with this one.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     method: "Method"
+    group: Any = None
 
     def axis_indices(self, word: str) -> tuple[int, ...]:
         return tuple(index for index, axis in enumerate(self.axes) if axis == word)
@@ -60,12 +62,30 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        """For each trained array, the weight axis that each of its axes runs along; None for rank and block axes."""
+        """For each array of the method, trained or fixed, the weight axis that each of its axes runs along; None for
+        rank and block axes."""
 
     @abc.abstractmethod
-    def canonical(self, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
-        """The adapter as `W' = (W + A·B) ⊙ m`."""
+    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+        """The adapter as `W' = (W + A·B) ⊙ m`. `weight` may be packed: read it by `_packed.contracted_in` or not at all."""
 
     @abc.abstractmethod
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple["Method", dict]:
-        """The same adapter at a larger rank and with its scale folded in, so that adapters of different rank stack."""
+        """The same adapter at a rank as large or larger and with its scale folded in, so that adapters of different rank
+        stack; `ValueError` if another rank is impossible because of what is fixed."""
+
+
+class Grouped(Method):
+    """A method some of whose leaves share arrays."""
+
+    @abc.abstractmethod
+    def grouped(self, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        """The same specs with `group` filled in, given those of all leaves with this very method."""
+
+
+class DependsOnWeight(Method):
+    """A method that keeps something which follows from the weight, and must be made again when that is quantised."""
+
+    @abc.abstractmethod
+    def derived(self, weight: Any, spec: Spec) -> dict[str, jax.Array]:
+        """Those fixed arrays, for this weight."""

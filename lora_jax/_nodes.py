@@ -3,17 +3,28 @@
 | tree | targeted leaf | other leaf |
 |---|---|---|
 | `frozen` | the weight, or `Fixed` when the method keeps more beside it, or None when the leaf itself trains | the leaf |
+| `frozen`, quantised | `Packed` in place of the weight, also within `Fixed` | `Packed` |
 | `delta` | `Adapter`, or the weight itself when the leaf itself trains | None |
 | combined | `Adapted`, or `Trained` when the leaf itself trains | the leaf |
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from jax import tree_util
 
 from ._method import Spec
+from ._packed import Packed
+
+
+@tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """In place of an array: that of the same name at another leaf. It holds none, so nothing counts or trains it twice."""
+
+    path: str
 
 
 @tree_util.register_pytree_with_keys_class
@@ -25,8 +36,8 @@ class Adapter:
     spec: Spec
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        """For each array, the weight axis that each of its axes runs along; None for rank and block axes."""
-        return self.spec.method.array_axes(self.spec)
+        """For each array that is here, the weight axis that each of its axes runs along; None for rank and block axes."""
+        return _axes_of_own(self.arrays, self.spec)
 
     def tree_flatten_with_keys(self) -> tuple:
         names = tuple(sorted(self.arrays))
@@ -45,16 +56,21 @@ class Fixed:
 
     weight: Any
     arrays: dict[str, jax.Array]
+    spec: Spec
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return _axes_of_own(self.arrays, self.spec)
 
     def tree_flatten_with_keys(self) -> tuple:
         names = tuple(sorted(self.arrays))
         keyed = [(tree_util.DictKey(name), self.arrays[name]) for name in names]
-        return [(tree_util.GetAttrKey("weight"), self.weight), *keyed], names
+        return [(tree_util.GetAttrKey("weight"), self.weight), *keyed], (names, self.spec)
 
     @classmethod
-    def tree_unflatten(cls, names: tuple, children: Any) -> "Fixed":
+    def tree_unflatten(cls, static: tuple, children: Any) -> "Fixed":
+        names, spec = static
         weight, *arrays = children
-        return cls(weight, dict(zip(names, arrays, strict=True)))
+        return cls(weight, dict(zip(names, arrays, strict=True)), spec)
 
 
 @tree_util.register_pytree_with_keys_class
@@ -98,6 +114,49 @@ class Trained:
         return cls(*children)
 
 
+def _axes_of_own(arrays: dict, spec: Spec) -> dict[str, tuple[int | None, ...]]:
+    axes = spec.method.array_axes(spec)
+    return {name: axes[name] for name, array in arrays.items() if not isinstance(array, Shared)}
+
+
+def resolved(nodes: Iterable[Any]) -> list[Any]:
+    """The nodes of one tree with every `Shared` replaced by the array that it stands for.
+
+    Raises `ValueError` where no other leaf has that array, or two leaves of one path have different ones.
+    """
+    nodes = list(nodes)
+    parts = [part for node in nodes for part in ((node.frozen, node.adapter) if isinstance(node, Adapted) else (node,))]
+    parts = [part for part in parts if isinstance(part, Adapter | Fixed)]
+    if not any(isinstance(array, Shared) for part in parts for array in part.arrays.values()):
+        return nodes
+    own: dict[tuple, list] = {}
+    for part in parts:
+        for name, array in part.arrays.items():
+            if not isinstance(array, Shared):
+                own.setdefault((part.spec.path, name), []).append(array)
+
+    def found(name: str, array: Any, spec: Spec) -> Any:
+        if not isinstance(array, Shared):
+            return array
+        owners = own.get((array.path, name), [])
+        if len(owners) != 1:
+            there = "is missing" if not owners else "is there more than once"
+            raise ValueError(
+                f"the adapter of {spec.path!r} shares {name} with that of {array.path!r}, which {there}: pass the whole tree that was adapted, "
+                "and each such tree as an argument of its own."
+            )
+        return owners[0]
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, Adapted):
+            return dataclasses.replace(part, frozen=whole(part.frozen), adapter=whole(part.adapter))
+        if not isinstance(part, Adapter | Fixed):
+            return part
+        return dataclasses.replace(part, arrays={name: found(name, array, part.spec) for name, array in part.arrays.items()})
+
+    return [whole(node) for node in nodes]
+
+
 def is_node(leaf: Any) -> bool:
     """Whether a tree walk should stop here: at a node of ours, or at a None that stands for an absent leaf."""
-    return leaf is None or isinstance(leaf, Adapter | Fixed | Adapted | Trained)
+    return leaf is None or isinstance(leaf, Adapter | Fixed | Adapted | Trained | Packed)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._nodes import Adapter, is_node
+from ._nodes import Adapter, Shared, is_node, resolved
 from ._paths import named_leaves
 
 
@@ -38,11 +38,12 @@ def stack(deltas: Sequence[Any]) -> Any:
         if structure != treedef:
             raise ValueError(f"`deltas[{number}]` does not have the containers of `deltas[0]`; stack adapters of one base.")
         others.append(found)
-    groups = zip(paths, zip(leaves, *others, strict=True), strict=True)
-    return jax.tree.unflatten(treedef, [_stacked(path, group) for path, group in groups])
+    rows = [leaves, *others]
+    groups = zip(paths, zip(*rows, strict=True), zip(*map(resolved, rows), strict=True), strict=True)
+    return jax.tree.unflatten(treedef, [_stacked(path, group, whole) for path, group, whole in groups])
 
 
-def _stacked(path: str, group: tuple) -> Any:
+def _stacked(path: str, group: tuple, whole: tuple) -> Any:
     kinds = ["nothing" if leaf is None else "an adapter" if isinstance(leaf, Adapter) else f"an array of shape {leaf.shape}" for leaf in group]
     if len(set(kinds)) != 1:
         raise ValueError(f"`deltas` do not target the same leaves: at {path!r} they have {', '.join(kinds)}.")
@@ -51,13 +52,16 @@ def _stacked(path: str, group: tuple) -> Any:
     if not isinstance(group[0], Adapter):
         return jnp.stack(group)
     rank = max(leaf.spec.method.rank for leaf in group)
-    padded = [leaf.spec.method.at_rank(leaf.arrays, leaf.spec, rank) for leaf in group]
+    padded = [leaf.spec.method.at_rank(leaf.arrays, leaf.spec, rank) for leaf in whole]
+    shared = [{name: array for name, array in leaf.arrays.items() if isinstance(array, Shared)} for leaf in group]
     specs = [dataclasses.replace(leaf.spec, method=method) for leaf, (method, _) in zip(group, padded, strict=True)]
     for number, spec in enumerate(specs):
         if spec != specs[0]:
             raise ValueError(f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in more than rank, scale and start: {spec} and {specs[0]}.")
+        if shared[number] != shared[0]:
+            raise ValueError(f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in what it shares with other leaves: {shared[number]} and {shared[0]}.")
     arrays = jax.tree.map(lambda *parts: jnp.stack(parts), *(arrays for _, arrays in padded))
-    return Adapter(arrays, specs[0])
+    return Adapter(arrays | shared[0], specs[0])
 
 
 def take(stacked: Any, ids: Any) -> Any:

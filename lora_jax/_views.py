@@ -3,6 +3,7 @@
 Each is the operation on W and, restricted to the axes that they have, on its parts. `NotAView` where no factors exist.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import NEW, RANK, Axis, Factored, NotAView
+from ._factored import NEW, PARTS, RANK, Axis, Factored, NotAView
+from ._packed import Lazy, on_weight
 
 
 def transposed(weight: Factored, permutation: Sequence[int]) -> Factored:
@@ -35,7 +37,8 @@ def squeezed(weight: Factored, dimensions: Sequence[int]) -> Factored:
         return lax.squeeze(array, gone), tuple(place_of[label] for label in labels if label not in dimensions)
 
     windowed = None if weight.windowed is None else place_of[weight.windowed]
-    return weight.viewed(view, [weight.axes[index] for index in kept], windowed=windowed)
+    array = on_stack(weight.weight, dimensions, lambda array: lax.squeeze(array, dimensions))
+    return weight.viewed(view, [weight.axes[index] for index in kept], weight=array, windowed=windowed)
 
 
 def broadcast(weight: Factored, shape: Sequence[int], dimensions: Sequence[int]) -> Factored:
@@ -50,7 +53,7 @@ def broadcast(weight: Factored, shape: Sequence[int], dimensions: Sequence[int])
     return narrow.viewed(
         lambda array, labels: (array, tuple(place_of[label] for label in labels)),
         axes,
-        weight=lax.broadcast_in_dim(weight.weight, shape, dimensions),
+        weight=on_weight(lambda array: lax.broadcast_in_dim(array, shape, dimensions), weight.weight),
         windowed=None if narrow.windowed is None else place_of[narrow.windowed],
     )
 
@@ -90,7 +93,7 @@ def reshaped(weight: Factored, shape: Sequence[int]) -> Factored:
                     result.extend(members)
         return lax.reshape(array, sizes), tuple(result)
 
-    result = weight.viewed(view, axes, weight=lax.reshape(weight.weight, shape), windowed=windowed)
+    result = weight.viewed(view, axes, weight=on_weight(lambda array: lax.reshape(array, shape), weight.weight), windowed=windowed)
     terms = tuple(term.replace(window=window) for term, window in zip(result.terms, windows, strict=True))
     return result.replace(terms=terms)
 
@@ -130,7 +133,13 @@ def _sliced_apart(weight: Factored, starts: Sequence, stops: Sequence, strides: 
         ]
         return lax.slice(array, *zip(*limits, strict=True)) if limits else array, labels
 
-    array = lax.slice(weight.weight, starts, stops, strides)
+    cut = [axis for axis, size in enumerate(weight.shape) if (starts[axis], stops[axis], strides[axis]) != (0, size, 1)]
+
+    def of_weight(array: jax.Array) -> jax.Array:
+        limits = [(starts[axis], stops[axis], strides[axis]) if axis in cut else (0, size, 1) for axis, size in enumerate(array.shape)]
+        return lax.slice(array, *zip(*limits, strict=True))
+
+    array = on_stack(weight.weight, cut, of_weight)
     if weight.magnitude is None or windowed is None:
         return weight.viewed(view, weight.axes, weight=array)
     limits = [[ends[label] for label in weight.labels("magnitude")] for ends in (starts, stops, strides)]
@@ -139,13 +148,14 @@ def _sliced_apart(weight: Factored, starts: Sequence, stops: Sequence, strides: 
 
 
 def _sliced_windows(weight: Factored, start: int, stop: int) -> Factored:
-    (name, position), terms = weight.windowed_part(), []
+    terms = []
     for term in weight.terms:
         first, last = term.window or (0, weight.shape[weight.windowed])
         low, high = max(first, start), min(last, stop)
         if low < high:
-            factor = lax.slice_in_dim(getattr(term, name), low - first, high - first, axis=position)
-            terms.append(term.replace(window=(low - start, high - start), **{name: factor}))
+            cut = lambda part, axis, limits=(low - first, high - first): lax.slice_in_dim(part, *limits, axis=axis)  # noqa: E731
+            parts = {name: cut(getattr(term, name), position) for name, position in weight.windowed_parts(term)}
+            terms.append(term.replace(window=(low - start, high - start), **parts))
     return weight.replace(terms=tuple(terms))
 
 
@@ -159,7 +169,8 @@ def dynamic_sliced(weight: Factored, starts: Sequence[Any], sizes: Sequence[int]
                 array = lax.dynamic_slice_in_dim(array, starts[label], sizes[label], position)
         return array, labels
 
-    return weight.viewed(view, weight.axes)
+    array = on_stack(weight.weight, moved, lambda array, *_: view(array, tuple(range(array.ndim)))[0], *starts)
+    return weight.viewed(view, weight.axes, weight=array)
 
 
 def flipped(weight: Factored, dimensions: Sequence[int]) -> Factored:
@@ -170,26 +181,30 @@ def flipped(weight: Factored, dimensions: Sequence[int]) -> Factored:
     )
 
 
-def unstacked(weight: Factored) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Factored]]:
+def unstacked(weight: Factored) -> tuple[list[Any], Callable[[list[Any]], Factored]]:
     """What `scan` over the first axis must slice, and how to make the weight of one step from the slices."""
     weight = weight.unwindowed([0])
-    positions = {name: weight.labels(name).index(0) for name in ("a", "b", "magnitude", "key") if 0 in weight.labels(name)}
-    leaves = [("weight", weight.weight)]
-    leaves += [(name, getattr(term, name)) for term in weight.terms for name in ("a", "b")]
-    leaves += [("magnitude", weight.magnitude), ("key", weight.key)]
-    positions["weight"] = 0
-    scanned = [index for index, (name, array) in enumerate(leaves) if array is not None and name in positions]
+    base = weight.weight
+    if isinstance(base, Lazy):
+        base = base.packed.arrays if base.leads([0]) else base.value()
+    named = [("magnitude", weight.magnitude), ("key", weight.key), *((name, getattr(term, name)) for term in weight.terms for name in PARTS)]
+    positions = {name: weight.labels(name).index(0) for name in (*PARTS, "magnitude", "key") if 0 in weight.labels(name)}
+    scanned = [index for index, (name, array) in enumerate(named) if array is not None and name in positions]
 
-    def rebuild(slices: list[jax.Array]) -> Factored:
-        arrays = [array for _, array in leaves]
-        for index, array in zip(scanned, slices, strict=True):
+    def rebuild(slices: list[Any]) -> Factored:
+        base, *rest = slices
+        arrays = [array for _, array in named]
+        for index, array in zip(scanned, rest, strict=True):
             arrays[index] = array
-        base, *factors, magnitude, key = arrays
-        terms = tuple(term.replace(a=a, b=b) for a, b, term in zip(factors[::2], factors[1::2], weight.terms, strict=True))
+        magnitude, key, *parts = arrays
+        count = len(PARTS)
+        terms = tuple(term.replace(**dict(zip(PARTS, parts[i * count : (i + 1) * count], strict=True))) for i, term in enumerate(weight.terms))
+        if isinstance(base, dict):
+            base = Lazy.of(dataclasses.replace(weight.weight.packed, arrays=base), weight.weight.operations)
         windowed = None if weight.windowed is None else weight.windowed - 1
         return weight.replace(weight=base, terms=terms, magnitude=magnitude, key=key, axes=weight.axes[1:], windowed=windowed)
 
-    return [jnp.moveaxis(leaves[index][1], positions[leaves[index][0]], 0) for index in scanned], rebuild
+    return [base, *(jnp.moveaxis(named[index][1], positions[named[index][0]], 0) for index in scanned)], rebuild
 
 
 def padded(weight: Factored, array: jax.Array, config: Sequence[tuple[int, int, int]]) -> Factored:
@@ -199,15 +214,13 @@ def padded(weight: Factored, array: jax.Array, config: Sequence[tuple[int, int, 
         raise NotAView
     weight = weight.unwindowed(moved)
 
-    def part(array: jax.Array, name: str, fill: float) -> jax.Array:
+    def part(array: jax.Array, name: str) -> jax.Array:
         widths = [config[label] if label in moved else (0, 0, 0) for label in weight.labels(name)]
-        return lax.pad(array, jnp.asarray(fill, array.dtype), widths) if any(map(any, widths)) else array
+        fill = jnp.asarray(1.0 if name == "magnitude" else 0.0, array.dtype)
+        return lax.pad(array, fill, widths) if any(map(any, widths)) else array
 
-    return weight.replace(
-        weight=array,
-        terms=tuple(term.replace(a=part(term.a, "a", 0.0), b=part(term.b, "b", 0.0)) for term in weight.terms),
-        magnitude=None if weight.magnitude is None else part(weight.magnitude, "magnitude", 1.0),
-    )
+    magnitude = None if weight.magnitude is None else part(weight.magnitude, "magnitude")
+    return weight.map_terms(part).replace(weight=array, magnitude=magnitude)
 
 
 def rescaled(weight: Factored, array: jax.Array, factor: jax.Array, operation: Callable) -> Factored:
@@ -246,11 +259,16 @@ def along(weight: Factored, array: jax.Array, axis: int, operation: Callable[[ja
         labels = weight.labels(name)
         return operation(array, labels.index(axis)) if axis in labels else array
 
-    return weight.replace(
-        weight=array,
-        terms=tuple(term.replace(a=part(term.a, "a"), b=part(term.b, "b")) for term in weight.terms),
-        magnitude=None if weight.magnitude is None else part(weight.magnitude, "magnitude"),
-    )
+    magnitude = None if weight.magnitude is None else part(weight.magnitude, "magnitude")
+    return weight.map_terms(part).replace(weight=array, magnitude=magnitude)
+
+
+def on_stack(weight: Any, axes: Sequence[int], operation: Callable[..., jax.Array], *others: Any) -> Any:
+    """A view that changes these axes alone, and depends on `others`. If a packed weight is stacked along them, so are the packed
+    arrays: they are cut, and only what is left is unpacked."""
+    if isinstance(weight, Lazy) and axes and weight.leads(axes):
+        return weight.along_stack(lambda array: operation(array, *others))
+    return on_weight(operation, weight, *others)
 
 
 def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._nodes import Adapter, is_node
+from ._nodes import Adapter, Fixed, is_node
+from ._packed import Packed
 from ._paths import matches, named_leaves
 
 # Column-parallel into a block, row-parallel out of it, so that one reduction a sublayer suffices; fsdp takes the other axis.
@@ -51,6 +52,23 @@ def partition_specs(params: Any, rules: Rules) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), [spec_of(path, leaf) for path, leaf in named_leaves(params)])
 
 
+def frozen_specs(frozen: Any, specs: Any) -> Any:
+    """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a method keeps beside it.
+
+    For LoRA, `frozen` equals `params`, and this returns `specs`. Quantised weights are replicated.
+    """
+
+    def spec_of(node: Any, spec: P) -> Any:
+        if isinstance(node, Fixed):
+            entries = {name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()}
+            shared = {name: array for name, array in node.arrays.items() if name not in entries}
+            return Fixed(spec_of(node.weight, spec), entries | shared, node.spec)
+        return jax.tree.map(lambda _: P(), node) if isinstance(node, Packed) else None if node is None else spec
+
+    leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [spec_of(node, spec) for node, spec in zip(leaves, treedef.flatten_up_to(specs), strict=True)])
+
+
 def delta_specs(delta: Any, specs: Any) -> Any:
     """A tree like `delta` with the spec of every trainable array: its weight's, restricted to the axes they share.
 
@@ -63,7 +81,7 @@ def delta_specs(delta: Any, specs: Any) -> Any:
         if not isinstance(node, Adapter):
             return spec
         entries = {name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()}
-        return Adapter(entries, node.spec)
+        return Adapter({**node.arrays, **entries}, node.spec)
 
     return jax.tree.map(spec_of, delta, specs, is_leaf=is_node)
 

@@ -92,7 +92,7 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
         ({"decode": {"sample": {"temperature": 0}}}, ValueError, "`decode.sample.temperature` must be positive, got 0.0"),
         ({"decode": {"sample": {"top_k": 0}}}, ValueError, "`decode.sample.top_k` must be at least 1 or null, got 0"),
         ({"decode": {"sample": {"top_p": 1.5}}}, ValueError, "`decode.sample.top_p` must be more than 0 and at most 1, or null, got 1.5"),
-        ({"method": {"name": "Lora"}}, ValueError, "`method.name` must be one of LoRA, Full, got 'Lora'; did you mean `LoRA`?"),
+        ({"method": {"name": "Lora"}}, ValueError, "`method.name` must be one of LoRA, DoRA, VeRA, LoRAFA, DyLoRA, DeltaLoRA, AdaLoRA, PiSSA, Full, got 'Lora'; did you mean `LoRA`?"),
         ({"method": {"name": "LoRA", "ranks": 2}}, ValueError, "unknown key `method.ranks`; did you mean `method.rank`?"),
         ({"method": {"name": "LoRA", "rank": "2"}}, TypeError, '`method.rank` must be an integer, got "2" (a string)'),
         ({"base": {}}, ValueError, "`base` takes exactly one of `path`, `run` and `architecture`, got none of them"),

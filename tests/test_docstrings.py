@@ -9,7 +9,8 @@ import pytest
 import lora_jax
 
 _PACKAGE = Path(lora_jax.__file__).parent
-_FILES = [file for file in sorted([*_PACKAGE.glob("*.py"), *_PACKAGE.glob("methods/*.py")]) if ">>> " in file.read_text(encoding="utf-8")]
+_CORE = sorted(file for files in ("*.py", "methods/*.py", "optim/*.py", "arithmetic/*.py") for file in _PACKAGE.glob(files))
+_FILES = [file for file in _CORE if ">>> " in file.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("file", _FILES, ids=lambda file: file.stem)

@@ -12,7 +12,7 @@ import pytest
 import lora_jax
 from experiments import loss as losses
 from experiments import optimizer, train
-from experiments.config import Architecture, Base, Config, Mesh, Optimizer, Source, TextData, Train
+from experiments.config import METHODS, Architecture, Base, Budget, Config, Mesh, Optimizer, Source, TextData, Train, method_value
 from experiments.tasks.examples import Examples
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 
@@ -26,11 +26,12 @@ def _optax_promotes():
         yield
 
 
-def config(method=LORA, targets=("attn/c_attn/kernel",), mesh=Mesh(), clip=None, name="adamw", **settings):
+def config(method=LORA, targets=("attn/c_attn/kernel",), mesh=Mesh(), clip=None, name="adamw", rules=(), quantize=None, **settings):
     section = Train(**{"steps": 6, "batch": 8, "lr": 1e-2, "warmup": 2, "label_smoothing": 0.1, **settings})
     architecture = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="none")
     data = TextData("text", "none", "none", 12)
-    return Config("tiny", Source(None), architecture, data, method, targets, section, Optimizer(name, weight_decay=0.01, clip=clip), mesh)
+    rule = Optimizer(name, weight_decay=0.01, clip=clip, **dict(rules))
+    return Config("tiny", Source(None), architecture, data, method, targets, section, rule, mesh, quantize=quantize)
 
 
 def examples(count=24, seq_len=12):
@@ -52,9 +53,8 @@ def started(settings):
     params = weights()
     mesh = train.make_mesh(settings.mesh)
     params, specs = train.place(mesh, params)
-    method = lora_jax.LoRA(**{k: v for k, v in settings.method.items() if k != "name"}) if settings.method["name"] == "LoRA" else lora_jax.Full()
-    frozen, delta = lora_jax.lorafy(params, list(settings.targets), method=method, key=jax.random.key(1))
-    trainer = train.Trainer.create(settings, mesh, MODEL.apply, frozen)
+    frozen, delta = lora_jax.lorafy(params, list(settings.targets), method=method_value(settings.method), key=jax.random.key(1))
+    trainer = train.Trainer.create(settings, mesh, MODEL.apply, frozen, delta, specs)
     return trainer, trainer.start(delta, specs, jax.random.key(2))
 
 
@@ -219,3 +219,64 @@ def test_evaluation_counts_every_example_once():
 def test_a_mesh_larger_than_the_machine():
     with pytest.raises(ValueError, match="`mesh` 4 x 4 x 1 needs 16 devices, but there are 8"):
         train.make_mesh(Mesh(4, 4, 1))
+
+
+# --- other methods --------------------------------------------------------------------------------------------------------
+
+RULES = {
+    "AdaLoRA": {"adalora": Budget(target_rank=1, final_steps=1, orthogonality=0.1)},
+    "LoRAFA": {"lorafa": True, "loraplus": 4.0},
+    "DyLoRA": {"loraplus": 4.0},
+}
+ROWS = {name: {"name": name} if name == "Full" else {"name": name, "rank": 2} for name in METHODS}
+
+
+def row(name, **more):
+    return config(ROWS[name], ("attn/.*/kernel", "mlp/c_fc/kernel"), rules=RULES.get(name, {}), **more)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_every_mesh_gives_the_same(name):
+    alone, state, step = steps(row(name), 4)
+    assert state.step == 4 and step._cache_size() == 1
+    spread, other, _ = steps(row(name, mesh=Mesh(2, 2, 2)), 4)
+    close(alone, spread, 1e-5)
+    close(state.delta, jax.device_get(other.delta), 2e-5)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(started(row(name, mesh=Mesh(2, 2, 2)))[0].frozen))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "Full"])
+def test_a_quantised_base_trains(name):
+    settings = row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("bias",), quantize="nf4")
+    trainer, _ = started(settings)
+    packed = [leaf for leaf in jax.tree.leaves(trainer.frozen) if leaf.dtype == jnp.uint8]
+    assert len(packed) >= 4, "the matrices of the layer"
+    losses, state, _ = steps(settings, 4)
+    assert np.all(np.isfinite(losses))
+    close(losses, steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)), 4)[0], 1e-5)
+
+
+def test_the_budget_is_spent():
+    """Of rank 2 in three matrices three ranks are left at the end, and the penalty reaches the gradient."""
+    settings = row("AdaLoRA", steps=5)
+    _, state, _ = steps(settings, 5)
+    assert sum(int(np.sum(left)) for left in lora_jax.optim.ranks(state.delta).values()) == 3
+    free = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, adalora=Budget(target_rank=1, final_steps=1, orthogonality=0.0)))
+    _, other, _ = steps(free, 2)
+    _, state, _ = steps(settings, 2)
+    assert any(not np.allclose(one, two) for one, two in zip(jax.tree.leaves(state.delta), jax.tree.leaves(other.delta), strict=True))
+
+
+@pytest.mark.parametrize(
+    "method, rules, message",
+    [
+        (LORA, {"adalora": Budget(1)}, "`optimizer.adalora` is for the method AdaLoRA, and `method.name` is LoRA"),
+        (LORA, {"lorafa": True}, "`optimizer.lorafa` is for the method LoRAFA, and `method.name` is LoRA"),
+        (ROWS["AdaLoRA"], {}, "`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`"),
+        ({"name": "DeltaLoRA", "delayed": True}, {}, "`method.delayed` waits for `start_delta`"),
+        ({"name": "Dora"}, {}, "`method.name` must be one of LoRA, DoRA, .*got 'Dora'; did you mean `DoRA`"),
+    ],
+)
+def test_rules_belong_to_methods(method, rules, message):
+    with pytest.raises(ValueError, match=message):
+        config(method, rules=rules)

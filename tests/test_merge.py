@@ -146,7 +146,7 @@ def test_errors():
 
 def test_leaves_of_equal_shape_share_a_compilation(monkeypatch):
     traced, canonical = [], LoRA.canonical
-    monkeypatch.setattr(LoRA, "canonical", lambda self, *rest: (traced.append(rest[2].path), canonical(self, *rest))[1])
+    monkeypatch.setattr(LoRA, "canonical", lambda self, *rest: (traced.append(rest[3].path), canonical(self, *rest))[1])
     params = {name: jnp.ones((5, 5)) for name in "abc"}
     frozen, delta = lora_jax.lorafy(params, ".*", method=LoRA(rank=1, alpha=1.2345))
     lora_jax.merge(frozen, delta)

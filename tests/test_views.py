@@ -343,7 +343,7 @@ class Scaled(Method):
         layers, ins, outs = (spec.axis_indices(word) for word in ("layer", "in", "out"))
         return {"a": (*layers, *ins, None), "b": (*layers, None, *outs), "m": (*layers, *outs)}
 
-    def canonical(self, fixed: Any, trained: Any, spec: Any, key: Any) -> Canonical:
+    def canonical(self, weight: Any, fixed: Any, trained: Any, spec: Any, key: Any) -> Canonical:
         return Canonical((Term(trained["a"], trained["b"]),), magnitude=trained["m"])
 
     def at_rank(self, trained, spec, rank):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._factored import Factored
+from .._packed import value_of
 from .._views import unstacked
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[
     specs = []
     for index, (value, spec) in enumerate(zip(values, params["in_specs"], strict=True)):
         if isinstance(value, Factored):
-            value = values[index] = value.unwindowed([axis for axis, names in enumerate(spec) if names is not None])
+            split = [axis for axis, names in enumerate(spec) if names is not None]
+            value = value.replace(weight=value_of(value.weight)) if split else value  # packed blocks do not follow a split
+            value = values[index] = value.unwindowed(split)
             spec = value.partition_specs(spec)
         specs.append(spec)
     manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]

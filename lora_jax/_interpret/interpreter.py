@@ -95,7 +95,7 @@ class Interpreter:
                 return value
             self.record(eqn, number, value, "lookup", value.looked_up, [stored for axis in rest for stored in axis.origin])
             return value.weight
-        if {"in", "out"} <= tags:
+        if {"in", "out"} <= tags or value.is_plain:
             return value
         self.record(eqn, number, value, "lookup", (), (), flops=lookup_flops(value, value.weight.size))
         return value.dense()
@@ -106,6 +106,8 @@ class Interpreter:
         """The weight itself, if that is allowed."""
         if not isinstance(value, Factored):
             return value
+        if value.is_plain:
+            return value.dense()
         rest = [stored for axis in value.axes for stored in axis.origin]
         how = "lookup" if value.looked_up else "formed"
         self.record(eqn, number, value, how, value.looked_up, rest, flops=(0, forming_flops(value), forming_flops(value)))
@@ -117,6 +119,8 @@ class Interpreter:
         return [self._returned(output) if isinstance(output, Factored) else output for output in outputs]
 
     def _returned(self, value: Factored) -> Any:
+        if value.is_plain:
+            return value.dense()
         if self.uses is not None:
             rest = tuple(stored for axis in value.axes for stored in axis.origin)
             for path in value.leaf.paths:
@@ -143,7 +147,7 @@ class Interpreter:
     def record(
         self, eqn: Any, number: int, value: Factored, how: str, summed: Sequence, free: Sequence, batch: Sequence = (), flops: tuple = (0, 0, 0)
     ) -> None:
-        if self.uses is None:
+        if self.uses is None or value.is_plain:
             return
         flops = tuple(self._times * count for count in flops)
         for path in value.leaf.paths:

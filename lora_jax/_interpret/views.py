@@ -12,6 +12,7 @@ from jax import lax
 
 from .. import _joins, _views
 from .._factored import Factored, NotAView
+from .._packed import Cast, Lazy, on_weight
 from .equation import bind
 
 
@@ -21,12 +22,14 @@ def _view(method: Callable[..., Factored]) -> Callable:
 
 def _only_weight(eqn: Any, weight: Factored, *others: Any) -> Factored:
     """A cast, a copy or a sharding constraint of W; the factors are cast where they are used, and sharded by propagation."""
-    return weight.map_weight(lambda array: bind(eqn, [array, *others])[0])
+    return weight.replace(weight=on_weight(lambda array, *others: bind(eqn, [array, *others])[0], weight.weight, *others))
 
 
 def _cast(eqn: Any, weight: Factored, *others: Any) -> Factored:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise NotAView
+    if isinstance(weight.weight, Lazy):
+        return weight.map_weight(Cast(eqn.params["new_dtype"]))
     return _only_weight(eqn, weight, *others)
 
 
@@ -42,7 +45,7 @@ def _barrier(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
     """
     leaves, treedef = jax.tree.flatten([value.replace(weight=None, key=None) if isinstance(value, Factored) else value for value in values])
     outputs = jax.tree.unflatten(treedef, lax.optimization_barrier(leaves))
-    weights = [lax.optimization_barrier(value.weight) if isinstance(value, Factored) else None for value in values]
+    weights = [on_weight(lax.optimization_barrier, value.weight) if isinstance(value, Factored) else None for value in values]
     return [
         out.replace(weight=weight, key=value.key) if isinstance(value, Factored) else out
         for out, weight, value in zip(outputs, weights, values, strict=True)
@@ -57,14 +60,15 @@ def _multiplied(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
     weight = values[positions[0]]
     if len(values) == 1:
         terms = tuple(term.replace(scale=-term.scale) for term in weight.terms)
-        return [weight.replace(weight=bind(eqn, [weight.weight])[0], terms=terms)]
+        return [weight.map_weight(lambda array: bind(eqn, [array])[0]).replace(terms=terms)]
     other = 1 - positions[0]
     factor, dimensions = broadcast[other] or (values[other], range(jnp.ndim(values[other])))
     if eqn.outvars[0].aval.shape != weight.shape:
         raise NotAView
     sizes = dict(zip(dimensions, jnp.shape(factor), strict=True))
     factor = lax.reshape(jnp.asarray(factor), [sizes.get(index, 1) for index in range(len(weight.shape))])
-    array = bind(eqn, [value.weight if value is weight else value for value in values])[0]
+    product = lambda array, other: bind(eqn, [array, other] if positions == [0] else [other, array])[0]  # noqa: E731
+    array = on_weight(product, weight.weight, values[other])
     return [_views.rescaled(weight, array, factor, lax.div if eqn.primitive.name == "div" else lax.mul)]
 
 
@@ -79,7 +83,8 @@ def _stacked(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
 def _padded(eqn: Any, weight: Any, value: Any) -> Factored:
     if not isinstance(weight, Factored) or isinstance(value, Factored):
         raise NotAView
-    return _views.padded(weight, bind(eqn, [weight.weight, value])[0], eqn.params["padding_config"])
+    array = on_weight(lambda array, value: bind(eqn, [array, value])[0], weight.weight, value)
+    return _views.padded(weight, array, eqn.params["padding_config"])
 
 
 def _all_gathered(eqn: Any, weight: Factored) -> Factored:
@@ -89,16 +94,17 @@ def _all_gathered(eqn: Any, weight: Factored) -> Factored:
         raise NotAView
     options = {"axis_index_groups": params["axis_index_groups"], "tiled": True}
     gather = lambda part, axis: lax.all_gather(part, params["axis_name"], axis=axis, **options)  # noqa: E731
-    return _views.along(weight, bind(eqn, [weight.weight])[0], params["all_gather_dimension"], gather)
+    return _views.along(weight, on_weight(lambda array: bind(eqn, [array])[0], weight.weight), params["all_gather_dimension"], gather)
 
 
 def _resharded(eqn: Any, weight: Factored) -> Factored:
     """W moved to another explicit sharding; the factors to its restriction to their axes."""
-    array = bind(eqn, [weight.weight])[0]
+    array = on_weight(lambda array: bind(eqn, [array])[0], weight.weight)
     mesh, spec = eqn.params["dst_sharding"].mesh, eqn.params["dst_sharding"].spec
     weight = weight.unwindowed()
     place = lambda part, spec: jax.sharding.reshard(part, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
-    parts = jax.tree.map(place, weight.replace(key=None), weight.replace(key=None).partition_specs(spec))
+    bare = weight.replace(weight=None, key=None)
+    parts = jax.tree.map(place, bare, bare.partition_specs(spec).replace(weight=None))
     return parts.replace(weight=array, key=weight.key)
 
 

@@ -34,7 +34,7 @@ class Full(Method):
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
         return {}
 
-    def canonical(self, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
         return Canonical(terms=())
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:

@@ -2,17 +2,16 @@
 scale (rsLoRA, Kalajdzievski, arXiv 2312.03732)."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._factored import Canonical, Term, widened
+from .._factored import Canonical, Term
 from .._method import Method, Spec
 from .._nodes import Adapter
+from . import _factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +57,7 @@ class LoRA(Method):
     needs_axes = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"`rank` is {self.rank!r}; it must be a positive integer.")
-        for name in ("alpha", "dropout"):
-            if not isinstance(getattr(self, name), numbers.Real):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a number, because it is static.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"`dropout` is {self.dropout!r}; it must be at least 0 and below 1.")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"`alpha` is {self.alpha!r}; it must be finite.")
-        if self.init not in ("gaussian", "kaiming"):
-            raise ValueError(f"`init` is {self.init!r}; pass 'gaussian' (the paper) or 'kaiming' (its code).")
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"`dtype` is {self.dtype!r}; A and B need a floating-point dtype.")
-        object.__setattr__(self, "dtype", None if self.dtype is None else jnp.dtype(self.dtype))
+        _factors.check_options(self)
         if self.blocks is not None:
             if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence):
                 raise TypeError(f"`blocks` is {self.blocks!r}; pass one truth value a block, for example `(True, False, True)`.")
@@ -82,7 +68,7 @@ class LoRA(Method):
     @property
     def scale(self) -> float:
         """s, by which A·B is multiplied."""
-        return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
+        return _factors.scale_of(self)
 
     @property
     def sided(self) -> bool:
@@ -93,21 +79,18 @@ class LoRA(Method):
         return self.dropout > 0.0
 
     def check(self, spec: Spec) -> None:
-        ins, outs = math.prod(spec.sizes("in")), math.prod(spec.sizes("out"))
         if self.blocks is not None:
             if len(spec.sizes("out")) != 1:
                 raise ValueError(
                     f"`blocks` needs exactly one out axis, and {spec.path!r} has the axes {' '.join(spec.axes)!r}. "
                     "Adapt it without `blocks`, or give its axes."
                 )
-            if outs % len(self.blocks):
-                raise ValueError(f"`blocks` has {len(self.blocks)} entries, which do not divide the out axis of {spec.path!r}, of size {outs}.")
-            outs //= len(self.blocks)
-        if self.rank > min(ins, outs):
-            raise ValueError(
-                f"`rank` is {self.rank}, above min(in, out) = {min(ins, outs)} of {spec.path!r}, of shape {spec.shape} with axes "
-                f"{' '.join(spec.axes)!r}: it would not be low. Lower the rank, or train this leaf with `Full()`."
-            )
+            (axis,), (size,) = spec.axis_indices("out"), spec.sizes("out")
+            if size % len(self.blocks):
+                raise ValueError(f"`blocks` has {len(self.blocks)} entries, which do not divide the out axis of {spec.path!r}, of size {size}.")
+            shape = (*spec.shape[:axis], size // len(self.blocks), *spec.shape[axis + 1 :])
+            spec = dataclasses.replace(spec, shape=shape)
+        _factors.check_low(self, spec)
 
     def _shapes(self, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         outs, blocks = spec.sizes("out"), ()
@@ -117,13 +100,9 @@ class LoRA(Method):
         return (*layers, *spec.sizes("in"), self.rank), (*layers, self.rank, *outs)
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype = widened(jax.dtypes.canonicalize_dtype(weight.dtype)) if self.dtype is None else self.dtype
+        dtype = _factors.dtype_of(self, weight)
         a_shape, b_shape = self._shapes(spec)
-        bound = 1.0 / math.sqrt(math.prod(spec.sizes("in")))
-        if self.init == "gaussian":
-            a = jax.random.normal(key, a_shape, dtype) * jnp.asarray(bound, dtype)
-        else:
-            a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+        a = _factors.random_a(key, a_shape, dtype, spec, self.init)
         return weight, Adapter({"a": a, "b": jnp.zeros(b_shape, dtype)}, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
@@ -132,7 +111,7 @@ class LoRA(Method):
         outs = (None,) if self.blocks else spec.axis_indices("out")
         return {"a": (*layers, *spec.axis_indices("in"), None), "b": (*layers, None, *outs)}
 
-    def canonical(self, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
         a, b = trained["a"], trained["b"]
         if self.blocks is None:
             return Canonical((Term(a, b, scale=self.scale),), dropout=self.dropout)
@@ -140,19 +119,15 @@ class LoRA(Method):
         starts = [index * size for index, block in enumerate(self.blocks) if block]
         pick = jax.lax.index_in_dim
         terms = (
-            Term(pick(a, index, axis, keepdims=False), pick(b, index, axis, keepdims=False), (start, start + size), self.scale)
+            Term(pick(a, index, axis, keepdims=False), pick(b, index, axis, keepdims=False), window=(start, start + size), scale=self.scale)
             for index, start in enumerate(starts)
         )
         return Canonical(tuple(terms), dropout=self.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        def padded(array: jax.Array, axis: int) -> jax.Array:
-            widths = [(0, 0)] * array.ndim
-            widths[axis] = (0, rank - self.rank)
-            return jnp.pad(array, widths)
-
         rank_axis = len(spec.sizes("layer")) + (self.blocks is not None)
         b = trained["b"] * jnp.asarray(self.scale, trained["b"].dtype)
         # What only the start depended on is no difference any more.
         method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=b.dtype)
-        return method, {"a": padded(trained["a"], -1), "b": padded(b, rank_axis)}
+        more = rank - self.rank
+        return method, {"a": _factors.padded(trained["a"], -1, more), "b": _factors.padded(b, rank_axis, more)}

@@ -1,15 +1,11 @@
-"""The optax side: masks and labels for training one combined tree.
-
-The plain way needs none of this: `tx.init(delta)` and `jax.grad` with respect to `delta`. These are for loops that hold
-the model as one tree, as `combine` returns.
-"""
+"""Masks and labels for training one combined tree, as `combine` returns it, with optax."""
 
 from typing import Any
 
 import jax
 import optax
 
-from ._nodes import Adapted, Adapter, Trained, is_node
+from .._nodes import Adapted, Adapter, Trained, is_node
 
 
 def labels(tree: Any) -> Any:
@@ -37,7 +33,7 @@ def _mapped(tree: Any, trained: Any, frozen: Any) -> Any:
         if isinstance(leaf, Trained):
             return Trained(trained)
         if isinstance(leaf, Adapted):
-            arrays = dict.fromkeys(leaf.adapter.arrays, trained)
+            arrays = jax.tree.map(lambda _: trained, leaf.adapter.arrays)
             rest = jax.tree.map(lambda _: frozen, (leaf.frozen, leaf.key))
             return Adapted(rest[0], Adapter(arrays, leaf.adapter.spec), rest[1])
         if isinstance(leaf, Adapter):

@@ -1,0 +1,220 @@
+"""Quantised weights: `Packed` is what a tree holds in place of an array, `Lazy` what a factored weight holds.
+
+A packed weight stays packed on its way to its use, through `scan`, `checkpoint` and the rest; the views on that way are
+noted and done after unpacking, at the use itself, which forgets the result: the backward pass unpacks again. So no more
+than one unpacked weight is in memory at a time, and no derivative of a weight exists.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._formats import Format
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["format", "own", "dtype", "turned"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A quantised weight. `own` is the shape of what is packed together; the axes before it, those of a stack, lead in
+    every array, so that slicing all arrays along the first is slicing the weight. `turned`: it is stored transposed."""
+
+    arrays: dict[str, jax.Array]
+    format: Format
+    own: tuple[int, ...]
+    dtype: Any
+    turned: bool = False
+
+    @classmethod
+    def of(cls, weight: Any, format: Format) -> "Packed":
+        """`weight`, an array or a shape, packed: all its axes but the last two are taken for those of a stack."""
+        stack = max(len(weight.shape) - 2, 0)
+        pack = lambda weight: format.pack(weight, stack)  # noqa: E731
+        arrays = jax.eval_shape(pack, weight) if isinstance(weight, jax.ShapeDtypeStruct) else pack(weight)
+        return cls(arrays, format, tuple(weight.shape[stack:]), jnp.dtype(weight.dtype))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        own = _own_ndims(self.format, self.own, self.dtype)
+        return min((array.shape[: array.ndim - own[name]] for name, array in self.arrays.items()), key=len)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.stack, *self.own)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it stands for, not how many bytes it takes."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype).size
+
+    def value(self) -> jax.Array:
+        """The weight, unpacked."""
+
+        def unpack(arrays: dict[str, jax.Array]) -> jax.Array:
+            stored = self.format.unpack(arrays, self.own[::-1] if self.turned else self.own, self.dtype)
+            return stored.T if self.turned else stored
+
+        for _ in self.stack:
+            unpack = jax.vmap(unpack)
+        return unpack(self.arrays)
+
+    def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
+        """`operation`, which changes leading axes only, on every array."""
+        return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_ndims(format: Format, own: tuple[int, ...], dtype: Any) -> dict[str, int]:
+    arrays = jax.eval_shape(lambda weight: format.pack(weight, 0), jax.ShapeDtypeStruct(own, dtype))
+    return {name: array.ndim for name, array in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """A cast, the one operation that is the same on a stack and on its layers."""
+
+    dtype: Any
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        return lax.convert_element_type(array, self.dtype)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["operations", "shape", "dtype"])
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """The view of a packed weight that `operations` make of it once it is unpacked."""
+
+    packed: Packed
+    operations: tuple[Callable, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, packed: Packed, operations: tuple[Callable, ...] = ()) -> "Lazy":
+        shape = jax.ShapeDtypeStruct(packed.shape, packed.dtype)
+        for operation in operations:
+            shape = jax.eval_shape(operation, shape)
+        return cls(packed, operations, tuple(shape.shape), jnp.dtype(shape.dtype))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype).size
+
+    def value(self) -> jax.Array:
+        array = self.packed.value()
+        for operation in self.operations:
+            array = operation(array)
+        return array
+
+    def then(self, operation: Callable[[jax.Array], jax.Array]) -> "Lazy":
+        result = jax.eval_shape(operation, jax.ShapeDtypeStruct(self.shape, self.dtype))
+        return dataclasses.replace(self, operations=(*self.operations, operation), shape=tuple(result.shape), dtype=jnp.dtype(result.dtype))
+
+    def leads(self, axes: Sequence[int]) -> bool:
+        """Whether these axes of the view are stacked ones, along which the packed arrays can be cut themselves."""
+        only_casts = all(isinstance(operation, Cast) for operation in self.operations)
+        return only_casts and all(axis < len(self.packed.stack) for axis in axes)
+
+    def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Lazy":
+        return Lazy.of(self.packed.along_stack(operation), self.operations)
+
+
+def on_weight(operation: Callable[..., jax.Array], weight: Any, *others: Any) -> Any:
+    """A view of a weight, `operation(weight, *others)`: now, or if it is packed, when it is used.
+
+    What depends on traced values is done now all the same: nothing that is kept for later may hold them.
+    """
+    if not isinstance(weight, Lazy):
+        return operation(weight, *others)
+    if any(isinstance(other, jax.core.Tracer) for other in others):
+        return operation(weight.value(), *others)
+    return weight.then(lambda array: operation(array, *others))
+
+
+def value_of(weight: Any) -> jax.Array:
+    return weight.value() if isinstance(weight, Lazy | Packed) else weight
+
+
+def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight: Any) -> jax.Array:
+    """`use(x, weight)`, which is linear in `x`, with a packed weight unpacked for this alone, and again for the backward pass.
+
+    Like everything with a derivative of its own, it has no forward-mode one.
+    """
+    if not isinstance(weight, Lazy):
+        return use(x, weight)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    def unpacked(packed: Packed, beside: jax.Array) -> tuple[jax.Array, jax.Array]:
+        packed, beside = lax.platform_dependent(packed, beside, cpu=_depending, default=lambda *both: lax.optimization_barrier(both))
+        return dataclasses.replace(weight, packed=packed).value(), beside
+
+    @jax.custom_vjp
+    def product(x: jax.Array, packed: Packed) -> jax.Array:
+        array, x = unpacked(packed, x)
+        return use(x, array)
+
+    def backward(packed: Packed, cotangent: jax.Array) -> tuple[jax.Array, None]:
+        array, cotangent = unpacked(packed, cotangent)
+        (result,) = jax.linear_transpose(lambda x: use(x, array), shape)(cotangent)
+        return result, None
+
+    product.defvjp(lambda x, packed: (product(x, packed), packed), backward)
+    return product(x, weight.packed)
+
+
+def _depending(packed: Packed, beside: jax.Array) -> tuple[Packed, jax.Array]:
+    """The same two, with the first computed from the second, which unpacking then has to wait for.
+
+    Without it XLA may unpack all weights of a model first, and take the forward pass's for the backward pass. A barrier says
+    so, but for the CPU XLA drops barriers before it does either; that nothing is above infinity, it does not know.
+    """
+    if beside.size == 0:
+        return packed, beside
+    nothing = beside.reshape(-1)[0] > jnp.inf
+    integers = lambda array: jnp.issubdtype(array.dtype, jnp.integer)  # noqa: E731
+    return packed.along_stack(lambda array: array + nothing.astype(array.dtype) if integers(array) else array), beside
+
+
+def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:
+    """`function(weight, *arrays)`, in a branch that is always taken: for the same reason, and as unknown to XLA for the CPU."""
+
+    def branch(packed: Packed, *arrays: jax.Array) -> jax.Array:
+        compute = lambda packed, *arrays: function(packed.value(), *arrays)  # noqa: E731
+        result = jax.eval_shape(compute, packed, *arrays)
+        scale = next(array for array in jax.tree.leaves((arrays, packed)) if jnp.issubdtype(array.dtype, jnp.floating))
+        nothing = scale.reshape(-1)[0] > jnp.inf
+        return lax.cond(nothing, lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays)
+
+    return lax.platform_dependent(packed, *arrays, cpu=branch, default=lambda packed, *arrays: function(packed.value(), *arrays))
+
+
+def layer_by_layer(function: Callable, weight: Any, layers: Sequence[int], *arrays: jax.Array) -> jax.Array:
+    """`function(weight, *arrays)` of each layer, one after the other, stacked as the layers are.
+
+    `layers` are the stacked axes of the weight; they lead in `arrays`. Whatever a layer's weight is cast or unpacked to is
+    gone before the next.
+    """
+    if not layers:
+        return _apart(function, weight, *arrays) if isinstance(weight, Packed) else function(weight, *arrays)
+    sizes = tuple(weight.shape[axis] for axis in layers)
+    if isinstance(weight, Packed) and tuple(layers) != tuple(range(len(layers))):
+        weight = value_of(weight)
+    if not isinstance(weight, Packed):
+        weight = jnp.moveaxis(weight, layers, range(len(layers)))
+    flat = lambda array: array.reshape(-1, *array.shape[len(sizes) :])  # noqa: E731
+    rows = jax.tree.map(flat, (weight, arrays))
+    result = lax.map(lambda row: function(value_of(row[0]), *row[1]), rows)
+    return result.reshape(*sizes, *result.shape[1:])

@@ -1,0 +1,108 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (Zhang et al., ICLR 2023, arXiv 2303.10512).
+
+Here are its form and its regulariser. The importance scores, and the budget by which ranks are given up, are an update rule:
+`lora_jax.optim.adalora`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._factored import Canonical, Term
+from .._method import Method, Spec
+from .._nodes import Adapter, is_node
+from . import _factors
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaLoRA(Method):
+    r"""`W' = W + s·A·diag(e)·B`, a singular value decomposition whose ranks can be given up by setting entries of e to zero
+    (paper, equation 3); `s = alpha / rank`, with the rank at the start, however many are left.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.AdaLoRA(rank=12))
+    >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
+    {'a': (64, 12), 'b': (12, 32), 'e': (12,)}
+    >>> float(lora_jax.methods.orthogonality(delta)) > 0  # to be added to the loss
+    True
+
+    A and B start as N(0, 0.02²) and e at zero, so training starts from the base exactly. As in the authors' code, and PEFT's,
+    the divisor is `rank + 1e-5`.
+
+    Args:
+      rank: at the start; the final average is `optim.adalora`'s `target_rank`.
+      alpha, dropout, dtype: as in `LoRA`.
+
+    Shapes, for a weight (in, out): `a` (in, rank), `b` (rank, out), `e` (rank,); layer axes come first.
+
+    Raises:
+      ValueError: an option out of range; (from `lorafy`) a rank above min(in, out).
+    """
+
+    rank: int = 12
+    alpha: float = 16
+    dropout: float = 0.0
+    dtype: Any = None
+
+    needs_axes = True
+    sided = False
+
+    def __post_init__(self) -> None:
+        _factors.check_options(self)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank + 1e-5)
+
+    @property
+    def random(self) -> bool:
+        return self.dropout > 0.0
+
+    def check(self, spec: Spec) -> None:
+        _factors.check_low(self, spec)
+
+    def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
+        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
+        a, b = (jax.random.normal(own, sizes[name], dtype) * jnp.asarray(0.02, dtype) for name, own in zip("ab", jax.random.split(key), strict=True))
+        return weight, Adapter({"a": a, "b": b, "e": jnp.zeros(sizes["inner"], dtype)}, spec)
+
+    def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
+        axes = _factors.axes_of(spec)
+        return {"a": axes["a"], "b": axes["b"], "e": axes["inner"]}
+
+    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+        term = Term(trained["a"], trained["b"], inner=trained["e"], scale=self.scale)
+        return Canonical((term,), dropout=self.dropout)
+
+    def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
+        a, b, e = (trained[name] for name in "abe")
+        layers, more = len(spec.sizes("layer")), rank - self.rank
+        method = dataclasses.replace(self, rank=rank, alpha=rank + 1e-5, dtype=b.dtype)
+        b = b * jnp.asarray(self.scale, b.dtype)
+        return method, {"a": _factors.padded(a, -1, more), "b": _factors.padded(b, layers, more), "e": _factors.padded(e, -1, more)}
+
+
+def orthogonality(delta: Any) -> jax.Array:
+    """The mean of `‖AᵀA − I‖` and `‖B Bᵀ − I‖` over all AdaLoRA adapters: what keeps e a spectrum (paper, equation 4).
+
+    Frobenius norms, not their squares, as in the authors' code. Add it to the loss, times 0.1 (paper) to 0.5 (PEFT). Every
+    layer of a stack counts as a matrix.
+
+    Raises:
+      ValueError: `delta` holds no AdaLoRA adapter.
+    """
+    norms = []
+    for node in jax.tree.leaves(delta, is_leaf=is_node):
+        if isinstance(node, Adapter) and isinstance(node.spec.method, AdaLoRA):
+            rank, layers = node.spec.method.rank, len(node.spec.sizes("layer"))
+            a, b = node.arrays["a"], node.arrays["b"]
+            a = a.reshape(*a.shape[:layers], -1, rank)
+            b = b.reshape(*b.shape[: layers + 1], -1)
+            for gram in (jnp.einsum("...ir,...is->...rs", a, a), jnp.einsum("...ro,...so->...rs", b, b)):
+                squares = jnp.sum(jnp.square(gram - jnp.broadcast_to(jnp.eye(rank, dtype=gram.dtype), gram.shape)), axis=(-2, -1))
+                norms.append(jnp.sqrt(squares).reshape(-1))
+    if not norms:
+        raise ValueError("`delta` holds no AdaLoRA adapter; pass the delta of `lorafy(..., method=AdaLoRA(...))`.")
+    return jnp.mean(jnp.concatenate(norms))

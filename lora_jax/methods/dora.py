@@ -1,0 +1,111 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al., ICML 2024, arXiv 2402.09353)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._factored import RANK, Canonical, Term, dot, place, widened
+from .._method import DependsOnWeight, Method, Spec
+from .._nodes import Adapter, Fixed
+from .._packed import layer_by_layer
+from . import _factors
+
+
+@dataclasses.dataclass(frozen=True)
+class DoRA(DependsOnWeight):
+    r"""`W' = m ⊙ V / ‖V‖` with `V = W + s·A·B`: LoRA for the direction of each output's weights, and its length m trained
+    apart (paper, equation 5). ‖V‖ runs over the in axes and is held constant in the backward pass (section 4.3).
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.DoRA(rank=4))
+    >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
+    {'a': (64, 4), 'b': (4, 32), 'm': (32,)}
+
+    V is never formed: `‖V‖² = ‖W‖² + 2s Σ (WᵀA) ⊙ Bᵀ + s² Σ (AᵀA B) ⊙ B`, with ‖W‖² computed once, kept in `frozen`. In
+    float32 at least, because the sum cancels in fewer bits. m starts at ‖W‖, so training starts from the base exactly. An
+    output whose weights are all zero has no direction: its m is left out until it has one.
+
+    With dropout, the scaled base path sees the whole input and only the low-rank path the dropped one; PEFT runs the base a
+    second time, on the dropped input. Without dropout the two agree.
+
+    Args:
+      rank, alpha, dropout, rs, init, dtype: as in `LoRA`; half of LoRA's rank is often enough (authors' notes).
+
+    Shapes, for a weight (in, out): `a` (in, rank), `b` (rank, out), `m` (out,); layer axes come first.
+
+    Raises:
+      ValueError: an option out of range; (from `lorafy`) a rank above min(in, out).
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    rs: bool = False
+    init: str = "gaussian"
+    dtype: Any = None
+
+    needs_axes = True
+    sided = True
+
+    def __post_init__(self) -> None:
+        _factors.check_options(self)
+
+    @property
+    def scale(self) -> float:
+        return _factors.scale_of(self)
+
+    @property
+    def random(self) -> bool:
+        return self.dropout > 0.0
+
+    def check(self, spec: Spec) -> None:
+        _factors.check_low(self, spec)
+
+    def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
+        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
+        fixed = self.derived(weight, spec)
+        a = _factors.random_a(key, sizes["a"], dtype, spec, self.init)
+        trained = {"a": a, "b": jnp.zeros(sizes["b"], dtype), "m": jnp.sqrt(fixed["square"])}
+        return Fixed(weight, fixed, spec), Adapter(trained, spec)
+
+    def derived(self, weight: Any, spec: Spec) -> dict[str, jax.Array]:
+        ins = tuple(axis - sum(layer < axis for layer in spec.axis_indices("layer")) for axis in spec.axis_indices("in"))
+        wide = widened(weight.dtype)
+        return {"square": layer_by_layer(lambda weight: jnp.sum(jnp.square(weight.astype(wide)), axis=ins), weight, spec.axis_indices("layer"))}
+
+    def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
+        axes = _factors.axes_of(spec)
+        return {"a": axes["a"], "b": axes["b"], "m": axes["outer"], "square": axes["outer"]}
+
+    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+        a, b = trained["a"], trained["b"]
+        held = lax.stop_gradient((weight, a, b, fixed["square"]))
+        own = [axis for axis in range(len(spec.axes)) if spec.axes[axis] != "layer"]
+
+        def norm(weight: jax.Array, a: jax.Array, b: jax.Array, square: jax.Array) -> jax.Array:
+            return jnp.sqrt(jnp.maximum(square + self._added(weight, a, b, own, spec), 0.0))
+
+        norms = layer_by_layer(norm, held[0], spec.axis_indices("layer"), *held[1:])
+        m = jnp.where(norms > 0.0, trained["m"] / jnp.where(norms > 0.0, norms, 1.0), 1.0)
+        return Canonical((Term(a, b, scale=self.scale),), magnitude=m, dropout=self.dropout)
+
+    def _added(self, weight: jax.Array, a: jax.Array, b: jax.Array, own: list[int], spec: Spec) -> jax.Array:
+        """`‖W + s A B‖² − ‖W‖²` of one layer, over the in axes."""
+        wide, exact = widened(weight.dtype), {"precision": lax.Precision.HIGHEST}
+        ins, outs = spec.axis_indices("in"), spec.axis_indices("out")
+        a, b = a.astype(wide), b.astype(wide)
+        product, labels = dot(weight.astype(wide), own, a, (*ins, RANK), **exact)
+        product = place(product, labels, (RANK, *outs), b.shape)
+        gram, _ = dot(a, (*ins, RANK), a, (*ins, "other"), **exact)
+        turned, _ = dot(gram, ("other", RANK), b, (RANK, *outs), **exact)
+        return jnp.sum(b * (2 * self.scale * product + self.scale**2 * turned), axis=0)
+
+    def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
+        a, b, m = trained["a"], trained["b"], trained["m"]
+        layers, more = len(spec.sizes("layer")), rank - self.rank
+        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=b.dtype)
+        b = b * jnp.asarray(self.scale, b.dtype)
+        return method, {"a": _factors.padded(a, -1, more), "b": _factors.padded(b, layers, more), "m": m}

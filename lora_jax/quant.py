@@ -1,0 +1,143 @@
+"""QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., NeurIPS 2023, arXiv 2305.14314): adapters beside a base
+that is stored in 4 or 8 bits.
+
+Any method goes with any storage: what is packed is the frozen weight, and `adapt` unpacks it where it is used. How the bytes are
+laid out is in `_formats.py`, when they are unpacked in `_packed.py`. Left out: paged optimisers, which JAX has no need of here (Adam
+state exists for A and B alone), and quantised matrix products: a product is computed in the weight's own dtype.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import _axes
+from ._formats import FORMATS, Format, Int8 as Int8, NF4 as NF4, from_bitsandbytes as _read_bitsandbytes
+from ._method import DependsOnWeight
+from ._nodes import Adapter, Fixed, is_node
+from ._packed import Packed as Packed
+from ._paths import ALL_LINEAR, is_floating, is_shape, named_leaves, resolve_targets
+
+_TABLES_AND_VECTORS = ("embedding", "wte", "wpe", "lm_head", "bias", "scale")
+
+
+def quantize(
+    frozen: Any,
+    format: str | Format,
+    *,
+    targets: Any = ALL_LINEAR,
+    delta: Any = None,
+    fn: Callable | None = None,
+    args: tuple = (),
+) -> Any:
+    """`frozen` with its weights packed: 4.13 bits a number in `"nf4"`, 8 in `"int8"`.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.linspace(-1, 1, 64 * 64).reshape(64, 64), "bias": jnp.zeros(64)}
+    >>> frozen, delta = lora_jax.lorafy(params, "kernel")
+    >>> frozen = lora_jax.quantize(frozen, "nf4")
+    >>> forward = lora_jax.adapt(lambda params, x: x @ params["kernel"] + params["bias"][None])
+    >>> forward(lora_jax.combine(frozen, delta), jnp.ones((1, 64))).shape
+    (1, 64)
+
+    Adapt first, then quantise. The adapted function unpacks a weight where it is used and again for the backward pass, never
+    two at a time: those of a scanned stack layer by layer. It needs `adapt`, also for leaves without an adapter. What a method keeps
+    that follows from the weight (DoRA's norm) is made again for the quantised one; PiSSA's start is not, so that training starts from
+    the quantised base exactly.
+
+    Args:
+      frozen: of `lorafy`; of arrays, or of shapes, and then nothing is allocated.
+      format: `"nf4"` (blocks of 64, their scales quantised in turn), `"int8"` (one scale for each index of the last axis), or a value,
+        `NF4(double=False)` for example. All axes but the last two are packed index by index, so layers are.
+      targets: as in `lorafy`, without methods. `"all-linear"` with `fn`: every weight that `fn` contracts with and does not look rows up
+        in. Without: every floating leaf of two or more axes, except where a component of the path is, or ends in, `embedding`, `wte`, `wpe`,
+        `lm_head`, `bias` or `scale`.
+      delta: the other tree, if `fn` is given and a leaf trains itself (`Full`): it is not in `frozen`.
+      fn, args: as in `lorafy`.
+
+    Raises:
+      ValueError: an unknown format; a pattern that matches nothing; a leaf that is quantised already, or has a value that is not
+        finite; `"all-linear"` that finds nothing.
+    """
+    format = _format(format)
+    if isinstance(targets, Mapping):
+        raise TypeError("`targets` is a mapping, of patterns to methods; there is one format: pass the patterns, and call `quantize` again for another.")
+    nodes = named_leaves(frozen, is_leaf=is_node)
+    weights = [(path, node.weight if isinstance(node, Fixed) else node) for path, node in nodes]
+    leaves = [(path, weight) for path, weight in weights if weight is not None]
+    packed = [path for path, weight in leaves if isinstance(weight, Packed)]
+    linear = lambda: _linear(frozen, delta, leaves, fn, args)  # noqa: E731
+    chosen = resolve_targets([(path, leaf) for path, leaf in leaves if path not in packed], targets, format, linear) if len(packed) < len(leaves) else {}
+    if not chosen:
+        raise ValueError(f"`frozen` is quantised already, at {packed[0]!r} for example; quantise the tree that `lorafy` returned.")
+
+    def quantised(path: str, node: Any, weight: Any) -> Any:
+        if path not in chosen:
+            return node
+        try:
+            result = Packed.of(weight, format)
+        except ValueError as error:
+            raise ValueError(f"{path!r} cannot be quantised: {error}") from error
+        return _with_weight(node, result) if isinstance(node, Fixed) else result
+
+    results = [quantised(path, node, weight) for (path, node), (_, weight) in zip(nodes, weights, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(frozen, is_leaf=is_node), results)
+
+
+def _format(format: Any) -> Format:
+    if isinstance(format, Format):
+        return format
+    if isinstance(format, str) and format in FORMATS:
+        return FORMATS[format]
+    raise ValueError(f"`format` is {format!r}; pass one of {', '.join(map(repr, FORMATS))}, or a value such as `lora_jax.quant.NF4(double=False)`.")
+
+
+def _with_weight(node: Fixed, weight: Packed) -> Fixed:
+    spec, arrays = node.spec, node.arrays
+    if isinstance(spec.method, DependsOnWeight):
+        derived = lambda weight: spec.method.derived(weight, spec)  # noqa: E731
+        shapes = any(map(is_shape, jax.tree.leaves(weight)))
+        arrays = {**arrays, **(jax.eval_shape(derived, weight) if shapes else derived(weight))}
+    return Fixed(weight, arrays, spec)
+
+
+def _linear(frozen: Any, delta: Any, leaves: list[tuple[str, Any]], fn: Callable | None, args: tuple) -> list[str]:
+    if fn is None:
+        return [path for path, leaf in leaves if is_floating(leaf) and len(leaf.shape) > 1 and not _is_named_otherwise(path)]
+    nodes, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
+    others = [None] * len(nodes) if delta is None else treedef.flatten_up_to(delta)
+    absent = [path for (path, node), other in zip(named_leaves(frozen, is_leaf=is_node), others, strict=True) if node is None and other is None]
+    if absent and delta is None:
+        raise ValueError(f"`fn` needs {absent[0]!r}, which is not in `frozen`, because it trains itself (`Full`): pass `delta=` too.")
+    plain = [node.weight if isinstance(node, Fixed) else other if node is None and not isinstance(other, Adapter) else node for node, other in zip(nodes, others, strict=True)]
+    readings = _axes.read(fn, jax.tree.unflatten(treedef, plain), tuple(args))
+    return [path for path, _ in leaves if path in readings and readings[path].linear]
+
+
+def _is_named_otherwise(path: str) -> bool:
+    return any(component.endswith(_TABLES_AND_VECTORS) for component in path.split("/"))
+
+
+def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight", *, transpose: bool = True) -> Packed:
+    """A weight as bitsandbytes has stored it in NF4, for a place in `frozen`: bit for bit what bitsandbytes makes of its bytes.
+
+    `tensors` are those of a file, among them `name`, `name.absmax` and the others that belong to it. PyTorch's Linear stores (out, in);
+    `transpose` makes that (in, out), as Flax has it.
+
+    Raises:
+      ValueError: a tensor is missing or is not what it should be; the text names it.
+    """
+    format, arrays, shape, dtype = _read_bitsandbytes(tensors, name)
+    return Packed(arrays, format, shape[::-1] if transpose else shape, dtype, turned=transpose)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, packed ones as they are stored.
+
+    >>> import jax, lora_jax
+    >>> base = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "bfloat16")}
+    >>> lora_jax.quant.nbytes(base), lora_jax.quant.nbytes(lora_jax.quantize(base, "nf4"))
+    (33554432, 8655876)
+    """
+    return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
