@@ -83,8 +83,10 @@ class Trainer:
         delta = jax.tree.map(jnp.copy, jax.device_put(delta, placed))
         shapes = jax.eval_shape(self.tx.init, delta)
         everywhere = NamedSharding(self.mesh, P())
-        # Moments are trees like `delta`, and take its shardings; counters and the like are everywhere.
-        layout = optax.tree_map_params(self.tx, lambda _, where: where, shapes, placed, transform_non_params=lambda _: everywhere)
+        # Moments are trees like `delta`, and take its shardings, but for leaves that a rule passes over; counters and the like are everywhere.
+        masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+        follow = lambda leaf, where: leaf if masked(leaf) else where  # noqa: E731
+        layout = optax.tree_map_params(self.tx, follow, shapes, placed, transform_non_params=lambda _: everywhere, is_leaf=masked)
         opt_state = jax.jit(self.tx.init, out_shardings=layout)(delta)
         return State(delta, opt_state, 0, (0, 0), key)
 

@@ -102,7 +102,9 @@ def orthogonality(delta: Any) -> jax.Array:
             b = b.reshape(*b.shape[: layers + 1], -1)
             for gram in (jnp.einsum("...ir,...is->...rs", a, a), jnp.einsum("...ro,...so->...rs", b, b)):
                 squares = jnp.sum(jnp.square(gram - jnp.broadcast_to(jnp.eye(rank, dtype=gram.dtype), gram.shape)), axis=(-2, -1))
-                norms.append(jnp.sqrt(squares).reshape(-1))
+                # The root has no derivative at zero; like PyTorch's norm, this one has zero there.
+                some = squares > 0
+                norms.append(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0).reshape(-1))
     if not norms:
         raise ValueError("`delta` holds no AdaLoRA adapter; pass the delta of `lorafy(..., method=AdaLoRA(...))`.")
     return jnp.mean(jnp.concatenate(norms))
