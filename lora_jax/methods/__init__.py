@@ -8,5 +8,4 @@ from .full import Full as Full
 from .lora import LoRA as LoRA
 from .lora_fa import LoRAFA as LoRAFA
 from .pissa import PiSSA as PiSSA
-from .slots import Slots as Slots
 from .vera import VeRA as VeRA
