@@ -287,7 +287,7 @@ def test_from_shapes_alone():
 
 def test_weights_of_bitsandbytes(torch):
     """Its bytes in a place of `frozen`: transposed, as Flax has kernels, and adapted."""
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'lora_jax[torch]' (on Linux), or bitsandbytes")
     weight = torch.from_numpy(np.array(numbers(96, 64)))
     parameter = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
     tensors = {"weight": parameter.data.numpy()} | {f"weight.{name}": value.numpy() for name, value in parameter.quant_state.as_dict(packed=True).items()}

@@ -472,7 +472,7 @@ def test_from_bitsandbytes_without_a_readable_state():
 
 @pytest.fixture(scope="module")
 def bnb(torch):
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed, and no extra of lora_jax has it: pip install bitsandbytes")
+    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'lora_jax[torch]' (on Linux), or bitsandbytes")
 
 
 @pytest.fixture
