@@ -158,7 +158,9 @@ class Optimizer:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`optimizer.{name}` must be at least 0 and below 1, got {getattr(self, name)}")
-        _at_least(0, "optimizer", self, "eps", "weight_decay", "clip", "loraplus")
+        _at_least(0, "optimizer", self, "eps", "weight_decay", "clip")
+        if self.loraplus is not None and not (math.isfinite(self.loraplus) and self.loraplus > 0):
+            raise ValueError(f"`optimizer.loraplus` must be positive, got {self.loraplus}")
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,14 @@ def _override(tree: Any, item: str) -> Any:
 def to_json(config: Config) -> dict[str, Any]:
     """Everything the config says, defaults included, as JSON: what a work directory keeps and a resume compares."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """`to_json` of an older version's, with the keys that have come since; as it is where it is no config any more."""
+    try:
+        return to_json(build(Config, tree))
+    except (ValueError, TypeError):
+        return tree
 
 
 def difference(old: Any, new: Any, key: str = "") -> str | None:

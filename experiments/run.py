@@ -106,7 +106,7 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
             old = json.loads(kept.read_text("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"`{kept}` is not valid JSON: {error}") from error
-        found = configs.difference(old, resolved)
+        found = configs.difference(configs.with_defaults(old), resolved)
         if found:
             raise ValueError(f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config it was started with")
         return (workdir / "report.md").is_file()

@@ -66,7 +66,7 @@ class Trainer:
     def create(cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any) -> "Trainer":
         """`specs`: of the base. What the method keeps beside the weights is placed as they are; quantised weights are everywhere."""
         if config.quantize is not None:
-            frozen = lora_jax.quantize(frozen, config.quantize)
+            frozen = lora_jax.quantize(frozen, config.quantize, delta=delta)
         frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
         tx, budget = optimizer.for_adapters(config.optimizer, config.train, frozen, delta), config.optimizer.adalora
         penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ._factored import PLAIN, Axis, Factored, Leaf
 from ._interpret import Interpreter, Use, trace
+from ._method import DependsOnWeight, Grouped
 from ._nodes import Adapted, Fixed, Trained, is_node, resolved
 from ._packed import Lazy, Packed
 from ._paths import is_array
@@ -34,6 +35,11 @@ def factored(node: Adapted) -> Factored:
     if sliced > 0 and set(spec.axes[:sliced]) == {"layer"}:
         # A loop of the user's own, over the combined tree, has cut these off.
         spec = dataclasses.replace(spec, shape=spec.shape[sliced:], axes=spec.axes[sliced:])
+    if tuple(weight.shape) != spec.shape and isinstance(spec.method, DependsOnWeight | Grouped):
+        raise ValueError(
+            f"the {type(spec.method).__name__} adapter of {spec.path!r} needs the whole weight, of shape {spec.shape}, and has a part of it, {tuple(weight.shape)}: "
+            "a `shard_map` that splits weights belongs inside of the adapted function, `adapt(shard_map(fn))`."
+        )
     terms, magnitude, dropout = spec.method.canonical(weight, node.fixed, node.adapter.arrays, spec, node.key)
     key = None
     if node.key is not None and dropout > 0.0:

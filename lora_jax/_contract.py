@@ -62,25 +62,17 @@ def dot_general(
         if weight.windowed in own and term.window is not None:
             inner = lax.slice_in_dim(x, *term.window, axis=x_labels.index(weight.windowed))
         if first == "b":
-            inner = times_diagonal(inner, tuple(x_labels), term, "outer")
+            inner = times(inner, x_labels, term.outer, weight.labels("outer"))
         h, labels = contracted(inner, tuple(x_labels), term, first, keep=(*out_labels, *weight.labels(second)))
-        h = times_diagonal(term.times_scale(h), labels, term, "inner")
+        h = times(term.times_scale(h), labels, term.inner, weight.labels("inner"))
         h, labels = contracted(h, labels, term, second, keep=out_labels)
         if first == "a":
-            h = times_diagonal(h, labels, term, "outer")
+            h = times(h, labels, term.outer, weight.labels("outer"))
         h = term.tapped(h, labels, weight.labels("tap"))
         shape = list(y.shape)
         if term.window is not None and weight.windowed in out_labels:
             shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
         return place(h, labels, out_labels, shape)
-
-    def times_diagonal(h: jax.Array, labels: tuple, term: Term, name: str) -> jax.Array:
-        """`h` times a diagonal, in float32 at least, as for the scale."""
-        diagonal = getattr(term, name)
-        if diagonal is None:
-            return h
-        wide = widened(h.dtype)
-        return (h.astype(wide) * place(diagonal.astype(wide), weight.labels(name), labels, h.shape)).astype(h.dtype)
 
     def contracted(h: jax.Array, labels: tuple, term: Term, name: str, keep: tuple) -> tuple[jax.Array, tuple]:
         sides = ((getattr(term, name).astype(x.dtype), weight.labels(name)), (h.astype(x.dtype), labels))
@@ -89,7 +81,7 @@ def dot_general(
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
     total = Pending(y, tuple((product(term), term.window) for term in weight.terms), axis)
-    return total if after is None else total.value() * place(after.astype(y.dtype), weight.labels("magnitude"), out_labels, y.shape)
+    return total if after is None else times(total.value(), out_labels, after, weight.labels("magnitude"))
 
 
 def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labels: Sequence) -> tuple:
@@ -100,8 +92,16 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
     if all(label in out_labels for label in labels):
         return weight.magnitude, x
     if all(label in x_labels for label in labels):
-        return None, x * place(weight.magnitude.astype(x.dtype), labels, x_labels, x.shape)
+        return None, times(x, x_labels, weight.magnitude, labels)
     raise NotAView
+
+
+def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Sequence) -> jax.Array:
+    """`x` times a factor for some of its axes, in float32 at least: in bfloat16, nothing within 2⁻⁹ of 1 would be another factor."""
+    if factor is None:
+        return x
+    wide = widened(x.dtype)
+    return (x.astype(wide) * place(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
 
 
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
@@ -212,9 +212,7 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
         return term.tapped(lax.reshape(placed, (*y.shape[:feature], out, *y.shape[feature + 1 :])), (), ())
 
     y = added(y, [(product(term), term.window) for term in weight.terms], None if weight.windowed is None else feature)
-    if weight.magnitude is None:
-        return y
-    return y * lax.broadcast_in_dim(weight.magnitude.astype(y.dtype), y.shape, (feature,))
+    return times(y, ["out" if position == feature else f"x{position}" for position in range(y.ndim)], weight.magnitude, ("out",))
 
 
 def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
@@ -331,7 +329,7 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
             product, labels = dot(term.times_scale(a).astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
             summands.append((place(term.replace(tap=tap).tapped(product, labels, layers), labels, everything, rows.shape), None))
         rows = added(rows, summands, None)
-        return rows if magnitude is None else rows * place(magnitude[0].astype(rows.dtype), magnitude[1], everything, rows.shape)
+        return rows if magnitude is None else times(rows, everything, *magnitude)
 
     # An index axis belongs to the factors that were indexed: to both if the stack was.
     in_a, in_b = ({label for parts in terms for label in parts[name][1]} for name in ("a", "b"))

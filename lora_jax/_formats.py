@@ -74,13 +74,13 @@ class NF4(Format):
 
     >>> import jax.numpy as jnp
     >>> arrays = NF4().pack(jnp.linspace(-1, 1, 4 * 128).reshape(4, 128), 0)
-    >>> {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items() if name != "nested_map"}
+    >>> {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
     {'absmax': 'uint8[8]', 'codes': 'uint8[256]', 'nested_absmax': 'float32[1]', 'nested_offset': 'float32[]'}
     >>> NF4().unpack(arrays, (4, 128), jnp.float32)[0, :3].tolist()
     [-1.0, -1.0, -1.0]
 
-    4 + 8/64 + 32/(64·256) = 4.127 bits a number, and 1 kB for the map, which is kept with every weight: all that is packed
-    here has the same, but what bitsandbytes computes depends on the instruction set of the machine.
+    4 + 8/64 + 32/(64·256) = 4.127 bits a number. What bitsandbytes has packed brings a `nested_map` of its own, 1 kB a weight: its values
+    depend on the instruction set of the machine.
 
     As in bitsandbytes, two codes make a byte, the first in its high bits; the last block may be shorter; an odd number of
     codes is made even with that of 0. Its kernel for the CPU divides in a last, shorter block where those for GPUs, and
@@ -120,7 +120,7 @@ class NF4(Format):
         offset = _mean(absmax)
         scaled, nested_absmax = _normalised(absmax - offset[..., None], self.nested_block)
         nearest = jnp.searchsorted((_DYNAMIC[:-1] + _DYNAMIC[1:]) / 2, scaled).astype(jnp.uint8).reshape(*layers, -1)
-        nested = {"nested_map": jnp.broadcast_to(_DYNAMIC, (*layers, 256)), "nested_absmax": nested_absmax, "nested_offset": offset}
+        nested = {"nested_absmax": nested_absmax, "nested_offset": offset}
         return {**arrays, "absmax": nearest[..., : absmax.shape[-1]], **nested}
 
     @partial(jax.jit, static_argnums=(0, 2, 3))
@@ -128,7 +128,7 @@ class NF4(Format):
         size, absmax = math.prod(shape), arrays["absmax"]
         if self.double:
             nested_absmax = jnp.repeat(arrays["nested_absmax"], self.nested_block)[: absmax.size]
-            absmax = _rounded(_look_up(arrays["nested_map"], absmax) * nested_absmax) + arrays["nested_offset"]
+            absmax = _rounded(_look_up(arrays.get("nested_map", jnp.asarray(_DYNAMIC)), absmax) * nested_absmax) + arrays["nested_offset"]
         # Both codes of a byte by one broadcast shift and the value by a look-up: XLA makes one loop of this, with nothing
         # stored between the bytes and the weight.
         codes = (arrays["codes"][:, None] >> np.array([[4, 0]], np.uint8)) & 15

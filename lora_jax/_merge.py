@@ -11,7 +11,7 @@ from ._factored import widened
 from ._nodes import Adapted, Adapter, Fixed, is_node
 from ._packed import Packed, value_of
 from ._pairs import paired
-from ._paths import is_shape, named_leaves
+from ._paths import is_array, is_shape, named_leaves
 
 _BASES = ("dequantized", "original")
 
@@ -222,10 +222,11 @@ def summary(params: Any, delta: Any) -> None:
     kernel  (64, 64)  in out  LoRA(rank=2)     256
     trainable 256 of 4,160 parameters (6.1538 %)
     """
-    total = sum(int(leaf.size) for leaf in jax.tree.leaves(params) if hasattr(leaf, "size"))
+    weights = [(path, _weight(leaf)) for path, leaf in named_leaves(params, is_leaf=is_node)]
+    total = sum(int(leaf.size) for _, leaf in weights if is_array(leaf))
     rows = [("leaf", "shape", "axes", "method", "trains")]
     containers = jax.tree.structure(params, is_leaf=is_node)
-    for (path, leaf), node in zip(named_leaves(params), containers.flatten_up_to(delta), strict=True):
+    for (path, leaf), node in zip(weights, containers.flatten_up_to(delta), strict=True):
         if isinstance(node, Adapter):
             spec = node.spec
             rows.append((spec.path, str(spec.shape), " ".join(spec.axes), _short(spec.method), f"{count(node):,}"))

@@ -67,7 +67,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
-        """The adapter as `W' = (W + A·B) ⊙ m`. `weight` may be packed: read it by `_packed.contracted_in` or not at all."""
+        """The adapter as `W' = (W + A·B) ⊙ m`. `weight` may be packed: read it by `_packed.layer_by_layer` or not at all."""
 
     @abc.abstractmethod
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple["Method", dict]:
@@ -81,6 +81,15 @@ class Grouped(Method):
     @abc.abstractmethod
     def grouped(self, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
         """The same specs with `group` filled in, given those of all leaves with this very method."""
+
+
+class Late(Method):
+    """A method whose arrays in `frozen` may come later."""
+
+    @property
+    @abc.abstractmethod
+    def waits(self) -> bool:
+        """Whether they may still be missing."""
 
 
 class DependsOnWeight(Method):

@@ -31,9 +31,10 @@ class Packed:
     turned: bool = False
 
     @classmethod
-    def of(cls, weight: Any, format: Format) -> "Packed":
-        """`weight`, an array or a shape, packed: all its axes but the last two are taken for those of a stack."""
-        stack = max(len(weight.shape) - 2, 0)
+    def of(cls, weight: Any, format: Format, stack: int | None = None) -> "Packed":
+        """`weight`, an array or a shape, packed. Of its axes the first `stack` are those of a stack, or if that is not known all but
+        the last two."""
+        stack = max(len(weight.shape) - 2, 0) if stack is None else stack
         pack = lambda weight: format.pack(weight, stack)  # noqa: E731
         arrays = jax.eval_shape(pack, weight) if isinstance(weight, jax.ShapeDtypeStruct) else pack(weight)
         return cls(arrays, format, tuple(weight.shape[stack:]), jnp.dtype(weight.dtype))
@@ -41,7 +42,7 @@ class Packed:
     @property
     def stack(self) -> tuple[int, ...]:
         own = _own_ndims(self.format, self.own, self.dtype)
-        return min((array.shape[: array.ndim - own[name]] for name, array in self.arrays.items()), key=len)
+        return min((self.arrays[name].shape[: self.arrays[name].ndim - ndim] for name, ndim in own.items()), key=len)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,17 +158,15 @@ def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight:
         return use(x, weight)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    def unpacked(packed: Packed, beside: jax.Array) -> tuple[jax.Array, jax.Array]:
-        packed, beside = lax.platform_dependent(packed, beside, cpu=_depending, default=lambda *both: lax.optimization_barrier(both))
-        return dataclasses.replace(weight, packed=packed).value(), beside
+    def unpacked(packed: Packed, beside: jax.Array) -> jax.Array:
+        return dataclasses.replace(weight, packed=_after(packed, lax.stop_gradient(beside))).value()
 
     @jax.custom_vjp
     def product(x: jax.Array, packed: Packed) -> jax.Array:
-        array, x = unpacked(packed, x)
-        return use(x, array)
+        return use(x, unpacked(packed, x))
 
     def backward(packed: Packed, cotangent: jax.Array) -> tuple[jax.Array, None]:
-        array, cotangent = unpacked(packed, cotangent)
+        array = unpacked(packed, cotangent)
         (result,) = jax.linear_transpose(lambda x: use(x, array), shape)(cotangent)
         return result, None
 
@@ -175,17 +174,29 @@ def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight:
     return product(x, weight.packed)
 
 
-def _depending(packed: Packed, beside: jax.Array) -> tuple[Packed, jax.Array]:
-    """The same two, with the first computed from the second, which unpacking then has to wait for.
+@jax.custom_batching.custom_vmap
+def _after(packed: Packed, beside: jax.Array) -> Packed:
+    """`packed`, which is not there before `beside` is.
 
-    Without it XLA may unpack all weights of a model first, and take the forward pass's for the backward pass. A barrier says
-    so, but for the CPU XLA drops barriers before it does either; that nothing is above infinity, it does not know.
+    Without it XLA may unpack all weights of a model first, and take the forward pass's for the backward pass.
     """
+    barrier = lambda packed, beside: lax.optimization_barrier((packed, beside))[0]  # noqa: E731
+    return lax.platform_dependent(packed, beside, cpu=_depending, default=barrier)
+
+
+@_after.def_vmap
+def _after_one(size: int, batched: tuple, packed: Packed, beside: jax.Array) -> tuple[Packed, Packed]:
+    """To wait for one example is enough: to depend on each would be to unpack the weight for each."""
+    return _after(packed, beside[0] if batched[1] else beside), batched[0]
+
+
+def _depending(packed: Packed, beside: jax.Array) -> Packed:
+    """For the CPU, for which XLA drops barriers early: computed from `beside`. That nothing is above infinity, it does not know."""
     if beside.size == 0:
-        return packed, beside
+        return packed
     nothing = beside.reshape(-1)[0] > jnp.inf
     integers = lambda array: jnp.issubdtype(array.dtype, jnp.integer)  # noqa: E731
-    return packed.along_stack(lambda array: array + nothing.astype(array.dtype) if integers(array) else array), beside
+    return packed.along_stack(lambda array: array + nothing.astype(array.dtype) if integers(array) else array)
 
 
 def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from ._nodes import Adapted, Adapter, Trained, is_node, resolved
+from ._method import Late, Spec
+from ._nodes import Adapted, Adapter, Fixed, Trained, is_node, resolved
 from ._paths import is_array, named_leaves
 
 
@@ -24,9 +25,29 @@ def paired(join: Callable, frozen: Any, delta: Any, *rest: Any, resolve: bool = 
                 f"`frozen` and `delta` do not belong together: at {path!r} the first has {_kind(leaf)} and the second {_kind(other)}. "
                 "Pass the two trees of one `lorafy`, `frozen` first."
             )
+    for leaf, other in zip(leaves, others, strict=True):
+        if isinstance(other, Adapter) and leaf is not None:
+            _check_fixed(leaf, other.spec, other.arrays.keys())
     if resolve:
         leaves, others = resolved(leaves), resolved(others)
     return jax.tree.unflatten(treedef, [join(leaf, other, *rest) for leaf, other in zip(leaves, others, strict=True)])
+
+
+def _check_fixed(leaf: Any, spec: Spec, trained: Any) -> None:
+    """Raises `ValueError` where the arrays that a method keeps in `frozen` are missing, or another adapter's."""
+    own, method = leaf.spec if isinstance(leaf, Fixed) else None, type(spec.method).__name__
+    missing = spec.method.array_axes(spec).keys() - trained - (leaf.arrays.keys() if isinstance(leaf, Fixed) else set())
+    waits = isinstance(spec.method, Late) and spec.method.waits and own is None
+    if missing and not waits:
+        raise ValueError(
+            f"`frozen` and `delta` do not belong together: the {method} adapter of {spec.path!r} needs {', '.join(sorted(missing))} in `frozen`. "
+            "Pass the `frozen` that `lorafy` returned with this `delta`, not the parameters it was made from."
+        )
+    if own is not None and (own.path, own.group, type(own.method)) != (spec.path, spec.group, type(spec.method)):
+        raise ValueError(
+            f"`frozen` and `delta` do not belong together: at {spec.path!r} `delta` has {method} ({spec.group}), and `frozen` holds the arrays of "
+            f"{type(own.method).__name__} ({own.group}) at {own.path!r}. Pass the two trees of one `lorafy`."
+        )
 
 
 def _kind(leaf: Any) -> str:

@@ -20,7 +20,7 @@ from ._factored import Canonical, widened
 from ._lorafy import combine
 from ._method import Method, Spec
 from ._nodes import Adapter, Shared, is_node
-from ._paths import named_leaves
+from ._paths import is_array, named_leaves
 from .methods.lora import LoRA
 from .methods.slots import Slots
 
@@ -89,17 +89,25 @@ def importance(fn: Callable, frozen: Any, delta: Any, batches: Iterable[tuple]) 
     def squares(frozen: Any, delta: Any, batch: tuple) -> dict[str, jax.Array]:
         def total(taps: dict[str, jax.Array]) -> jax.Array:
             outputs = adapt(fn)(combine(frozen, _with_taps(delta, taps)), *batch)
-            arrays = [output for output in jax.tree.leaves(outputs) if jnp.issubdtype(output.dtype, jnp.floating)]
-            return sum((jnp.sum(array.astype(jnp.float32)) for array in arrays), jnp.zeros((), jnp.float32))
+            arrays = [output for output in jax.tree.leaves(outputs) if is_array(output) and jnp.issubdtype(output.dtype, jnp.inexact)]
+            return sum((jnp.sum(jnp.real(array).astype(jnp.float32)) for array in arrays), jnp.zeros((), jnp.float32))
 
         return jax.grad(total)(_taps(delta))
 
     sums: dict[str, Any] = {}
     for batch in batches:
+        if not isinstance(batch, tuple | list):
+            raise TypeError(f"`batches` holds a {type(batch).__name__}; each batch is a tuple of arguments, `(x,)` for `fn(params, x)`.")
         for path, value in squares(frozen, tapped, tuple(batch)).items():
             sums[path] = sums.get(path, 0.0) + np.asarray(value)
     if not sums:
         raise ValueError("`batches` is empty; pass a sample of the training data, a tenth of it for example.")
+    for node in adapters:
+        if not np.any(sums[node.spec.path]) and all(np.any(np.asarray(array)) for array in node.arrays.values()):
+            raise ValueError(
+                f"nothing was measured of the adapter of {node.spec.path!r}, which is not zero: none of the floating-point outputs of `fn` depends on "
+                "it, or their derivative is stopped on the way. Return what it leads to, the logits for example."
+            )
     return {path: sums[path] for path in sums if path in paths}
 
 
@@ -115,6 +123,9 @@ def _with_taps(delta: Any, taps: Mapping[str, jax.Array]) -> Any:
 
 
 def _check(adapters: list[Adapter]) -> None:
+    shared = next((node for node in adapters if any(isinstance(array, Shared) for array in node.arrays.values())), None)
+    if shared is not None:
+        raise ValueError(f"the adapter of {shared.spec.path!r} is shared already; make plain ones first: `lora_jax.arithmetic.as_lora(frozen, delta)`.")
     wrong = next((node for node in adapters if not isinstance(node.spec.method, LoRA)), None)
     if wrong is not None or not adapters:
         found = f"{wrong.spec.path!r} has {type(wrong.spec.method).__name__}" if wrong else "it holds no adapter"
@@ -131,7 +142,7 @@ def share(delta: Any, importance: Mapping[str, Any], *, threshold: float = 0.9, 
     >>> lora_jax.count(delta), lora_jax.count(smaller)
     (64, 48)
 
-    Layers are of one kind if their paths differ in numbers only (`h/0/attn/query`, `h/1/attn/query`), or if they are the layers of one stacked
+    Layers are of one kind if their paths differ in numbers only (`h/0/attn/query` and `h/1/attn/query`, `Dense_0/kernel` and `Dense_1/kernel`), or if they are the layers of one stacked
     leaf. Of each kind the smallest set stays whose importance is at least `threshold` of the kind's; the rest is trained as one
     A and B, which starts anew, A random and B at zero. A kind of which a single layer would be left to share keeps all. `frozen` stays as
     it is.
@@ -154,7 +165,9 @@ def share(delta: Any, importance: Mapping[str, Any], *, threshold: float = 0.9, 
     for path, node in leaves:
         _check_importance(node, importance)
         stacked = path if node.spec.sizes("layer") else ""
-        kinds.setdefault((re.sub(r"(?<![^/])\d+(?![^/])", "*", path), stacked, node.spec.shape, node.spec.axes, node.spec.method), []).append(node)
+        kinds.setdefault((re.sub(r"\d+", "*", path), stacked, node.spec.shape, node.spec.axes, node.spec.method), []).append(node)
+    if all(len(nodes) == 1 and not nodes[0].spec.sizes("layer") for nodes in kinds.values()):
+        raise ValueError(f"`delta` has no two layers of one kind, whose paths differ in numbers only, among {', '.join(repr(path) for path, _ in leaves[:8])}.")
     changed: dict[str, Adapter] = {}
     for nodes in kinds.values():
         values = np.concatenate([np.asarray(importance[node.spec.path], np.float64).reshape(-1) for node in nodes])

@@ -6,6 +6,7 @@ laid out is in `_formats.py`, when they are unpacked in `_packed.py`. Left out: 
 state exists for A and B alone), and quantised matrix products: a product is computed in the weight's own dtype.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ from ._nodes import Adapter, Fixed, is_node
 from ._packed import Packed as Packed
 from ._paths import ALL_LINEAR, is_floating, is_shape, named_leaves, resolve_targets
 
-_TABLES_AND_VECTORS = ("embedding", "wte", "wpe", "lm_head", "bias", "scale")
+# Of a path, what says that a leaf is a table that rows are looked up in, or a vector, stacked perhaps.
+_TABLE_OR_VECTOR = re.compile(r".*embed.*|wte|wpe|lm_head|(.*_)?(bias|scale)")
 
 
 def quantize(
@@ -49,11 +51,12 @@ def quantize(
     Args:
       frozen: of `lorafy`; of arrays, or of shapes, and then nothing is allocated.
       format: `"nf4"` (blocks of 64, their scales quantised in turn), `"int8"` (one scale for each index of the last axis), or a value,
-        `NF4(double=False)` for example. All axes but the last two are packed index by index, so layers are.
+        `NF4(double=False)` for example. Stacked axes are packed index by index: those that the adapters (of `frozen` or `delta`) call
+        `layer`, and where no adapter says, all but the last two.
       targets: as in `lorafy`, without methods. `"all-linear"` with `fn`: every weight that `fn` contracts with and does not look rows up
-        in. Without: every floating leaf of two or more axes, except where a component of the path is, or ends in, `embedding`, `wte`, `wpe`,
-        `lm_head`, `bias` or `scale`.
-      delta: the other tree, if `fn` is given and a leaf trains itself (`Full`): it is not in `frozen`.
+        in. Without: every floating leaf of two or more axes, except where a component of the path has `embed` in it, is `wte`, `wpe` or `lm_head`,
+        or is, or ends in `_` and, `bias` or `scale`. A stack of vectors by another name is taken for a matrix: pass `fn`, or patterns.
+      delta: the other tree. It says which axes are stacked, and with `fn`, what trains itself (`Full`) and is not in `frozen`.
       fn, args: as in `lorafy`.
 
     Raises:
@@ -72,11 +75,13 @@ def quantize(
     if not chosen:
         raise ValueError(f"`frozen` is quantised already, at {packed[0]!r} for example; quantise the tree that `lorafy` returned.")
 
+    layers = _layers(nodes, frozen, delta)
+
     def quantised(path: str, node: Any, weight: Any) -> Any:
         if path not in chosen:
             return node
         try:
-            result = Packed.of(weight, format)
+            result = Packed.of(weight, format, layers.get(path))
         except ValueError as error:
             raise ValueError(f"{path!r} cannot be quantised: {error}") from error
         return _with_weight(node, result) if isinstance(node, Fixed) else result
@@ -107,16 +112,27 @@ def _linear(frozen: Any, delta: Any, leaves: list[tuple[str, Any]], fn: Callable
         return [path for path, leaf in leaves if is_floating(leaf) and len(leaf.shape) > 1 and not _is_named_otherwise(path)]
     nodes, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     others = [None] * len(nodes) if delta is None else treedef.flatten_up_to(delta)
-    absent = [path for (path, node), other in zip(named_leaves(frozen, is_leaf=is_node), others, strict=True) if node is None and other is None]
-    if absent and delta is None:
-        raise ValueError(f"`fn` needs {absent[0]!r}, which is not in `frozen`, because it trains itself (`Full`): pass `delta=` too.")
-    plain = [node.weight if isinstance(node, Fixed) else other if node is None and not isinstance(other, Adapter) else node for node, other in zip(nodes, others, strict=True)]
-    readings = _axes.read(fn, jax.tree.unflatten(treedef, plain), tuple(args))
+    plain = [other if node is None else node.weight if isinstance(node, Fixed) else node for node, other in zip(nodes, others, strict=True)]
+    try:
+        readings = _axes.read(fn, jax.tree.unflatten(treedef, plain), tuple(args))
+    except Exception as error:
+        absent = [path for path, leaf in named_leaves(frozen, is_leaf=is_node) if leaf is None]
+        if delta is None and absent:
+            raise ValueError(f"`fn` failed on `frozen`, in which {absent[0]!r} is None. If it trains itself (`Full`), pass `delta=` too.") from error
+        raise
     return [path for path, _ in leaves if path in readings and readings[path].linear]
 
 
 def _is_named_otherwise(path: str) -> bool:
-    return any(component.endswith(_TABLES_AND_VECTORS) for component in path.split("/"))
+    return any(_TABLE_OR_VECTOR.fullmatch(component) for component in path.split("/"))
+
+
+def _layers(nodes: list[tuple[str, Any]], frozen: Any, delta: Any) -> dict[str, int]:
+    """For each path that an adapter speaks of, how many stacked axes lead."""
+    others = jax.tree.structure(frozen, is_leaf=is_node).flatten_up_to(delta) if delta is not None else []
+    adapters = [node for node in (*(node for _, node in nodes), *others) if isinstance(node, Adapter | Fixed)]
+    leading = lambda axes: next((index for index, axis in enumerate(axes) if axis != "layer"), len(axes))  # noqa: E731
+    return {node.spec.path: leading(node.spec.axes) for node in adapters}
 
 
 def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight", *, transpose: bool = True) -> Packed:
@@ -138,6 +154,6 @@ def nbytes(tree: Any) -> int:
     >>> import jax, lora_jax
     >>> base = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "bfloat16")}
     >>> lora_jax.quant.nbytes(base), lora_jax.quant.nbytes(lora_jax.quantize(base, "nf4"))
-    (33554432, 8655876)
+    (33554432, 8654852)
     """
     return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

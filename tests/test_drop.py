@@ -238,8 +238,41 @@ def test_score_share_and_train():
     assert after < 0.8 * before
 
 
+def test_names_as_flax_gives_them():
+    params = {f"Dense_{index}": {"kernel": jnp.ones((4, 4))} for index in range(4)}
+    delta = lora_jax.lorafy(params, "kernel", method=LoRA(rank=1)).delta
+    smaller = share(delta, {f"Dense_{index}/kernel": float(index == 2) + 0.01 for index in range(4)})
+    assert lora_jax.count(smaller) == lora_jax.count(delta) // 2
+
+
+def test_outputs_of_any_kind():
+    """What is no array, or has no derivative, is passed over; an adapter on which nothing depends is no adapter of importance zero."""
+    params = {"w": numbers(4, 4), "v": numbers(4, 4, seed=1)}
+    frozen, delta = lora_jax.lorafy({name: weight.astype(jnp.float32) for name, weight in params.items()}, ".*", method=LoRA(rank=1))
+    delta, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), randomised(delta)), jnp.ones((2, 4))
+    mixed = lambda params, x: {"y": x @ params["w"] @ params["v"], "name": "logits", "rate": 0.5, "best": jnp.argmax(x)}  # noqa: E731
+    assert all(value > 0 for value in importance(mixed, frozen, delta, [(x,)]).values())
+    stopped = lambda params, x: lax.stop_gradient(x @ params["w"]) @ params["v"]  # noqa: E731
+    with pytest.raises(ValueError, match="nothing was measured of the adapter of 'w', which is not zero: none of the floating-point outputs"):
+        importance(stopped, frozen, delta, [(x,)])
+    with pytest.raises(TypeError, match="`batches` holds a .*; each batch is a tuple of arguments"):
+        importance(mixed, frozen, delta, [x])
+
+
+def test_shared_adapters_are_made_plain_first():
+    (frozen, delta), (_, stacked) = shared_pair()
+    for call in (lambda: lora_jax.arithmetic.weighted([delta, delta], [1, 1]), lambda: importance(listed, frozen, delta, [(jnp.ones((1, WIDTH)),)])):
+        with pytest.raises(ValueError, match="lora_jax.arithmetic.as_lora"):
+            call()
+    half = lora_jax.arithmetic.scaled(stacked, 0.5)
+    np.testing.assert_allclose(half["stack"].arrays["b"], stacked["stack"].arrays["b"] / 2)
+
+
 def test_errors():
     _, frozen, delta = of_layers()
+    lonely = lora_jax.lorafy({"query": jnp.ones((4, 4)), "value": jnp.ones((4, 4))}, ".*", method=LoRA(rank=1)).delta
+    with pytest.raises(ValueError, match="`delta` has no two layers of one kind, .*'query', 'value'"):
+        share(lonely, {"query": 1.0, "value": 1.0})
     with pytest.raises(ValueError, match="`batches` is empty; pass a sample"):
         importance(listed, frozen, delta, [])
     with pytest.raises(ValueError, match="`importance` is zero everywhere: B is zero at the start, so train a few steps"):

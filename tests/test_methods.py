@@ -571,7 +571,55 @@ def test_dropout(name):
     np.testing.assert_array_equal(dropped, jnp.broadcast_to(base, dropped.shape))
 
 
+@pytest.mark.parametrize("method", [DoRA(rank=2), VeRA(rank=4), LoRAFA(rank=2), PiSSA(rank=2), DeltaLoRA(rank=2)], ids=lambda method: type(method).__name__)
+def test_what_does_not_belong_together_is_refused(method):
+    """The parameters in place of `frozen`, a habit from LoRA, and the `frozen` of another method."""
+    params = {"w": jnp.ones((8, 8))}
+    frozen, delta = lora_jax.lorafy(params, "w", method=method)
+    for call in (lora_jax.merge, lora_jax.combine, lora_jax.merge_report, lora_jax.arithmetic.as_lora):
+        with pytest.raises(ValueError, match=f"do not belong together: the {type(method).__name__} adapter of 'w' needs .* in `frozen`"):
+            call(params, delta)
+    other = lora_jax.lorafy(params, "w", method=PiSSA(rank=2) if isinstance(method, DeltaLoRA) else DeltaLoRA(rank=2)).frozen
+    with pytest.raises(ValueError, match="do not belong together"):
+        lora_jax.merge(other, delta)
+    if isinstance(method, VeRA):
+        with pytest.raises(ValueError, match="do not belong together.*seed=1"):
+            lora_jax.merge(lora_jax.lorafy(params, "w", method=VeRA(rank=4, seed=1)).frozen, delta)
+
+
+@pytest.mark.parametrize("method", [DoRA(rank=2), VeRA(rank=4)], ids=lambda method: type(method).__name__)
+def test_a_part_of_a_weight_is_refused(method):
+    """Its norm, or its part of the projections, is not that of the whole."""
+    frozen, delta = lora_jax.lorafy({"w": jnp.ones((8, 8))}, "w", method=method)
+    part = jax.tree.map(lambda leaf: leaf[:4] if leaf.shape == (8, 8) else leaf, frozen)
+    with pytest.raises(ValueError, match=r"needs the whole weight, of shape \(8, 8\), and has a part of it, \(4, 8\): a `shard_map`"):
+        lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(part, delta), jnp.ones((1, 4)))
+
+
+def test_summary_of_what_is_at_hand(capsys):
+    """Of `frozen` too, where the parameters are gone."""
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    frozen, delta = lora_jax.lorafy(params, "w", method=DoRA(rank=2))
+    for tree in (params, frozen, lora_jax.quantize(frozen, "nf4")):
+        lora_jax.summary(tree, delta)
+    first, second, third = capsys.readouterr().out.split("leaf ")[1:]
+    assert first == second == third and "of 4,160 parameters" in first
+
+
 # --- DoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_dora_in_bfloat16_hears_of_small_changes():
+    """A length within 2⁻⁹ of 1 is no other number in bfloat16: it multiplies in float32."""
+    weight = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
+    frozen, delta = lora_jax.lorafy({"w": weight}, "w", method=DoRA(rank=2))
+    x = jax.random.normal(jax.random.key(1), (256, 64), jnp.bfloat16)
+    forward = jax.jit(lora_jax.adapt(lambda params, x: (x @ params["w"], (params["w"] @ x.T).T, params["w"][:8])))
+    base = forward(lora_jax.combine(frozen, delta), x)
+    delta["w"].arrays["m"] = delta["w"].arrays["m"] * 1.0018
+    for found, plain in zip(forward(lora_jax.combine(frozen, delta), x), base, strict=True):
+        found, plain = np.asarray(found, np.float64), np.asarray(plain, np.float64)
+        np.testing.assert_allclose(np.sum(found * plain) / np.sum(plain * plain), 1.0018, atol=5e-4)
 
 
 @pytest.mark.parametrize(

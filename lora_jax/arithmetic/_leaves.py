@@ -12,7 +12,7 @@ from jax import lax
 
 from .._factored import widened
 from .._method import Spec
-from .._nodes import Adapter
+from .._nodes import Adapter, Shared
 from .._paths import is_shape
 from ..methods import LoRA
 
@@ -35,12 +35,13 @@ def common_dropout(leaves: list[Adapter]) -> float:
 
 
 def is_plain(leaf: Adapter) -> bool:
-    return type(leaf.spec.method) is LoRA and leaf.spec.method.blocks is None
+    shared = any(isinstance(array, Shared) for array in leaf.arrays.values())
+    return type(leaf.spec.method) is LoRA and leaf.spec.method.blocks is None and not shared
 
 
 def check_plain(path: str, leaf: Adapter) -> None:
     if not is_plain(leaf):
-        blocks = " with `blocks`" if isinstance(leaf.spec.method, LoRA) else ""
+        blocks = "" if type(leaf.spec.method) is not LoRA else " with `blocks`" if leaf.spec.method.blocks else " that shares its arrays with another leaf"
         raise ValueError(
             f"the adapter of {path!r} is {type(leaf.spec.method).__name__}{blocks}, and only plain LoRA adapters have an A and a B to compute with. "
             "Make plain ones first: `frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)`."

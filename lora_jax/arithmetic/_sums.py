@@ -13,9 +13,10 @@ from .._factored import widened
 from .._nodes import Adapter, Shared, is_node
 from .._paths import named_leaves
 from ..methods import AdaLoRA, DyLoRA, LoRA, LoRAFA, VeRA
+from ..methods.slots import Slots
 from ._leaves import check_arrays, check_plain, common_dropout, common_dtype, lora_leaf, times
 
-_PROPORTIONAL_TO_B = (LoRA, LoRAFA, AdaLoRA, DyLoRA, VeRA)
+_PROPORTIONAL_TO_B = (LoRA, LoRAFA, AdaLoRA, DyLoRA, VeRA, Slots)
 _FULL = "what it adds is its value less that of the base, which is not here."
 
 

@@ -91,13 +91,15 @@ def orthogonality(delta: Any) -> jax.Array:
     layer of a stack counts as a matrix.
 
     Raises:
-      ValueError: `delta` holds no AdaLoRA adapter.
+      ValueError: `delta` holds no AdaLoRA adapter, or adapters that `stack` has stacked.
     """
     norms = []
     for node in jax.tree.leaves(delta, is_leaf=is_node):
         if isinstance(node, Adapter) and isinstance(node.spec.method, AdaLoRA):
             rank, layers = node.spec.method.rank, len(node.spec.sizes("layer"))
             a, b = node.arrays["a"], node.arrays["b"]
+            if a.ndim != len(node.array_axes()["a"]):
+                raise ValueError(f"`delta` holds stacked adapters at {node.spec.path!r}: `jax.vmap` this over them, or `take` one.")
             a = a.reshape(*a.shape[:layers], -1, rank)
             b = b.reshape(*b.shape[: layers + 1], -1)
             for gram in (jnp.einsum("...ir,...is->...rs", a, a), jnp.einsum("...ro,...so->...rs", b, b)):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._factored import Canonical, Term
-from .._method import Method, Spec
+from .._method import Late, Method, Spec
 from .._nodes import Adapter, Fixed
 from .._pairs import paired
 from .._paths import is_shape
@@ -16,7 +16,7 @@ from . import _factors
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaLoRA(Method):
+class DeltaLoRA(Late):
     r"""LoRA whose base follows: after every update `W ← W + ratio·s·(A·B − its old value)` (paper, algorithm 1).
 
     >>> import jax.numpy as jnp, lora_jax
@@ -63,6 +63,10 @@ class DeltaLoRA(Method):
     def scale(self) -> float:
         return _factors.scale_of(self)
 
+    @property
+    def waits(self) -> bool:
+        return self.delayed
+
     def check(self, spec: Spec) -> None:
         _factors.check_low(self, spec)
 
@@ -93,7 +97,8 @@ class DeltaLoRA(Method):
 def start_delta(frozen: Any, delta: Any) -> Any:
     """`frozen` with the present A and B of every Delta-LoRA adapter as its start: from here on the base follows.
 
-    For `DeltaLoRA(delayed=True)`, before the first update that W shall follow. Adapters that follow already are left alone.
+    For `DeltaLoRA(delayed=True)`, before the first update that W shall follow. Adapters that follow already are left alone. The
+    start is in the result alone, not in `delta`: save both.
 
     Raises:
       ValueError: there is no Delta-LoRA adapter whose base does not follow yet.

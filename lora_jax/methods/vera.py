@@ -21,6 +21,7 @@ class Pool:
     owner: str
     ins: int
     outs: int
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class VeRA(Grouped):
     no gradient of a projection's size is computed. A₀ and B₀ are as large as the largest leaf needs; others
     use their first rows and columns. They are PEFT's own draws for this seed, bit for bit, so that an adapter stored
     without its projections can be read. There is no alpha. Every layer of a stacked leaf has vectors of its own; there, the
-    projections are repeated for the layers while the function runs.
+    projections are repeated for the layers while the function runs, and the loop over them belongs inside of the adapted
+    function: the tree itself cannot be scanned over, since the projections have no layers.
 
     Args:
       rank: of the projections; may exceed min(in, out), since it costs only `rank` numbers a leaf.
@@ -76,7 +78,7 @@ class VeRA(Grouped):
 
     def grouped(self, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
         ins, outs = (max(math.prod(spec.sizes(word)) for spec in specs) for word in ("in", "out"))
-        return tuple(dataclasses.replace(spec, group=Pool(specs[0].path, ins, outs)) for spec in specs)
+        return tuple(dataclasses.replace(spec, group=Pool(specs[0].path, ins, outs, self.seed)) for spec in specs)
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
         dtype, sizes, pool = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank), spec.group
