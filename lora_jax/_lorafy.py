@@ -12,7 +12,7 @@ from . import _axes, _paths
 from ._adapt import path_seed
 from ._method import Grouped, Method, Spec
 from ._nodes import Adapted, Adapter, Fixed, Trained, is_node
-from ._packed import Packed
+from ._packed import is_packed
 from ._pairs import paired
 from .methods.lora import LoRA
 
@@ -47,7 +47,8 @@ def lorafy(
 
     Args:
       params: any pytree of arrays, or of `jax.ShapeDtypeStruct` (then the result is one of shapes): nested dicts,
-        `FrozenDict`, `nnx.State`, Equinox and Penzai modules, dataclasses, lists. Other leaves are passed over.
+        `FrozenDict`, `nnx.State`, Equinox and Penzai modules, dataclasses, lists. Other leaves are passed over. Leaves may be packed
+        already, as `quant.from_bitsandbytes` returns them.
       targets: which leaves to adapt.
         A pattern: a regular expression that matches the whole path, or its last whole components: `attn/c_attn/kernel`
         matches `h/0/attn/c_attn/kernel`, `c_attn` alone does not. A sequence of patterns. A mapping from pattern to
@@ -72,12 +73,10 @@ def lorafy(
         rank above min(in, out).
       TypeError: an argument of the wrong kind.
     """
-    leaves = _paths.named_leaves(params)
+    leaves = _paths.named_leaves(params, is_leaf=is_packed)
     nodes = jax.tree.leaves(params, is_leaf=is_node)
     if any(isinstance(leaf, Adapter | Adapted | Fixed | Trained) for leaf in nodes):
         raise TypeError("`params` already holds adapters. Pass the plain parameters (`frozen`, or `merge(frozen, delta)`).")
-    if any(isinstance(leaf, Packed) for leaf in nodes):
-        raise TypeError("`params` holds quantised leaves. Adapt first, then quantise what stays: `quantize(lorafy(params, ...).frozen, 'nf4')`.")
     key = jax.random.key(0) if key is None else _random_key(key)
     if fn is None and args:
         raise ValueError("`args` is given without `fn`; pass both, to read the axes off how `fn(params, *args)` uses each weight.")
@@ -85,7 +84,8 @@ def lorafy(
         raise TypeError(f"`args` is a {type(args).__name__}; pass a tuple, `args=(x,)` for `fn(params, x)`.")
     readings: dict[str, _axes.Reading] | None = None
     if fn is not None:
-        readings = _axes.read(fn, params, tuple(args))
+        shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf  # noqa: E731
+        readings = _axes.read(fn, jax.tree.map(shaped, params, is_leaf=is_packed), tuple(args))
 
     def linear_paths() -> list[str]:
         if readings is None:
@@ -100,7 +100,7 @@ def lorafy(
     given = _axes.given(axes, leaves, [path for path, chosen in methods.items() if chosen.needs_axes])
     specs = _grouped([_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()])
     pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
-    treedef = jax.tree.structure(params)
+    treedef = jax.tree.structure(params, is_leaf=is_packed)
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
 
 
@@ -125,7 +125,7 @@ def _split(leaf: Any, spec: Spec | None, key: jax.Array) -> tuple[Any, Any]:
     if spec is None:
         return leaf, None
     own = jax.random.fold_in(key, path_seed(spec.path))
-    if not _paths.is_shape(leaf):
+    if not any(map(_paths.is_shape, jax.tree.leaves(leaf))):
         return spec.method.split(leaf, spec, own)
     frozen, delta = jax.eval_shape(lambda weight, own: spec.method.split(weight, spec, own), leaf, own)
     # The caller's own shape may carry a sharding.

@@ -73,6 +73,10 @@ class Packed:
         return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
 
 
+def is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, Packed)
+
+
 @functools.lru_cache(maxsize=1024)
 def _own_ndims(format: Format, own: tuple[int, ...], dtype: Any) -> dict[str, int]:
     arrays = jax.eval_shape(lambda weight: format.pack(weight, 0), jax.ShapeDtypeStruct(own, dtype))

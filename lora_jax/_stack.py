@@ -21,6 +21,9 @@ def stack(deltas: Sequence[Any]) -> Any:
     >>> stacked["kernel"].arrays["a"].shape
     (2, 8, 4)
 
+    What a method keeps in `frozen` (LoRA-FA's A, the start of PiSSA and Delta-LoRA) is not stacked: such adapters must come from one
+    `frozen`, trained apart. Others first become LoRA: `arithmetic.as_lora`.
+
     One adapter for each example of a batch, with W unbatched and contracted once:
     `jax.vmap(lambda delta, x: forward(combine(frozen, delta), x))(take(stacked, ids), xs)`.
 

@@ -330,11 +330,30 @@ def test_weights_of_bitsandbytes(torch):
     assert leaf.shape == (64, 96)
     np.testing.assert_array_equal(leaf.value(), expected.T)
     np.testing.assert_array_equal(from_bitsandbytes(tensors, transpose=False).value(), expected)
-    _, delta = lora_jax.lorafy({"w": jax.ShapeDtypeStruct((64, 96), "float32")}, "w", method=LoRA(rank=2))
-    delta = jax.tree.map(lambda array: jnp.ones(array.shape, array.dtype), delta)
+    frozen, delta = lora_jax.lorafy({"w": leaf}, "w", method=LoRA(rank=2))
+    delta = jax.tree.map(jnp.ones_like, delta)
     x = numbers(4, 64)
-    found = lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine({"w": leaf}, delta), x)
+    found = lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(frozen, delta), x)
     near(found, x @ (expected.T + 16), 1e-5)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not isinstance(method, PiSSA)], ids=lambda method: type(method).__name__)
+def test_a_base_that_is_packed_already_can_be_adapted(method):
+    """As one from a file is: the same as packing it afterwards, but that DoRA starts with the lengths of what is there."""
+    params = network()
+    packed = quantize(params, "nf4", targets="kernel|stack")
+    frozen, delta = lora_jax.lorafy(packed, "kernel|stack|heads", method=method, fn=model, args=(IDS,))
+    after, other = lora_jax.lorafy(params, "kernel|stack|heads", method=method, axes=AXES)
+    after = quantize(after, "nf4", targets="kernel|stack")
+    assert jax.tree.structure((frozen, delta)) == jax.tree.structure((after, other))
+    jax.tree.map(np.testing.assert_array_equal, frozen, after)
+    if not isinstance(method, DoRA):
+        jax.tree.map(np.testing.assert_array_equal, delta, other)
+    plain = lora_jax.merge(packed, jax.tree.map(lambda _: None, params))
+    near(jax.jit(lora_jax.adapt(model))(lora_jax.combine(frozen, delta), IDS), model(plain, IDS), 1e-5)
+    shapes = jax.eval_shape(lambda params: quantize(params, "nf4", targets="kernel|stack"), params)
+    from_shapes = lora_jax.lorafy(shapes, "kernel|stack|heads", method=method, axes=AXES)
+    assert jax.tree.structure(tuple(from_shapes)) == jax.tree.structure((frozen, delta))
 
 
 def test_errors():
@@ -351,8 +370,8 @@ def test_errors():
         quantize({"kernel": packed["kernel"]}, "nf4")
     with pytest.raises(ValueError, match="'kernel' cannot be quantised: `weight` has a value that is NaN"):
         quantize({"kernel": jnp.full((4, 4), jnp.nan)}, "nf4")
-    with pytest.raises(TypeError, match="`params` holds quantised leaves. Adapt first"):
-        lora_jax.lorafy(packed, "heads", axes="in out out")
+    with pytest.raises(ValueError, match="'kernel' is quantised, and `PiSSA` starts with the singular vectors.*adapt first, then `quantize`"):
+        lora_jax.lorafy(packed, "kernel", method=PiSSA(rank=2))
     # The plain function does not know what to do with a packed leaf, adapted or not.
     with pytest.raises(Exception):  # noqa: B017
         model(packed, IDS)

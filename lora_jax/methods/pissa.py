@@ -11,6 +11,7 @@ from jax import lax
 from .._factored import Canonical, Term, widened
 from .._method import Method, Spec
 from .._nodes import Adapter, Fixed
+from .._packed import is_packed
 from . import _factors
 
 
@@ -70,6 +71,8 @@ class PiSSA(Method):
         _factors.check_low(self, spec)
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
+        if is_packed(weight):
+            raise ValueError(f"{spec.path!r} is quantised, and `PiSSA` starts with the singular vectors of the weight from before: adapt first, then `quantize`.")
         layers, ins, outs = (spec.axis_indices(word) for word in ("layer", "in", "out"))
         sizes = _factors.shapes(spec, self.rank)
         matrices = lax.transpose(weight.astype(widened(weight.dtype)), (*layers, *ins, *outs))
