@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax
 from lora_jax import LoRA
 from lora_jax.interop import hf
-from lora_jax.models import HEADS, DebertaV2, DebertaV2Config, Roberta, RobertaConfig, stack_layers
+from lora_jax.models import HEADS, RobertaConfig, stack_layers
 
 CONFIGS = {
     "roberta": ROBERTA,

@@ -4,7 +4,6 @@ import json
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
