@@ -97,7 +97,7 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
 
 
 def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Sequence) -> jax.Array:
-    """`x` times a factor for some of its axes, in float32 at least: in bfloat16, nothing within 2⁻⁹ of 1 would be another factor."""
+    """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01 would be 1.0078."""
     if factor is None:
         return x
     wide = widened(x.dtype)

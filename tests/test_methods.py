@@ -609,17 +609,17 @@ def test_summary_of_what_is_at_hand(capsys):
 # --- DoRA -----------------------------------------------------------------------------------------------------------
 
 
-def test_dora_in_bfloat16_hears_of_small_changes():
-    """A length within 2⁻⁹ of 1 is no other number in bfloat16: it multiplies in float32."""
+def test_dora_in_bfloat16_multiplies_in_float32():
+    """It multiplies in float32, with the one rounding of the result: in bfloat16, 1.01 would be 1.0078 itself."""
     weight = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
     frozen, delta = lora_jax.lorafy({"w": weight}, "w", method=DoRA(rank=2))
     x = jax.random.normal(jax.random.key(1), (256, 64), jnp.bfloat16)
-    forward = jax.jit(lora_jax.adapt(lambda params, x: (x @ params["w"], (params["w"] @ x.T).T, params["w"][:8])))
+    forward = jax.jit(lora_jax.adapt(lambda params, x: (x @ params["w"], x @ params["w"].T, params["w"][jnp.arange(8)])))
     base = forward(lora_jax.combine(frozen, delta), x)
-    delta["w"].arrays["m"] = delta["w"].arrays["m"] * 1.0018
+    delta["w"].arrays["m"] = delta["w"].arrays["m"] * 1.01
     for found, plain in zip(forward(lora_jax.combine(frozen, delta), x), base, strict=True):
         found, plain = np.asarray(found, np.float64), np.asarray(plain, np.float64)
-        np.testing.assert_allclose(np.sum(found * plain) / np.sum(plain * plain), 1.0018, atol=5e-4)
+        np.testing.assert_allclose(np.sum(found * plain) / np.sum(plain * plain), 1.01, atol=1e-3)
 
 
 @pytest.mark.parametrize(
