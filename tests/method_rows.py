@@ -190,7 +190,7 @@ def by_matrix(row, weight, axes, arrays):
 
 
 # LLVM at its quickest, for what is compiled once and run once. Not where equality to the bit is asked for.
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
