@@ -1,3 +1,4 @@
 """In and out of other tools' files. Each room imports what it needs and nothing here needs PyTorch."""
 
-from . import hf as hf
+from . import hf as hf, loralib as loralib, peft as peft
+from ._adapters import OneSided as OneSided

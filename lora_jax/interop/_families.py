@@ -33,6 +33,7 @@ class Family:
     embedding: str  # the tensor of the word embedding
     decoder: str  # the tensor that repeats it when tied
     aliases: Mapping[str, str]  # a second name of a tensor: the first one
+    fused: Mapping[str, int]  # modules that are so many projections side by side, by the end of their name
     leftovers: re.Pattern  # tensors that files hold beside the model's, and that no result depends on
     table: str
 
@@ -82,6 +83,7 @@ FAMILIES = {
         embedding="transformer.wte.weight",
         decoder="lm_head.weight",
         aliases={},
+        fused={"c_attn": 3},
         leftovers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
         table="""
             transformer.wte.weight                 wte/embedding
@@ -118,6 +120,7 @@ FAMILIES = {
         embedding="roberta.embeddings.word_embeddings.weight",
         decoder="lm_head.decoder.weight",
         aliases={"lm_head.decoder.bias": "lm_head.bias"},
+        fused={},
         # Files of every head may carry the pooler of pretraining, which only `features` uses.
         leftovers=re.compile(r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"),
         table="""
@@ -160,6 +163,7 @@ FAMILIES = {
         embedding="deberta.embeddings.word_embeddings.weight",
         decoder="cls.predictions.decoder.weight",
         aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+        fused={},
         # The published files have absolute positions that `position_biased_input`=false leaves aside, and a head of pretraining.
         leftovers=re.compile(r"deberta\.(embeddings\.(position_ids|position_embeddings\.weight)|mask_predictions\..*)"),
         table="""

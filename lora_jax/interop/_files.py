@@ -1,37 +1,20 @@
-"""Files as such: tensors in safetensors, whole or in shards, JSON, and directories that appear complete or not at all."""
+"""Files as such: JSON, directories that appear complete or not at all, and the checksum that a file carries of itself.
+
+The checksum finds accidents: a flipped bit, an unfinished copy, an edit that nobody remembers. Left out: signatures. Whoever
+changes a file on purpose can write a new checksum into it.
+"""
 
 import contextlib
+import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, not read yet."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' word: F32, BF16, …
-
-    def read(self) -> np.ndarray:
-        with _open(self.file) as file:
-            return file.get_tensor(self.name)
-
-
-class Pending(NamedTuple):
-    """A tensor to be written, not fetched yet, so that one shard at a time is in memory."""
-
-    name: str
-    bytes: int
-    fetch: Callable[[], np.ndarray]
+# What stands in the place of a file's own SHA-256 while that is computed.
+NO_DIGITS = "0" * 64
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -46,60 +29,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
     return content
-
-
-def stored_tensors(dir: Path, stem: str = "model") -> dict[str, Stored]:
-    """Every tensor of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` lists, by name."""
-    whole, index = dir / f"{stem}.safetensors", dir / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return {stored.name: stored for stored in _headers(whole)}
-    if not index.is_file():
-        found = sorted(entry.name for entry in dir.iterdir())
-        binary = any(name.endswith((".bin", ".pt")) for name in found)
-        hint = "; write the .bin files as safetensors with transformers' `save_pretrained`" if binary else ""
-        raise ValueError(f"{dir} has neither {whole.name} nor {index.name}; found there: {found}{hint}")
-
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{index} has no `weight_map` from tensors to files")
-    shards = sorted(set(places.values()))
-    for shard in shards:
-        # The index is a stranger's: it may name files beside it and no others.
-        if Path(shard).name != shard or not (dir / shard).is_file():
-            raise ValueError(f"{index} names the file {shard!r}, which is not in {dir}")
-    stored = {}
-    for shard in shards:
-        for tensor in _headers(dir / shard):
-            if places.get(tensor.name) != shard:
-                raise ValueError(f"{dir / shard} holds {tensor.name!r}, which {index.name} does not place there")
-            stored[tensor.name] = tensor
-    lost = sorted(set(places) - set(stored))
-    if lost:
-        raise ValueError(f"{index} lists {lost[0]!r} in {places[lost[0]]!r}, which does not hold it")
-    return stored
-
-
-def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str = "model") -> None:
-    """Writes one file, or shards of at most `shard_bytes` (a larger tensor has a shard of its own) and their index."""
-    shards: list[list[Pending]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-
-    names = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        index = {
-            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
-            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
-        }
-        write_json(dir / f"{stem}.safetensors.index.json", index)
-    for name, shard in zip(names, shards, strict=True):
-        # `transformers` refuses files that do not say which framework's conventions they follow.
-        save_file({tensor.name: tensor.fetch() for tensor in shard}, dir / name, metadata={"format": "pt"})
-        # The library makes it readable by its owner alone; an export is served by others.
-        (dir / name).chmod(dir.stat().st_mode & 0o666)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -138,16 +67,45 @@ def new_directory(dir: Path, *, overwrite: bool, mark: str = "config.json") -> I
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _headers(file: Path) -> list[Stored]:
-    with _open(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}
-        return [Stored(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+def digest(file: Path, *, digits_at: int | None = None) -> str:
+    """The SHA-256 of a file in hexadecimal digits; the 64 bytes at `digits_at` count as zeros: the file's own digest goes there."""
+    hashed = hashlib.sha256()
+    with open(file, "rb") as stream:
+        if digits_at is not None:
+            hashed.update(stream.read(digits_at))
+            hashed.update(NO_DIGITS.encode()[: len(stream.read(len(NO_DIGITS)))])
+        while chunk := stream.read(1 << 20):
+            hashed.update(chunk)
+    return hashed.hexdigest()
 
 
-@contextlib.contextmanager
-def _open(file: Path):
+def json_of(facts: dict[str, Any]) -> str:
+    """The facts that a file carries, in the one spelling that they have: equal facts, equal files."""
     try:
-        with safe_open(file, framework="np") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); copy or download it again") from error
+        return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`facts`={facts!r} cannot be written as JSON: {error}") from error
+
+
+def checked_facts(file: Path, facts: str | None, digits: str | None, digits_at: int, *, verify: bool) -> dict[str, Any] | None:
+    """The facts in a file that carries them and its digest; None for one that carries neither.
+
+    A file with one of the two had both: a flipped bit hides one mark and cannot hide two.
+    """
+    if facts is None and digits is None:
+        return None
+    if facts is None or digits is None:
+        there, gone = ("a checksum", "facts") if facts is None else ("facts", "checksum")
+        raise ValueError(f"{file} is damaged: it carries {there} of lora_jax and no {gone}, which belong together; copy it again")
+    if verify and digest(file, digits_at=digits_at) != digits:
+        raise ValueError(
+            f"{file} is damaged: its contents do not have the checksum that it carries; copy it again, or, if you changed it "
+            "on purpose, pass `verify=False`"
+        )
+    try:
+        content = json.loads(facts)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: the facts that it carries are not JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: the facts that it carries are a JSON {type(content).__name__}, not an object; copy it again")
+    return content

@@ -1,0 +1,113 @@
+"""A model's modules as PyTorch names them: what adapter files speak of, where our own trees have paths.
+
+The tensors are those of the table in `_families.py`; here they are brought together by module, and named shortly where a config names them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from ._families import Family, Tensor, tensors_of
+
+ADAPTABLE = ("linear", "conv1d", "embedding", "convolution")
+
+
+class Module(NamedTuple):
+    """One module with parameters of its own."""
+
+    name: str  # PyTorch's, `transformer.h.0.attn.c_attn`
+    kind: str  # one of ADAPTABLE, or "norm" or "other"
+    weight: Tensor | None
+    bias: Tensor | None
+    tied: bool  # a head whose weight is the embedding's, which is `weight` here
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+
+    @property
+    def outs(self) -> int:
+        """Its width on the way out; an embedding's is that of its rows."""
+        shape = self.weight.shape
+        return shape[0] if self.kind in ("linear", "convolution") or self.tied else shape[1]
+
+    @property
+    def ins(self) -> tuple[int, ...]:
+        shape = self.weight.shape
+        return shape[1:] if self.kind in ("linear", "convolution") or self.tied else shape[:1]
+
+
+def modules_of(model: nn.Module, family: Family) -> list[Module]:
+    """Every module with parameters, in the order of the table; last, a head that is tied to the embedding."""
+    found: dict[str, dict[str, Tensor]] = {}
+    tensors = tensors_of(model, family)
+    for tensor in tensors:
+        name, _, last = tensor.name.rpartition(".")
+        found.setdefault(name, {})[last] = tensor
+    modules = [
+        Module(name, _kind(parts["weight"]) if "weight" in parts else "other", parts.get("weight"), parts.get("bias"), False)
+        for name, parts in found.items()
+    ]
+    head = tied_head(model, family)
+    if head is not None:
+        embedding = next(tensor for tensor in tensors if tensor.name == family.embedding)
+        modules.append(Module(head, "linear", embedding, None, True))
+    return modules
+
+
+def tied_head(model: nn.Module, family: Family) -> str | None:
+    """The module whose weight is the embedding's, if this model has one."""
+    if not model.config.tie_word_embeddings:
+        return None
+    apart = model.clone(config=dataclasses.replace(model.config, tie_word_embeddings=False))
+    has_one = any(tensor.name == family.decoder for tensor in tensors_of(apart, family))
+    return family.decoder.rpartition(".")[0] if has_one else None
+
+
+def _kind(weight: Tensor) -> str:
+    last = weight.path.rpartition("/")[2]
+    if last == "embedding":
+        return "embedding"
+    if last != "kernel":
+        return "norm"
+    if len(weight.shape) > 2:
+        return "convolution"
+    return "linear" if weight.transposed else "conv1d"
+
+
+def containers(names: Iterable[str]) -> set[str]:
+    """The modules that these are in."""
+    return {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts))}
+
+
+def ends_with(name: str, ending: str) -> bool:
+    """Whether `ending` is the whole of a module's name or its last components: how PEFT reads a list of targets."""
+    return name == ending or name.endswith("." + ending)
+
+
+def short_names(wanted: Collection[str], others: Collection[str]) -> list[str]:
+    """The shortest endings, sorted, that match every name of `wanted` and none of `others`."""
+    chosen = set()
+    for name in wanted:
+        parts = name.split(".")
+        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        chosen.add(next((ending for ending in endings if not any(ends_with(other, ending) for other in others)), name))
+    return sorted(chosen)
+
+
+def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[str]:
+    """`wanted` with what makes up the whole of a larger module in its place: `classifier` for its two layers."""
+    chosen = set()
+    for name in wanted:
+        parts = name.split(".")
+        above = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        chosen.add(next(outer for outer in above if all(other in wanted for other in all_names if other == outer or other.startswith(outer + "."))))
+    return sorted(chosen)
+
+
+def covered_by(names: Iterable[str], module: str) -> bool:
+    """Whether a module is one of `names` or within one: how PEFT reads `modules_to_save`."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)

@@ -1,0 +1,214 @@
+"""Tensors in safetensors, in one file or in shards with an index: read through memory maps, written one tensor at a time.
+
+A file that is written with `facts` carries them and its own SHA-256 in its metadata, so that `facts_of` finds any bit that
+has changed since. The same tensors and facts give the same bytes. What a header may say, the `safetensors` library
+decides, which reads every file first. Left out: dtypes that NumPy does not have, of four and six bits.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ._files import NO_DIGITS, checked_facts, json_of, read_json, write_json
+from ._files import digest as digest
+
+_DTYPES = {
+    "BOOL": np.dtype(bool),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "UI" for bits in (8, 16, 32, 64)},
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "BF16": np.dtype(jnp.bfloat16),
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    "C64": np.dtype(np.complex64),
+}
+_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+
+# The digits come first of what differs between files, so that they are always in the same place.
+_START = '{"__metadata__":{"format":"pt","sha256":"'
+_DIGITS_AT = 8 + len(_START)
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' word: F32, BF16, …
+    offset: int  # of its first byte in the file
+
+    def read(self) -> np.ndarray:
+        """A read-only view of the file, whose pages are read as they are used."""
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.file}: {self.name!r} has dtype {self.dtype}, which NumPy does not have; it must have one of {list(_DTYPES)}")
+        dtype = _DTYPES[self.dtype]
+        try:
+            if math.prod(self.shape) == 0:  # an empty map is an error
+                return np.frombuffer(b"", dtype).reshape(self.shape)
+            array = np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=self.shape).view(np.ndarray)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{self.file}: {self.name!r} of shape {self.shape} cannot be read ({error}); copy or download it again") from error
+        # Old writers did not pad the header; what computes on arrays may count on aligned ones.
+        return array if array.flags.aligned else array.copy()
+
+
+class Pending(NamedTuple):
+    """A tensor to be written, not fetched yet, so that one at a time is in memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def stored_tensors(dir: Path, stem: str = "model") -> dict[str, Stored]:
+    """Every tensor of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` lists, by name."""
+    whole, index = dir / f"{stem}.safetensors", dir / f"{stem}.safetensors.index.json"
+    if whole.is_file():
+        return {stored.name: stored for stored in _header(whole)[1]}
+    if not index.is_file():
+        found = sorted(entry.name for entry in dir.iterdir())
+        binary = any(name.endswith((".bin", ".pt")) for name in found)
+        hint = "; write the .bin files as safetensors with transformers' `save_pretrained`" if binary else ""
+        raise ValueError(f"{dir} has neither {whole.name} nor {index.name}; found there: {found}{hint}")
+
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensors to files")
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        # The index is a stranger's: it may name files beside it and no others.
+        if Path(shard).name != shard or not (dir / shard).is_file():
+            raise ValueError(f"{index} names the file {shard!r}, which is not in {dir}")
+    stored = {}
+    for shard in shards:
+        for tensor in _header(dir / shard)[1]:
+            if places.get(tensor.name) != shard:
+                raise ValueError(f"{dir / shard} holds {tensor.name!r}, which {index.name} does not place there")
+            stored[tensor.name] = tensor
+    lost = sorted(set(places) - set(stored))
+    if lost:
+        raise ValueError(f"{index} lists {lost[0]!r} in {places[lost[0]]!r}, which does not hold it")
+    return stored
+
+
+def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str = "model", facts: dict[str, Any] | None = None) -> None:
+    """Writes one file, or shards of at most `shard_bytes` (a larger tensor has a shard of its own) and their index.
+
+    With `facts`, a JSON object, each file carries them and its checksum, and among them, in `beside`, the digest of the index; with
+    None it is a file like any other tool's.
+    """
+    _check_pending(tensors)
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
+            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        file = dir / f"{stem}.safetensors.index.json"
+        write_json(file, index)
+        if facts is not None:
+            facts = {**facts, "beside": {**facts.get("beside", {}), file.name: digest(file)}}
+    for name, shard in zip(names, shards, strict=True):
+        _write(dir / name, shard, facts)
+
+
+def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
+    """The facts that `write_tensors` was given, after a check of every bit of the file; None for a file without a checksum of ours.
+
+    `verify=False` reads only the header, and accepts a file that was changed on purpose.
+    """
+    metadata, _ = _header(file)
+    return checked_facts(file, metadata.get("lora_jax"), metadata.get("sha256"), _DIGITS_AT, verify=verify)
+
+
+def _check_pending(tensors: list[Pending]) -> None:
+    names = set()
+    for tensor in tensors:
+        if tensor.name in names or tensor.name == "__metadata__":
+            raise ValueError(f"`tensors` has the name {tensor.name!r} " + ("twice" if tensor.name in names else "which the format keeps for itself"))
+        if tensor.dtype not in _WORDS:
+            raise ValueError(f"{tensor.name!r} has dtype {tensor.dtype!r}, which safetensors does not have; it must have one of {list(_DTYPES)}")
+        names.add(tensor.name)
+
+
+def _write(file: Path, tensors: list[Pending], facts: dict[str, Any] | None) -> None:
+    # The larger the items the further in front, as the library has it: each then begins at a multiple of its item's size.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    # `transformers` refuses files that do not say which framework's conventions they follow.
+    metadata = {"format": "pt"} if facts is None else {"format": "pt", "sha256": NO_DIGITS, "lora_jax": json_of(facts)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.bytes
+        header[tensor.name] = {"dtype": _WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file}: the name {error.object[max(0, error.start - 40) : error.end]!r} is not Unicode text ({error.reason})") from error
+    text += b" " * (-len(text) % 8)
+
+    hashed = hashlib.sha256()
+    with open(file, "wb") as stream:
+        for part in (len(text).to_bytes(8, "little"), text):
+            stream.write(part)
+            hashed.update(part)
+        for tensor in tensors:
+            _append(stream, hashed, tensor)
+        if facts is not None:
+            stream.seek(_DIGITS_AT)
+            stream.write(hashed.hexdigest().encode())
+
+
+def _append(stream, hashed, tensor: Pending) -> None:
+    # A function of its own, so that its array is gone before the next is fetched.
+    array = np.asarray(tensor.fetch())
+    if array.shape != tensor.shape or array.dtype != tensor.dtype:
+        raise ValueError(f"{tensor.name!r} was announced as {tensor.dtype} of shape {tensor.shape} and came as {array.dtype} of shape {array.shape}")
+    # As bytes: the buffers of bfloat16 arrays are unknown to `write`.
+    data = array.reshape(-1).view(np.uint8)
+    stream.write(data)
+    hashed.update(data)
+
+
+def _header(file: Path) -> tuple[dict[str, str], list[Stored]]:
+    """The metadata and the tensors of a file that the library accepts."""
+    try:
+        with safe_open(file, framework="np"):
+            pass
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length).decode(), object_pairs_hook=_distinct)
+        metadata = header.pop("__metadata__", None) or {}
+        places = [(name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+    # TypeError: the library also takes `["F32", [1], [0, 4]]` for the description of a tensor.
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); copy or download it again") from error
+    return metadata, [Stored(file, *place) for place in places]
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two tensors with one name, JSON's readers keep the last, and say nothing.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the name {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found

@@ -1,0 +1,176 @@
+"""`hf.load`: a Hugging Face directory as a model and its parameters."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ...models._encoder import EncoderConfig, numbered_labels
+from .. import _state_dict
+from .._families import Family, Tensor, family_of, head_of, tensors_of
+from .._files import read_json
+from .._safetensors import facts_of, stored_tensors
+from .._strict import DTYPES, check_beside, check_finite, check_tensors, on_device
+
+
+def load(
+    dir: str | Path,
+    *,
+    tie: str = "share",
+    head: str | None = None,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
+    scan: bool = False,
+    checkpoint: bool = False,
+    dtype: Any = None,
+    place: Callable[[str, np.ndarray], Any] = on_device,
+    verify: bool = True,
+) -> tuple[nn.Module, dict]:
+    """The model that a directory's `config.json` names, with the head that it names, and its parameters.
+
+    ```python
+    model, params = hf.load("path/to/gpt2")
+    logits = model.apply({"params": params}, input_ids)
+
+    model, params = hf.load("path/to/gpt2", tie="untie")   # the head as a leaf of its own, lm_head/kernel
+    model, params = hf.load("path/to/gpt2", scan=True, checkpoint=True, dtype=jnp.bfloat16)
+    model, params = hf.load("path/to/gpt2", place=lambda path, array: array)   # stays on the disk until it is used
+
+    # The pretrained encoder with a new head, drawn from `key`: where fine-tuning begins.
+    model, params = hf.load("path/to/roberta-base", head="sequence_classification", num_labels=3, key=jax.random.key(0))
+    ```
+
+    Parameters keep the dtype they have in the file. `tie="share"` follows the config: a tied head is the embedding, used
+    twice. `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
+    values. `head`, one of `lora_jax.models.HEADS`, or another `num_labels` for it, takes the place of what the config names: the
+    encoder is read as strictly as ever, tensors of other heads are passed over, and unless the file has the whole new head,
+    for as many labels, all of it is drawn from `key` (None: `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the
+    computation) are the model's. `place(path, array)` puts each leaf where it shall live, on one device or across several; the
+    default copies it to JAX's default device. Unless the model is scanned, it is given a read-only memory map of the file: returned as it is,
+    the weights take no memory, and `save` merges and writes models larger than that. `jax.device_put` on a CPU may keep the map, too.
+
+    Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run. `verify` compares with the checksums of
+    directories that `save` wrote, and looks for values that are not finite: both read everything once.
+
+    Raises `ValueError` naming the file, key or tensor that is missing, unexpected, damaged or of another shape or dtype.
+    """
+    if tie not in ("share", "untie"):
+        raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'")
+    dir = Path(dir)
+    settings = read_json(dir / "config.json")
+    family = family_of(settings)
+    named = family.config.from_hf(settings)
+    config = named if num_labels is None else _with_labels(named, head, num_labels)
+    chosen = head_of(settings, family, head)
+    # The config's own head, asked for by name, is as strict as any other part.
+    own = {family.heads.get(name) for name in settings.get("architectures") or ()}
+    replaced = head is not None and (own != {head} or config != named)
+    stored = _named_as_in_table(dir, family, _stored(dir, verify))
+    build = functools.partial(family.build, head=chosen, dtype=dtype, scan=scan, checkpoint=checkpoint)
+    config = _tied_or_untied(dir, family, build, config, stored, tie)
+    model = build(config)
+    tensors = tensors_of(model, family)
+    expected = {tensor.name for tensor in tensors}
+    stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
+    stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
+    kept = [tensor for tensor in tensors if tensor.path not in fresh]
+    check_tensors(f"{dir} does not hold the model that its config.json describes", {tensor.name: tensor.shape for tensor in kept}, stored)
+    # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
+    model = model.clone(param_dtype=DTYPES[stored[family.embedding].dtype])
+
+    def read(tensor: Tensor) -> np.ndarray:
+        array = stored[tensor.name].read()
+        return tensor.to_ours(check_finite(dir, stored[tensor.name].name, array) if verify else array)
+
+    flat = {path: place(path, array) for path, array in _drawn(model, fresh, key).items()}
+    for path, parts in itertools.groupby(kept, lambda tensor: tensor.path):
+        parts = list(parts)
+        arrays = [read(tensor) for tensor in parts]
+        flat[path] = place(path, arrays[0] if parts[0].layer is None else np.stack(arrays))
+    return model, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _stored(dir: Path, verify: bool) -> Mapping[str, Any]:
+    """The tensors in the directory, not read yet, with their `name`, `shape`, `dtype` and `read()`."""
+    safe = any(dir.glob("model.safetensors*"))
+    stored = stored_tensors(dir) if safe or not any(dir.glob("pytorch_model.bin*")) else _state_dict.stored_binaries(dir, "pytorch_model")
+    if verify:
+        for file in sorted({tensor.file for tensor in stored.values()} if safe else ()):
+            check_beside(file, facts_of(file))
+    return stored
+
+
+def _named_as_in_table(dir: Path, family: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        full = family.full_name(name)
+        if full in named:
+            raise ValueError(f"{dir} holds one tensor under two names, {named[full].name!r} and {name!r}")
+        named[full] = tensor
+    return named
+
+
+def _with_labels(config: Any, head: str | None, count: int) -> Any:
+    if not isinstance(config, EncoderConfig):
+        raise ValueError(f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it out")
+    if head is None:
+        raise ValueError(f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} labels it was trained for")
+    return config if count == config.num_labels else dataclasses.replace(config, labels=numbered_labels(count))
+
+
+def _tied_or_untied(dir: Path, family: Family, build: functools.partial, config: Any, stored: dict[str, Any], tie: str) -> Any:
+    """The config after `tie`, with `stored` brought to it: each array under one name, the head's own where it is apart."""
+    decoder, embedding = family.decoder, family.embedding
+    tied = config.tie_word_embeddings
+    if tied and tie == "untie":
+        apart = dataclasses.replace(config, tie_word_embeddings=False)
+        if any(tensor.name == decoder for tensor in tensors_of(build(apart), family)):
+            config, tied = apart, False
+            if decoder not in stored and embedding in stored:
+                stored[decoder] = stored[embedding]
+        elif build.keywords["head"] == "masked_lm":
+            raise ValueError(f"`tie`='untie' was passed for {dir}, whose head is the embedding by definition (`legacy`=false); leave it out")
+    elif tied and decoder in stored and embedding in stored:
+        _check_equal(dir, stored, decoder, embedding, "; keep both with `tie='untie'`, or remove the tensor")
+        del stored[decoder]
+    for alias, name in family.aliases.items():
+        if alias in stored:
+            if tied and name in stored:
+                _check_equal(dir, stored, alias, name, "; remove the first")
+            # Apart, it is the one that PyTorch adds.
+            stored[name] = stored.pop(alias)
+    return config
+
+
+def _check_equal(dir: Path, stored: dict[str, Any], one: str, other: str, fix: str) -> None:
+    if not np.array_equal(stored[one].read(), stored[other].read()):
+        raise ValueError(f"{dir} has a {one!r} that differs from its {other!r}, though its config.json ties them{fix}")
+
+
+def _head_of_file_or_new(family: Family, tensors: list[Tensor], stored: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """`stored` without the tensors of other heads, and the paths to be drawn: none, or the whole head if any of it is not there or does not fit."""
+    body = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
+    own = [tensor for tensor in tensors if not tensor.name.startswith(family.prefix)]
+    if any(tensor.name not in stored or stored[tensor.name].shape != tensor.shape for tensor in own):
+        return body, {tensor.path for tensor in own}
+    return body | {tensor.name: stored[tensor.name] for tensor in own}, set()
+
+
+def _drawn(model: nn.Module, paths: set[str], key: jax.Array | None) -> dict[str, np.ndarray]:
+    """These leaves of freshly drawn parameters; the others are never computed."""
+    if not paths:
+        return {}
+
+    def draw(key):
+        flat = traverse_util.flatten_dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], sep="/")
+        return {path: flat[path] for path in sorted(paths)}
+
+    return jax.device_get(jax.jit(draw)(jax.random.key(0) if key is None else key))

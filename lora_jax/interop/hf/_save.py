@@ -1,0 +1,144 @@
+"""`hf.save`: a model as a directory that `transformers` loads."""
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ..._lorafy import partition
+from ..._merge import merge
+from ..._nodes import Adapted, Trained, resolved
+from ..._packed import Packed
+from .. import _fingerprint
+from .._families import family_of_model, shapes_of, tensors_of
+from .._files import digest, new_directory, write_json
+from .._safetensors import Pending, write_tensors
+from .._strict import DTYPES, report
+
+# What `save` carries from `source`: the tokenizers of the supported models and the defaults of generation.
+_CARRIED = (
+    "added_tokens.json chat_template.jinja generation_config.json merges.txt special_tokens_map.json spm.model "
+    "tokenizer.json tokenizer_config.json vocab.json vocab.txt"
+).split()
+
+
+def save(
+    dir: str | Path,
+    model: nn.Module,
+    params: Mapping,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that `transformers` loads, PyTorch's models included.
+
+    ```python
+    hf.save("merged", model, lora_jax.merge(frozen, delta), source="path/to/gpt2")
+
+    # The same, merged matrix by matrix while it is written, so that neither base nor result need fit in memory:
+    model, params = hf.load("path/to/gpt2", place=lambda path, array: array)
+    frozen, delta = peft.load("path/to/adapter", model, params)
+    hf.save("merged", model, lora_jax.combine(frozen, delta), source="path/to/gpt2")
+    ```
+
+    `params`: NumPy or JAX arrays in the layout of `model`, scanned or not, or what `combine` returns; each tensor keeps its dtype, packed
+    ones that of their values. A tied model has no tensor for its head, as `transformers` writes it, and an untied one says so in
+    its config. From `source` come the tokenizer's files and `generation_config.json`. Above `shard_bytes` the tensors go into
+    several files and an index; one tensor at a time is in memory, of stacked layers one stack. The files carry checksums of themselves
+    and of the config, and, of a combined tree, the fingerprint of the base. The directory appears under its name when it is
+    complete; one that exists and is not empty is an error, or is replaced with `overwrite=True` if it is an earlier export.
+
+    Raises `ValueError` naming a leaf that is missing, unexpected or of another shape, and `TypeError` for one that is no
+    array, as in the two halves that `lorafy` returns.
+    """
+    kind, architecture, family = family_of_model(model)
+    flat = _checked_leaves(model, params)
+    carried = _carried_files(source)
+    merged = _Merged()
+    pending = []
+    for tensor in tensors_of(model, family):
+        leaf = flat[tensor.path]
+        fetch = functools.partial(lambda tensor, leaf: tensor.to_theirs(merged(leaf)), tensor, leaf)
+        names = [tensor.name]
+        if not model.config.tie_word_embeddings:
+            names += [alias for alias, name in family.aliases.items() if name == tensor.name]
+        pending += [Pending(name, tensor.shape, np.dtype(_described(leaf).dtype), fetch) for name in names]
+
+    with new_directory(Path(dir), overwrite=overwrite) as new:
+        about = {"model_type": kind, "architectures": [architecture], "dtype": _widest(flat.values())}
+        write_json(new / "config.json", {**model.config.to_hf(), **about})
+        facts = {"beside": {"config.json": digest(new / "config.json")}}
+        if any(isinstance(leaf, Adapted | Trained) for leaf in flat.values()):
+            facts["base"] = _fingerprint.fingerprint(model, family, partition(params).frozen)
+        write_tensors(new, pending, shard_bytes, facts=facts)
+        for file in carried:
+            shutil.copyfile(file, new / file.name)
+
+
+def _checked_leaves(model: nn.Module, params: Mapping) -> dict[str, Any]:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"`params` is a {type(params).__name__}; pass the nested dict that `model.apply` takes")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = dict(zip(flat, resolved(flat.values()), strict=True))
+    for path, leaf in flat.items():
+        if not isinstance(leaf, np.ndarray | jax.Array | Adapted | Trained | Packed):
+            raise TypeError(
+                f"`params` holds a {type(leaf).__name__} at {path!r}, not an array; if it is one half of what "
+                "`lorafy` returned, pass `lora_jax.merge(frozen, delta)` or `lora_jax.combine(frozen, delta)`"
+            )
+    shapes, described = shapes_of(model), {path: _described(leaf) for path, leaf in flat.items()}
+    problems = [f"{path!r} is missing" for path in shapes.keys() - flat.keys()]
+    problems += [f"{path!r} is unexpected" for path in flat.keys() - shapes.keys()]
+    for path in shapes.keys() & flat.keys():
+        if described[path].shape != shapes[path].shape:
+            problems.append(f"{path!r} has shape {described[path].shape} and must have {shapes[path].shape}")
+        if jnp.dtype(described[path].dtype) not in map(jnp.dtype, DTYPES.values()):
+            problems.append(f"{path!r} has dtype {described[path].dtype} and must be floating point")
+    layout = "stacked, `stack_layers(params)`" if model.scan else "not stacked, `unstack_layers(params)`"
+    report(f"`params` are not those of `model`, whose layers are {layout}", problems)
+    return flat
+
+
+def _described(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what it will be once it is merged."""
+    array = leaf.weight if isinstance(leaf, Adapted) else leaf.value if isinstance(leaf, Trained) else leaf
+    return jax.ShapeDtypeStruct(tuple(array.shape), array.dtype)
+
+
+class _Merged:
+    """Leaves as plain arrays, the last one kept: of a stacked leaf, the layers follow each other, and it is merged once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Any] = (None, None)
+
+    def __call__(self, leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray | jax.Array):
+            return leaf
+        if isinstance(leaf, Trained):
+            return leaf.value
+        if self._last[0] is not leaf:
+            self._last = (None, None)  # gone before the next is made
+            self._last = (leaf, merge(*partition(leaf)))
+        return self._last[1]
+
+
+def _carried_files(source: str | Path | None) -> list[Path]:
+    if source is None:
+        return []
+    if not Path(source).is_dir():
+        raise ValueError(f"`source`={str(source)!r} is not a directory")
+    return [file for name in _CARRIED if (file := Path(source) / name).is_file()]
+
+
+def _widest(leaves: Any) -> str:
+    # `from_pretrained` casts every tensor to the one dtype of the config, so that it must hold the widest of them.
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(True):
+        return str(functools.reduce(jnp.promote_types, {_described(leaf).dtype for leaf in leaves}))

@@ -1,0 +1,206 @@
+"""`load`: a state dict that loralib's layers gave, on the parameters of the base; `head_of`, what to load these with."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from ..._lorafy import Lorafied
+from ..._nodes import is_node
+from ..._packed import Packed
+from ..._paths import is_array, is_shape, named_leaves
+from ...methods import LoRA
+from .. import _fingerprint, _state_dict, _torch_files
+from .._adapters import Part, adapted, once
+from .._families import Family, Tensor, family_of_model
+from .._modules import ADAPTABLE, Module, modules_of
+from .._strict import check_finite, check_tensors
+
+# Which of GPT-2's fused query, key and value the authors adapt.
+_AUTHORS = (True, False, True)
+# The modules of our heads; the last gives the number of labels. A `classifier` alone decides nothing: a DeBERTa may have a frozen pooler before it.
+_HEADS = (
+    ("sequence_classification", ("classifier.dense", "classifier.out_proj")),
+    ("sequence_classification", ("pooler.dense", "classifier")),
+    ("question_answering", ("qa_outputs",)),
+)
+
+
+def load(
+    file: str | Path,
+    model: nn.Module,
+    params: Any,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    blocks: tuple[bool, ...] | None = None,
+    verify: bool = True,
+    check_base: bool = True,
+) -> Lorafied:
+    """The adapters in a checkpoint of loralib's, on `params`: what `lorafy` would have returned, trained.
+
+    ```python
+    model, params = hf.load("gpt2-medium")
+    frozen, delta = loralib.load("model.26290.pt", model, params, alpha=32)
+    ```
+
+    Ranks, and the number of blocks of a `MergedLinear`, follow from the shapes. Names may begin with `module.`, and the state dict may
+    be in `{"model_state_dict": ...}`. Tensors of the base in the file must be those of `params`, and are left there; those that differ have
+    been trained, and become leaves that train (`Full`).
+
+    Args:
+      file: in PyTorch's zip format; no code in it is run.
+      model, params: as `hf.load` returned them, with the head of the checkpoint.
+      alpha: `lora_alpha`, which loralib's files do not hold; with that of a file that `save` wrote, it must agree.
+      dropout: of training that goes on.
+      blocks: `enable_lora` of fused projections, where not all are adapted; None is the authors' (True, False, True) for two of three.
+      verify, check_base: as in `peft.load`.
+
+    Raises:
+      ValueError: naming a tensor that is missing, unexpected, of another shape or dtype, or not finite; a weight that an adapter is merged
+        into already; a file that is damaged or that asks for code; an `alpha` or `blocks` that the file contradicts.
+    """
+    file = Path(file)
+    _, _, family = family_of_model(model)
+    facts = _torch_files.facts_of(file, verify=verify)
+    weights = _weights(model, family)
+    stored = _named(file, _state_dict.tensors(file), family, weights)
+    layers = {module.name: module for module in modules_of(model, family) if module.kind in ADAPTABLE and module.kind != "convolution"}
+    pairs = {name: module for name, module in layers.items() if {f"{name}.lora_A", f"{name}.lora_B"} & stored.keys()}
+    if not pairs:
+        raise ValueError(f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}")
+    fused = {name: family.fused.get(name.rpartition(".")[2]) for name in pairs}
+    expected = {name: weights[name].shape for name in stored if name in weights}
+    for name, module in pairs.items():
+        shapes = _shapes(module, fused[name], stored.get(f"{name}.lora_A"), stored.get(f"{name}.lora_B"))
+        expected |= {f"{name}.{array}": shape for array, shape in shapes.items()}
+    check_tensors(f"{file} does not hold adapters of this model", expected, stored)
+    arrays = {name: check_finite(file, tensor.name, tensor.read()) if verify else tensor.read() for name, tensor in stored.items()}
+    options = {"alpha": alpha, "dropout": dropout}
+    parts = [_part(file, module, fused[name], arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], options, blocks) for name, module in pairs.items()]
+    _check_arguments(file, parts, alpha, blocks, facts or {})
+    plain = {name: arrays[name] for name in arrays if name in weights}
+    whole = _trained(file, params, weights, plain, {f"{name}.weight" for name in pairs})
+    result = adapted(model, family, params, parts, once(model, family, whole, file), {}, file)
+    if check_base and facts:
+        _fingerprint.check_base(file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen))
+    return result
+
+
+def head_of(file: str | Path) -> dict[str, Any]:
+    """The head that a checkpoint brings along: what to pass to `hf.load` for its base.
+
+    ```python
+    model, params = hf.load("roberta-base", **loralib.head_of("mnli.bin"))    # head="sequence_classification", num_labels=3
+    ```
+
+    Empty where the file does not hold the whole of a head; then the base must have it. The head that is drawn is replaced by the file's.
+    """
+    stored = {name.removeprefix("module."): tensor for name, tensor in _state_dict.tensors(Path(file)).items()}
+    token = ("token_classification", ("classifier",))
+    heads = (*_HEADS, token) if any(name.startswith("roberta.") for name in stored) else _HEADS
+    for head, modules in heads:
+        names = [f"{module}.{last}" for module in modules for last in ("bias", "weight")]
+        if stored.keys() >= set(names) and stored[names[-1]].shape:
+            return {"head": head, "num_labels": stored[names[-1]].shape[0]} if head != "question_answering" else {"head": head}
+    return {}
+
+
+def _weights(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    """The tensors of the model, those with a second name under both."""
+    found = {tensor.name: tensor for module in modules_of(model, family) for tensor in module.tensors}
+    found |= {f"{module.name}.weight": module.weight for module in modules_of(model, family) if module.tied}
+    return found | {alias: found[name] for alias, name in family.aliases.items() if name in found}
+
+
+def _named(file: Path, stored: Mapping[str, Any], family: Family, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """By the names of the model: without what training in parallel puts in front, with the prefix that the bare model lacks."""
+    named: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        full = _full_name(family, name.removeprefix("module."))
+        # What one head leaves over is a part of another.
+        if full not in weights and family.leftovers.fullmatch(full):
+            continue
+        if full in named:
+            raise ValueError(f"{file} holds one tensor under two names, {named[full].name!r} and {name!r}")
+        named[full] = tensor
+    return named
+
+
+def _full_name(family: Family, name: str) -> str:
+    module, _, last = name.rpartition(".")
+    if last not in ("lora_A", "lora_B"):
+        return family.full_name(name)
+    # The table has weights: where that of `lm_head` is known without a prefix, so is its adapter.
+    return family.full_name(f"{module}.weight").removesuffix("weight") + last
+
+
+def _blocks_in(file_shapes: tuple[tuple[int, ...], ...], module: Module, fused: int | None) -> int | None:
+    """How many blocks of a fused projection A and B are for; None for the layout of a plain layer."""
+    a, b = file_shapes
+    if not fused or len(a) != 2 or len(b) != 2 or not a[0] or not b[1] or a[0] % b[1]:
+        return None
+    count = a[0] // b[1]
+    return None if count == 1 and b[0] == module.outs else count
+
+
+def _shapes(module: Module, fused: int | None, a: Any, b: Any) -> dict[str, tuple[int, ...]]:
+    """What A and B of a module must be, given the rank that they have and the number of blocks."""
+    if not a or not b:  # the other is missing, which says enough
+        return {"lora_A": a.shape if a else (), "lora_B": b.shape if b else ()}
+    rank = max(b.shape[1], 1) if len(b.shape) == 2 else 1
+    blocks = _blocks_in((a.shape, b.shape), module, fused)
+    if blocks is None:
+        return {"lora_A": (rank, *module.ins), "lora_B": (module.outs, rank)}
+    blocks = min(blocks, fused)
+    return {"lora_A": (blocks * rank, *module.ins), "lora_B": (module.outs // fused * blocks, rank)}
+
+
+def _part(file: Path, module: Module, fused: int | None, a: np.ndarray, b: np.ndarray, options: dict[str, Any], blocks: tuple[bool, ...] | None) -> Part:
+    count, rank = _blocks_in((a.shape, b.shape), module, fused), b.shape[1]
+    if count is None:
+        return Part(module, LoRA(rank, **options), {"a": a, "b": b})
+    chosen = blocks or {fused: (True,) * fused, 2: _AUTHORS}.get(count)
+    if chosen is None or len(chosen) != fused or sum(map(bool, chosen)) != count:
+        raise ValueError(
+            f"{file} adapts {count} of the {fused} blocks of {module.name!r}, and `blocks`={blocks!r} does not say which: "
+            f"pass {fused} truth values, {count} of them True"
+        )
+    a, b = (array.reshape(count, -1, array.shape[1]).transpose(1, 2, 0) for array in (a, b))
+    return Part(module, LoRA(rank, blocks=chosen, **options), {"a": a, "b": b})
+
+
+def _check_arguments(file: Path, parts: list[Part], alpha: float, blocks: tuple[bool, ...] | None, facts: Mapping[str, Any]) -> None:
+    if blocks is not None and all(part.method.blocks is None for part in parts):
+        raise ValueError(f"`blocks`={blocks!r} was passed, and {file} has the adapters of whole layers only: leave it out")
+    saved = facts.get("alpha", alpha)
+    if not math.isclose(saved, alpha, rel_tol=1e-4):  # who copies it from a screen has the first few digits
+        raise ValueError(
+            f"`alpha`={alpha!r} was passed, and {file} was saved with {saved!r}: pass that; for another effect, scale the result, `arithmetic.scaled`"
+        )
+
+
+def _trained(file: Path, params: Any, weights: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], adapted_weights: set[str]) -> dict[str, np.ndarray]:
+    """Those of these tensors that differ from the base's, with the other layers of what is stacked."""
+    leaves = dict(named_leaves(params, is_leaf=is_node))
+    different = set()
+    for name, array in arrays.items():
+        leaf = leaves.get(weights[name].path)
+        if is_shape(leaf) or isinstance(leaf, Packed):
+            raise ValueError(
+                f"{file} has a {name!r}, and that of `params` is {'a shape' if is_shape(leaf) else 'quantised'}: nothing tells whether the "
+                "file's was trained. Load onto plain parameters, and `quantize` what is frozen then"
+            )
+        if is_array(leaf) and np.array_equal(array, weights[name].to_theirs(leaf)):
+            continue
+        if name in adapted_weights:
+            raise ValueError(
+                f"{file} has a {name!r} that differs from that of `params`, beside an adapter of it: loralib merges adapters into the weights in "
+                "evaluation mode, and then they would count twice; back in training mode it takes them out but for roundings. Save "
+                "`lora.lora_state_dict(model)`, which has no weights, or load the base that it was trained on"
+            )
+        different.add(weights[name].path)
+    return {name: array for name, array in arrays.items() if weights[name].path in different}

@@ -1,0 +1,68 @@
+"""Which modules a config names, by PEFT's own rules."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from .._modules import ADAPTABLE, Module, covered_by, ends_with
+from ._config import Config
+
+# Where `target_modules` is null (PEFT's table).
+_DEFAULTS = {"gpt2": ("c_attn",), "roberta": ("query", "value"), "deberta-v2": ("query_proj", "value_proj")}
+# With this, what reads like a mistake in one name costs the user nothing: PEFT adds both of them by itself.
+_HEADS = ("classifier", "score")
+
+
+def targeted(config: Config, modules: list[Module], model_type: str, output: str | None, source: Any) -> list[Module]:
+    """The modules that get an adapter. `output` is the one that "all-linear" leaves out: it turns features into logits.
+
+    Raises `ValueError` for a target that matches nothing, or a module that has no adapter.
+    """
+    names = _DEFAULTS[model_type] if config.target_modules is None else config.target_modules
+    found = [module for module in modules if _matches(config, names, module, output)]
+    for module in found:
+        if module.kind not in ADAPTABLE:
+            raise ValueError(f"`target_modules` of {source} names {module.name!r}, which is not a linear layer, a convolution or an embedding")
+    unused = [name for name in names if not any(ends_with(module.name, name) for module in modules)] if isinstance(names, tuple) else []
+    if unused:
+        raise ValueError(f"`target_modules` of {source} names {unused[0]!r}, which this model does not have: {_endings(modules)}")
+    if not found:
+        raise ValueError(f"`target_modules`={config.target_modules!r} of {source} matches no module of this model: {_endings(modules)}")
+    return found
+
+
+def saved_whole(config: Config, modules: list[Module]) -> list[Module]:
+    """The modules that the adapter replaces."""
+    return [module for module in modules if covered_by(config.modules_to_save, module.name)]
+
+
+def _matches(config: Config, names: tuple[str, ...] | str, module: Module, output: str | None) -> bool:
+    if _listed(config.exclude_modules, module.name) or covered_by(config.modules_to_save, module.name):
+        return False
+    if isinstance(names, str) and names.lower() == "all-linear":
+        in_head = config.task_type == "SEQ_CLS" and module.name.split(".")[0] in _HEADS
+        return module.kind in ("linear", "conv1d") and module.name != output and not in_head
+    return _listed(names, module.name) and (isinstance(names, str) or _layer_chosen(config, module.name))
+
+
+def _listed(names: tuple[str, ...] | str | None, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(ends_with(module, name) for name in names or ())
+
+
+def _layer_chosen(config: Config, module: str) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in config.layers_pattern] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    found = next(filter(None, (re.match(pattern, module) for pattern in patterns)), None)
+    return found is not None and int(found["index"]) in config.layers_to_transform
+
+
+def _endings(modules: Iterable[Module]) -> str:
+    return "it has " + ", ".join(sorted({module.name.rpartition(".")[2] for module in modules if module.kind in ADAPTABLE}))
+
+
+def pattern_value(pattern: dict, name: str, default: Any) -> Any:
+    """The value of the first key that matches a module's name, or its end."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
