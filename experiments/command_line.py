@@ -3,8 +3,8 @@
 import argparse
 import json
 import logging
+import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = REPOSITORY.parent / "shared" / "data"
 # The tasks whose metrics `score` computes.
 SCORED = ("e2e",)
+FORMATS = ("hf", "peft", "loralib")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,9 +37,27 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a finished run's result in a format others read")
     export.add_argument("--workdir", required=True, help="of a finished run")
-    export.add_argument("--to", required=True, help="a directory that does not exist or is empty")
-    export.add_argument("--format", required=True, choices=["hf"], help="hf: the merged model, with its tokenizer, for from_pretrained")
+    export.add_argument("--to", required=True, help="a directory that does not exist or is empty; for loralib, a file .pt or .bin")
+    export.add_argument(
+        "--format", required=True, choices=FORMATS, help="hf: the merged model, with its tokenizer, for from_pretrained; peft, loralib: the adapter"
+    )
     export.set_defaults(handler=_export)
+
+    convert = commands.add_parser(
+        "convert",
+        help="bring an adapter or a model from one format into another",
+        epilog="example: python -m experiments convert demo_run/adapter adapter.pt --to loralib --base experiments/bases/small",
+    )
+    convert.add_argument("source", metavar="SRC", help="an adapter directory of PEFT's, a file of loralib's (.pt, .bin), or a Hugging Face model")
+    convert.add_argument("target", metavar="DST", help="where the result goes: a directory, or for loralib a file .pt or .bin")
+    convert.add_argument("--to", required=True, choices=FORMATS, help="hf: the model with the adapter merged; peft, loralib: the adapter")
+    convert.add_argument("--base", metavar="DIR", help="the model that the adapter was trained on; default: the directory that PEFT's config names")
+    convert.add_argument("--alpha", type=_alpha, metavar="A", help="of a file of loralib's, which does not hold it: the lora_alpha it was trained with")
+    convert.add_argument("--blocks", type=_blocks, metavar="1,0,1", help="of a file of loralib's: its enable_lora, if not query and value (1,0,1) or all")
+    convert.add_argument("--overwrite", action="store_true", help="replace an earlier result at DST")
+    convert.add_argument("--no-verify", action="store_true", help="pass over checksums and values that are no numbers")
+    convert.add_argument("--any-base", action="store_true", help="accept another base than the one the adapter was saved beside")
+    convert.set_defaults(handler=_convert)
 
     report = commands.add_parser("report", help="compare finished runs in one table")
     report.add_argument("workdirs", nargs="+", metavar="WORKDIR")
@@ -51,9 +70,24 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--hyps", required=True, metavar="FILE", help="one generated text a line, in the order of the inputs")
     score.set_defaults(handler=_score)
 
-    for command in (run, export, report, score):
+    for command in (run, export, convert, report, score):
         command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
     return parser
+
+
+def _alpha(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    # As configs spell it: 32, not 32.0.
+    return int(value) if value.is_integer() else value
+
+
+def _blocks(text: str) -> tuple[bool, ...]:
+    words = text.split(",")
+    if not set(words) <= {"0", "1"}:
+        raise ValueError(text)
+    return tuple(word == "1" for word in words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,13 +123,17 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    source, target = Path(args.workdir), Path(args.to)
-    if not (source / "report.md").is_file():
-        raise ValueError(f"`--workdir` {source} holds no finished run")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`--to` {target} exists and is not empty: nothing is overwritten")
-    shutil.copytree(source / "merged", target, dirs_exist_ok=True)
-    print(f"wrote {target}")
+    from experiments.convert import export
+
+    print(export(Path(args.workdir), Path(args.to), args.format))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from experiments.convert import Job, convert
+
+    base = None if args.base is None else Path(args.base)
+    options = {"overwrite": args.overwrite, "verify": not args.no_verify, "any_base": args.any_base}
+    print("\n".join(convert(Job(Path(args.source), Path(args.target), args.to, base, args.alpha, args.blocks, **options))))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""From trained arrays to files: merge, export, read back, compare, decode, score.
+"""From trained arrays to files: merge, export, keep the adapter, read back, compare, decode, score.
 
 The comparison is of the logits of the adapted model in memory with those of the exported one, read back from its files: whatever
 goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number in the report.
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from experiments import config as configs
 from experiments.base import Loaded
+from experiments.config import Config
 from experiments.decode import Decoder
 from experiments.metrics import score_e2e, warn
 from experiments.progress import Count
 from experiments.tasks.examples import Splits
 from experiments.train import Trainer
-from lora_jax.interop import hf
+from lora_jax.interop import hf, peft
 
 # Rows of validation data on which the export is compared.
 ROWS = 4
@@ -31,6 +33,27 @@ def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
     merged = lora_jax.merge(trainer.frozen, delta)
     hf.save(directory, base.model, merged, source=base.directory, overwrite=True)
     return merged
+
+
+def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> dict[str, Any]:
+    """Writes `adapter/` beside `merged/`; returns both sizes, or why there is no adapter: a run does not fail for it when all else is done."""
+    facts = {"bytes": None, "merged_bytes": _tensor_bytes(workdir / "merged"), "missing": None}
+    if isinstance(configs.method_value(trainer.config.method), lora_jax.Full):
+        return {**facts, "missing": "the method is Full, which adapts nothing: the weights themselves were trained"}
+    try:
+        peft.save(workdir / "adapter", base.model, trainer.frozen, delta, base=_name_for_others(trainer.config), overwrite=True)
+    except ValueError as error:
+        return {**facts, "missing": f"PEFT has no form for it: {str(error).rstrip('.')}"}
+    return {**facts, "bytes": _tensor_bytes(workdir / "adapter")}
+
+
+def _name_for_others(config: Config) -> str | None:
+    """The base as the config names it, or as it lies beside the adapter; None for one that was drawn at random and is in no directory."""
+    return config.base.path or (f"{config.base.workdir}/merged" if config.base.run is not None else None)
+
+
+def _tensor_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:

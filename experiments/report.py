@@ -104,7 +104,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", "![loss](figures/loss.png)", ""]
     lines += ["`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the adapter and the"]
-    lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", ""]
+    lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", _adapter(facts["adapter"]), ""]
     lines += [*_scores(facts["scores"], config), *_cost(facts["cost"]), *_samples(facts["samples"], config.decode)]
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
@@ -114,6 +114,13 @@ def _in_pytorch(found: dict[str, Any] | None) -> str:
     if found is None:
         return "not tried: PyTorch is not installed"
     return f"largest difference of a logit {found['max_difference']:.2e}; missing and unexpected keys: {', '.join(found['keys']) or 'none'}"
+
+
+def _adapter(files: dict[str, Any]) -> str:
+    if files["bytes"] is None:
+        return f"There is no `adapter/`: {files['missing']}."
+    size, merged = _megabytes(files["bytes"]), _megabytes(files["merged_bytes"])
+    return f"`adapter/` is what was trained, in PEFT's format: a file of {size}, beside the merged model's {merged}."
 
 
 def _source(config: Config) -> list[str]:

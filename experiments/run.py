@@ -86,6 +86,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
         "data": identity["data"],
         "trainable": lora_jax.count(state.delta),
         "summary": _summary(params, state.delta),
+        "adapter": finish.write_adapter(trainer, state.delta, base, workdir),
         "comparison": finish.compare(trainer, state.delta, workdir / "merged", splits),
         "bytes": {"base": _bytes(params), "delta": _bytes(state.delta)},
         **finish.predict(decoder, params, merged, workdir),

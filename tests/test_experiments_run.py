@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+import lora_jax
 from experiments import config as configs
 from experiments.command_line import main
 from experiments.run import run
-from lora_jax.interop import hf
+from lora_jax.interop import hf, loralib, peft
 
 GENERATE = {"seed": 0, "meanings": 12, "held_out": 4, "references": 2}
 BASE = {
@@ -89,7 +90,7 @@ def refused(capsys, monkeypatch, *arguments):
 def test_a_finished_work_directory(root):
     done = root / "done"
     names = {path.name for path in done.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "merged", "predictions.txt", "report.md", "figures"} <= names
+    assert {"config.json", "metrics.jsonl", "checkpoints", "adapter", "merged", "predictions.txt", "report.md", "figures"} <= names
     assert not {name for name in names if name.endswith(".tmp")}
     assert json.loads((done / "config.json").read_text()) == configs.to_json(configs.load(root / "tiny.json"))
     assert len((done / "predictions.txt").read_text().splitlines()) == GENERATE["held_out"]
@@ -107,6 +108,27 @@ def test_a_finished_work_directory(root):
     assert in_pytorch is None or (in_pytorch["max_difference"] < 1e-4 and not in_pytorch["keys"])
     assert all(f" {word} |" in page or f"| {word}" in page for word in ("command", "data", "commit, date"))
     assert (done / "base" / "report.md").is_file(), "the base was run first"
+
+
+def test_the_adapter_beside_the_merged_model(root):
+    """In PEFT's format, on the base that its config names; nothing is there where nothing is adapted."""
+    done = root / "done"
+    file = done / "adapter" / "adapter_model.safetensors"
+    facts, page = json.loads((done / "report.json").read_text()), (done / "report.md").read_text()
+    assert facts["adapter"] == {"bytes": file.stat().st_size, "merged_bytes": (done / "merged" / "model.safetensors").stat().st_size, "missing": None}
+    assert "`adapter/` is what was trained, in PEFT's format: a file of " in page
+    named = json.loads((done / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == "base/merged"
+    model, params = hf.load(done / named)
+    frozen, delta = peft.load(done / "adapter", model, params)
+    assert lora_jax.count(delta) == facts["trainable"]
+    close(lora_jax.merge(frozen, delta), hf.load(done / "merged")[1])
+    assert not (done / "base" / "adapter").exists()
+    assert "There is no `adapter/`: the method is Full" in (done / "base" / "report.md").read_text()
+
+
+def close(left, right):
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), left, right)
 
 
 def test_the_report_scores_and_weighs(root, capsys):
@@ -179,6 +201,32 @@ def test_export_and_report(root, tmp_path, capsys, monkeypatch):
     assert "| tiny |" in table and "| tiny_base |" in table
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "no finished run" in refused(capsys, monkeypatch, "report", tmp_path)
+
+
+def test_export_of_the_adapter(root, tmp_path, capsys, monkeypatch):
+    done, (model, merged) = root / "done", hf.load(root / "done" / "merged")
+    _, params = hf.load(done / "base" / "merged")
+    arguments = ["export", "--workdir", done, "--format"]
+    assert main([*map(str, arguments), "peft", "--to", str(tmp_path / "adapter")]) == 0
+    close(lora_jax.merge(*peft.load(tmp_path / "adapter", model, params)), merged)
+    assert main([*map(str, arguments), "loralib", "--to", str(tmp_path / "adapter.pt")]) == 0
+    assert f"wrote {tmp_path / 'adapter.pt'}; its lora_alpha is 4, which the file does not hold" in capsys.readouterr().out
+    close(lora_jax.merge(*loralib.load(tmp_path / "adapter.pt", model, params, alpha=4)), merged)
+    assert main(["convert", str(done / "adapter"), str(tmp_path / "again"), "--to", "hf"]) == 0, "the base is found beside it"
+    close(hf.load(tmp_path / "again")[1], merged)
+
+    assert "nothing is overwritten" in refused(capsys, monkeypatch, *arguments, "loralib", "--to", tmp_path / "adapter.pt")
+    assert "must be a file .pt or .bin" in refused(capsys, monkeypatch, *arguments, "loralib", "--to", tmp_path / "new")
+    assert "is a finished run: pass its adapter" in refused(capsys, monkeypatch, "convert", done, tmp_path / "new", "--to", "hf")
+    line = refused(capsys, monkeypatch, "export", "--workdir", done / "base", "--format", "peft", "--to", tmp_path / "new")
+    assert "has no adapter/: the method is Full" in line
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.md").write_text("")
+    (old / "report.json").write_text("{}")
+    line = refused(capsys, monkeypatch, "export", "--workdir", old, "--format", "loralib", "--to", tmp_path / "new.pt")
+    assert "has no adapter/: it was finished by a version that wrote none" in line
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.pt").exists()
 
 
 def test_pytorch_reads_the_export(root, torch):
@@ -324,7 +372,7 @@ def test_the_command_line_itself(root, capsys, monkeypatch):
     assert "invalid choice" in refused(capsys, monkeypatch, "export", "--workdir", "a", "--to", "b", "--format", "onnx")
     assert "unrecognized arguments" in refused(capsys, monkeypatch, "run", "a.json", "--worckdir", "x")
     assert "required" in refused(capsys, monkeypatch)
-    for arguments in (["--help"], ["run", "--help"], ["export", "--help"], ["report", "--help"]):
+    for arguments in (["--help"], ["run", "--help"], ["export", "--help"], ["convert", "--help"], ["report", "--help"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0

@@ -6,8 +6,10 @@ marks the weights whose axes PyTorch has in the other order: (out, in) of `Linea
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -278,7 +280,8 @@ def tensors_of(model: nn.Module, family: Family) -> list[Tensor]:
     return tensors
 
 
-def shapes_of(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+@functools.lru_cache(maxsize=64)  # tracing a model takes as long as reading it
+def shapes_of(model: nn.Module) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The parameters of a model by path, as shapes: nothing is allocated."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
-    return traverse_util.flatten_dict(shapes["params"], sep="/")
+    return MappingProxyType(traverse_util.flatten_dict(shapes["params"], sep="/"))

@@ -24,7 +24,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; found there: {found}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
