@@ -12,6 +12,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import lora_jax
+from lora_jax import DoRA, Full, LoRA, PiSSA, VeRA
 from lora_jax.interop import _safetensors, hf
 from lora_jax.models import GPT2, GPT2Config, stack_layers, unstack_layers
 
@@ -410,3 +412,76 @@ def test_one_shard_at_a_time_is_fetched(tmp_path):
     assert written == [1, 1, 2, 2, 3]  # the shard that is being written is there
     with safe_open(tmp_path / "model-00003-of-00003.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "pt"} and list(file.keys()) == ["4"]
+
+
+# --- what `combine` returns ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), VeRA(rank=3), PiSSA(rank=2)])
+def test_a_combined_tree_is_written_as_the_merged_one(tmp_path, method, scan):
+    model = MODEL.clone(scan=scan)
+    params = jax.tree.map(jnp.asarray, random_params(model))
+    axes = {"h/.*kernel": "layer in out"} if scan else None
+    frozen, delta = lora_jax.lorafy(params, {"c_attn/kernel": method, "c_fc/kernel": method, "ln_f/.*": Full()}, axes=axes)
+    delta = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1, leaf.dtype), delta)
+    hf.save(tmp_path / "merged", model, lora_jax.merge(frozen, delta))
+    hf.save(tmp_path / "combined", model, lora_jax.combine(frozen, delta))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "combined"))
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    # Beside another base, this would not be it.
+    facts = _safetensors.facts_of(tmp_path / "combined" / "model.safetensors")
+    assert "transformer.ln_f.weight" not in facts["base"] and "transformer.h.0.attn.c_attn.weight" in facts["base"]
+
+
+def test_a_quantised_base_is_written_with_the_values_it_was_trained_beside(tmp_path):
+    params = jax.tree.map(jnp.asarray, random_params(MODEL))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=2))
+    frozen = lora_jax.quantize(frozen, "int8", targets=".*kernel")
+    hf.save(tmp_path / "model", MODEL, lora_jax.combine(frozen, delta))
+    assert_same(hf.load(tmp_path / "model")[1], lora_jax.merge(frozen, delta))
+
+
+# --- what else holds weights, and what vouches for them ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bin_files_are_read_without_running_them(tmp_path, torch, shards):
+    hf.save(tmp_path / "model", MODEL, random_params(MODEL))
+    tensors = {name: torch.tensor(array) for name, array in load_file(tmp_path / "model" / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    (tmp_path / "model" / "model.safetensors").unlink()
+    names = [f"pytorch_model-{index}.bin" for index in range(shards)] if shards > 1 else ["pytorch_model.bin"]
+    places = {name: names[index % shards] for index, name in enumerate(tensors)}
+    for file in names:
+        torch.save({name: tensor for name, tensor in tensors.items() if places[name] == file}, tmp_path / "model" / file)
+    if shards > 1:
+        (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_same(hf.load(tmp_path / "model")[1], jax.tree.map(jnp.asarray, random_params(MODEL)))
+    if shards > 1:
+        places["lm_head.weight"], places["other"] = "../pytorch_model.bin", "pytorch_model-0.bin"
+        (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(ValueError, match="names the file '../pytorch_model.bin', which is not in"):
+            hf.load(tmp_path / "model")
+
+
+def test_values_that_are_no_numbers_are_named_unless_told(saved):
+    edit(saved, lambda tensors: tensors["transformer.ln_f.weight"].__setitem__(3, np.nan))
+    with pytest.raises(ValueError, match=r"has 1 values in 'transformer.ln_f.weight' that are infinite or no numbers.*`verify=False`"):
+        hf.load(saved)
+    hf.load(saved, verify=False)
+
+
+def test_a_config_that_changed_since_is_found_unless_told(saved):
+    settings = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**settings, "layer_norm_epsilon": 1e-4}))
+    with pytest.raises(ValueError, match="config.json has changed since it was saved with model.safetensors.*`verify=False`"):
+        hf.load(saved)
+    assert hf.load(saved, verify=False)[0].config.layer_norm_epsilon == 1e-4
+
+
+def test_weights_can_stay_on_the_disk(saved):
+    _, params = hf.load(saved, place=lambda path, array: array)
+    leaves = jax.tree.leaves(params)
+    assert all(type(leaf) is np.ndarray and not leaf.flags.writeable and not leaf.flags.owndata for leaf in leaves)
+    assert_same(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, random_params(MODEL)))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.interop import _torch_files
+from lora_jax.interop import _torch_files, _torch_pickle
 from lora_jax.interop._torch_files import facts_of, read, write
 
 FACTS = {"rank": 4, "beside": {"config.json": "0" * 64}, "name": "Ünïcode"}
@@ -182,7 +182,7 @@ def test_tensors_lie_aligned(tmp_path):
 
 @pytest.mark.parametrize("number", [0, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40])
 def test_sizes_of_large_tensors_are_written(number):
-    assert pickle.loads(b"\x80\x02" + _torch_files._integer(number) + b".") == number
+    assert pickle.loads(b"\x80\x02" + _torch_pickle._integer(number) + b".") == number
 
 
 def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from .._nodes import Fixed, is_node

@@ -17,7 +17,7 @@ from .. import _fingerprint, _state_dict
 from .._adapters import Part, adapted, once, plain_number, with_blocks
 from .._families import Family, family_of_model
 from .._files import read_json
-from .._modules import Module, modules_of, tied_head
+from .._modules import Module, modules_of
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from ._config import Config, parse
