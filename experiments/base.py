@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from experiments.config import Architecture, Base
 from lora_jax.interop import hf
@@ -24,16 +25,17 @@ class Loaded:
     origin: str
 
 
-def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array) -> Loaded:
+def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array, mesh: Mesh) -> Loaded:
     """The base that `section` describes.
 
     `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the finished work directory,
-    where `section.run` names another config; `tokenizer`: the one that was trained, where `section.vocabulary` asks for one.
+    where `section.run` names another config; `tokenizer`: the one that was trained, where `section.vocabulary` asks for one. What is
+    read is split over `mesh` as it is read.
     """
     if section.architecture is not None:
         return _random(section.architecture, tokenizer or data / section.tokenizer, key)
     directory = run / "merged" if run is not None else find(section.path, data, beside)
-    model, params = hf.load(directory)
+    model, params = hf.load(directory, mesh=mesh)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary ({model.config.vocab_size})")

@@ -43,8 +43,9 @@ def convert(job: Job) -> list[str]:
     kind = kind_of(job.source)
     _check(job, kind)
     base = job.source if kind == "hf" else _base(job, kind)
-    if job.target.exists() and any(job.target.samefile(read) for read in (job.source, base)):
-        raise ValueError(f"`DST` {job.target} is what is read: choose another name")
+    for read in (job.source.resolve(), base.resolve()):
+        if job.target.resolve() in (read, *read.parents):
+            raise ValueError(f"`DST` {job.target} is what is read, or holds it: choose another name")
     try:
         return _model(job) if kind == "hf" else _adapter(job, kind, base)
     except ValueError as error:

@@ -52,13 +52,13 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
     base_run = _run_base(config, config_path, data, workdir)
     keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
     trained = None if config.base.vocabulary is None else tokenizer.train(contents["train"], config.base.vocabulary, workdir / "tokenizer")
-    base = bases.load(config.base, data, config_path.parent, base_run, trained, keys["base"])
+    base = bases.load(config.base, data, config_path.parent, base_run, trained, keys["base"], mesh)
     _check_room(config, base.model.config.n_positions)
     splits = tasks.prepare(config.data, contents, base.tokenizer)
     decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
 
     identity = {"base": fingerprint(base.params), "config": _digest(resolved), "data": _data_fingerprint(splits)}
-    params, specs = train.place(mesh, base.params)
+    params, specs = train.place(mesh, base.params, base.model.partition_rules)
     base = dataclasses.replace(base, params=params)
     method = configs.method_value(config.method)
     frozen, delta = lora_jax.lorafy(params, list(config.targets), method=method, key=keys["adapter"])

@@ -27,7 +27,7 @@ from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
-from lora_jax.sharding import GPT2_RULES, delta_specs, frozen_specs, partition_specs, shardings
+from lora_jax.sharding import Rules, delta_specs, frozen_specs, partition_specs, shardings
 
 # A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each are spread.
 BATCH = P(None, ("data", "fsdp"), None)
@@ -42,9 +42,9 @@ def make_mesh(section: MeshSection) -> Mesh:
     return Mesh(np.asarray(devices[:count]).reshape(shape), ("data", "fsdp", "tensor"))
 
 
-def place(mesh: Mesh, params: Any) -> tuple[Any, Any]:
+def place(mesh: Mesh, params: Any, rules: Rules) -> tuple[Any, Any]:
     """The base's weights on the mesh, and their specs."""
-    specs = partition_specs(params, GPT2_RULES)
+    specs = partition_specs(params, rules)
     return jax.device_put(params, shardings(mesh, specs, params)), specs
 
 

@@ -18,6 +18,8 @@ def paired(join: Callable, frozen: Any, delta: Any, *rest: Any, resolve: bool = 
     except (ValueError, TypeError) as error:
         raise ValueError(f"`frozen` and `delta` do not have the same containers; pass the two trees of one `lorafy`. ({error})") from error
     for index, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
+        if leaf is None and isinstance(other, dict | list | tuple):
+            raise ValueError("`frozen` and `delta` do not have the same containers: `frozen` has None where `delta` has more; pass the two trees of one `lorafy`.")
         alone = other is None or isinstance(other, Adapter) or leaf is None
         if isinstance(leaf, Adapter | Adapted | Trained) or not alone:
             path, _ = named_leaves(frozen, is_leaf=is_node)[index]

@@ -1,10 +1,12 @@
 """Where each array lives on a mesh: rules for weights, and adapters that follow the weight they belong to.
 
 Mesh axes are named `data` (only the batch is split), `fsdp` (batch and weights) and `tensor` (weights). A's and B's specs are W's
-restricted to the axes they share with it; rank and block axes are never split, being small. Left out: moving anything; give
-`shardings(...)` to `jax.device_put` or `jax.jit`.
+restricted to the axes they share with it; rank and block axes are never split, being small. The models of `lora_jax.models` have
+their rules as `partition_rules`. Left out: moving anything; give `shardings(...)` to `jax.device_put` or `jax.jit`, or a mesh to
+`hf.load`.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,14 +19,6 @@ from ._nodes import Adapter, Fixed, is_node
 from ._packed import Packed
 from ._paths import matches, named_leaves
 
-# Column-parallel into a block, row-parallel out of it, so that one reduction a sublayer suffices; fsdp takes the other axis.
-# Embeddings are split by feature: GPT-2's vocabulary, 50257 = 29 * 1733, divides by no mesh one would build.
-GPT2_RULES = (
-    ("attn/c_attn/kernel|mlp/c_fc/kernel", P("fsdp", "tensor")),
-    ("attn/c_proj/kernel|mlp/c_proj/kernel", P("tensor", "fsdp")),
-    ("wte/embedding|wpe/embedding", P(None, ("fsdp", "tensor"))),
-)
-
 Rules = Mapping[str, P] | Iterable[tuple[str, P]]
 
 
@@ -32,7 +26,7 @@ def partition_specs(params: Any, rules: Rules) -> Any:
     """A tree like `params` with the `PartitionSpec` of every leaf.
 
     ```python
-    specs = partition_specs(params, GPT2_RULES)
+    specs = partition_specs(params, model.partition_rules)
     # {'h': {'0': {'attn': {'c_attn': {'kernel': P('fsdp', 'tensor'), 'bias': P()}, …
     ```
 
@@ -55,7 +49,8 @@ def partition_specs(params: Any, rules: Rules) -> Any:
 def frozen_specs(frozen: Any, specs: Any) -> Any:
     """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a method keeps beside it.
 
-    For LoRA, `frozen` equals `params`, and this returns `specs`. Quantised weights are replicated.
+    For LoRA, `frozen` equals `params`, and this returns `specs`. Of a quantised weight the codes are split, over all the devices that
+    would share the weight, and the few numbers beside them are everywhere: each use gathers the codes of one weight.
     """
 
     def spec_of(node: Any, spec: P) -> Any:
@@ -63,10 +58,24 @@ def frozen_specs(frozen: Any, specs: Any) -> Any:
             entries = {name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()}
             shared = {name: array for name, array in node.arrays.items() if name not in entries}
             return Fixed(spec_of(node.weight, spec), entries | shared, node.spec)
-        return jax.tree.map(lambda _: P(), node) if isinstance(node, Packed) else None if node is None else spec
+        return _packed_specs(node, spec) if isinstance(node, Packed) else None if node is None else spec
 
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     return jax.tree.unflatten(treedef, [spec_of(node, spec) for node, spec in zip(leaves, treedef.flatten_up_to(specs), strict=True)])
+
+
+def _packed_specs(node: Packed, spec: P) -> Packed:
+    stack = len(node.stack)
+    entries = [_entry(spec, axis) for axis in range(len(node.shape))]
+    own = tuple(name for entry in entries[stack:] if entry for name in ([entry] if isinstance(entry, str) else entry))
+
+    def of(name: str, array: Any) -> P:
+        if name != "codes" or not own:
+            return P(*entries[:stack]) if any(entries[:stack]) and array.ndim >= stack else P()
+        # As many codes as the weight has numbers, or all of one in a row.
+        return P(*entries) if array.ndim == len(node.shape) and not node.turned else P(*entries[:stack], own)
+
+    return dataclasses.replace(node, arrays={name: of(name, array) for name, array in node.arrays.items()})
 
 
 def delta_specs(delta: Any, specs: Any) -> Any:

@@ -142,7 +142,7 @@ def test_scanned_layers_search_as_unrolled_ones():
 
 
 def test_weights_may_lie_on_a_mesh():
-    placed, _ = train.place(train.make_mesh(Mesh(2, 2, 2)), weights(2))
+    placed, _ = train.place(train.make_mesh(Mesh(2, 2, 2)), weights(2), GPT2.partition_rules)
     assert generated(placed, PROMPTS, SECTIONS["ban"]) == generated(weights(2), PROMPTS, SECTIONS["ban"])
 
 

@@ -486,7 +486,90 @@ def test_biases_as_peft_counts_them(bases, tmp_path):
         word(["h/0/attn/c_attn/bias"])
 
 
+@pytest.mark.parametrize(("family", "head"), [("roberta", "sequence_classification"), ("deberta", "sequence_classification"), ("roberta", "token_classification")])
+def test_an_adapted_head_is_written_merged(torch, theirs, bases, tmp_path, family, head):
+    """PEFT saves it whole, and has no adapter there; and the weight of a new head is in no base."""
+    base = bases(family, head)
+    bare = without_head(base, "RobertaModel" if family == "roberta" else "DebertaV2Model", tmp_path / "base")
+    model, params = hf.load(bare, head=head, num_labels=3, key=jax.random.key(1))
+    for number, method in enumerate((LoRA(rank=2), VeRA(rank=3), DoRA(rank=2))):
+        frozen, delta = lora_jax.lorafy(params, "layer/.*kernel|(classifier|pooler)/.*kernel", method=method)
+        delta = trained(delta)
+        peft.save(tmp_path / f"{number}", model, frozen, delta)
+        found = output_of_theirs(torch, theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / f"{number}").eval())
+        assert_close(found, output(model, frozen, delta))
+        assert_close(output(model, *peft.load(tmp_path / f"{number}", model, params)), output(model, frozen, delta))
+
+
+def test_only_the_head_adapted_and_only_the_encoder_known(torch, theirs, bases, tmp_path):
+    """Names that lack the prefix of the model: of a head, and of everything that PEFT trained without one."""
+    base = bases("gpt2")
+    expected = written_by_peft(torch, theirs, base, dict(r=2, target_modules=["lm_head"], modules_to_save=["ln_f"]), tmp_path / "head")
+    check_both_ways(torch, theirs, base, tmp_path / "head", tmp_path, expected, tie="untie")
+    assert peft.head_of(tmp_path / "head") == {}
+
+    bare = bases("roberta", "features")
+    written_by_peft(torch, theirs, bare, dict(r=2, target_modules=["query"], bias="all", task_type="FEATURE_EXTRACTION"), tmp_path / "bare")
+    assert peft.head_of(tmp_path / "bare") == {"head": "features"}
+    model, params = hf.load(bases("roberta", "sequence_classification"))
+    frozen, delta = peft.load(tmp_path / "bare", model, params)
+    assert len(adapters(delta)) == 2 and frozen["classifier"]["dense"]["bias"] is not None
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta"])
+def test_all_embeddings_trained_in_a_model_without_a_head(torch, theirs, bases, tmp_path, family):
+    """PEFT reads `embeddings` as any name that ends so, `word_embeddings` too."""
+    base = bases(family, "features")
+    model, params = hf.load(base)
+    frozen, delta = lora_jax.lorafy(params, {"query(_proj)?/kernel": LoRA(rank=2), "embeddings/.*": Full()})
+    delta = trained(delta)
+    peft.save(tmp_path / "ours", model, frozen, delta)
+    assert_close(output_of_theirs(torch, theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / "ours").eval()), output(model, frozen, delta))
+
+
+@pytest.mark.parametrize("alpha", [0, -2])
+def test_adalora_of_no_alpha(torch, theirs, bases, tmp_path, alpha):
+    """PEFT takes the rank instead, for this method alone."""
+    options = dict(init_r=4, target_modules=["c_attn"], total_step=10, lora_alpha=alpha)
+    expected = written_by_peft(torch, theirs, bases("gpt2"), options, tmp_path / "adapter")
+    check_both_ways(torch, theirs, bases("gpt2"), tmp_path / "adapter", tmp_path, expected)
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=AdaLoRA(rank=2, alpha=alpha))
+    delta = trained(delta)
+    peft.save(tmp_path / "own", model, frozen, delta)
+    assert_close(output_of_theirs(torch, theirs.PeftModel.from_pretrained(in_torch(bases("gpt2")), tmp_path / "own").eval()), output(model, frozen, delta))
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_trees_that_do_not_belong_together_are_not_written(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=VeRA(rank=3))
+    other = lora_jax.lorafy(params, "c_attn/kernel", method=VeRA(rank=3, seed=9)).frozen
+    lora = lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=3))
+    save = functools.partial(peft.save, tmp_path / "ours", model)
+    for trees, error, message in (
+        ((other, delta), ValueError, "do not belong together"),
+        ((params, delta), ValueError, "needs shared_a, shared_b in `frozen`"),
+        ((None, delta), ValueError, "do not have the same containers"),
+        ((lora.delta, lora.frozen), TypeError, "`frozen` holds adapters: the order is `frozen`, `delta`"),
+        ((frozen, lora_jax.combine(frozen, delta)), TypeError, "a combined tree was passed"),
+        ((lora.frozen, jax.eval_shape(lambda: lora.delta)), TypeError, "computes with arrays, and was given shapes"),
+        ((lora.frozen, lora_jax.stack([lora.delta, lora.delta])), ValueError, r"stacked adapters at 'h/0/attn/c_attn/kernel'; save one of them, `take\(stacked, 0\)`"),
+    ):
+        with pytest.raises(error, match=message):
+            save(*trees)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, lora.delta)
+    with pytest.raises(ValueError, match="lora_A.weight' has values that are infinite or no numbers, so nothing is written"):
+        save(lora.frozen, broken)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_largest_dropout_is_written(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    peft.save(tmp_path / "ours", model, *lora_jax.lorafy(params, {"c_attn/kernel": LoRA(rank=1, dropout=0.1), "c_fc/kernel": LoRA(rank=1)}))
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
 
 
 @pytest.fixture
@@ -624,6 +707,32 @@ def test_nothing_is_overwritten_unless_told_and_nothing_lost(ours, monkeypatch):
     (dir.parent / "home" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="no adapter_config.json: not an earlier"):
         peft.save(dir.parent / "home", model, frozen, delta, overwrite=True)
+    # What a trainer of PEFT's leaves: its adapter, and much besides.
+    (dir / "checkpoint-500").mkdir()
+    with pytest.raises(ValueError, match="holds 'checkpoint-500', which no export writes, so it is not replaced"):
+        peft.save(dir, model, frozen, delta, overwrite=True)
+    assert (dir / "checkpoint-500").is_dir()
+
+
+def test_a_link_is_followed_and_what_appears_meanwhile_stays(ours, tmp_path, monkeypatch):
+    model, params, dir = ours
+    frozen, delta = lora_jax.lorafy(params, "c_fc/kernel", method=LoRA(rank=1))
+    (tmp_path / "link").symlink_to(dir)
+    peft.save(tmp_path / "link", model, frozen, delta, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and "c_fc" in (dir / "adapter_config.json").read_text()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "link"]
+
+    write = peft._save.write_tensors
+
+    def slow(*args, **kwargs):
+        write(*args, **kwargs)
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "letter.txt").write_text("dear")
+
+    monkeypatch.setattr(peft._save, "write_tensors", slow)
+    with pytest.raises(ValueError, match="appeared while this was being written: nothing is replaced"):
+        peft.save(tmp_path / "new", model, frozen, delta)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["letter.txt"]
 
 
 def test_what_has_no_form_in_peft_is_refused(bases, tmp_path):
@@ -633,8 +742,6 @@ def test_what_has_no_form_in_peft_is_refused(bases, tmp_path):
         save(*lora_jax.lorafy(params, {"bias": Full()}))
     with pytest.raises(ValueError, match="holds DoRA and, at 'h/0/mlp/c_fc/kernel', LoRA"):
         save(*lora_jax.lorafy(params, {"c_attn/kernel": DoRA(rank=1), "c_fc/kernel": LoRA(rank=1)}))
-    with pytest.raises(ValueError, match=r"adapters of dropout \[0.0, 0.1\]"):
-        save(*lora_jax.lorafy(params, {"c_attn/kernel": LoRA(rank=1, dropout=0.1), "c_fc/kernel": LoRA(rank=1)}))
     with pytest.raises(ValueError, match="`delta` is not of `model`, whose layers are stacked"):
         peft.save(tmp_path / "ours", model.clone(scan=True), *lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=1)))
     with pytest.raises(ValueError, match="was made with the axes 'out in'"):

@@ -1,5 +1,6 @@
 """Specs: rules for weights, adapters that follow their weight, and meshes that do not divide."""
 
+import encoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax._paths import named_leaves
+from lora_jax.interop import hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
-from lora_jax.sharding import GPT2_RULES, delta_specs, partition_specs, shardings
+from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings
 
 CONFIG = GPT2Config(vocab_size=29, n_positions=16, n_embd=8, n_layer=2, n_head=2)
 
@@ -24,7 +26,7 @@ def by_path(tree):
 
 
 def test_gpt2_rules_with_and_without_stacked_layers():
-    flat, stacked = by_path(partition_specs(gpt2_shapes(), GPT2_RULES)), by_path(partition_specs(gpt2_shapes(scan=True), GPT2_RULES))
+    flat, stacked = by_path(partition_specs(gpt2_shapes(), GPT2.partition_rules)), by_path(partition_specs(gpt2_shapes(scan=True), GPT2.partition_rules))
     assert flat["h/1/attn/c_attn/kernel"] == P("fsdp", "tensor")
     assert flat["h/1/mlp/c_proj/kernel"] == P("tensor", "fsdp")
     assert flat["wte/embedding"] == P(None, ("fsdp", "tensor"))
@@ -47,7 +49,7 @@ def test_adapters_follow_their_weight(scan):
     axes = "layer in out" if scan else "in out"
     methods = {"attn/c_attn/kernel": lora_jax.LoRA(rank=2, blocks=(True, False, True)), "c_proj/kernel": lora_jax.LoRA(rank=2), "ln_f/scale": lora_jax.Full()}
     _, delta = lora_jax.lorafy(params, methods, axes={"c_attn/kernel|c_proj/kernel": axes})
-    specs = delta_specs(delta, partition_specs(params, {**dict(GPT2_RULES), "ln_f/scale": P("fsdp")}))
+    specs = delta_specs(delta, partition_specs(params, {**dict(GPT2.partition_rules), "ln_f/scale": P("fsdp")}))
     assert jax.tree.structure(specs) == jax.tree.structure(delta)
     found, layer, lead = by_path(specs), "h" if scan else "h/0", (None,) if scan else ()
     assert found[f"{layer}/attn/c_attn/kernel/a"] == P(*lead, None, "fsdp", None)
@@ -64,3 +66,97 @@ def test_a_mesh_that_does_not_divide():
     assert placed["w"].addressable_shards[0].data.shape == (2, 2)
     with pytest.raises(ValueError, match=r"does not divide 'w': axis 0 of its shape \(6,\) would be split into 8 parts .*; 1, 2, 3, 6 would do"):
         shardings(mesh, {"w": P(("fsdp", "tensor"))}, {"w": jnp.zeros(6)})
+
+
+# --- weights that are split as they are read --------------------------------------------------------------------------
+
+
+def every_mesh(count=8):
+    """Every way of giving 8 devices to the three axes."""
+    sizes = [size for size in range(1, count + 1) if count % size == 0]
+    return [(data, fsdp, count // data // fsdp) for data in sizes for fsdp in sizes if count % (data * fsdp) == 0]
+
+
+def mesh_of(shape):
+    return Mesh(np.array(jax.devices()[:8]).reshape(shape), ("data", "fsdp", "tensor"))
+
+
+_BIG = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 64}
+MODELS = {
+    "gpt2": GPT2(GPT2Config(vocab_size=29, n_positions=16, n_embd=32, n_layer=2, n_head=8)),
+    "roberta": encoders.ours(encoders.changed(encoders.ROBERTA, **_BIG), "sequence_classification"),
+    "deberta": encoders.ours(encoders.changed(encoders.DEBERTA, **_BIG), "masked_lm"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    dir = tmp_path_factory.mktemp("models")
+    for name, model in MODELS.items():
+        hf.save(dir / name, model, encoders.random_params(model), shard_bytes=50_000)
+    return dir
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_split_as_they_are_read(saved, name, scan):
+    model, whole = hf.load(saved / name, scan=scan)
+    mesh = mesh_of((2, 2, 2))
+    _, params = hf.load(saved / name, scan=scan, mesh=mesh)
+    specs = partition_specs(whole, model.partition_rules)
+    for (path, one), other, sharding in zip(named_leaves(whole), jax.tree.leaves(params), jax.tree.leaves(shardings(mesh, specs, whole)), strict=True):
+        assert other.sharding == sharding and np.array_equal(one, other), path
+    # All large weights have a rule: a device holds little more than a quarter, what is split by both fsdp and tensor.
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    matrices = [(path, leaf) for path, leaf in named_leaves(params) if leaf.size >= 1000]
+    assert all(leaf.addressable_shards[0].data.size * 4 == leaf.size for path, leaf in matrices if "bias" not in path and "scale" not in path)
+    assert held < 0.4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_a_device_reads_its_own_part_alone(saved, monkeypatch):
+    """Of a matrix over two devices, one asks for the upper half and one for the lower; of what it does not hold, nobody asks."""
+    asked = []
+    monkeypatch.setattr(hf._load, "check_finite", lambda dir, name, array: asked.append((name, array.shape)) or array)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), ("data", "fsdp", "tensor"))
+    hf.load(saved / "gpt2", mesh=mesh, scan=True)
+    assert {shape for name, shape in asked if name.endswith("c_attn.weight")} == {(16, 96)}
+    assert {shape for name, shape in asked if name.endswith("wte.weight")} == {(29, 16)}
+
+
+def test_what_does_not_fit_is_said_before_anything_is_read(saved, monkeypatch):
+    monkeypatch.setattr(hf._load.jax, "make_array_from_callback", None)
+    with pytest.raises(ValueError, match=r"does not divide '.*/c_attn/kernel': axis 0 of its shape \(32, 96\) would be split into 3 parts"):
+        hf.load(saved / "gpt2", mesh=Mesh(np.array(jax.devices()[:3]).reshape(1, 3, 1), ("data", "fsdp", "tensor")))
+
+
+def test_rules_of_ones_own(saved):
+    mesh = mesh_of((1, 8, 1))
+    _, params = hf.load(saved / "gpt2", mesh=mesh, rules={"c_fc/kernel": P(None, "fsdp")})
+    by_name = by_path(params)
+    assert by_name["h/0/mlp/c_fc/kernel"].addressable_shards[0].data.shape == (32, 16)
+    assert by_name["h/0/attn/c_attn/kernel"].addressable_shards[0].data.shape == (32, 96)
+
+
+def test_a_value_that_is_no_number_is_found_by_the_device_that_reads_it(saved, tmp_path):
+    params = jax.tree.map(np.array, encoders.random_params(MODELS["gpt2"]))
+    params["h"]["1"]["mlp"]["c_fc"]["kernel"][31, 3] = np.nan
+    hf.save(tmp_path / "model", MODELS["gpt2"], params)
+    with pytest.raises(Exception, match="values in 'transformer.h.1.mlp.c_fc.weight' that are infinite or no numbers"):
+        hf.load(tmp_path / "model", mesh=mesh_of((1, 8, 1)))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_codes_of_quantised_weights_are_split(saved, format, scan):
+    """An eighth of the bytes a device, and the same values."""
+    model, params = hf.load(saved / "gpt2", scan=scan)
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=lora_jax.DoRA(rank=2), axes={".*kernel": "layer in out"} if scan else None)
+    frozen = lora_jax.quantize(frozen, format, targets="h/.*kernel", delta=delta)
+    mesh, specs = mesh_of((1, 2, 4)), partition_specs(params, model.partition_rules)
+    placed = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
+    for path, leaf in named_leaves(placed):
+        if path.endswith("codes"):
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size, path
+    run = jax.jit(lambda frozen, delta: lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, jnp.arange(6).reshape(2, 3)))
+    np.testing.assert_allclose(run(frozen, delta), run(placed, delta), rtol=1e-5, atol=1e-5)
+    assert all(np.array_equal(one, other) for one, other in zip(jax.tree.leaves(lora_jax.merge(frozen, delta)), jax.tree.leaves(lora_jax.merge(placed, delta)), strict=True))

@@ -34,6 +34,10 @@ class Part(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
+def adapters_of(tree: Any) -> list[Adapter]:
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_node) if isinstance(leaf, Adapter)]
+
+
 # --- out of our trees -----------------------------------------------------------------------------------------------
 
 
@@ -127,7 +131,7 @@ def _check_params(model: nn.Module, leaves: dict[str, Any]) -> None:
     for path, shape in shapes_of(model).items():
         if not is_array(leaves.get(path)) or tuple(leaves[path].shape) != shape.shape:
             has = f"has shape {tuple(leaves[path].shape)}" if is_array(leaves.get(path)) else "is missing" if path not in leaves else "is no plain array"
-            raise ValueError(f"`params` are not those of `model`: {path!r} {has} and must have shape {shape.shape}; pass both as `hf.load` returned them")
+            raise ValueError(f"`params` are not those of `model`: {path!r} {has} and must have shape {shape.shape}; pass both as `hf.load` returned them, without an outer 'params'")
 
 
 def _layers(model: nn.Module, family: Family) -> int | None:

@@ -5,11 +5,12 @@ changes a file on purpose can write a new checksum into it.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ NO_DIGITS = "0" * 64
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object, or a `ValueError` that says what is wrong with the file or what lies in its place."""
     if not file.is_file():
+        if file.parent.is_file():
+            raise ValueError(f"{file.parent} is a file; pass the directory that it is in")
         found = sorted(entry.name for entry in file.parent.iterdir()) if file.parent.is_dir() else "no such directory"
         raise ValueError(f"{file} is missing; found there: {found}")
     try:
@@ -36,13 +39,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(dir: Path, *, overwrite: bool, mark: str = "config.json") -> Iterator[Path]:
+def new_directory(dir: Path, *, overwrite: bool, mark: str, files: Iterable[str]) -> Iterator[Path]:
     """A directory to fill, which takes the name `dir` when the block ends and vanishes if the block raises.
 
-    `overwrite` replaces an earlier export, recognised by the file `mark` in it, and never any other directory: with a
-    wrong path, what would be lost is somebody's home.
+    `overwrite` replaces an earlier export, recognised by the file `mark` in it and by holding nothing but what exports hold, `files`
+    (as in `fnmatch`): with a wrong path, what would be lost is somebody's training run, or home.
     """
-    dir = Path(dir).absolute()
+    dir = Path(dir).resolve()
     if dir.is_file():
         raise ValueError(f"{dir} is a file; choose a directory")
     if dir.is_dir() and any(dir.iterdir()):
@@ -50,15 +53,24 @@ def new_directory(dir: Path, *, overwrite: bool, mark: str = "config.json") -> I
             raise ValueError(f"{dir} is not empty; choose another directory, or replace it with `overwrite=True`")
         if not (dir / mark).is_file():
             raise ValueError(f"{dir} is not empty and has no {mark}: not an earlier export, so it is not replaced")
+        patterns = [mark, *files]
+        other = sorted(entry.name for entry in dir.iterdir() if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns))
+        if other:
+            raise ValueError(f"{dir} holds {other[0]!r}, which no export writes, so it is not replaced: move that away, or choose another directory")
     dir.parent.mkdir(parents=True, exist_ok=True)
     new = dir.with_name(f".{dir.name}.{uuid.uuid4().hex}")
     old = new.with_name(new.name + ".old")
     new.mkdir()
     try:
         yield new
-        if dir.exists():
+        if overwrite and dir.exists():
             dir.rename(old)
-        new.rename(dir)
+        try:
+            new.rename(dir)  # the system refuses it where something came to be meanwhile
+        except OSError as error:
+            if not dir.exists():
+                raise
+            raise ValueError(f"{dir} appeared while this was being written: nothing is replaced") from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not dir.exists():
@@ -108,4 +120,8 @@ def checked_facts(file: Path, facts: str | None, digits: str | None, digits_at: 
         raise ValueError(f"{file} is damaged: the facts that it carries are not JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: the facts that it carries are a JSON {type(content).__name__}, not an object; copy it again")
+    for name in ("base", "beside"):
+        digests = content.get(name, {})
+        if not isinstance(digests, dict) or not all(isinstance(text, str) for text in digests.values()):
+            raise ValueError(f"{file} is damaged: {name!r} of the facts that it carries is no mapping from names to digests; copy it again")
     return content

@@ -99,15 +99,24 @@ def short_names(wanted: Collection[str], others: Collection[str]) -> list[str]:
 
 
 def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[str]:
-    """`wanted` with what makes up the whole of a larger module in its place: `classifier` for its two layers."""
+    """`wanted` with what makes up the whole of a larger module in its place: `classifier` for its two layers.
+
+    Not where another module's name ends alike, dot or no dot: PEFT would take that for meant too, as `word_embeddings` for `embeddings`.
+    """
+    every = {*all_names, *containers(all_names)}
+
+    def stands_for(outer: str) -> bool:
+        within = [name for name in all_names if name == outer or name.startswith(outer + ".")]
+        return all(name in wanted for name in within) and not any(name != outer and name.endswith(outer) for name in every)
+
     chosen = set()
     for name in wanted:
         parts = name.split(".")
         above = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-        chosen.add(next(outer for outer in above if all(other in wanted for other in all_names if other == outer or other.startswith(outer + "."))))
+        chosen.add(next(filter(stands_for, above), name))
     return sorted(chosen)
 
 
 def covered_by(names: Iterable[str], module: str) -> bool:
-    """Whether a module is one of `names` or within one: how PEFT reads `modules_to_save`."""
+    """Whether a module is one of `names` or within one: how PEFT keeps adapters out of `modules_to_save`."""
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)

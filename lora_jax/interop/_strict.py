@@ -50,10 +50,17 @@ def check_finite(file: Path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
+def check_writable(name: str, array: np.ndarray) -> np.ndarray:
+    """The array, or `ValueError` if `load` would refuse it."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name!r} has values that are infinite or no numbers, so nothing is written: the training that made it went wrong")
+    return array
+
+
 def check_beside(file: Path, facts: Mapping[str, Any] | None) -> None:
     """Raises `ValueError` if a file beside this one has changed since both were written."""
     for name, digits in (facts or {}).get("beside", {}).items():
-        other = file.parent / name
+        other = file.parent / Path(name).name
         if not other.is_file() or digest(other) != digits:
             raise ValueError(
                 f"{other} {'has changed since it was' if other.is_file() else 'is missing, which was'} saved with {file.name}: copy it again, or, if you changed it on "
@@ -63,9 +70,14 @@ def check_beside(file: Path, facts: Mapping[str, Any] | None) -> None:
 
 def on_device(path: str, array: np.ndarray) -> jax.Array:
     """A copy of what a file holds, in its own dtype, where JAX puts arrays by default."""
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise ValueError(
-            f"{path!r} is {array.dtype} in the file and would be narrowed; call `jax.config.update('jax_enable_x64', True)` "
-            "first, or give `place` a function that converts it"
-        )
+    check_width(path, array.dtype)
     return jnp.array(array)
+
+
+def check_width(path: str, dtype: Any) -> None:
+    """Raises `ValueError` for what JAX would narrow."""
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{path!r} is {dtype} in the file and would be narrowed; call `jax.config.update('jax_enable_x64', True)` "
+            "first, or convert the file"
+        )

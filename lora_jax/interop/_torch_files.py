@@ -52,7 +52,7 @@ def read(file: Path) -> Any:
         return contents
 
 
-def write(file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any]) -> None:
+def write(file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any], overwrite: bool = True) -> None:
     """A state dict, `{name: tensor}`, as `torch.load(file, weights_only=True)` reads it; it appears complete or not at all."""
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     for name, array in arrays.items():
@@ -73,7 +73,14 @@ def write(file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any
         with open(new, "r+b") as stream:
             stream.seek(digits_at)
             stream.write(digits.encode())
-        os.replace(new, file)
+        if overwrite:
+            os.replace(new, file)
+        else:
+            os.link(new, file)  # which the system refuses where something is
+            new.unlink()
+    except FileExistsError as error:
+        new.unlink(missing_ok=True)
+        raise ValueError(f"{file} appeared while it was being written: nothing is replaced") from error
     except BaseException:
         new.unlink(missing_ok=True)
         raise

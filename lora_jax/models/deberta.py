@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from . import _rules
 from ._deberta_config import DebertaV2Config as DebertaV2Config
 from ._encoder import Decoder, EncoderPart, FeedForward, Logits, Residual, check_head, check_token_types
 from ._layers import ACTIVATIONS, LayerNorm, accumulator, attention, check_inputs, layer_norm, repeated
@@ -250,6 +251,8 @@ class DebertaV2(nn.Module):
     Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than a model
     with absolute positions; without them no length is too long.
     """
+
+    partition_rules = _rules.ENCODER
 
     config: DebertaV2Config
     head: str = "masked_lm"

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from . import _rules
 from ._cache import Cache as Cache
 from ._cache import advance, write
 from ._gpt2_config import GPT2Config as GPT2Config
@@ -113,6 +114,8 @@ class GPT2(nn.Module):
 
     Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than the model.
     """
+
+    partition_rules = _rules.GPT2
 
     config: GPT2Config
     dtype: Any = None

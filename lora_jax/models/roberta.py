@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from . import _rules
 from ._encoder import Decoder, EncoderPart, FeedForward, Logits, Residual, check_head, check_token_types
 from ._layers import attention, check_inputs, repeated
 from ._roberta_config import RobertaConfig as RobertaConfig
@@ -128,6 +129,8 @@ class Roberta(nn.Module):
 
     Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than the model.
     """
+
+    partition_rules = _rules.ENCODER
 
     config: RobertaConfig
     head: str = "masked_lm"

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from ...models._encoder import EncoderConfig, numbered_labels
+from ...sharding import Rules, partition_specs, shardings
 from .. import _state_dict
-from .._families import Family, Tensor, family_of, head_of, tensors_of
+from .._families import Family, Tensor, family_of, head_of, shapes_of, tensors_of
 from .._files import read_json
 from .._safetensors import facts_of, stored_tensors
-from .._strict import DTYPES, check_beside, check_finite, check_tensors, on_device
+from .._strict import DTYPES, check_beside, check_finite, check_tensors, check_width, on_device
 
 
 def load(
@@ -32,6 +34,8 @@ def load(
     checkpoint: bool = False,
     dtype: Any = None,
     place: Callable[[str, np.ndarray], Any] = on_device,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     verify: bool = True,
 ) -> tuple[nn.Module, dict]:
     """The model that a directory's `config.json` names, with the head that it names, and its parameters.
@@ -43,6 +47,7 @@ def load(
     model, params = hf.load("path/to/gpt2", tie="untie")   # the head as a leaf of its own, lm_head/kernel
     model, params = hf.load("path/to/gpt2", scan=True, checkpoint=True, dtype=jnp.bfloat16)
     model, params = hf.load("path/to/gpt2", place=lambda path, array: array)   # stays on the disk until it is used
+    model, params = hf.load("path/to/gpt2", mesh=mesh, scan=True)              # split over a mesh from the start
 
     # The pretrained encoder with a new head, drawn from `key`: where fine-tuning begins.
     model, params = hf.load("path/to/roberta-base", head="sequence_classification", num_labels=3, key=jax.random.key(0))
@@ -56,6 +61,9 @@ def load(
     computation) are the model's. `place(path, array)` puts each leaf where it shall live, on one device or across several; the
     default copies it to JAX's default device. Unless the model is scanned, it is given a read-only memory map of the file: returned as it is,
     the weights take no memory, and `save` merges and writes models larger than that. `jax.device_put` on a CPU may keep the map, too.
+
+    With a `mesh` of the axes data, fsdp and tensor, each weight is split as `rules` say (see `lora_jax.sharding`; None: the model's `partition_rules`):
+    every device gets its own part and no other, and of several processes each reads the parts of its own devices.
 
     Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run. `verify` compares with the checksums of
     directories that `save` wrote, and looks for values that are not finite: both read everything once.
@@ -78,6 +86,7 @@ def load(
     config = _tied_or_untied(dir, family, build, config, stored, tie)
     model = build(config)
     tensors = tensors_of(model, family)
+    layout = None if mesh is None else _layout(model, mesh, rules)
     expected = {tensor.name for tensor in tensors}
     stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
     stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
@@ -86,16 +95,40 @@ def load(
     # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
     model = model.clone(param_dtype=DTYPES[stored[family.embedding].dtype])
 
-    def read(tensor: Tensor) -> np.ndarray:
-        array = stored[tensor.name].read()
-        return tensor.to_ours(check_finite(dir, stored[tensor.name].name, array) if verify else array)
+    def checked(name: str, array: np.ndarray) -> np.ndarray:
+        return check_finite(dir, name, array) if verify else array
 
-    flat = {path: place(path, array) for path, array in _drawn(model, fresh, key).items()}
-    for path, parts in itertools.groupby(kept, lambda tensor: tensor.path):
-        parts = list(parts)
-        arrays = [read(tensor) for tensor in parts]
-        flat[path] = place(path, arrays[0] if parts[0].layer is None else np.stack(arrays))
+    def placed(path: str, names: list[str], arrays: list[np.ndarray], stacked: bool) -> Any:
+        if layout is not None:
+            return _split(path, layout[path], arrays, stacked, lambda index, array: checked(names[index], array))
+        arrays = [checked(name, array) for name, array in zip(names, arrays, strict=True)]
+        return place(path, np.stack(arrays) if stacked else arrays[0])
+
+    flat = {path: placed(path, [path], [array], False) for path, array in _drawn(model, fresh, key).items()}
+    for path, group in itertools.groupby(kept, lambda tensor: tensor.path):
+        parts = list(group)
+        arrays = [tensor.to_ours(stored[tensor.name].read()) for tensor in parts]
+        flat[path] = placed(path, [stored[tensor.name].name for tensor in parts], arrays, parts[0].layer is not None)
     return model, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _layout(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]:
+    """The sharding of every leaf, or a `ValueError` for a mesh that does not divide one."""
+    shapes = dict(shapes_of(model))
+    return shardings(mesh, partition_specs(shapes, model.partition_rules if rules is None else rules), shapes)
+
+
+def _split(path: str, sharding: Any, arrays: list[np.ndarray], stacked: bool, checked: Callable[[int, np.ndarray], np.ndarray]) -> jax.Array:
+    """One array over the devices, of which each part is read when its device asks for it. `arrays`: the layers of a stack, or one."""
+    check_width(path, arrays[0].dtype)
+    shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if not stacked:
+            return np.array(checked(0, arrays[0][index]))
+        return np.stack([checked(layer, arrays[layer][index[1:]]) for layer in range(*index[0].indices(len(arrays)))])
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _stored(dir: Path, verify: bool) -> Mapping[str, Any]:
@@ -103,7 +136,9 @@ def _stored(dir: Path, verify: bool) -> Mapping[str, Any]:
     safe = any(dir.glob("model.safetensors*"))
     stored = stored_tensors(dir) if safe or not any(dir.glob("pytorch_model.bin*")) else _state_dict.stored_binaries(dir, "pytorch_model")
     if verify:
-        for file in sorted({tensor.file for tensor in stored.values()} if safe else ()):
+        files = sorted({tensor.file for tensor in stored.values()}) if safe else []
+        # Each is read as a whole for it, by one of the processes.
+        for file in files[jax.process_index() :: jax.process_count()]:
             check_beside(file, facts_of(file))
     return stored
 

@@ -20,7 +20,7 @@ from .. import _fingerprint
 from .._families import family_of_model, shapes_of, tensors_of
 from .._files import digest, new_directory, write_json
 from .._safetensors import Pending, write_tensors
-from .._strict import DTYPES, report
+from .._strict import DTYPES, check_writable, report
 
 # What `save` carries from `source`: the tokenizers of the supported models and the defaults of generation.
 _CARRIED = (
@@ -66,13 +66,13 @@ def save(
     pending = []
     for tensor in tensors_of(model, family):
         leaf = flat[tensor.path]
-        fetch = functools.partial(lambda tensor, leaf: tensor.to_theirs(merged(leaf)), tensor, leaf)
+        fetch = functools.partial(lambda tensor, leaf: check_writable(tensor.path, tensor.to_theirs(merged(leaf))), tensor, leaf)
         names = [tensor.name]
         if not model.config.tie_word_embeddings:
             names += [alias for alias, name in family.aliases.items() if name == tensor.name]
         pending += [Pending(name, tensor.shape, np.dtype(_described(leaf).dtype), fetch) for name in names]
 
-    with new_directory(Path(dir), overwrite=overwrite) as new:
+    with new_directory(Path(dir), overwrite=overwrite, mark="config.json", files=("model*.safetensors", "model.safetensors.index.json", *_CARRIED)) as new:
         about = {"model_type": kind, "architectures": [architecture], "dtype": _widest(flat.values())}
         write_json(new / "config.json", {**model.config.to_hf(), **about})
         facts = {"beside": {"config.json": digest(new / "config.json")}}

@@ -16,17 +16,12 @@ from ...methods import LoRA
 from .. import _fingerprint, _state_dict, _torch_files
 from .._adapters import Part, adapted, once
 from .._families import Family, Tensor, family_of_model
+from .._heads import head_in
 from .._modules import ADAPTABLE, Module, modules_of
 from .._strict import check_finite, check_tensors
 
 # Which of GPT-2's fused query, key and value the authors adapt.
 _AUTHORS = (True, False, True)
-# The modules of our heads; the last gives the number of labels. A `classifier` alone decides nothing: a DeBERTa may have a frozen pooler before it.
-_HEADS = (
-    ("sequence_classification", ("classifier.dense", "classifier.out_proj")),
-    ("sequence_classification", ("pooler.dense", "classifier")),
-    ("question_answering", ("qa_outputs",)),
-)
 
 
 def load(
@@ -99,14 +94,7 @@ def head_of(file: str | Path) -> dict[str, Any]:
 
     Empty where the file does not hold the whole of a head; then the base must have it. The head that is drawn is replaced by the file's.
     """
-    stored = {name.removeprefix("module."): tensor for name, tensor in _state_dict.tensors(Path(file)).items()}
-    token = ("token_classification", ("classifier",))
-    heads = (*_HEADS, token) if any(name.startswith("roberta.") for name in stored) else _HEADS
-    for head, modules in heads:
-        names = [f"{module}.{last}" for module in modules for last in ("bias", "weight")]
-        if stored.keys() >= set(names) and stored[names[-1]].shape:
-            return {"head": head, "num_labels": stored[names[-1]].shape[0]} if head != "question_answering" else {"head": head}
-    return {}
+    return head_in({name.removeprefix("module."): tensor for name, tensor in _state_dict.tensors(Path(file)).items()})
 
 
 def _weights(model: nn.Module, family: Family) -> dict[str, Tensor]:

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from ... import arithmetic
-from ..._nodes import Adapter, Shared, is_node
+from ..._nodes import Adapter, Fixed, Shared, is_node
+from ..._packed import value_of
+from ..._paths import named_leaves
 from ...arithmetic._leaves import times
 from ...methods import LoRA
 from .. import _fingerprint, _torch_files
-from .._adapters import Part, parts_of, plain_number, trained_whole
-from .._families import family_of_model
+from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole
+from .._exports import NEW_HEADS, NOTHING_ADAPTED, check_trees, with_heads_whole
+from .._families import family_of_model, tensors_of
 from .._modules import modules_of
+from .._strict import check_writable
 
 
 def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwrite: bool = False) -> float:
@@ -29,7 +32,8 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
 
     A plain adapter has the layout of `Linear` or `Embedding`, one with `blocks` that of `MergedLinear`; both for GPT-2's `Conv1D` too
     (`fan_in_fan_out=True`). Other methods are written as the LoRA that computes the same. Where adapters differ in alpha, B takes the
-    difference. What trains without an adapter has its own name, `classifier.dense.weight`. The file carries a checksum, the alpha and the
+    difference. What trains without an adapter has its own name, `classifier.dense.weight`, as has a classifier's head, whether it trains or
+    not, merged if it is adapted. The file carries a checksum, the alpha and the
     fingerprint of the base, which PyTorch does not see; it appears complete or not at all.
 
     Raises `ValueError` for a file that exists, unless `overwrite=True`; for DoRA, which no LoRA equals; for a convolution, of which loralib
@@ -39,12 +43,15 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
     if file.exists() and (file.is_dir() or not overwrite):
         raise ValueError(f"{file} exists; choose another name" + ("" if file.is_dir() else ", or replace it with `overwrite=True`"))
     _, _, family = family_of_model(model)
+    check_trees(frozen, delta)
+    if getattr(model, "head", None) in NEW_HEADS:
+        frozen, delta = with_heads_whole(model, family, frozen, delta)
     # Blocks have a layout of their own, which is smaller than what they would become.
-    others = any(not _has_layout(leaf) for leaf in _leaves(delta))
+    others = any(not _has_layout(leaf) for leaf in adapters_of(delta))
     frozen, delta = arithmetic.as_lora(frozen, delta) if others else (frozen, delta)
     parts = parts_of(model, family, delta)
     if not parts:
-        raise ValueError("`delta` holds no adapter: write the model instead, `hf.save(dir, model, merge(frozen, delta))`")
+        raise ValueError(NOTHING_ADAPTED)
     counts = collections.Counter(_alpha(part) for part in parts)
     # Of zero no B is a multiple.
     alpha = max(counts, key=lambda value: (value != 0, counts[value]))
@@ -56,14 +63,17 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
     for module in modules_of(model, family):
         if module.tied and module.weight.name in trained:
             trained[f"{module.name}.weight"] = trained[module.weight.name]
-    facts = {"alpha": alpha, "base": _fingerprint.fingerprint(model, family, frozen)}
+    if getattr(model, "head", None) in NEW_HEADS:
+        leaves = {path: leaf.weight if isinstance(leaf, Fixed) else leaf for path, leaf in named_leaves(frozen, is_leaf=is_node)}
+        own = [tensor for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix) and tensor.name not in trained]
+        trained |= {tensor.name: tensor.to_theirs(value_of(leaves[tensor.path])) for tensor in own}
+    tensors |= trained
+    for name, array in tensors.items():
+        check_writable(name, array)
+    base = {name: digits for name, digits in _fingerprint.fingerprint(model, family, frozen).items() if name not in trained}
     file.parent.mkdir(parents=True, exist_ok=True)
-    _torch_files.write(file, {**tensors, **trained}, facts=facts)
+    _torch_files.write(file, tensors, facts={"alpha": alpha, "base": base}, overwrite=overwrite)
     return alpha
-
-
-def _leaves(delta: Any) -> list[Adapter]:
-    return [leaf for leaf in jax.tree.leaves(delta, is_leaf=is_node) if isinstance(leaf, Adapter)]
 
 
 def _has_layout(leaf: Adapter) -> bool:

@@ -41,7 +41,7 @@ _OFF: dict[str, tuple] = {
     "velora_config": (None,),
 }
 # Starts that leave the base as it is, so that the tensors say everything.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa")
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _OWN = {
     "LORA": set("r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()),
     "ADALORA": set("r init_r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()),
@@ -96,7 +96,7 @@ def parse(file: Path, content: Mapping[str, Any]) -> Config:
         layers_pattern=_several(read.names("layers_pattern", regex=True)),
         # What PEFT adds by itself where it sees the task.
         modules_to_save=_several(read.names("modules_to_save")) + (("classifier", "score") if task in ("SEQ_CLS", "TOKEN_CLS") else ()),
-        bias="only" if read.one_of("bias", "none", "none", "all", "vera_only" if kind == "VERA" else "lora_only").endswith("_only") else content.get("bias", "none"),
+        bias=read.bias("vera_only" if kind == "VERA" else "lora_only"),
         r=read.rank("init_r" if ada else "r", {"LORA": 8, "ADALORA": 12, "VERA": 256}[kind]),
         lora_alpha=read.number("lora_alpha", 8),
         dropout=read.rate("vera_dropout" if kind == "VERA" else "lora_dropout"),
@@ -148,6 +148,10 @@ class _Reader:
         if value not in values:
             raise self.wrong(name, f"one of {list(values)}")
         return value
+
+    def bias(self, only: str) -> str:
+        value = self.one_of("bias", "none", "none", "all", only)
+        return "only" if value == only else value
 
     def names(self, name: str, *, regex: bool = False) -> tuple[str, ...] | str | None:
         value = self.content.get(name)
@@ -214,6 +218,7 @@ class _Reader:
 
     def start(self, name: str) -> bool | str:
         value = self.content.get(name, True)
+        value = value.lower() if isinstance(value, str) else value
         if not isinstance(value, bool | str) or value not in _STARTS:
             raise ValueError(
                 f"`{name}`={value!r} in {self.file} is not supported: PEFT changes the base by a start that cannot be computed again here. Convert the "

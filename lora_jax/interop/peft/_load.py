@@ -16,6 +16,7 @@ from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from .. import _fingerprint, _state_dict
 from .._adapters import Part, adapted, once, plain_number, with_blocks
 from .._families import Family, family_of_model
+from .._heads import head_in
 from .._files import read_json
 from .._modules import Module, modules_of
 from .._safetensors import facts_of, stored_tensors
@@ -59,7 +60,7 @@ def load(dir: str | Path, model: nn.Module, params: Any, *, verify: bool = True,
         check_beside(file, facts)
     _check_task(dir, config, model, stored)
     plan = _planned(dir, config, kind, model, family, stored)
-    stored = _named(plan, dir, stored)
+    stored = _named(plan, dir, stored, family)
     stored = _without_base(plan, dir, model, family, params, stored)
     check_tensors(f"{dir} does not hold the adapter that its config describes for this model", plan.expected, stored)
     read = lambda name: check_finite(file, name, stored[name].read()) if verify else stored[name].read()  # noqa: E731
@@ -80,17 +81,21 @@ def head_of(dir: str | Path) -> dict[str, Any]:
     model, params = hf.load("roberta-base", **peft.head_of("adapter"))    # head="sequence_classification", num_labels=3
     ```
 
-    Empty where the base has the head already. The head that is drawn is replaced by the adapter's.
+    By the task that the config names, or the head that the file holds; empty where neither says anything, and the base has the head
+    already. The head that is drawn is replaced by the adapter's.
     """
     dir = Path(dir)
     config = parse(dir / "adapter_config.json", read_json(dir / "adapter_config.json"))
-    head = next((head for head, task in TASKS.items() if task is not None and task == config.task_type and head), None)
-    if head is None:
+    names = {name.removeprefix(PREFIX): tensor for name, tensor in _stored(dir)[1].items()}
+    if any(re.match(r"(transformer\.)?h\.\d+\.", name) for name in names):  # GPT-2, which has one head
         return {}
-    _, stored = _stored(dir)
-    ends = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
-    rows = [tensor.shape[0] for name, tensor in stored.items() if name.removeprefix(PREFIX) in ends and tensor.shape]
-    return {"head": head, **({"num_labels": rows[0]} if rows else {})}
+    head = next((head for head, task in TASKS.items() if task is not None and task == config.task_type and head), None)
+    return head_in(names) if head is None else {"head": head, **_labels(names)}
+
+
+def _labels(stored: Mapping[str, Any]) -> dict[str, int]:
+    ends = ("classifier.weight", "classifier.out_proj.weight")
+    return next(({"num_labels": stored[end].shape[0]} for end in ends if end in stored and stored[end].shape), {})
 
 
 class _Plan(NamedTuple):
@@ -120,9 +125,9 @@ def _check_task(dir: Path, config: Config, model: nn.Module, stored: Mapping[str
 
 
 def _planned(dir: Path, config: Config, model_type: str, model: nn.Module, family: Family, stored: Mapping[str, Any]) -> _Plan:
-    adapters = [name.removeprefix(PREFIX) for name in stored if ".lora_" in name or ".vera_lambda" in name]
-    bare = bool(adapters) and not any(name.startswith(family.prefix) for name in adapters)
     own = modules_of(model, family)
+    bare = _is_bare(family, own, stored)
+    own = [module for module in own if not bare or module.name.startswith(family.prefix)]
     named = [module._replace(name=module.name.removeprefix(family.prefix)) if bare else module for module in own]
     output = family.decoder.rpartition(".")[0]
     targets = targeted(config, named, model_type, output, dir)
@@ -146,6 +151,14 @@ def _planned(dir: Path, config: Config, model_type: str, model: nn.Module, famil
     return _Plan(bare, targets, ranks, names, expected, own_shapes, whole)
 
 
+def _is_bare(family: Family, modules: list[Module], stored: Mapping[str, Any]) -> bool:
+    """Whether the names are those of the model without a head, which lack its prefix."""
+    inside = {module.name.removeprefix(family.prefix) for module in modules if module.name.startswith(family.prefix)}
+    names = [name.removeprefix(PREFIX) for name in stored]
+    owners = {name.partition(".lora_")[0].partition(".vera_lambda")[0] for name in names}
+    return bool(owners & inside) and not any(name.startswith(family.prefix) for name in names)
+
+
 def _whole(config: Config, modules: list[Module], targets: set[str], family: Family, stored: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     saved = saved_whole(config, modules)
@@ -161,7 +174,7 @@ def _whole(config: Config, modules: list[Module], targets: set[str], family: Fam
     return found | {PREFIX + alias: alias for alias, name in family.aliases.items() if name in found.values() and PREFIX + alias in stored}
 
 
-def _named(plan: _Plan, dir: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _named(plan: _Plan, dir: Path, stored: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """By the names of today, each array once: older files have `.weight` after DoRA's lengths, and where all biases train PEFT
     writes those of modules that are saved whole again, under the names that they have in its own wrapper."""
     old = {f"{name}.weight": name for names in plan.names.values() for ours, name in names.items() if ours == "m"}
@@ -173,7 +186,9 @@ def _named(plan: _Plan, dir: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
             if not original and not np.array_equal(named[name].read(), named[inner].read()):
                 raise ValueError(f"{dir} has two different values of one bias, {name!r} and {inner!r}: save the adapter again")
             del named[name]
-    return named
+    # A bare model has parts that a model with another head does without.
+    full = lambda name: family.full_name(name.removeprefix(PREFIX))  # noqa: E731
+    return {name: tensor for name, tensor in named.items() if name in plan.expected or not family.leftovers.fullmatch(full(name))}
 
 
 def _without_base(plan: _Plan, dir: Path, model: nn.Module, family: Family, params: Any, stored: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +220,8 @@ def _part(config: Config, module: Module, arrays: dict[str, np.ndarray], plan: _
         return Part(module, VeRA(rank, config.d_initial, config.projection_prng_key, config.dropout), own)
     if config.peft_type == "ADALORA":
         mask = config.rank_pattern.get(f"{module.name}.lora_E")
+        # PEFT's rule, for this method alone.
+        alpha = alpha if alpha > 0 else rank
         return Part(module, AdaLoRA(rank, alpha, config.dropout), own if mask is None else _spread(own, np.array(mask, bool), rank))
     options = {"rank": rank, "alpha": alpha, "dropout": config.dropout, "rs": config.use_rslora}
     if config.use_dora:

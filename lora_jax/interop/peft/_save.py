@@ -10,20 +10,19 @@ import jax
 import numpy as np
 
 from ... import arithmetic
-from ..._nodes import Adapter, Fixed, is_node
+from ..._nodes import Fixed, Shared, is_node
 from ..._packed import value_of
 from ..._paths import named_leaves
 from ...methods import AdaLoRA, DoRA, VeRA
-from .._adapters import Part, parts_of, plain_number, trained_whole
+from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole
+from .._exports import NEW_HEADS, NOTHING_ADAPTED, check_trees, with_heads_whole
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
 from .._modules import Module, containers, covered_by, modules_of, short_names, tied_head, whole_modules
 from .._safetensors import Pending, digest, write_tensors
+from .._strict import check_writable
 from ._layout import PREFIX, PROJECTIONS, TASKS, places
-
-# Of these heads PEFT's user may have none or a fresh one, so that they are written whether they trained or not.
-_NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: str | None = None, overwrite: bool = False) -> None:
@@ -36,29 +35,35 @@ def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: st
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("gpt2"), "adapter")
     ```
 
-    LoRA, rsLoRA, DoRA, VeRA and AdaLoRA are written as such, where PEFT knows the case: different ranks and scales as patterns. All others, and mixtures, as the LoRA
-    that computes exactly the same (`lora_jax.arithmetic.as_lora`): PiSSA and Delta-LoRA of twice the rank, n `blocks` of n times
-    the rank. What trains without an adapter is written whole, under `modules_to_save` or `bias`; the head of a classifier always is, but for layers of it that are adapted. An adapter of a tied embedding is written for
-    both modules. Arrays keep their dtypes. The file carries a checksum of itself and of the config, and the fingerprint of the base.
+    LoRA, rsLoRA, DoRA, VeRA and AdaLoRA are written as such, different ranks and scales of LoRA as patterns. All others, and
+    mixtures, are written as the LoRA that computes exactly the same (`lora_jax.arithmetic.as_lora`): PiSSA and Delta-LoRA of twice the
+    rank, n `blocks` of n times the rank. What trains without an adapter is written whole, under `modules_to_save` or `bias`. So is the
+    head of a classifier, whether it trains or not, and merged if it is adapted: PEFT's user may have a fresh one, or none. An
+    adapter of a tied embedding is written for both modules. Of different dropouts, PEFT gets the largest. Arrays keep their dtypes. The
+    file carries a checksum of itself and of the config, and the fingerprint of the base.
 
     Args:
       dir: appears when it is complete; one that is not empty is an error, or is replaced with `overwrite=True` if it is an earlier
-        adapter.
+        adapter and nothing else.
       model, frozen, delta: the model, and the two trees of `lorafy`, or later states of them.
       base: the name of the base or its directory, for `base_model_name_or_path`; PEFT's `AutoPeftModel` needs it.
 
     Raises:
-      ValueError: nothing is adapted; a mixture of DoRA and others; biases that train in some adapted modules and not in others; trees of another model.
+      ValueError: nothing is adapted; a mixture of DoRA and others; biases that train in some adapted modules and not in others; values that
+        are not finite; trees of another model, or that do not belong together.
     """
     _, _, family = family_of_model(model)
+    task = TASKS[getattr(model, "head", None)]
+    check_trees(frozen, delta)
+    if getattr(model, "head", None) in NEW_HEADS:
+        frozen, delta = with_heads_whole(model, family, frozen, delta)
     kind, frozen, delta = _representable(frozen, delta)
     modules = modules_of(model, family)
     parts = parts_of(model, family, delta)
     trained = trained_whole(model, family, delta)
-    task = TASKS[getattr(model, "head", None)]
-    whole, saved, bias = _whole(model, family, modules, parts, trained, frozen, task)
     # The bare model's names lack the prefix.
     own_name = (lambda name: name.removeprefix(family.prefix)) if task == "FEATURE_EXTRACTION" else str
+    whole, saved, bias = _whole(model, family, modules, parts, trained, frozen, own_name)
     tensors = _tensors(kind, parts, whole, own_name)
     settings = {
         "peft_type": kind,
@@ -67,13 +72,15 @@ def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: st
         "inference_mode": True,
         "bias": {"only": "vera_only" if kind == "VERA" else "lora_only"}.get(bias, bias),
         "fan_in_fan_out": any(part.module.kind == "conv1d" for part in parts),
-        "modules_to_save": [own_name(name) for name in saved] or None,
+        "modules_to_save": saved or None,
         "target_modules": [own_name(name) for name in _targets(parts, modules)],
         **_method_settings(kind, parts),
     }
     if kind == "VERA":
         tensors |= _projections(frozen)
-    with new_directory(Path(dir), overwrite=overwrite, mark="adapter_config.json") as new:
+    for name, array in tensors.items():
+        check_writable(name, array)
+    with new_directory(Path(dir), overwrite=overwrite, mark="adapter_config.json", files=("adapter_model.safetensors", "README.md")) as new:
         write_json(new / "adapter_config.json", settings)
         # What is written whole takes the place of the base's, whatever that is.
         base_digits = {name: digits for name, digits in fingerprint(model, family, frozen).items() if name not in whole}
@@ -84,10 +91,10 @@ def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: st
 
 def _representable(frozen: Any, delta: Any) -> tuple[str, Any, Any]:
     """PEFT's name for the kind of adapter, and the two trees brought to it."""
-    leaves = [leaf for leaf in jax.tree.leaves(delta, is_leaf=is_node) if isinstance(leaf, Adapter)]
+    leaves = adapters_of(delta)
     methods, kinds = {leaf.spec.method for leaf in leaves}, {type(leaf.spec.method) for leaf in leaves}
     if not leaves:
-        raise ValueError("`delta` holds no adapter, and PEFT's files need one: for weights that train themselves, write the model, `hf.save(dir, model, merge(frozen, delta))`")
+        raise ValueError(NOTHING_ADAPTED)
     if DoRA in kinds and len(kinds) > 1:
         other = next(leaf for leaf in leaves if not isinstance(leaf.spec.method, DoRA))
         raise ValueError(
@@ -97,26 +104,29 @@ def _representable(frozen: Any, delta: Any) -> tuple[str, Any, Any]:
     if kinds == {DoRA}:
         return "LORA", frozen, delta
     flat = all(spec.path.endswith("kernel") and spec.axes.count("in") == 1 for spec in (leaf.spec for leaf in leaves))
+    # Of an alpha that is not positive, PEFT's AdaLoRA makes the rank.
+    flat = flat and all(method.alpha > 0 for method in methods if isinstance(method, AdaLoRA))
     if len(methods) == 1 and flat and kinds in ({VeRA}, {AdaLoRA}):
         return kinds.pop().__name__.upper(), frozen, delta
     return "LORA", *arithmetic.as_lora(frozen, delta)
 
 
 def _whole(
-    model: nn.Module, family: Family, modules: list[Module], parts: list[Part], trained: dict[str, np.ndarray], frozen: Any, task: str | None
+    model: nn.Module, family: Family, modules: list[Module], parts: list[Part], trained: dict[str, np.ndarray], frozen: Any,
+    own_name: Callable[[str], str],
 ) -> tuple[dict[str, np.ndarray], list[str], str]:
     """What is written whole: the tensors by PyTorch's names, the modules to save, and PEFT's word for the biases."""
     adapted = {part.module.name for part in parts}
     head = tied_head(model, family)
-    wanted = {module.name for module in modules if task in _NEW_HEADS and not module.name.startswith(family.prefix) and module.name not in adapted}
+    wanted = {module.name for module in modules if getattr(model, "head", None) in NEW_HEADS and not module.name.startswith(family.prefix)}
     wanted |= {module.name for module in modules if module.name not in adapted and module.weight and module.weight.name in trained}
     bias, biases = _biases(modules, adapted, wanted, trained)
     wanted |= {module.name for module in modules if module.bias and module.bias.name in trained.keys() - biases}
-    names = whole_modules(wanted, [module.name for module in modules])
+    names = whole_modules({own_name(name) for name in wanted}, [own_name(module.name) for module in modules])
     leaves = {path: leaf.weight if isinstance(leaf, Fixed) else leaf for path, leaf in named_leaves(frozen, is_leaf=is_node)}
     tensors = {}
     for module in modules:
-        if not covered_by(names, module.name):
+        if not covered_by(names, own_name(module.name)):
             continue
         if module.name in adapted:
             raise ValueError(f"{module.name!r} is adapted and within {names}, which PEFT would save whole: adapt it or train the whole, not both")
@@ -165,20 +175,18 @@ def _targets(parts: list[Part], modules: list[Module]) -> list[str]:
 def _method_settings(kind: str, parts: list[Part]) -> dict[str, Any]:
     methods = {part.module.name: part.method for part in parts}
     first = parts[0].method
-    dropout = {method.dropout for method in methods.values()}
-    if len(dropout) > 1:
-        raise ValueError(f"`delta` has adapters of dropout {sorted(dropout)}, and PEFT has one for all: give them one")
+    dropout = max(method.dropout for method in methods.values())
     if kind == "VERA":
         return {"r": first.rank, "vera_dropout": first.dropout, "d_initial": first.d_initial, "projection_prng_key": first.seed, "save_projection": True}
     if kind == "ADALORA":
         # `total_step` belongs to training that is over; PEFT refuses none.
-        return {"init_r": first.rank, "target_r": first.rank, "total_step": 1, "lora_alpha": plain_number(first.alpha), "lora_dropout": first.dropout}
+        return {"init_r": first.rank, "target_r": first.rank, "total_step": 1, "lora_alpha": plain_number(first.alpha), "lora_dropout": dropout}
     stabilised = all(method.rs for method in methods.values())
     ranks = {name: method.rank for name, method in methods.items()}
     alphas = {name: plain_number(method.alpha if stabilised or not method.rs else method.scale * method.rank) for name, method in methods.items()}
     rank, rank_pattern = _with_exceptions(ranks)
     alpha, alpha_pattern = _with_exceptions(alphas)
-    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout}
+    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
     settings |= {name: value for name, value in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)) if value}
     settings |= {name: True for name, used in (("use_rslora", stabilised), ("use_dora", isinstance(first, DoRA))) if used}
     return settings
@@ -196,5 +204,5 @@ def _with_exceptions(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _projections(frozen: Any) -> dict[str, np.ndarray]:
     fixed = [leaf.arrays for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if isinstance(leaf, Fixed) and isinstance(leaf.spec.method, VeRA)]
-    own = next(arrays for arrays in fixed if all(hasattr(array, "shape") for array in arrays.values()))
+    own = next(arrays for arrays in fixed if not any(isinstance(array, Shared) for array in arrays.values()))
     return {name: np.ascontiguousarray(np.asarray(own[ours]).T) for ours, name in PROJECTIONS.items()}

@@ -9,6 +9,7 @@ from ._config import Config
 
 # Where `target_modules` is null (PEFT's table).
 _DEFAULTS = {"gpt2": ("c_attn",), "roberta": ("query", "value"), "deberta-v2": ("query_proj", "value_proj")}
+_DEFAULTS_OF_ADALORA = _DEFAULTS | {"roberta": ("query", "key", "value", "dense"), "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense")}
 # With this, what reads like a mistake in one name costs the user nothing: PEFT adds both of them by itself.
 _HEADS = ("classifier", "score")
 
@@ -18,7 +19,8 @@ def targeted(config: Config, modules: list[Module], model_type: str, output: str
 
     Raises `ValueError` for a target that matches nothing, or a module that has no adapter.
     """
-    names = _DEFAULTS[model_type] if config.target_modules is None else config.target_modules
+    defaults = _DEFAULTS_OF_ADALORA if config.peft_type == "ADALORA" else _DEFAULTS
+    names = defaults[model_type] if config.target_modules is None else config.target_modules
     found = [module for module in modules if _matches(config, names, module, output)]
     for module in found:
         if module.kind not in ADAPTABLE:

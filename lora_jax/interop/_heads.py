@@ -1,0 +1,22 @@
+"""Which head a file of adapters brings along, told by its tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# The modules of our heads; the last gives the number of labels. A `classifier` alone decides nothing: a DeBERTa may have a frozen pooler before it.
+_HEADS = (
+    ("sequence_classification", ("classifier.dense", "classifier.out_proj")),
+    ("sequence_classification", ("pooler.dense", "classifier")),
+    ("question_answering", ("qa_outputs",)),
+)
+
+
+def head_in(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What to pass to `hf.load` for a head that is there as a whole; empty if there is none."""
+    token = ("token_classification", ("classifier",))
+    heads = (*_HEADS, token) if any(name.startswith("roberta.") for name in stored) else _HEADS
+    for head, modules in heads:
+        names = [f"{module}.{last}" for module in modules for last in ("bias", "weight")]
+        if stored.keys() >= set(names) and stored[names[-1]].shape:
+            return {"head": head, "num_labels": stored[names[-1]].shape[0]} if head != "question_answering" else {"head": head}
+    return {}
