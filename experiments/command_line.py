@@ -1,6 +1,7 @@
 """The command line. Bad input is one line on standard error and a non-zero exit; with `--traceback`, where it came from as well."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--any-base", action="store_true", help="accept another base than the one the adapter was saved beside")
     convert.set_defaults(handler=_convert)
 
+    _add_plan(commands)
+
     report = commands.add_parser("report", help="compare finished runs in one table")
     report.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     report.add_argument("--figure", metavar="FILE", help="draw their validation losses too, in a picture such as losses.png")
@@ -70,15 +73,44 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--hyps", required=True, metavar="FILE", help="one generated text a line, in the order of the inputs")
     score.set_defaults(handler=_score)
 
-    for command in (run, export, convert, report, score):
+    for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
     return parser
 
 
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a sharded training step needs, by compiling it from shapes alone on virtual devices",
+        epilog="example: python -m experiments plan gpt3-175b --mesh fsdp=64 --rank 4 --accelerator a100-80g",
+    )
+    plan.add_argument("model", metavar="MODEL", help="a published name (gpt3-175b, roberta-large, deberta-v2-xxlarge, ...), or a directory with config.json")
+    plan.add_argument("--mesh", default="data=1", help="devices along each axis: data=8,fsdp=8,tensor=2; default: one device")
+    plan.add_argument("--method", default="LoRA", help="LoRA (the default), DoRA, VeRA, ..., or Full, which trains everything")
+    plan.add_argument("--rank", type=int, help="of the adapters; default: the method's")
+    plan.add_argument("--alpha", type=_alpha, metavar="A", help="the numerator of their scale, which costs nothing; default: the method's")
+    plan.add_argument("--targets", nargs="+", metavar="PATTERN", help="which weights are adapted; default: query and value")
+    plan.add_argument("--blocks", type=_blocks, metavar="1,0,1", help="which parts of a fused weight; default: query and value of GPT-2's c_attn")
+    plan.add_argument("--batch", type=int, default=64, help="examples a step, on all devices together; default: 64")
+    plan.add_argument("--seq", type=int, help="tokens an example; default: as many as the model has positions")
+    plan.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of weights and computation; adapters are float32")
+    plan.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw_authors"))
+    plan.add_argument("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, one after the other; default: 1")
+    plan.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="compute each layer again in the backward pass")
+    plan.add_argument("--quantize", choices=("nf4", "int8"), help="store the base so")
+    plan.add_argument("--accelerator", metavar="NAME", help="whether it fits this one (a100-80g, h100, tpu-v5e, ...); default: all that are known")
+    plan.add_argument("--compare-full", action="store_true", help="compile full fine-tuning's step too")
+    plan.add_argument("--json", metavar="FILE", help="write the numbers there")
+    plan.set_defaults(handler=_plan)
+
+
 def _alpha(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
     # As configs spell it: 32, not 32.0.
     return int(value) if value.is_integer() else value
 
@@ -86,7 +118,7 @@ def _alpha(text: str) -> float:
 def _blocks(text: str) -> tuple[bool, ...]:
     words = text.split(",")
     if not set(words) <= {"0", "1"}:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a 0 or 1 for each block, such as 1,0,1")
     return tuple(word == "1" for word in words)
 
 
@@ -134,6 +166,24 @@ def _convert(args: argparse.Namespace) -> None:
     base = None if args.base is None else Path(args.base)
     options = {"overwrite": args.overwrite, "verify": not args.no_verify, "any_base": args.any_base}
     print("\n".join(convert(Job(Path(args.source), Path(args.target), args.to, base, args.alpha, args.blocks, **options))))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from experiments.plan import devices
+
+    mesh = devices.mesh_of(args.mesh)
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"`--json` is `{args.json}`, and there is no directory `{Path(args.json).parent}`")
+    devices.start(mesh.data * mesh.fsdp * mesh.tensor)
+    from experiments.plan.figures import Request, plan
+    from experiments.plan.report import show
+
+    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
+    request = Request(**{**asked, "mesh": mesh, "targets": None if args.targets is None else tuple(args.targets)})
+    found = plan(request, lambda text: print(text, file=sys.stderr, flush=True))
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    show(found)
 
 
 def _report(args: argparse.Namespace) -> None:
