@@ -91,6 +91,7 @@ class Record:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        self._evaluated = {line["step"] for line in kept if "valid_loss" in line}
         self._bar = _Bar(self._out, name, steps, step)
 
     def __enter__(self) -> "Record":
@@ -100,6 +101,10 @@ class Record:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
         self._file.close()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the run had come to the evaluation of this step before it was stopped."""
+        return step in self._evaluated
 
     def advance(self, step: int) -> None:
         self._bar.update(step)

@@ -33,7 +33,7 @@ BEFOREHAND = {"base", "data", "tokenizer", "tokenizer.tmp", "config.json.tmp"}
 
 
 def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_after: int | None = None) -> Path:
-    """Trains, exports and reports as `config` says, or goes on with it, in `workdir`.
+    """Trains, exports and reports as `config` says, or goes on with it, in `workdir`. SIGTERM while it trains: saves, and returns.
 
     `stop_after` ends training after that many steps, for tests of resuming. Raises `ValueError` for a directory that holds another
     config's run, or for a run whose base, config or data has changed; it is left as it was.
@@ -50,6 +50,8 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
         data = generate.write(config.generate, workdir / "data")
     contents = tasks.read(config.data, data)
     base_run = _run_base(config, config_path, data, workdir)
+    if base_run is not None and not (base_run / "report.md").is_file():  # it was asked to stop
+        return workdir
     keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
     trained = None if config.base.vocabulary is None else tokenizer.train(contents["train"], config.base.vocabulary, workdir / "tokenizer")
     base = bases.load(config.base, data, config_path.parent, base_run, trained, keys["base"], mesh)
@@ -77,6 +79,8 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
         with Record(workdir, config.name, config.train.steps, state.step) as record:
             state = trainer.fit(state, splits, checkpoints, record, stop_after)
     if state.step < config.train.steps:
+        if stop_after is None:
+            print(f"{config.name}: stopped after step {state.step}, as asked, and saved: the same command goes on from there", flush=True)
         return workdir
 
     started = time.perf_counter()

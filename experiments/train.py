@@ -1,8 +1,8 @@
 """The training loop: one compiled step over a mesh, checkpoints, and nothing that a resumed run would do differently.
 
 What a step does depends on (config, base, data, step) and on nothing else: its examples come from `order`, its random key is the
-run's key folded with the step, its rate from the schedule. The batch is split over the mesh's data and fsdp axes, weights over
-fsdp and tensor, and the optimiser's moments follow the arrays they belong to.
+run's key folded with the step, its rate from the schedule. The batch, and activations with it, is split over the mesh's data and fsdp
+axes, weights over fsdp and tensor, and the optimiser's moments follow the arrays they belong to.
 """
 
 import math
@@ -23,14 +23,16 @@ from experiments import loss as losses
 from experiments import optimizer, order
 from experiments.config import Config
 from experiments.config import Mesh as MeshSection
+from experiments.preemption import Asked
 from experiments.progress import Record
+from experiments.spread import EXAMPLES, spread
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
 from lora_jax.sharding import Rules, delta_specs, frozen_specs, partition_specs, shardings
 
 # A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each are spread.
-BATCH = P(None, ("data", "fsdp"), None)
+BATCH = P(None, EXAMPLES, None)
 
 
 def make_mesh(section: MeshSection) -> Mesh:
@@ -70,7 +72,7 @@ class Trainer:
         frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
         tx, budget = optimizer.for_adapters(config.optimizer, config.train, frozen, delta), config.optimizer.adalora
         penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)
-        return cls(config, mesh, lora_jax.adapt(apply), frozen, tx, penalty)
+        return cls(config, mesh, lora_jax.adapt(spread(apply, mesh)), frozen, tx, penalty)
 
     def of_full(self, frozen: Any) -> "Trainer":
         """The same for full fine-tuning: without the rules of a method."""
@@ -140,37 +142,41 @@ class Trainer:
         return float(losses.mean(total, count))
 
     def fit(self, state: State, splits: Splits, checkpoints: Checkpoints, record: Record, stop_after: int | None = None) -> State:
-        """Trains from `state` to the last step. `stop_after` ends it early, after that step's checkpoint, as a lost machine would."""
+        """Trains from `state` to the last step, or until SIGTERM, after which it saves and returns what it has.
+
+        `stop_after` ends it early, after that step's checkpoint, as a lost machine would.
+        """
         train, config = self.config.train, self.config
         step, evaluate = self.compiled_step(state), jax.jit(self.loss)
         rate = optimizer.warmup_linear(train)
         size = len(splits.train)
-        if state.step == 0:
-            record.log(0, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+        if state.step % train.eval_every == 0 and not record.evaluated(state.step):
+            record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
         started, since = time.perf_counter(), state.step
-        for number in range(state.step, train.steps):
-            arrays = splits.train.batch(order.indices(config.seed, number, size, train.batch))
-            batch = self.device_batch(arrays, train.accumulate)
-            delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number))
-            done = number + 1
-            state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key)
-            record.advance(done)
-            if done % train.log_every == 0 or done == train.steps:
-                values = {name: float(value) for name, value in numbers.items()}
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(f"the loss of step {done} is {values['loss']}: lower `train.lr`, or set `optimizer.clip`")
-                now = time.perf_counter()
-                seconds = (now - started) / (done - since)
-                record.log(done, **values, lr=float(rate(number)), seconds_per_step=seconds, tokens=int(arrays["mask"].sum()))
-                started, since = now, done
-            if done % train.eval_every == 0 or done == train.steps:
-                record.log(done, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
-                started, since = time.perf_counter(), done
-            if done % train.checkpoint_every == 0 or done == train.steps:
-                checkpoints.save(state)
-                started, since = time.perf_counter(), done
-            if done == stop_after:
-                break
+        with Asked() as asked:
+            for number in range(state.step, train.steps):
+                arrays = splits.train.batch(order.indices(config.seed, number, size, train.batch))
+                batch = self.device_batch(arrays, train.accumulate)
+                delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number))
+                done = number + 1
+                state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key)
+                record.advance(done)
+                if done % train.log_every == 0 or done == train.steps:
+                    values = {name: float(value) for name, value in numbers.items()}
+                    if not math.isfinite(values["loss"]):
+                        raise ValueError(f"the loss of step {done} is {values['loss']}: lower `train.lr`, or set `optimizer.clip`")
+                    now = time.perf_counter()
+                    seconds = (now - started) / (done - since)
+                    record.log(done, **values, lr=float(rate(number)), seconds_per_step=seconds, tokens=int(arrays["mask"].sum()))
+                    started, since = now, done
+                if (done % train.eval_every == 0 or done == train.steps) and not asked:
+                    record.log(done, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+                    started, since = time.perf_counter(), done
+                if done % train.checkpoint_every == 0 or done == train.steps or asked:
+                    checkpoints.save(state)
+                    started, since = time.perf_counter(), done
+                if done == stop_after or asked:
+                    break
         return state
 
 

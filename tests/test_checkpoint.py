@@ -1,5 +1,9 @@
 """Checkpoints: everything comes back bit for bit, and another base or config is refused by name."""
 
+import gc
+import shutil
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +104,100 @@ def test_fingerprint_sees_everything():
     ]
     assert fingerprint(params) == fingerprint(jax.tree.map(np.asarray, dict(reversed(params.items()))))
     assert len({fingerprint(params), *map(fingerprint, others)}) == 6
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+# Orbax leaves the other reads of a damaged checkpoint unawaited.
+orbax_gives_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    """Here, and not in another test, which warns of it then."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A directory with the checkpoints of steps 3 and 7."""
+    dir = tmp_path_factory.mktemp("checkpoints") / "two"
+    with Checkpoints(dir, identity={"base": "x"}) as checkpoints:
+        checkpoints.save(state(3, 1.0))
+        checkpoints.save(state(7, 2.0))
+    return dir
+
+
+def restored(dir):
+    with Checkpoints(dir, identity={"base": "x"}) as checkpoints:
+        return checkpoints.restore(state().delta, state().opt_state)
+
+
+def files_of(dir):
+    return sorted(path for path in dir.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def _cut(content, draw):
+    return content[: draw.integers(0, len(content))]
+
+
+def _flipped(content, draw):
+    bit = int(draw.integers(0, 8 * len(content)))
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << (bit % 8)]) + content[bit // 8 + 1 :]
+
+
+@orbax_gives_up
+@pytest.mark.parametrize("change", [_cut, _flipped, lambda content, draw: None], ids=["cut short", "a bit flipped", "gone"])
+def test_damage_is_known_and_the_one_before_is_taken(two, tmp_path, change):
+    """Any file of the newest checkpoint: what comes back is that checkpoint, to the bit, or the one before it; never something else."""
+    draw, outcomes = np.random.default_rng(0), set()
+    for number, file in enumerate(files_of(two / "7")):
+        copied = tmp_path / str(number)
+        shutil.copytree(two, copied)
+        target = copied / file.relative_to(two)
+        content = change(target.read_bytes(), draw)
+        target.write_bytes(content) if content is not None else target.unlink()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = restored(copied)
+        same(found.delta, state(found.step, {3: 1.0, 7: 2.0}[found.step]).delta)
+        outcomes.add(found.step)
+        messages = [str(warning.message) for warning in said if "is damaged" in str(warning.message)]
+        assert len(messages) == (found.step == 3)
+        if messages:
+            assert "the checkpoint of step 7" in messages[0] and "going on from step 3" in messages[0]
+            assert (copied / "7.damaged").is_dir() and not (copied / "7").exists()
+    assert 3 in outcomes
+
+
+@orbax_gives_up
+def test_after_damage_the_step_can_be_saved_again(two, tmp_path):
+    shutil.copytree(two, tmp_path / "run")
+    for file in files_of(tmp_path / "run" / "7" / "arrays"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with Checkpoints(tmp_path / "run", identity={"base": "x"}) as checkpoints:
+        with pytest.warns(UserWarning, match="step 7 .* is damaged"):
+            found = checkpoints.restore(state().delta, state().opt_state)
+        assert checkpoints.latest() == found.step == 3
+        checkpoints.save(state(7, 5.0))
+        assert checkpoints.restore(state().delta, state().opt_state).delta["h"][0]["a"][0, 1] == 5
+
+
+@orbax_gives_up
+def test_nothing_intact(two, tmp_path):
+    shutil.copytree(two, tmp_path / "run")
+    for file in files_of(tmp_path / "run"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no intact checkpoint .step 7: .*; step 3: .*take one from a copy"):
+        restored(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"], "nothing is put aside where nothing is left"
+
+
+@orbax_gives_up
+def test_a_step_that_is_asked_for_is_not_another(two, tmp_path):
+    shutil.copytree(two, tmp_path / "run")
+    for file in files_of(tmp_path / "run" / "7" / "arrays"):
+        file.unlink()
+    with Checkpoints(tmp_path / "run", identity={"base": "x"}) as checkpoints, pytest.raises(ValueError, match="holds no intact checkpoint .step 7"):
+        checkpoints.restore(state().delta, state().opt_state, step=7)

@@ -1,8 +1,10 @@
 """Whole runs through the command line on a tiny model: what they leave, resuming bit for bit, and every kind of bad input."""
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import sys
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 import lora_jax
 from experiments import config as configs
+from experiments import train
 from experiments.command_line import main
 from experiments.run import run
 from lora_jax.interop import hf, loralib, peft
@@ -75,6 +78,11 @@ def snapshot(directory):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
 
 
+def numbers_of(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
+
+
 def refused(capsys, monkeypatch, *arguments):
     """The one line on standard error of a command that fails, through `python -m experiments`."""
     capsys.readouterr()
@@ -85,6 +93,54 @@ def refused(capsys, monkeypatch, *arguments):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+class _AskedAt:
+    """SIGTERM to this very process as a step begins, as a cluster sends it."""
+
+    def __init__(self, monkeypatch, step):
+        compiled = train.Trainer.compiled_step
+        calls = []
+
+        def wrapped(trainer, state):
+            inner = compiled(trainer, state)
+
+            def step_and_signal(*args):
+                calls.append(None)
+                if len(calls) == step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return inner(*args)
+
+            return step_and_signal
+
+        monkeypatch.setattr(train.Trainer, "compiled_step", wrapped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 6])
+def test_sigterm_saves_and_the_same_command_goes_on(root, tmp_path, step, capsys, monkeypatch):
+    """At a step that would have been evaluated, and at one that would not: the run ends as the uninterrupted one, told step by step."""
+    command = ["run", str(root / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "parts"), "--set", f"base.workdir={root / 'done' / 'base'}"]
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        _AskedAt(patch, step)
+        assert main(command) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"stopped after step {step}, as asked, and saved: the same command goes on" in capsys.readouterr().out
+    assert {int(entry.name) for entry in (tmp_path / "parts" / "checkpoints").iterdir()} >= {step}
+    assert main(command) == 0
+    assert f"resuming after step {step}" in capsys.readouterr().out
+    for name in ("merged/model.safetensors", "predictions.txt"):
+        assert (tmp_path / "parts" / name).read_bytes() == (root / "done" / name).read_bytes()
+    assert numbers_of(tmp_path / "parts") == numbers_of(root / "done"), "each step is told once"
+
+
+def test_sigterm_while_the_base_is_made_stops_both(root, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        _AskedAt(patch, 1)
+        assert main(["run", str(root / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "run")]) == 0
+    assert "stopped after step 1, as asked" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "base" / "checkpoints" / "1").is_dir()
 
 
 def test_a_finished_work_directory(root):
@@ -181,11 +237,7 @@ def test_resume_is_bit_for_bit(root, tmp_path, stop, capsys):
     for name in ("merged/model.safetensors", "predictions.txt"):
         assert (tmp_path / "parts" / name).read_bytes() == (root / "done" / name).read_bytes()
 
-    def numbers(directory):
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
-
-    assert numbers(tmp_path / "parts") == numbers(root / "done"), "each step is told once"
+    assert numbers_of(tmp_path / "parts") == numbers_of(root / "done"), "each step is told once"
 
 
 def test_export_and_report(root, tmp_path, capsys, monkeypatch):

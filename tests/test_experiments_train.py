@@ -58,14 +58,17 @@ def started(settings):
     return trainer, trainer.start(delta, specs, jax.random.key(2))
 
 
-def steps(settings, count=3):
-    """Losses of `count` steps, and the state after them."""
+def steps(settings, count=3, quickly=False):
+    """Losses of `count` steps, and the state after them. `quickly`: compiled with little care, which takes a third less time."""
     trainer, state = started(settings)
     step, data, found = trainer.compiled_step(state), examples(), []
     for number in range(count):
         arrays = data.batch(np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data))
         batch = trainer.device_batch(arrays, settings.train.accumulate)
-        delta, opt_state, numbers = step(state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number))
+        arguments = (state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number))
+        if quickly and number == 0:
+            step = step.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
+        delta, opt_state, numbers = step(*arguments)
         state = state._replace(delta=delta, opt_state=opt_state, step=number + 1)
         found.append(float(numbers["loss"]))
     return found, state, step
@@ -237,9 +240,9 @@ def row(name, **more):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_every_mesh_gives_the_same(name):
-    alone, state, step = steps(row(name), 4)
-    assert state.step == 4 and step._cache_size() == 1
-    spread, other, _ = steps(row(name, mesh=Mesh(2, 2, 2)), 4)
+    alone, state, step = steps(row(name), 3)
+    assert state.step == 3 and step._cache_size() == 1
+    spread, other, _ = steps(row(name, mesh=Mesh(2, 2, 2)), 3)
     close(alone, spread)
     close(state.delta, jax.device_get(other.delta))
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(started(row(name, mesh=Mesh(2, 2, 2)))[0].frozen))
@@ -259,7 +262,7 @@ MESHES = [(data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (
 @pytest.mark.parametrize("name", METHODS)
 def test_every_mesh_gives_every_method_the_same(name, shape):
     alone, state = of_one_device(name)
-    spread, other, _ = steps(row(name, mesh=Mesh(*shape)), 3)
+    spread, other, _ = steps(row(name, mesh=Mesh(*shape)), 3, quickly=True)
     close(alone, spread)
     close(state.delta, jax.device_get(other.delta))
 

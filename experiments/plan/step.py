@@ -23,7 +23,7 @@ from experiments.config import Budget, Optimizer, Train
 from experiments.config import Mesh as MeshSection
 from experiments.plan.devices import AXES
 from experiments.plan.models import Subject
-from experiments.plan.spread import EXAMPLES, spread
+from experiments.spread import EXAMPLES, spread
 from lora_jax import Full
 from lora_jax.methods import orthogonality
 from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings

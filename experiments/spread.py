@@ -2,7 +2,8 @@
 
 Embeddings are stored split by feature over `fsdp`. Left alone, XLA takes what is looked up to be split that way too, and carries it
 through all layers: every product of a weight is then a sum over devices, and each device attends for all examples of its group. GPT-3 175B
-on 64 devices, in bfloat16 under jax 0.10, comes to 431 GiB of temporaries a device, and to 31 GiB with what is done here. Left out: runs; `experiments.train` leaves this to XLA.
+on 64 devices, in bfloat16 under jax 0.10, comes to 431 GiB of temporaries a device, and to 31 GiB with what is done here. Left out:
+the layers themselves, which follow.
 """
 
 import math
