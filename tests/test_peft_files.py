@@ -52,8 +52,9 @@ def bases(torch, tmp_path_factory):
     @functools.cache
     def make(family, head=None):
         dir = tmp_path_factory.mktemp("base") / f"{family}_{head}"
-        if family == "gpt2":
-            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2.to_hf(), attn_implementation="eager")).eval()
+        if family.startswith("gpt2"):
+            config = dataclasses.replace(GPT2, n_layer=3) if family == "gpt2 of three layers" else GPT2
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_hf(), attn_implementation="eager")).eval()
             disturb(torch, model.parameters(), 0.1)
         else:
             config = encoders.changed(ROBERTA if family == "roberta" else DEBERTA, labels=("a", "b", "c") if "class" in head else ("LABEL_0", "LABEL_1"))
@@ -326,13 +327,16 @@ def test_every_method_computes_the_same_in_peft(torch, theirs, bases, tmp_path, 
 
 
 def test_lora_drop_computes_the_same_in_peft(torch, theirs, bases, tmp_path):
+    base = bases("gpt2 of three layers")  # one keeps its adapter, two share one
     for scan in (False, True):
-        model, params = hf.load(bases("gpt2"), scan=scan)
+        model, params = hf.load(base, scan=scan)
         frozen, delta = lora_jax.lorafy(params, "attn/c_attn/kernel", method=LoRA(rank=2), axes=axes(scan))
-        importance = {leaf.spec.path: np.ones(leaf.spec.sizes("layer")) for leaf in adapters(delta)}
-        delta = trained(lora_jax.drop.share(delta, importance, threshold=0.01 if scan else 0.4))
+        importance = {leaf.spec.path: np.array([8.0, 1.0, 1.0]) if scan else 8.0 if "h/0/" in leaf.spec.path else 1.0 for leaf in adapters(delta)}
+        whole = lora_jax.count(delta)
+        delta = trained(lora_jax.drop.share(delta, importance, threshold=0.7))
+        assert lora_jax.count(delta) == whole * 2 // 3
         peft.save(tmp_path / str(scan), model, frozen, delta)
-        found = output_of_theirs(torch, theirs.PeftModel.from_pretrained(in_torch(bases("gpt2")), tmp_path / str(scan)).eval())
+        found = output_of_theirs(torch, theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / str(scan)).eval())
         assert_close(found, output(model, frozen, delta))
 
 
