@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
 import lora_jax
 from lora_jax._paths import named_leaves
@@ -138,9 +139,11 @@ def test_rules_of_ones_own(saved):
 
 
 def test_a_value_that_is_no_number_is_found_by_the_device_that_reads_it(saved, tmp_path):
-    params = jax.tree.map(np.array, encoders.random_params(MODELS["gpt2"]))
-    params["h"]["1"]["mlp"]["c_fc"]["kernel"][31, 3] = np.nan
-    hf.save(tmp_path / "model", MODELS["gpt2"], params)
+    hf.save(tmp_path / "model", MODELS["gpt2"], encoders.random_params(MODELS["gpt2"]))
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.1.mlp.c_fc.weight"][31, 3] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(Exception, match="values in 'transformer.h.1.mlp.c_fc.weight' that are infinite or no numbers"):
         hf.load(tmp_path / "model", mesh=mesh_of((1, 8, 1)))
 
