@@ -800,4 +800,5 @@ def test_loading_computes_what_the_shapes_say_without_touching_the_base(ours):
     model, params, dir = ours
     shapes = jax.eval_shape(lambda: params)
     frozen, delta = peft.load(dir, model, shapes)
-    assert lora_jax.count(delta) == 2 * 2 * (12 + 36) and dataclasses.replace(adapters(delta)[0].spec, path="") is not None
+    assert lora_jax.count(delta) == 2 * 2 * (12 + 36)
+    assert all(type(leaf) is jax.ShapeDtypeStruct for leaf in jax.tree.leaves(frozen))

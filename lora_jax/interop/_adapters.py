@@ -34,6 +34,11 @@ class Part(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
+def weights_of(frozen: Any) -> dict[str, Any]:
+    """The base's weights by path, without what methods keep beside them; None where the leaf itself trains."""
+    return {path: leaf.weight if isinstance(leaf, Fixed) else leaf for path, leaf in named_leaves(frozen, is_leaf=is_node)}
+
+
 def adapters_of(tree: Any) -> list[Adapter]:
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_node) if isinstance(leaf, Adapter)]
 

@@ -11,19 +11,18 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from .._nodes import Fixed, is_node
 from .._packed import Packed
-from .._paths import is_array, is_shape, named_leaves
+from .._paths import is_array, is_shape
+from ._adapters import weights_of
 from ._families import Family, tensors_of
 
 
 def fingerprint(model: nn.Module, family: Family, frozen: Any) -> dict[str, str]:
     """The digits by the tensor's name, which change with its shape, its dtype and any of its values."""
-    leaves = dict(named_leaves(frozen, is_leaf=is_node))
+    leaves = weights_of(frozen)
     digits = {}
     for tensor in tensors_of(model, family):
         leaf = leaves.get(tensor.path)
-        leaf = leaf.weight if isinstance(leaf, Fixed) else leaf
         if is_array(leaf) and not is_shape(leaf) and not isinstance(leaf, Packed):
             digits[tensor.name] = _digits(tensor.to_theirs(leaf))
     return digits

@@ -8,13 +8,12 @@ import flax.linen as nn
 import numpy as np
 
 from ... import arithmetic
-from ..._nodes import Adapter, Fixed, Shared, is_node
+from ..._nodes import Adapter, Shared
 from ..._packed import value_of
-from ..._paths import named_leaves
 from ...arithmetic._leaves import times
 from ...methods import LoRA
 from .. import _fingerprint, _torch_files
-from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole
+from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole, weights_of
 from .._exports import NEW_HEADS, NOTHING_ADAPTED, check_trees, with_heads_whole
 from .._families import family_of_model, tensors_of
 from .._modules import modules_of
@@ -64,7 +63,7 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
         if module.tied and module.weight.name in trained:
             trained[f"{module.name}.weight"] = trained[module.weight.name]
     if getattr(model, "head", None) in NEW_HEADS:
-        leaves = {path: leaf.weight if isinstance(leaf, Fixed) else leaf for path, leaf in named_leaves(frozen, is_leaf=is_node)}
+        leaves = weights_of(frozen)
         own = [tensor for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix) and tensor.name not in trained]
         trained |= {tensor.name: tensor.to_theirs(value_of(leaves[tensor.path])) for tensor in own}
     tensors |= trained

@@ -58,7 +58,7 @@ def load(dir: str | Path, model: nn.Module, params: Any, *, verify: bool = True,
     facts = facts_of(file, verify=verify) if file.suffix == ".safetensors" else None
     if verify:
         check_beside(file, facts)
-    _check_task(dir, config, model, stored)
+    _check_task(dir, config, model)
     plan = _planned(dir, config, kind, model, family, stored)
     stored = _named(plan, dir, stored, family)
     stored = _without_base(plan, dir, model, family, params, stored)
@@ -117,7 +117,7 @@ def _stored(dir: Path) -> tuple[Path, Mapping[str, Any]]:
     return dir / "adapter_model.safetensors", stored_tensors(dir, stem="adapter_model")
 
 
-def _check_task(dir: Path, config: Config, model: nn.Module, stored: Mapping[str, Any]) -> None:
+def _check_task(dir: Path, config: Config, model: nn.Module) -> None:
     own = TASKS[getattr(model, "head", None)]
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and config.task_type != own:
         head = next(head for head, task in TASKS.items() if task == config.task_type)

@@ -12,9 +12,8 @@ import numpy as np
 from ... import arithmetic
 from ..._nodes import Fixed, Shared, is_node
 from ..._packed import value_of
-from ..._paths import named_leaves
 from ...methods import AdaLoRA, DoRA, VeRA
-from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole
+from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole, weights_of
 from .._exports import NEW_HEADS, NOTHING_ADAPTED, check_trees, with_heads_whole
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
@@ -123,7 +122,7 @@ def _whole(
     bias, biases = _biases(modules, adapted, wanted, trained)
     wanted |= {module.name for module in modules if module.bias and module.bias.name in trained.keys() - biases}
     names = whole_modules({own_name(name) for name in wanted}, [own_name(module.name) for module in modules])
-    leaves = {path: leaf.weight if isinstance(leaf, Fixed) else leaf for path, leaf in named_leaves(frozen, is_leaf=is_node)}
+    leaves = weights_of(frozen)
     tensors = {}
     for module in modules:
         if not covered_by(names, own_name(module.name)):
