@@ -184,6 +184,18 @@ def test_after_damage_the_step_can_be_saved_again(two, tmp_path):
         assert checkpoints.restore(state().delta, state().opt_state).delta["h"][0]["a"][0, 1] == 5
 
 
+def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path):
+    """Whole and readable, and not what was saved with the rest: what the checksum of the values is for."""
+    shutil.copytree(two, tmp_path / "run")
+    with Checkpoints(tmp_path / "other", identity={"base": "x"}) as checkpoints:
+        checkpoints.save(state(7, 9.0))
+    shutil.rmtree(tmp_path / "run" / "7" / "arrays")
+    shutil.copytree(tmp_path / "other" / "7" / "arrays", tmp_path / "run" / "7" / "arrays")
+    with pytest.warns(UserWarning, match="step 7 .* is damaged: its arrays do not have the checksum that they were saved with; going on from step 3"):
+        found = restored(tmp_path / "run")
+    same(found.delta, state(3, 1.0).delta)
+
+
 @orbax_gives_up
 def test_nothing_intact(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
