@@ -41,7 +41,7 @@ def test_the_check_above_can_fail(tmp_path):
 # library, JAX, NumPy (which JAX's own arguments and results are made of) and lora_jax. A new room is a new line.
 _ROOMS = {
     "optim": {"optax"},
-    "checkpoint.py": {"optax", "orbax"},
+    "checkpoint": {"optax", "orbax"},
     "models": {"flax", "chex"},
     "interop": {"flax", "safetensors"},
     "": set(),

@@ -1,0 +1,336 @@
+"""The directory of a run's checkpoints: which to keep, which is intact, and what of it fits the run that asks."""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._paths import component
+from . import _average, _checksum, _storage
+from ._processes import Damaged, on_first, together
+
+# Of what is on the disk; 1 was before the checksums were computed on the devices.
+_FORMAT = 2
+# Seconds that a block which an error has ended waits for what several processes are writing.
+PATIENCE = 10
+
+
+class State(NamedTuple):
+    """What a run needs to go on. `step`: updates done; `position`: (epoch, batch within it) of the next batch."""
+
+    delta: Any
+    opt_state: Any
+    step: int
+    position: tuple[int, int]
+    key: jax.Array
+
+
+class Checkpoints:
+    """The checkpoints in one directory, which is created by the first `save`.
+
+    ```python
+    with Checkpoints("run/checkpoints", identity={"base": fingerprint(params)}) as checkpoints:
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(delta, opt_state)     # shapes and shardings of these two are kept
+        checkpoints.save(State(delta, opt_state, step, position, key))
+    ```
+
+    `identity`: what must be the same on resume, a short text each. `keep`: how many to keep, the newest ones. `keep_best`: whether to
+    keep, beside these, the one that was saved with the lowest `loss`.
+
+    With several processes (`jax.distributed`), all have the directory on one file system and call the same methods in the same order.
+    Every method but `save` waits first for the checkpoint that is being written, so that what it says does not depend on the time.
+    """
+
+    def __init__(self, directory: str | Path, *, identity: Mapping[str, str], keep: int = 2, keep_best: bool = False):
+        if keep < 1:
+            raise ValueError(f"`keep` is {keep}: at least the newest checkpoint is kept, so pass 1 or more")
+        self._directory = Path(directory).absolute()
+        self._identity = dict(identity)
+        self._keep, self._keep_best = keep, keep_best
+        self._writer = _storage.Writer()
+        self._writing: int | None = None
+        self._cleared = False
+        self._losses: dict[int, float | None] = {}
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+            return
+        try:
+            # What ended the block may be the end of another process, for which a write that is going on would wait.
+            self._writer.wait(None if jax.process_count() == 1 else PATIENCE)
+        except Exception as error:
+            warnings.warn(str(self._not_written(self._writing, error)), stacklevel=2)  # the error that ended the block is the one to be seen
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None; looking creates nothing."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        self.wait()
+        return on_first(self._on_disk)
+
+    def best(self) -> int | None:
+        """The complete step with the lowest finite loss, of equal ones the first; None where none was saved with a loss."""
+        self.wait()
+        return on_first(lambda: self._best(self._on_disk()))
+
+    def save(self, state: State, loss: float | None = None) -> None:
+        """Writes `state` under its step, atomically and with a checksum, then forgets the oldest beyond `keep`.
+
+        Returns when the arrays have been copied, and waits before that for the checkpoint that was begun earlier; the writing goes on
+        in a thread, so the arrays may be donated at once. `loss`: the validation loss of `state`, for `best` and `keep_best`.
+
+        Raises `OSError` where the one begun earlier could not be written, and `ValueError` where the step is there already.
+        """
+        self.wait()
+        if jax.process_count() > 1:
+            # Needed for the copy anyway, and what the processes exchange then meets no step that is still running.
+            jax.block_until_ready((state.delta, state.opt_state))
+        path = self._directory / str(state.step)
+        if on_first(path.exists):
+            raise ValueError(f"`{self._directory}` holds a checkpoint of step {state.step} already: go on from it, or take another directory")
+        delta, opt_state = _named(state.delta), _named(state.opt_state)
+        facts = {
+            "format": _FORMAT,
+            "step": state.step,
+            "position": list(state.position),
+            "key": np.asarray(jax.random.key_data(state.key)).tolist(),
+            "key_impl": str(jax.random.key_impl(state.key)),
+            "identity": self._identity,
+            "arrays": {"delta": _described(delta), "opt_state": _described(opt_state)},
+            "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
+        }
+        arrays = {"delta": delta, "opt_state": opt_state}
+        copied = _storage.copied(arrays)
+        # Of what is saved, not of its copy, and fetched in the thread. A CPU computes in the thread that asks, so that there the one that
+        # writes asks, unless several processes take part, for which that would be a collective beside those of the training step.
+        sums = None if jax.process_count() == 1 and jax.default_backend() == "cpu" else _checksums(arrays)
+
+        def complete() -> dict[str, Any]:
+            found = {**facts, "sums": _digits(_checksums(copied) if sums is None else sums)}
+            return {**found, "facts": _digest(found)}
+
+        if not self._cleared:
+            try:
+                on_first(self._clear)
+            except OSError as error:
+                raise self._not_written(state.step, error) from error
+            self._cleared = True
+        self._writing = state.step
+        self._writer.start(path, copied, complete, then=self._forget)
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk. Raises `OSError` where that failed, saying of which step, why and what to do."""
+        try:
+            self._writer.wait()
+        except Exception as error:
+            raise self._not_written(self._writing, error) from error
+
+    def restore(self, delta: Any, opt_state: Any, *, step: int | None = None) -> State:
+        """The newest intact state, or that of `step`, with the structure, shapes, dtypes and shardings of `delta` and `opt_state`.
+
+        A checkpoint that is cut short, or of which a bit has changed, is passed over with a warning and put aside, as `7.damaged`
+        beside where it was; so the run goes on from the one before it. Of several processes, all pass over what one cannot read.
+
+        Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the first, and where no
+        checkpoint is intact.
+        """
+        steps = sorted(self.steps(), reverse=True) if step is None else [step]
+        if not steps:
+            raise ValueError(f"`{self._directory}` holds no checkpoint")
+        damaged: list[tuple[int, str]] = []
+        for found, facts, arrays in self._intact(steps, {"delta": delta, "opt_state": opt_state}, damaged):
+            self._put_aside(damaged, found)
+            key = jax.random.wrap_key_data(jnp.asarray(facts["key"], jnp.uint32), impl=facts["key_impl"])
+            return State(arrays["delta"], arrays["opt_state"], found, tuple(facts["position"]), key)
+        listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged)
+        raise ValueError(f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start again in another directory")
+
+    def average(self, delta: Any, *, last: int) -> Any:
+        """The mean of the trained arrays of the newest `last` intact checkpoints, with the structure and shardings of `delta`.
+
+        ```python
+        smooth = checkpoints.average(state.delta, last=4)     # of Checkpoints(..., keep=4), or more
+        ```
+
+        Averaging of weights, Izmailov et al., UAI 2018, arXiv 1803.05407, "SWA". Computed in float32, of float64 arrays in float64;
+        arrays that are not floating are those of the newest. For LoRA this averages the A's and the B's apart, and the mean of the
+        products is not the product of the means: it is the exact mean of the models only where one of the two stays the same. That
+        is `lora_jax.arithmetic.weighted(deltas, [1 / len(deltas)] * len(deltas))`, by concatenation: its rank is the sum of the ranks.
+
+        Raises `ValueError` where fewer than `last` are there, and as `restore` does.
+        """
+        if last < 1:
+            raise ValueError(f"`last` is {last}: average one checkpoint or more")
+        damaged: list[tuple[int, str]] = []
+        newest, total, used = None, None, []
+        steps = sorted(self.steps(), reverse=True)
+        for found, _, arrays in self._intact(steps, {"delta": delta}, damaged):
+            part = arrays["delta"]
+            newest, total = (part, _average.begin(part)) if newest is None else (newest, _average.add(total, part))
+            used.append(found)
+            if len(used) == last:
+                break
+        if used:
+            self._put_aside(damaged, used[0])
+        if len(used) < last:
+            raise ValueError(
+                f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average as many, or train with "
+                f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here"
+            )
+        return _average.mean(total, last, newest)
+
+    # --- which there are ----------------------------------------------------------------------------------------------
+
+    def _on_disk(self) -> list[int]:
+        # Under its number only when it is complete: renaming is the last that is done.
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()) if self._directory.is_dir() else []
+
+    def _best(self, steps: list[int]) -> int | None:
+        for step in steps:
+            if step not in self._losses:
+                try:
+                    self._losses[step] = self._facts(step)["loss"]
+                except (Damaged, ValueError):
+                    self._losses[step] = None
+        known = [step for step in steps if self._losses[step] is not None]
+        return min(known, key=lambda step: self._losses[step], default=None)
+
+    def _forget(self) -> None:
+        steps = self._on_disk()
+        kept = {*steps[-self._keep :], *([self._best(steps)] if self._keep_best else [])}
+        for step in steps:
+            if step not in kept:
+                _storage.remove(self._directory / str(step))
+
+    def _clear(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _storage.clear_unfinished(self._directory)
+
+    def _not_written(self, step: int | None, error: Exception) -> OSError:
+        intact = self._on_disk()
+        rest = (
+            f"the earlier ones are intact, and the same command goes on from step {intact[-1]}"
+            if intact
+            else "there is no earlier one, and the same command begins again"
+        )
+        return OSError(f"the checkpoint of step {step} could not be written to `{self._directory}`: {_storage.cause(error)}. Free space, or mend that; {rest}")
+
+    # --- what one of them holds ---------------------------------------------------------------------------------------
+
+    def _intact(self, steps: list[int], wanted: dict[str, Any], damaged: list[tuple[int, str]]) -> Iterator[tuple[int, dict, dict]]:
+        """`(step, facts, arrays)` of those that are, with the structures of `wanted`; the others are added to `damaged`."""
+        for step in steps:
+            try:
+                yield step, *self._read(step, wanted)
+            except Damaged as error:
+                damaged.append((step, str(error)))
+
+    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        like = {part: _shapes(_named(tree)) for part, tree in wanted.items()}
+
+        def checked() -> dict[str, Any]:
+            facts = self._facts(step)
+            self._check_identity(facts["identity"])
+            self._check_arrays(step, facts["arrays"], like)
+            return facts
+
+        facts = together(checked)
+        arrays = together(lambda: _storage.read_arrays(self._directory / str(step), like))
+        # Of arrays that may span processes: every process takes part in this, also one whose own are damaged.
+        sums = _digits(_checksums({part: arrays[part] for part in wanted}))
+
+        def compared() -> None:
+            if any(sums[part] != facts["sums"][part] for part in wanted):
+                raise Damaged("its arrays do not have the checksum that they were saved with")
+
+        together(compared)
+        return facts, {part: _refill(tree, arrays[part]) for part, tree in wanted.items()}
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        facts = _storage.read_facts(self._directory / str(step))
+        if facts.pop("facts", None) != _digest(facts) or facts.get("step") != step:
+            raise Damaged("what it says of itself has changed since it was saved")
+        if facts.get("format") != _FORMAT:
+            raise ValueError(
+                f"`{self._directory}` holds checkpoints of format {facts.get('format', 1)}, and this version of lora_jax reads {_FORMAT}: "
+                "resume the run with the version that began it, or use another directory"
+            )
+        return facts
+
+    def _check_identity(self, found: Mapping[str, str]) -> None:
+        for name in [*self._identity, *(name for name in found if name not in self._identity)]:
+            if found.get(name) != self._identity.get(name):
+                raise ValueError(
+                    f"`{self._directory}` holds a run with another {name} (saved: {found.get(name)}, now: {self._identity.get(name)}): "
+                    f"resume it with the {name} it started from, or use another directory"
+                )
+
+    def _check_arrays(self, step: int, stored: Mapping[str, Any], like: dict[str, Any]) -> None:
+        for part, shapes in like.items():
+            want, have = _described(shapes), stored[part]
+            for name in sorted(want.keys() ^ have.keys()):
+                where = "missing from" if name in want else "unexpected in"
+                raise ValueError(f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`")
+            for name, expected in want.items():
+                if have[name] != expected:
+                    raise ValueError(f"{part} {name!r} has shape and dtype {tuple(have[name])} in the checkpoint, expected {tuple(expected)}")
+
+    def _put_aside(self, damaged: list[tuple[int, str]], intact: int) -> None:
+        for number, reason in damaged:
+            warnings.warn(f"the checkpoint of step {number} in `{self._directory}` is damaged: {reason}; going on from step {intact}", stacklevel=3)
+            on_first(lambda number=number: self._rename(number))
+
+    def _rename(self, number: int) -> None:
+        names = (self._directory / f"{number}.damaged{mark}" for mark in ("", *(f".{count}" for count in range(1, 1000))))
+        (self._directory / str(number)).rename(next(name for name in names if not name.exists()))
+        self._losses.pop(number, None)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _checksums(arrays: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
+    return {part: {name: _checksum.checksum(leaf) for name, leaf in named.items()} for part, named in arrays.items()}
+
+
+def _digits(sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """The checksums as JSON has them, 32 hexadecimal digits each; fetched all at once."""
+    return jax.tree.map(lambda words: words.astype(">u4").tobytes().hex(), jax.device_get(sums))
+
+
+def _described(arrays: Mapping[str, Any]) -> dict[str, list]:
+    """Shape and dtype by name, as JSON has them."""
+    return {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in arrays.items()}
+
+
+def _named(tree: Any) -> dict[str, jax.Array]:
+    """Arrays by path. Joined by `.`, since Orbax makes file names of the names."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = [".".join(component(entry) for entry in path) or "value" for path, _ in flat]
+    repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else None
+    if repeated:
+        raise ValueError(f"two arrays have the same path {sorted(repeated)[0]!r}; rename one")
+    return dict(zip(names, (leaf for _, leaf in flat), strict=True))
+
+
+def _refill(tree: Any, arrays: dict[str, jax.Array]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _named(tree)])
+
+
+def _shapes(arrays: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in arrays.items()}

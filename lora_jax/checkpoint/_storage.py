@@ -1,0 +1,144 @@
+"""One checkpoint on the disk, through Orbax: written in a thread, read by each process for itself.
+
+No thread but the caller's runs a collective of the devices, which would deadlock with those of the training step: with its processes
+named one by one, Orbax meets at barriers of `jax.distributed`'s service alone.
+"""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from ._processes import Damaged
+
+# How Orbax names what it has not finished, and how we name what is being removed.
+_UNFINISHED = ("*.orbax-checkpoint-tmp*", "*.removed")
+
+
+class Writer:
+    """Writes one checkpoint at a time."""
+
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def start(self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]) -> None:
+        """Returns when `arrays`, from `copied`, are there. In the thread, `facts` is called, and on process 0 `then`, when all is complete."""
+        jax.block_until_ready(arrays)
+        wide = jax.config.jax_enable_x64  # which `jax.enable_x64` sets for one thread
+
+        def work() -> None:
+            with jax.enable_x64(wide):
+                self._write(path, arrays, facts, then)
+
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until all is on the disk, or for so many seconds at most; raises what kept it from getting there, once."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            self._thread = self._thread if self._thread.is_alive() else None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]) -> None:
+        try:
+            parts = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), facts=ocp.args.JsonSave(dict(facts())))
+            # The one of Orbax's that waits long enough at its barriers for the slowest process, twenty minutes.
+            processes = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=set(range(jax.process_count())))
+            options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            with ocp.AsyncCheckpointer(_handler(processes), async_options=options, multiprocessing_options=processes) as checkpointer:
+                checkpointer.save(path, args=parts)
+                checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                then()
+        except Exception as error:
+            self._failure = error
+            if jax.process_index() == 0:
+                clear_unfinished(path.parent, path.name)
+
+
+def clear_unfinished(directory: Path, name: str = "") -> None:
+    """Removes what a write or a removal that failed, or was killed, has left: of the checkpoint `name`, or of all."""
+    for pattern in _UNFINISHED:
+        for left in directory.glob(name + pattern):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Under another name first: who is killed while removing does not leave half a checkpoint under its own."""
+    gone = path.with_name(f"{path.name}.removed")
+    try:
+        path.rename(gone)
+    except OSError:
+        return  # one checkpoint too many is no reason to end a run
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def cause(error: Exception) -> str:
+    """What went wrong, in one line: in the system's own words where they are somewhere in those of the libraries above it."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    known = [os.strerror(number) for number in errno.errorcode if os.strerror(number) in text]
+    return max(known, key=len, default=text[:200])
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Raises `Damaged` where they cannot be read."""
+    try:
+        return dict(_read(path, facts=ocp.args.JsonRestore()).facts)
+    except Exception as error:
+        raise Damaged(f"what it says of itself cannot be read ({type(error).__name__})") from error
+
+
+def read_arrays(path: Path, like: Any) -> Any:
+    """Those of `like`, which may be a part of what there is, placed as it says; NumPy arrays where it holds these. Raises `Damaged`."""
+    asked = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
+    try:
+        return _read(path, arrays=asked).arrays
+    except Exception as error:  # whatever the reader meets in a file that is cut short
+        raise Damaged(f"its arrays cannot be read ({type(error).__name__})") from error
+
+
+def _read(path: Path, **parts: Any) -> Any:
+    # Of this process alone: where one of several cannot read, the others must not wait for it at a barrier.
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(**parts))
+
+
+def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+        arrays=ocp.PyTreeCheckpointHandler(multiprocessing_options=processes),
+        facts=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+    )
+
+
+def copied(arrays: Any) -> Any:
+    """`arrays` where the next training step, to which they are donated, does not write: in the host's memory, if the device can.
+
+    Not left to Orbax, which takes a view of what is in the host's memory already. Of a buffer that is viewed, JAX either refuses the
+    donation, so that the step needs its memory twice, or writes over what is being saved; which of the two is not documented.
+    """
+    return jax.tree.map(_copied_leaf, arrays)
+
+
+def _copied_leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf.copy()
+    device = next(iter(leaf.sharding.addressable_devices))
+    if device.platform != "cpu" and any(memory.kind == "pinned_host" for memory in device.addressable_memories()):
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    return _copy(leaf)
+
+
+_copy = jax.jit(jnp.copy)
