@@ -23,6 +23,7 @@ from .._paths import is_array, named_leaves
 from ..methods import LoRA
 from ._families import Family, Tensor, shapes_of, tensors_of
 from ._modules import Module, modules_of, tied_head
+from ._processes import on_host
 from ._strict import on_device
 
 
@@ -91,7 +92,7 @@ def _oriented(leaf: Adapter, module: Module) -> Adapter:
 
 
 def _theirs(array: jax.Array, layer: int | None) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(array if layer is None else array[layer]).T)
+    return np.ascontiguousarray(on_host(array, layer).T)
 
 
 def _as_head(part: Part, head: Module) -> Part:

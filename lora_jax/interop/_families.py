@@ -21,6 +21,7 @@ from flax import traverse_util
 from ..models.deberta import DebertaV2, DebertaV2Config
 from ..models.gpt2 import GPT2, GPT2Config
 from ..models.roberta import Roberta, RobertaConfig
+from ._processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ class Tensor(NamedTuple):
 
     def to_theirs(self, leaf) -> np.ndarray:
         """What the file holds; of a stacked leaf only this layer leaves the device."""
-        array = np.asarray(leaf if self.layer is None else leaf[self.layer])
+        array = on_host(leaf, self.layer)
         # The writer takes the buffer as it lies in memory, whatever the strides say.
         return np.ascontiguousarray(array.T if self.transposed else array)
 

@@ -110,12 +110,7 @@ def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str
     None it is a file like any other tool's.
     """
     _check_pending(tensors)
-    shards: list[list[Pending]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-
+    shards = _shards(tensors, shard_bytes)
     names = [f"{stem}.safetensors"]
     if len(shards) > 1:
         names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -131,6 +126,13 @@ def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str
         _write(dir / name, shard, facts)
 
 
+def fetch_tensors(tensors: list[Pending], shard_bytes: int) -> None:
+    """Fetches in the order in which `write_tensors` does, and keeps nothing: what the other processes do while one writes."""
+    for shard in _shards(tensors, shard_bytes):
+        for tensor in shard:
+            tensor.fetch()
+
+
 def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
     """The facts that `write_tensors` was given, after a check of every bit of the file; None for a file without a checksum of ours.
 
@@ -138,6 +140,16 @@ def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
     """
     metadata, _ = _header(file)
     return checked_facts(file, metadata.get("lora_jax"), metadata.get("sha256"), _DIGITS_AT, verify=verify)
+
+
+def _shards(tensors: list[Pending], shard_bytes: int) -> list[list[Pending]]:
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    # The larger the items the further in front, as the library has it: each then begins at a multiple of its item's size.
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
 def _check_pending(tensors: list[Pending]) -> None:
@@ -151,8 +163,6 @@ def _check_pending(tensors: list[Pending]) -> None:
 
 
 def _write(file: Path, tensors: list[Pending], facts: dict[str, Any] | None) -> None:
-    # The larger the items the further in front, as the library has it: each then begins at a multiple of its item's size.
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     # `transformers` refuses files that do not say which framework's conventions they follow.
     metadata = {"format": "pt"} if facts is None else {"format": "pt", "sha256": NO_DIGITS, "lora_jax": json_of(facts)}
     header: dict[str, Any] = {"__metadata__": metadata}

@@ -19,6 +19,7 @@ from ...sharding import Rules, partition_specs, shardings
 from .. import _state_dict
 from .._families import Family, Tensor, family_of, head_of, shapes_of, tensors_of
 from .._files import read_json
+from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import DTYPES, check_beside, check_finite, check_tensors, check_width, on_device
 
@@ -33,6 +34,7 @@ def load(
     scan: bool = False,
     checkpoint: bool = False,
     dtype: Any = None,
+    param_dtype: Any = None,
     place: Callable[[str, np.ndarray], Any] = on_device,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
@@ -53,8 +55,8 @@ def load(
     model, params = hf.load("path/to/roberta-base", head="sequence_classification", num_labels=3, key=jax.random.key(0))
     ```
 
-    Parameters keep the dtype they have in the file. `tie="share"` follows the config: a tied head is the embedding, used
-    twice. `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
+    Parameters keep the dtype they have in the file, or are cast to `param_dtype` as they are read, each part before it goes to its device.
+    `tie="share"` follows the config: a tied head is the embedding, used twice. `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
     values. `head`, one of `lora_jax.models.HEADS`, or another `num_labels` for it, takes the place of what the config names: the
     encoder is read as strictly as ever, tensors of other heads are passed over, and unless the file has the whole new head,
     for as many labels, all of it is drawn from `key` (None: `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the
@@ -63,7 +65,8 @@ def load(
     the weights take no memory, and `save` merges and writes models larger than that. `jax.device_put` on a CPU may keep the map, too.
 
     With a `mesh` of the axes data, fsdp and tensor, each weight is split as `rules` say (see `lora_jax.sharding`; None: the model's `partition_rules`):
-    every device gets its own part and no other, and of several processes each reads the parts of its own devices.
+    every device gets its own part and no other. All processes of a mesh call this, with the same arguments; each reads the parts of its own devices,
+    and what is wrong in the eyes of one is raised in all.
 
     Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run. `verify` compares with the checksums of
     directories that `save` wrote, and looks for values that are not finite: both read everything once.
@@ -73,43 +76,46 @@ def load(
     if tie not in ("share", "untie"):
         raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'")
     dir = Path(dir)
-    settings = read_json(dir / "config.json")
-    family = family_of(settings)
-    named = family.config.from_hf(settings)
-    config = named if num_labels is None else _with_labels(named, head, num_labels)
-    chosen = head_of(settings, family, head)
-    # The config's own head, asked for by name, is as strict as any other part.
-    own = {family.heads.get(name) for name in settings.get("architectures") or ()}
-    replaced = head is not None and (own != {head} or config != named)
-    stored = _named_as_in_table(dir, family, _stored(dir, verify))
-    build = functools.partial(family.build, head=chosen, dtype=dtype, scan=scan, checkpoint=checkpoint)
-    config = _tied_or_untied(dir, family, build, config, stored, tie)
-    model = build(config)
-    tensors = tensors_of(model, family)
-    layout = None if mesh is None else _layout(model, mesh, rules)
-    expected = {tensor.name for tensor in tensors}
-    stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
-    stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
-    kept = [tensor for tensor in tensors if tensor.path not in fresh]
-    check_tensors(f"{dir} does not hold the model that its config.json describes", {tensor.name: tensor.shape for tensor in kept}, stored)
-    # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
-    model = model.clone(param_dtype=DTYPES[stored[family.embedding].dtype])
+    span = mesh is not None and spanning(mesh)
+    with together(span):
+        settings = read_json(dir / "config.json")
+        family = family_of(settings)
+        named = family.config.from_hf(settings)
+        config = named if num_labels is None else _with_labels(named, head, num_labels)
+        chosen = head_of(settings, family, head)
+        # The config's own head, asked for by name, is as strict as any other part.
+        own = {family.heads.get(name) for name in settings.get("architectures") or ()}
+        replaced = head is not None and (own != {head} or config != named)
+        stored = _named_as_in_table(dir, family, _stored(dir, verify, divided=span))
+        build = functools.partial(family.build, head=chosen, dtype=dtype, scan=scan, checkpoint=checkpoint)
+        config = _tied_or_untied(dir, family, build, config, stored, tie)
+        model = build(config)
+        tensors = tensors_of(model, family)
+        layout = None if mesh is None else _layout(model, mesh, rules)
+        expected = {tensor.name for tensor in tensors}
+        stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
+        stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
+        kept = [tensor for tensor in tensors if tensor.path not in fresh]
+        check_tensors(f"{dir} does not hold the model that its config.json describes", {tensor.name: tensor.shape for tensor in kept}, stored)
+        # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
+        model = model.clone(param_dtype=DTYPES[stored[family.embedding].dtype] if param_dtype is None else jnp.dtype(param_dtype))
 
-    def checked(name: str, array: np.ndarray) -> np.ndarray:
-        return check_finite(dir, name, array) if verify else array
+        def checked(name: str, array: np.ndarray) -> np.ndarray:
+            array = check_finite(dir, name, array) if verify else array
+            return array if param_dtype is None else array.astype(model.param_dtype, copy=False)
 
-    def placed(path: str, names: list[str], arrays: list[np.ndarray], stacked: bool) -> Any:
-        if layout is not None:
-            return _split(path, layout[path], arrays, stacked, lambda index, array: checked(names[index], array))
-        arrays = [checked(name, array) for name, array in zip(names, arrays, strict=True)]
-        return place(path, np.stack(arrays) if stacked else arrays[0])
+        def placed(path: str, names: list[str], arrays: list[np.ndarray], stacked: bool) -> Any:
+            if layout is not None:
+                return _split(path, layout[path], arrays, param_dtype, stacked, lambda index, array: checked(names[index], array))
+            arrays = [checked(name, array) for name, array in zip(names, arrays, strict=True)]
+            return place(path, np.stack(arrays) if stacked else arrays[0])
 
-    flat = {path: placed(path, [path], [array], False) for path, array in _drawn(model, fresh, key).items()}
-    for path, group in itertools.groupby(kept, lambda tensor: tensor.path):
-        parts = list(group)
-        arrays = [tensor.to_ours(stored[tensor.name].read()) for tensor in parts]
-        flat[path] = placed(path, [stored[tensor.name].name for tensor in parts], arrays, parts[0].layer is not None)
-    return model, traverse_util.unflatten_dict(flat, sep="/")
+        flat = {path: placed(path, [path], [array], False) for path, array in _drawn(model, fresh, key).items()}
+        for path, group in itertools.groupby(kept, lambda tensor: tensor.path):
+            parts = list(group)
+            arrays = [tensor.to_ours(stored[tensor.name].read()) for tensor in parts]
+            flat[path] = placed(path, [stored[tensor.name].name for tensor in parts], arrays, parts[0].layer is not None)
+        return model, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _layout(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]:
@@ -118,9 +124,9 @@ def _layout(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]
     return shardings(mesh, partition_specs(shapes, model.partition_rules if rules is None else rules), shapes)
 
 
-def _split(path: str, sharding: Any, arrays: list[np.ndarray], stacked: bool, checked: Callable[[int, np.ndarray], np.ndarray]) -> jax.Array:
+def _split(path: str, sharding: Any, arrays: list[np.ndarray], dtype: Any, stacked: bool, checked: Callable[[int, np.ndarray], np.ndarray]) -> jax.Array:
     """One array over the devices, of which each part is read when its device asks for it. `arrays`: the layers of a stack, or one."""
-    check_width(path, arrays[0].dtype)
+    check_width(path, arrays[0].dtype if dtype is None else jnp.dtype(dtype))
     shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -131,14 +137,16 @@ def _split(path: str, sharding: Any, arrays: list[np.ndarray], stacked: bool, ch
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _stored(dir: Path, verify: bool) -> Mapping[str, Any]:
-    """The tensors in the directory, not read yet, with their `name`, `shape`, `dtype` and `read()`."""
+def _stored(dir: Path, verify: bool, *, divided: bool) -> Mapping[str, Any]:
+    """The tensors in the directory, not read yet, with their `name`, `shape`, `dtype` and `read()`.
+
+    To verify a file is to read all of it: if `divided`, each is by one of the processes.
+    """
     safe = any(dir.glob("model.safetensors*"))
     stored = stored_tensors(dir) if safe or not any(dir.glob("pytorch_model.bin*")) else _state_dict.stored_binaries(dir, "pytorch_model")
     if verify:
         files = sorted({tensor.file for tensor in stored.values()}) if safe else []
-        # Each is read as a whole for it, by one of the processes.
-        for file in files[jax.process_index() :: jax.process_count()]:
+        for file in files[jax.process_index() :: jax.process_count()] if divided else files:
             check_beside(file, facts_of(file))
     return stored
 

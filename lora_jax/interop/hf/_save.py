@@ -19,7 +19,8 @@ from ..._packed import Packed
 from .. import _fingerprint
 from .._families import family_of_model, shapes_of, tensors_of
 from .._files import digest, new_directory, write_json
-from .._safetensors import Pending, write_tensors
+from .._processes import agree, spanning, together
+from .._safetensors import Pending, fetch_tensors, write_tensors
 from .._strict import DTYPES, check_writable, report
 
 # What `save` carries from `source`: the tokenizers of the supported models and the defaults of generation.
@@ -56,9 +57,17 @@ def save(
     and of the config, and, of a combined tree, the fingerprint of the base. The directory appears under its name when it is
     complete; one that exists and is not empty is an error, or is replaced with `overwrite=True` if it is an earlier export.
 
+    Where arrays span several processes, all of them call this, with the same arguments, on a file system that they share: one tensor at a
+    time is gathered, of stacked leaves one layer, process 0 writes the bytes that a single process would, and an error is raised in all.
+
     Raises `ValueError` naming a leaf that is missing, unexpected or of another shape, and `TypeError` for one that is no
     array, as in the two halves that `lorafy` returns.
     """
+    with together(spanning(params)) as writes:
+        _save(Path(dir), model, params, source, overwrite, shard_bytes, writes)
+
+
+def _save(dir: Path, model: nn.Module, params: Mapping, source: str | Path | None, overwrite: bool, shard_bytes: int, writes: bool) -> None:
     kind, architecture, family = family_of_model(model)
     flat = _checked_leaves(model, params)
     carried = _carried_files(source)
@@ -71,13 +80,17 @@ def save(
         if not model.config.tie_word_embeddings:
             names += [alias for alias, name in family.aliases.items() if name == tensor.name]
         pending += [Pending(name, tensor.shape, np.dtype(_described(leaf).dtype), fetch) for name in names]
+    combined = any(isinstance(leaf, Adapted | Trained) for leaf in flat.values())
+    base = lambda: {"base": _fingerprint.fingerprint(model, family, partition(params).frozen)} if combined else {}  # noqa: E731
+    if not writes:
+        base()
+        fetch_tensors(pending, shard_bytes)
+        return
 
-    with new_directory(Path(dir), overwrite=overwrite, mark="config.json", files=("model*.safetensors", "model.safetensors.index.json", *_CARRIED)) as new:
+    with new_directory(dir, overwrite=overwrite, mark="config.json", files=("model*.safetensors", "model.safetensors.index.json", *_CARRIED)) as new:
         about = {"model_type": kind, "architectures": [architecture], "dtype": _widest(flat.values())}
         write_json(new / "config.json", {**model.config.to_hf(), **about})
-        facts = {"beside": {"config.json": digest(new / "config.json")}}
-        if any(isinstance(leaf, Adapted | Trained) for leaf in flat.values()):
-            facts["base"] = _fingerprint.fingerprint(model, family, partition(params).frozen)
+        facts = {"beside": {"config.json": digest(new / "config.json")}, **base()}
         write_tensors(new, pending, shard_bytes, facts=facts)
         for file in carried:
             shutil.copyfile(file, new / file.name)
@@ -126,6 +139,7 @@ class _Merged:
             return leaf.value
         if self._last[0] is not leaf:
             self._last = (None, None)  # gone before the next is made
+            agree()
             self._last = (leaf, merge(*partition(leaf)))
         return self._last[1]
 

@@ -18,6 +18,7 @@ from .._adapters import Part, adapted, once
 from .._families import Family, Tensor, family_of_model
 from .._heads import head_in
 from .._modules import ADAPTABLE, Module, modules_of
+from .._processes import agree, spanning, together
 from .._strict import check_finite, check_tensors
 
 # Which of GPT-2's fused query, key and value the authors adapt.
@@ -46,6 +47,9 @@ def load(
     be in `{"model_state_dict": ...}`. Tensors of the base in the file must be those of `params`, and are left there; those that differ have
     been trained, and become leaves that train (`Full`).
 
+    Where arrays of `params` span several processes, all of them call this, and an error is raised in all. A and B come on each process's default
+    device: `jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta))` of `lora_jax.sharding` places them as the weights are.
+
     Args:
       file: in PyTorch's zip format; no code in it is run.
       model, params: as `hf.load` returned them, with the head of the checkpoint.
@@ -59,30 +63,32 @@ def load(
         into already; a file that is damaged or that asks for code; an `alpha` or `blocks` that the file contradicts.
     """
     file = Path(file)
-    _, _, family = family_of_model(model)
-    facts = _torch_files.facts_of(file, verify=verify)
-    weights = _weights(model, family)
-    stored = _named(file, _state_dict.tensors(file), family, weights)
-    layers = {module.name: module for module in modules_of(model, family) if module.kind in ADAPTABLE and module.kind != "convolution"}
-    pairs = {name: module for name, module in layers.items() if {f"{name}.lora_A", f"{name}.lora_B"} & stored.keys()}
-    if not pairs:
-        raise ValueError(f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}")
-    fused = {name: family.fused.get(name.rpartition(".")[2]) for name in pairs}
-    expected = {name: weights[name].shape for name in stored if name in weights}
-    for name, module in pairs.items():
-        shapes = _shapes(module, fused[name], stored.get(f"{name}.lora_A"), stored.get(f"{name}.lora_B"))
-        expected |= {f"{name}.{array}": shape for array, shape in shapes.items()}
-    check_tensors(f"{file} does not hold adapters of this model", expected, stored)
-    arrays = {name: check_finite(file, tensor.name, tensor.read()) if verify else tensor.read() for name, tensor in stored.items()}
-    options = {"alpha": alpha, "dropout": dropout}
-    parts = [_part(file, module, fused[name], arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], options, blocks) for name, module in pairs.items()]
-    _check_arguments(file, parts, alpha, blocks, facts or {})
-    plain = {name: arrays[name] for name in arrays if name in weights}
-    whole = _trained(file, params, weights, plain, {f"{name}.weight" for name in pairs})
-    result = adapted(model, family, params, parts, once(model, family, whole, file), {}, file)
-    if check_base and facts:
-        _fingerprint.check_base(file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen))
-    return result
+    with together(spanning(params)):
+        _, _, family = family_of_model(model)
+        facts = _torch_files.facts_of(file, verify=verify)
+        weights = _weights(model, family)
+        stored = _named(file, _state_dict.tensors(file), family, weights)
+        layers = {module.name: module for module in modules_of(model, family) if module.kind in ADAPTABLE and module.kind != "convolution"}
+        pairs = {name: module for name, module in layers.items() if {f"{name}.lora_A", f"{name}.lora_B"} & stored.keys()}
+        if not pairs:
+            raise ValueError(f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}")
+        fused = {name: family.fused.get(name.rpartition(".")[2]) for name in pairs}
+        expected = {name: weights[name].shape for name in stored if name in weights}
+        for name, module in pairs.items():
+            shapes = _shapes(module, fused[name], stored.get(f"{name}.lora_A"), stored.get(f"{name}.lora_B"))
+            expected |= {f"{name}.{array}": shape for array, shape in shapes.items()}
+        check_tensors(f"{file} does not hold adapters of this model", expected, stored)
+        arrays = {name: check_finite(file, tensor.name, tensor.read()) if verify else tensor.read() for name, tensor in stored.items()}
+        options = {"alpha": alpha, "dropout": dropout}
+        parts = [_part(file, module, fused[name], arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], options, blocks) for name, module in pairs.items()]
+        _check_arguments(file, parts, alpha, blocks, facts or {})
+        plain = {name: arrays[name] for name in arrays if name in weights}
+        whole = _trained(file, params, weights, plain, {f"{name}.weight" for name in pairs})
+        agree()
+        result = adapted(model, family, params, parts, once(model, family, whole, file), {}, file)
+        if check_base and facts:
+            _fingerprint.check_base(file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen))
+        return result
 
 
 def head_of(file: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .._adapters import Part, adapters_of, parts_of, plain_number, trained_whole
 from .._exports import NEW_HEADS, NOTHING_ADAPTED, check_trees, with_heads_whole
 from .._families import family_of_model, tensors_of
 from .._modules import modules_of
+from .._processes import agree, spanning, together
 from .._strict import check_writable
 
 
@@ -35,12 +36,19 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
     not, merged if it is adapted. The file carries a checksum, the alpha and the
     fingerprint of the base, which PyTorch does not see; it appears complete or not at all.
 
+    Where arrays span several processes, all of them call this, as with `hf.save`.
+
     Raises `ValueError` for a file that exists, unless `overwrite=True`; for DoRA, which no LoRA equals; for a convolution, of which loralib
     has another adapter.
     """
-    file = Path(file)
-    if file.exists() and (file.is_dir() or not overwrite):
+    with together(spanning(frozen, delta)) as writes:
+        return _save(Path(file), model, frozen, delta, overwrite, writes)
+
+
+def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool, writes: bool) -> float:
+    if writes and file.exists() and (file.is_dir() or not overwrite):
         raise ValueError(f"{file} exists; choose another name" + ("" if file.is_dir() else ", or replace it with `overwrite=True`"))
+    agree()
     _, _, family = family_of_model(model)
     check_trees(frozen, delta)
     if getattr(model, "head", None) in NEW_HEADS:
@@ -70,8 +78,9 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
     for name, array in tensors.items():
         check_writable(name, array)
     base = {name: digits for name, digits in _fingerprint.fingerprint(model, family, frozen).items() if name not in trained}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _torch_files.write(file, tensors, facts={"alpha": alpha, "base": base}, overwrite=overwrite)
+    if writes:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _torch_files.write(file, tensors, facts={"alpha": alpha, "base": base}, overwrite=overwrite)
     return alpha
 
 

@@ -19,6 +19,7 @@ from .._families import Family, family_of_model
 from .._heads import head_in
 from .._files import read_json
 from .._modules import Module, modules_of
+from .._processes import agree, spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from ._config import Config, parse
@@ -40,6 +41,9 @@ def load(dir: str | Path, model: nn.Module, params: Any, *, verify: bool = True,
     vectors of the base, which are computed again. An adapter of GPT-2's fused `c_attn` whose B is zero outside of blocks becomes a LoRA of those
     `blocks`. Arrays keep the dtype they have in the file. The rank may be above min(in, out).
 
+    Where arrays of `params` span several processes, all of them call this, and an error is raised in all. A and B come on each process's default
+    device: `jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta))` of `lora_jax.sharding` places them as the weights are.
+
     Args:
       dir: with `adapter_config.json` and `adapter_model.safetensors`, or `.bin`, of which no code is run.
       model, params: as `hf.load` returned them, with the head that the adapter was trained with: `head_of(dir)`.
@@ -52,26 +56,28 @@ def load(dir: str | Path, model: nn.Module, params: Any, *, verify: bool = True,
         embedding.
     """
     dir = Path(dir)
-    kind, _, family = family_of_model(model)
-    config = parse(dir / "adapter_config.json", read_json(dir / "adapter_config.json"))
-    file, stored = _stored(dir)
-    facts = facts_of(file, verify=verify) if file.suffix == ".safetensors" else None
-    if verify:
-        check_beside(file, facts)
-    _check_task(dir, config, model)
-    plan = _planned(dir, config, kind, model, family, stored)
-    stored = _named(plan, dir, stored, family)
-    stored = _without_base(plan, dir, model, family, params, stored)
-    check_tensors(f"{dir} does not hold the adapter that its config describes for this model", plan.expected, stored)
-    read = lambda name: check_finite(file, name, stored[name].read()) if verify else stored[name].read()  # noqa: E731
-    arrays = {name: read(name) for name in plan.expected}
+    with together(spanning(params)):
+        kind, _, family = family_of_model(model)
+        config = parse(dir / "adapter_config.json", read_json(dir / "adapter_config.json"))
+        file, stored = _stored(dir)
+        facts = facts_of(file, verify=verify) if file.suffix == ".safetensors" else None
+        if verify:
+            check_beside(file, facts)
+        _check_task(dir, config, model)
+        plan = _planned(dir, config, kind, model, family, stored)
+        stored = _named(plan, dir, stored, family)
+        stored = _without_base(plan, dir, model, family, params, stored)
+        check_tensors(f"{dir} does not hold the adapter that its config describes for this model", plan.expected, stored)
+        read = lambda name: check_finite(file, name, stored[name].read()) if verify else stored[name].read()  # noqa: E731
+        arrays = {name: read(name) for name in plan.expected}
 
-    whole = {tensor: arrays[name] for name, tensor in plan.whole.items()}
-    parts = with_blocks([_part(config, module, arrays, plan) for module in plan.targets], family)
-    result = adapted(model, family, params, parts, once(model, family, whole, dir), _shared(config, arrays, plan), dir)
-    if check_base and facts:
-        _fingerprint.check_base(dir, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen))
-    return result
+        whole = {tensor: arrays[name] for name, tensor in plan.whole.items()}
+        parts = with_blocks([_part(config, module, arrays, plan) for module in plan.targets], family)
+        agree()
+        result = adapted(model, family, params, parts, once(model, family, whole, dir), _shared(config, arrays, plan), dir)
+        if check_base and facts:
+            _fingerprint.check_base(dir, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen))
+        return result
 
 
 def head_of(dir: str | Path) -> dict[str, Any]:

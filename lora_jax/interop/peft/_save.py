@@ -19,6 +19,7 @@ from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
 from .._modules import Module, containers, covered_by, modules_of, short_names, tied_head, whole_modules
+from .._processes import on_host, spanning, together
 from .._safetensors import Pending, digest, write_tensors
 from .._strict import check_writable
 from ._layout import PREFIX, PROJECTIONS, TASKS, places
@@ -41,6 +42,8 @@ def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: st
     adapter of a tied embedding is written for both modules. Of different dropouts, PEFT gets the largest. Arrays keep their dtypes. The
     file carries a checksum of itself and of the config, and the fingerprint of the base.
 
+    Where arrays span several processes, all of them call this, as with `hf.save`.
+
     Args:
       dir: appears when it is complete; one that is not empty is an error, or is replaced with `overwrite=True` if it is an earlier
         adapter and nothing else.
@@ -51,6 +54,11 @@ def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: st
       ValueError: nothing is adapted; a mixture of DoRA and others; biases that train in some adapted modules and not in others; values that
         are not finite; trees of another model, or that do not belong together.
     """
+    with together(spanning(frozen, delta)) as writes:
+        _save(Path(dir), model, frozen, delta, base, overwrite, writes)
+
+
+def _save(dir: Path, model: nn.Module, frozen: Any, delta: Any, base: str | None, overwrite: bool, writes: bool) -> None:
     _, _, family = family_of_model(model)
     task = TASKS[getattr(model, "head", None)]
     check_trees(frozen, delta)
@@ -79,7 +87,11 @@ def save(dir: str | Path, model: nn.Module, frozen: Any, delta: Any, *, base: st
         tensors |= _projections(frozen)
     for name, array in tensors.items():
         check_writable(name, array)
-    with new_directory(Path(dir), overwrite=overwrite, mark="adapter_config.json", files=("adapter_model.safetensors", "README.md")) as new:
+    if not writes:
+        fingerprint(model, family, frozen)
+        return
+
+    with new_directory(dir, overwrite=overwrite, mark="adapter_config.json", files=("adapter_model.safetensors", "README.md")) as new:
         write_json(new / "adapter_config.json", settings)
         # What is written whole takes the place of the base's, whatever that is.
         base_digits = {name: digits for name, digits in fingerprint(model, family, frozen).items() if name not in whole}
@@ -204,4 +216,4 @@ def _with_exceptions(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _projections(frozen: Any) -> dict[str, np.ndarray]:
     fixed = [leaf.arrays for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if isinstance(leaf, Fixed) and isinstance(leaf.spec.method, VeRA)]
     own = next(arrays for arrays in fixed if not any(isinstance(array, Shared) for array in arrays.values()))
-    return {name: np.ascontiguousarray(np.asarray(own[ours]).T) for ours, name in PROJECTIONS.items()}
+    return {name: np.ascontiguousarray(on_host(own[ours]).T) for ours, name in PROJECTIONS.items()}
