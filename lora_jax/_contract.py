@@ -16,6 +16,7 @@ from jax import lax
 
 from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, place, widened
 from ._packed import on_weight, used, value_of
+from ._product import with_factor
 
 Base = Callable[[jax.Array, jax.Array], jax.Array]
 Piece = tuple[jax.Array, tuple[int, int] | None]  # a summand, and its window along the windowed axis
@@ -31,9 +32,9 @@ def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
 
 
 def dot_general(
-    base: Base, x: jax.Array, weight: Factored, numbers: Any, weight_on_left: bool, precision: Any
+    base: Base, x: jax.Array, weight: Factored, numbers: Any, weight_on_left: bool, precision: Any, reduce: Any = None
 ) -> "Pending | jax.Array":
-    """`lax.dot_general`: any dimension numbers, the weight on either side."""
+    """`lax.dot_general`: any dimension numbers, the weight on either side. `reduce`: see `with_factor`."""
     (left_summed, right_summed), (left_batch, right_batch) = numbers
     own, other = (left_summed, right_summed) if weight_on_left else (right_summed, left_summed)
     own_batch, other_batch = (left_batch, right_batch) if weight_on_left else (right_batch, left_batch)
@@ -75,9 +76,8 @@ def dot_general(
         return place(h, labels, out_labels, shape)
 
     def contracted(h: jax.Array, labels: tuple, term: Term, name: str, keep: tuple) -> tuple[jax.Array, tuple]:
-        sides = ((getattr(term, name).astype(x.dtype), weight.labels(name)), (h.astype(x.dtype), labels))
-        left, right = sides if weight_on_left else sides[::-1]  # as in the original: its order of axes needs no transpose
-        return dot(*left, *right, keep=keep, precision=precision, preferred_element_type=y.dtype)
+        options = {"reduce": reduce, "factor_on_left": weight_on_left, "precision": precision, "preferred_element_type": y.dtype}
+        return with_factor(h.astype(x.dtype), labels, getattr(term, name), weight.labels(name), keep, **options)
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
     total = Pending(y, tuple((product(term), term.window) for term in weight.terms), axis)
@@ -266,8 +266,8 @@ def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Arra
     return y
 
 
-def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "Factored | jax.Array":
-    """Indexing. Picking from a stack is a view; picking rows of an embedding is `W[i] + A[i] B`.
+def gather(base: Base, weight: Factored, indices: jax.Array, params: dict, reduce: Any = None) -> "Factored | jax.Array":
+    """Indexing. Picking from a stack is a view; picking rows of an embedding is `W[i] + A[i] B`. `reduce`: see `with_factor`.
 
     Out-of-range rows of the factors are filled with zeros, so that the fill value of the base stays alone there.
     """
@@ -325,8 +325,8 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict) -> "F
             (a, a_labels), (b, b_labels) = parts["a"], parts["b"]
             tap, layers = parts.get("tap", (None, ()))
             both = [label for label in a_labels if label in b_labels and label != RANK]
-            options = {"keep": both, "preferred_element_type": rows.dtype}
-            product, labels = dot(term.times_scale(a).astype(rows.dtype), a_labels, b.astype(rows.dtype), b_labels, **options)
+            options = {"reduce": reduce, "preferred_element_type": rows.dtype}
+            product, labels = with_factor(term.times_scale(a).astype(rows.dtype), a_labels, b, b_labels, both, **options)
             summands.append((place(term.replace(tap=tap).tapped(product, labels, layers), labels, everything, rows.shape), None))
         rows = added(rows, summands, None)
         return rows if magnitude is None else times(rows, everything, *magnitude)

@@ -321,11 +321,16 @@ def dot(x: jax.Array, x_labels: Sequence, y: jax.Array, y_labels: Sequence, keep
     shared = [label for label in x_labels if label in y_labels]
     batch = [label for label in shared if label in keep]
     summed = [label for label in shared if label not in keep]
-    free = [label for label in (*x_labels, *y_labels) if label not in shared]
     numbers = tuple(
         tuple([labels.index(label) for label in group] for labels in (tuple(x_labels), tuple(y_labels))) for group in (summed, batch)
     )
-    return lax.dot_general(x, y, numbers, **options), (*batch, *free)
+    return lax.dot_general(x, y, numbers, **options), dot_labels(x_labels, y_labels, keep)
+
+
+def dot_labels(x_labels: Sequence, y_labels: Sequence, keep: Sequence = ()) -> tuple:
+    """The labels of the product that `dot` makes."""
+    shared = [label for label in x_labels if label in y_labels]
+    return (*(label for label in shared if label in keep), *(label for label in (*x_labels, *y_labels) if label not in shared))
 
 
 def place(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]) -> jax.Array:

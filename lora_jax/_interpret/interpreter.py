@@ -22,10 +22,11 @@ class MaterializeError(ValueError):
 
 
 class Interpreter:
-    """One evaluation of a function: what may be formed, and who watches."""
+    """One evaluation of a function: what may be formed, in which dtype gradients are summed, and who watches."""
 
-    def __init__(self, materialize: str = "error", observe: bool = False):
+    def __init__(self, materialize: str = "error", observe: bool = False, reduce: Any = None):
         self.materialize = materialize
+        self.reduce = reduce
         self.uses: dict[tuple, Use] | None = {} if observe else None
         self._jitted: dict[tuple, tuple[Any, Callable]] = {}
         self._calls: tuple[int, ...] = ()

@@ -38,7 +38,7 @@ def _dot_general(interpreter: "Interpreter", eqn: Any, number: int, values: list
     numbers = eqn.params["dimension_numbers"]
     (own, own_batch) = (numbers[0][0], numbers[1][0]) if weight_on_left else (numbers[0][1], numbers[1][1])
     base = lambda x, w: bind(eqn, [w, x] if weight_on_left else [x, w])[0]  # noqa: E731
-    y = _contract.dot_general(base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"])
+    y = _contract.dot_general(base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], interpreter.reduce)
     _contraction(interpreter, eqn, number, weight, own, own_batch)
     return y
 
@@ -106,7 +106,7 @@ def _gather(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]
     weight, indices = values
     if not isinstance(weight, Factored) or isinstance(indices, Factored):
         raise NotAView
-    out = _contract.gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params)
+    out = _contract.gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params, interpreter.reduce)
     if not isinstance(out, Factored):
         picked = [stored for axis in eqn.params["dimension_numbers"].start_index_map for stored in weight.axes[axis].origin]
         interpreter.record(eqn, number, weight, "lookup", picked, (), flops=lookup_flops(weight, out.size))

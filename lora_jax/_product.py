@@ -1,0 +1,63 @@
+"""The product of an array with a factor of an adapter, and the dtype in which that factor's gradient is summed.
+
+The gradient is a sum over all rows of the array. JAX's own rule gives it the array's dtype, bfloat16 in mixed precision, and where the rows
+lie on several devices, XLA adds the devices' parts in that dtype before a cast behind it can widen them. Here the product that makes
+the gradient has a wider result, of the same operands: no FLOP and no array more. Left out: its forward-mode derivative, which a function
+with a `custom_vjp` does not have; so this is for who asks for it (`adapt(reduce=)`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ._factored import dot, dot_labels, place
+
+
+def with_factor(
+    x: jax.Array, x_labels: Sequence, factor: jax.Array, labels: Sequence, keep: Sequence, *, reduce: Any, factor_on_left: bool = False, **options: Any
+) -> tuple[jax.Array, tuple]:
+    """`dot` of `x` and `factor`, which is cast to the dtype of `x`, and the labels of the result.
+
+    `reduce`: the dtype of the sum that is the factor's gradient, if it is wider than that of `x`; None leaves it to JAX.
+    """
+
+    def product(x: jax.Array, factor: jax.Array) -> jax.Array:
+        sides = ((factor.astype(x.dtype), labels), (x, x_labels))
+        left, right = sides if factor_on_left else sides[::-1]  # as in the original: its order of axes needs no transpose
+        return dot(*left, *right, keep=keep, **options)[0]
+
+    found = dot_labels(labels, x_labels, keep) if factor_on_left else dot_labels(x_labels, labels, keep)
+    if reduce is None or jnp.finfo(reduce).bits <= jnp.finfo(x.dtype).bits:
+        return product(x, factor), found
+
+    def forward(x: Any, factor: Any) -> tuple:
+        # What nobody differentiates (a factor that is fixed, the input of the first layer) gets no product in the backward pass.
+        return product(x.value, factor.value), (x.value, factor.value, [() if operand.perturbed else None for operand in (x, factor)])
+
+    def backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        x, factor, (wanted_x, wanted_factor) = residuals
+        return of_x(x, factor, cotangent) if wanted_x is not None else None, of_factor(x, factor, cotangent) if wanted_factor is not None else None
+
+    def of_x(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda x: product(x, factor), x)(cotangent)[0]
+
+    def of_factor(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
+        where = _sharding(x, factor, labels, dot_labels(x_labels, found, labels))
+        others = {"precision": options.get("precision"), "preferred_element_type": reduce, "out_sharding": where}
+        summed = dot(x, x_labels, cotangent, found, keep=labels, **others)
+        return place(*summed, labels, ()).astype(factor.dtype)
+
+    reduced = jax.custom_vjp(product)
+    reduced.defvjp(forward, backward, symbolic_zeros=True)
+    return reduced(x, factor), found
+
+
+def _sharding(x: jax.Array, factor: jax.Array, labels: Sequence, wanted: Sequence) -> NamedSharding | None:
+    """That of `factor` with its axes in the wanted order, where `x` is on a mesh of explicit axes, whose sums have to be told; else None."""
+    mesh, own = jax.typeof(x).sharding.mesh, jax.typeof(factor).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*(own[labels.index(label)] for label in wanted)))
