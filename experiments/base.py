@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.config import Architecture, Base
+from experiments import precision
+from experiments.config import Architecture, Base, Precision
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+from lora_jax.sharding import partition_specs, shardings
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,21 @@ class Loaded:
     origin: str
 
 
-def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array, mesh: Mesh) -> Loaded:
-    """The base that `section` describes.
+def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
+    """The base that `section` describes, in the dtypes of `policy`.
 
     `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the finished work directory,
-    where `section.run` names another config; `tokenizer`: the one that was trained, where `section.vocabulary` asks for one. What is
-    read is split over `mesh` as it is read.
+    where `section.run` names another config; `tokenizer`: the one that was trained, where `section.vocabulary` asks for one. The weights
+    are cast and split over `mesh` as they are read or drawn: no device holds more than its part.
     """
     if section.architecture is not None:
-        return _random(section.architecture, tokenizer or data / section.tokenizer, key)
+        return _random(section.architecture, tokenizer or data / section.tokenizer, key, mesh, policy)
     directory = run / "merged" if run is not None else find(section.path, data, beside)
-    model, params = hf.load(directory, mesh=mesh)
+    model, params = hf.load(directory, mesh=mesh, param_dtype=policy.parameters)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary ({model.config.vocab_size})")
-    return Loaded(model, params, tokenizer, directory, section.path or f"merged result of {section.run}")
+    return Loaded(precision.computing(model, policy), params, tokenizer, directory, section.path or f"merged result of {section.run}")
 
 
 def find(path: str, data: Path, beside: Path) -> Path:
@@ -78,8 +80,17 @@ def model(architecture: Architecture, *, vocabulary: int, end: int) -> GPT2:
     return GPT2(config)
 
 
-def _random(architecture: Architecture, directory: Path, key: jax.Array) -> Loaded:
+def _random(architecture: Architecture, directory: Path, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
     tokenizer = load_tokenizer(directory)
     fresh = model(architecture, vocabulary=len(tokenizer), end=tokenizer.eos_token_id)
-    params = jax.jit(lambda key: fresh.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(key)
-    return Loaded(fresh, params, tokenizer, directory, "random weights")
+    dtype = jnp.dtype(policy.parameters or fresh.param_dtype)
+
+    def draw(key: jax.Array) -> Any:
+        # In the model's dtype and then rounded: the same numbers, whatever they are stored in.
+        params = fresh.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    shapes = jax.eval_shape(draw, key)
+    placed = shardings(mesh, partition_specs(shapes, fresh.partition_rules), shapes)
+    computing = precision.computing(fresh.clone(param_dtype=dtype), policy)
+    return Loaded(computing, jax.jit(draw, out_shardings=placed)(key), tokenizer, directory, "random weights")

@@ -34,6 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", help="where the config's paths start; default: $LORA_JAX_DATA, or ../shared/data beside the repository")
     run.add_argument("--workdir", help="where results go, and where an interrupted run is found again; default: runs/NAME")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, as in --set train.lr=1e-4; repeatable")
+    several = run.add_argument_group("several processes", "the same command on every host, with one work directory that all of them see")
+    several.add_argument(
+        "--distributed", action=argparse.BooleanOptionalAction, help="run as one of several processes; default: if srun or mpirun started more than one"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no cluster tells it (SLURM, Open MPI, TPU, Kubernetes do)")
+    several.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: which of them this is, from 0")
     run.set_defaults(handler=_run)
 
     export = commands.add_parser("export", help="write a finished run's result in a format others read")
@@ -135,15 +142,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except Exception as error:
+        return _of_several(error)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
 
+def _of_several(error: Exception) -> int:
+    """The exit status for an error that is none of the user's input: of one process a bug, and among several perhaps the end of another."""
+    from experiments import processes
+
+    if isinstance(error, processes.StoppedElsewhere):
+        return 1  # the first process says why
+    if processes.several():
+        processes.leave(error)
+    raise error
+
+
 def _run(args: argparse.Namespace) -> None:
     if (args.config is None) == (args.config_file is None):
         raise ValueError("run takes one config: `run CONFIG.json` or `run --config CONFIG.json`")
+    _join(args)
     from experiments import config as configs
 
     path = Path(args.config or args.config_file)
@@ -152,6 +173,23 @@ def _run(args: argparse.Namespace) -> None:
 
     data = Path(args.data or os.environ.get("LORA_JAX_DATA") or DEFAULT_DATA)
     run(config, path, data, Path(args.workdir or Path("runs") / config.name))
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Finds the other processes, if there are any, before anything asks JAX for devices."""
+    given = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in given.items() if value is None]
+    if args.distributed is False and len(missing) < 3:
+        raise ValueError("`--no-distributed` goes without --coordinator, --num-processes and --process-id")
+    if 0 < len(missing) < 3:
+        raise ValueError(f"--coordinator, --num-processes and --process-id go together; missing: --{missing[0].replace('_', '-')}")
+    from experiments import processes
+
+    if args.distributed or not missing or (args.distributed is None and processes.detected()):
+        processes.start(*given.values())
+        import jax
+
+        processes.say(f"{jax.process_count()} processes with {jax.device_count()} devices ({jax.devices()[0].device_kind})")
 
 
 def _export(args: argparse.Namespace) -> None:

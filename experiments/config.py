@@ -165,7 +165,12 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Train:
-    """`batch` examples make one step, in `accumulate` parts; intervals are in steps; `eval_batches` limits each evaluation."""
+    """`batch` examples make one step, in `accumulate` parts; intervals are in steps; `eval_batches` limits each evaluation.
+
+    `not_finite`: a step whose loss or gradient is not finite changes nothing; "stop" then ends the run, "skip" goes on, and either keeps
+    the batch in the work directory. `result`: what is exported: "last", what the last step left; "best", what had the lowest validation
+    loss; "mean", the mean of the `keep_checkpoints` newest checkpoints.
+    """
 
     steps: int
     batch: int
@@ -178,6 +183,8 @@ class Train:
     eval_batches: int | None = None
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    not_finite: Literal["stop", "skip"] = "stop"
+    result: Literal["last", "best", "mean"] = "last"
 
     def __post_init__(self):
         _at_least(1, "train", self, "steps", "batch", "accumulate", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
@@ -200,6 +207,29 @@ class Mesh:
 
     def __post_init__(self):
         _at_least(1, "mesh", self, "data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which dtype each part of a run has; null leaves it as it is without this section.
+
+    `parameters`: what the frozen base is stored in, and the merged model with it (null: as in its file; float32 where it is drawn). Merging
+    itself is float32, rounded once. `compute`: activations and products (null: the parameters' own); attention's softmax, the
+    statistics of layer norm and the logits stay float32.
+
+    `adapters`: what trains, that is A, B, and weights and biases with the method Full, which in float32 beside a bfloat16 base are master weights;
+    the optimiser's moments follow (null: the method's, float32 for A and B, and a trained weight's own). Some arrays of a method are float32
+    always (DoRA's magnitude). In bfloat16, of 8 significant bits, an update of less than 1/512 of a number is lost: it learns until updates are small, then stands still.
+
+    `reduce`: what gradients are added in over the parts of a batch, the loss and its log-sum-exp are taken in, and the gradients of A and B come out
+    of their products in, so that XLA adds those of several devices in it. In "bfloat16", they come out in `compute`'s. Not governed by it: gradients of Full's
+    weights and biases before they are added over parts; the model's own products have made and summed them over devices, in `compute`. Numbers of tokens are always float32.
+    """
+
+    parameters: Literal["bfloat16", "float32"] | None = None
+    compute: Literal["bfloat16", "float32"] | None = None
+    adapters: Literal["bfloat16", "float32"] | None = None
+    reduce: Literal["bfloat16", "float32"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -264,6 +294,7 @@ class Config:
     train: Train
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
+    precision: Precision = Precision()
     decode: Decode = Decode()
     generate: Generate | None = None
     compare_full: bool = False
@@ -284,6 +315,8 @@ class Config:
                 raise ValueError(f"`optimizer.{name.lower()}` is for the method {name}, and `method.name` is {self.method['name']}: leave one of them out")
         if type(method).__name__ == "AdaLoRA" and self.optimizer.adalora is None:
             raise ValueError('`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`, for example {"target_rank": 4}')
+        if self.precision.adapters is not None and getattr(method, "dtype", None) is not None:
+            raise ValueError(f"`precision.adapters` is {self.precision.adapters} and `method.dtype` is {method.dtype}, of the same arrays: leave one of them out")
         if getattr(method, "delayed", False):
             raise ValueError("`method.delayed` waits for `start_delta`, which a run does not call: leave it out, and the base follows from the first step")
 
@@ -341,6 +374,15 @@ def _override(tree: Any, item: str) -> Any:
 def to_json(config: Config) -> dict[str, Any]:
     """Everything the config says, defaults included, as JSON: what a work directory keeps and a resume compares."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def but_defaults(section: Any) -> Any:
+    """What the config says beyond the defaults, as JSON: the same in a later version, whose new keys mean by default what was done before."""
+    if not dataclasses.is_dataclass(section):
+        return json.loads(json.dumps(section))
+    made = lambda field: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()  # noqa: E731
+    values = ((field, getattr(section, field.name)) for field in dataclasses.fields(section))
+    return {field.name: but_defaults(value) for field, value in values if value != made(field)}
 
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:

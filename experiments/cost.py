@@ -21,11 +21,12 @@ from lora_jax.checkpoint import State
 STEPS = 5
 
 
-def beside_full(trainer: Trainer, state: State, params: Any, specs: Any, arrays: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """The cost of this run's step and of full fine-tuning's from the same base, measured in turn."""
+def beside_full(trainer: Trainer, state: State, params: Any, specs: Any, examples: Any) -> dict[str, dict[str, float]]:
+    """The cost of this run's step and of full fine-tuning's from the same base, on the first of these examples, measured in turn."""
     frozen, delta = lora_jax.lorafy(params, ".*", method=Full())
     full = trainer.of_full(frozen)
-    batch = trainer.device_batch(arrays, trainer.config.train.accumulate)
+    train = trainer.config.train
+    batch = trainer.device_batch(examples, np.arange(train.batch) % len(examples), train.accumulate)
     return {"this run": _of(trainer, state, batch), "full fine-tuning": _of(full, full.start(delta, specs, state.key), batch)}
 
 

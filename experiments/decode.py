@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from experiments.config import Config, Decode, E2EData
+from experiments.processes import whole
 from experiments.search import search
 from experiments.tasks.examples import Prompt, padded_width
 
@@ -71,7 +72,7 @@ def generate(
         # The padding is any token at all: the mask keeps it out.
         ids = np.asarray([[end[0]] * (width - len(prompts[row])) + list(prompts[row]) for row in filled], np.int32)
         mask = np.asarray([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in filled], np.int32)
-        tokens = np.asarray(search(model, params, ids, mask, _keys(section, filled), section=section, end=end))
+        tokens = whole(search(model, params, ids, mask, _keys(section, filled), section=section, end=end))
         for row, found in zip(rows, tokens.tolist(), strict=False):
             results[row] = found[: next((place for place, token in enumerate(found) if token in end), None)]
         tell(start + len(rows))

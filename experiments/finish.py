@@ -1,4 +1,4 @@
-"""From trained arrays to files: merge, export, keep the adapter, read back, compare, decode, score.
+"""From trained arrays to files: choose, merge, export, keep the adapter, read back, compare, decode, score.
 
 The comparison is of the logits of the adapted model in memory with those of the exported one, read back from its files: whatever
 goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number in the report.
@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from experiments import config as configs
+from experiments import precision, processes
 from experiments.base import Loaded
-from experiments.config import Config
+from experiments.config import Config, Train
 from experiments.decode import Decoder
 from experiments.metrics import score_e2e, warn
 from experiments.progress import Count
 from experiments.tasks.examples import Splits
 from experiments.train import Trainer
+from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.interop import hf, peft
 
 # Rows of validation data on which the export is compared.
@@ -28,9 +31,20 @@ ROWS = 4
 PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 
 
+def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, Any]:
+    """What of the run is exported, as `train.result` says, in words, and its trained arrays."""
+    if train.result == "best":
+        best = checkpoints.restore(state.delta, state.opt_state, step=checkpoints.best())
+        return f"step {best.step}'s, which has the lowest validation loss", best.delta
+    if train.result == "mean":
+        count = train.keep_checkpoints
+        return f"the mean of the last {count} checkpoints'", checkpoints.average(state.delta, last=count)
+    return f"the last step's, {state.step}", state.delta
+
+
 def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
-    """Writes the merged model to `directory`, all of it or nothing, and returns the merged parameters."""
-    merged = lora_jax.merge(trainer.frozen, delta)
+    """Writes the merged model to `directory`, all of it or nothing, in the base's dtypes, and returns the merged parameters."""
+    merged = precision.stored(lora_jax.merge(trainer.frozen, delta), base.params)
     hf.save(directory, base.model, merged, source=base.directory, overwrite=True)
     return merged
 
@@ -59,16 +73,17 @@ def _tensor_bytes(directory: Path) -> int:
 def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:
     """The largest difference of a logit between the adapted model and the exported one, and the largest logit beside it."""
     rows = np.arange(min(ROWS, len(splits.valid)))
-    ids = jnp.asarray(splits.valid.batch(rows)["input_ids"])
-    adapted = jax.jit(lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids))(delta, trainer.frozen)
-    model, params = hf.load(directory)
-    reloaded = jax.jit(model.apply)({"params": params}, ids)
-    # On the host, because the two may live on different devices.
-    adapted, reloaded = np.asarray(adapted, np.float32), np.asarray(reloaded, np.float32)
+    ids = splits.valid.batch(rows)["input_ids"]
+    everywhere = NamedSharding(trainer.mesh, P())
+    logits = jax.jit(lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids), out_shardings=everywhere)
+    adapted = np.asarray(logits(delta, trainer.frozen), np.float32)
+    model, params = hf.load(directory, mesh=trainer.mesh)
+    model = precision.computing(model, trainer.config.precision)
+    reloaded = np.asarray(jax.jit(lambda params: model.apply({"params": params}, ids), out_shardings=everywhere)(params), np.float32)
     return {
         "max_difference": float(np.abs(adapted - reloaded).max()),
         "max_logit": float(np.abs(adapted).max()),
-        "pytorch": _in_pytorch(directory, np.asarray(ids), adapted),
+        "pytorch": processes.by_first(lambda: _in_pytorch(directory, ids, adapted)),
     }
 
 
@@ -97,14 +112,13 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         return {"samples": [], "scores": {}}
 
     def decoded(params: Any, count: int, what: str) -> list[str]:
-        with Count(what, count) as progress:
+        with Count(what, count, silent=not processes.first()) as progress:
             return decoder.texts(params, count, tell=progress.update)
 
     texts = {"after": decoded(merged, len(prompts), "decoding")}
     texts["before"] = decoded(before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base")
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
-    for name in whole:
-        (directory / PREDICTIONS[name]).write_text("".join(line + "\n" for line in texts[name]), "utf-8")
+    processes.by_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
@@ -112,7 +126,14 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
     if not all(prompt.references for prompt in prompts):
         return {"samples": samples, "scores": {}}
     references = [prompt.references for prompt in prompts]
-    (directory / "references.txt").write_text("\n".join("".join(line + "\n" for line in group) for group in references), "utf-8")
-    # What METEOR lacks is said once.
-    scores = {name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None) for name in whole}
-    return {"samples": samples, "scores": scores}
+
+    def score() -> dict[str, dict[str, float | None]]:
+        (directory / "references.txt").write_text("\n".join("".join(line + "\n" for line in group) for group in references), "utf-8")
+        # What METEOR lacks is said once.
+        return {name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None) for name in whole}
+
+    return {"samples": samples, "scores": processes.by_first(score)}
+
+
+def _write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(line + "\n" for line in lines), "utf-8")

@@ -5,6 +5,8 @@ are sums over the masked tokens divided by (their number + 1e-4). Sum and number
 accumulated one after the other, give the loss and gradient of the whole batch.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,13 +14,13 @@ import jax.numpy as jnp
 COUNT_OFFSET = 1e-4
 
 
-def token_losses(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """(1 - s) NLL + s mean_v(-log p_v) for every token, in float32.
+def token_losses(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, dtype: Any = jnp.float32) -> jax.Array:
+    """(1 - s) NLL + s mean_v(-log p_v) for every token, computed in `dtype`.
 
     Both terms are written with one log-sum-exp, so that no array of log-probabilities of the vocabulary's size is kept for the
     backward pass: NLL = lse - logit[label], mean(-log p) = lse - mean(logits).
     """
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(dtype)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     loss = normalizer - target
@@ -27,10 +29,9 @@ def token_losses(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -
     return loss
 
 
-def masked_sum(logits: jax.Array, labels: jax.Array, mask: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """The summed loss of the tokens whose mask is 1, and their number."""
-    mask = mask.astype(jnp.float32)
-    return jnp.sum(token_losses(logits, labels, smoothing) * mask), jnp.sum(mask)
+def masked_sum(logits: jax.Array, labels: jax.Array, mask: jax.Array, smoothing: float = 0.0, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """The summed loss of the tokens whose mask is 1, in `dtype`, and their number, which bfloat16 has no room for from 257 on."""
+    return jnp.sum(token_losses(logits, labels, smoothing, dtype) * mask.astype(dtype)), jnp.sum(mask.astype(jnp.float32))
 
 
 def mean(total: jax.Array | float, count: jax.Array | float) -> jax.Array | float:

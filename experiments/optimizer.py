@@ -103,3 +103,11 @@ def for_adapters(section: Optimizer, train: Train, frozen: Any, delta: Any) -> o
         steps = {"initial_steps": budget.initial_steps, "final_steps": budget.final_steps, "every": budget.every}
         tx = optim.adalora(tx, total_steps=train.steps, target_rank=budget.target_rank, **steps)
     return tx
+
+
+def state_shardings(tx: optax.GradientTransformation, state: optax.OptState, placed: Any, everywhere: Any) -> Any:
+    """Where the arrays of `state`, or of its shapes, live: moments are trees like what trains, whose shardings are `placed`; counters are `everywhere`."""
+    # A rule may pass over some leaves.
+    masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    follow = lambda leaf, where: leaf if masked(leaf) else where  # noqa: E731
+    return optax.tree_map_params(tx, follow, state, placed, transform_non_params=lambda _: everywhere, is_leaf=masked)

@@ -8,33 +8,41 @@ import threading
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Asked:
-    """Whether the process has been asked to stop. True in a condition from the first SIGTERM on.
+    """Whether to stop: whether this process, or any of several that run as one, has had a SIGTERM.
 
     ```python
     with Asked() as asked:
-        while not asked:
+        for number in range(steps):
             ...                      # one step
+            if asked.by(number):
+                break
     ```
 
-    The second one ends the process as it would any other. Outside of the main thread, which alone is told of signals, nobody asks.
+    The second one ends the process as it would any other. Outside of the main thread, which alone is told of signals, nobody asks. Of
+    several processes, JAX watches for the signal, from the moment they found each other, and all stop after the same step.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self._before: Any = None
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "Asked":
-        if threading.current_thread() is threading.main_thread():
+        if not self._several and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._restore()
 
-    def __bool__(self) -> bool:
-        return self._asked
+    def by(self, step: int) -> bool:
+        """Whether to stop after this step. Once for each, in their order."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -1,6 +1,7 @@
 """What a run says while it goes on: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or plain lines elsewhere."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ class _Bar:
     """A bar on a terminal; nothing elsewhere, where `shown` is False."""
 
     def __init__(self, out: TextIO, name: str, total: int, done: int = 0):
-        self.shown = out.isatty()
+        self._out, self.shown = out, out.isatty()
         if not self.shown:
             return
         from rich import progress
@@ -46,6 +47,13 @@ class _Bar:
         if self.shown:
             self._progress.stop()
 
+    def above(self, text: str) -> None:
+        """A line of text, above the bar where there is one."""
+        if self.shown:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._out, flush=True)
+
     def update(self, done: int, **fields: str) -> None:
         if self.shown:
             self._progress.update(self._task, completed=done, **fields)
@@ -54,8 +62,8 @@ class _Bar:
 class Count:
     """How many of `total` are done, on a bar or, elsewhere, on a line now and then."""
 
-    def __init__(self, name: str, total: int, out: TextIO | None = None):
-        self._out = sys.stdout if out is None else out
+    def __init__(self, name: str, total: int, out: TextIO | None = None, *, silent: bool = False):
+        self._out = open(os.devnull, "a", encoding="utf-8") if silent else sys.stdout if out is None else out
         self._name, self._total = name, total
         self._spoke = time.monotonic()
         self._bar = _Bar(self._out, name, total)
@@ -77,13 +85,20 @@ class Count:
 class Record:
     """Opens the metrics of a work directory at `step`, forgetting what an interrupted run wrote beyond it.
 
-    `out`: where people read, standard output unless given.
+    `out`: where people read, standard output unless given. `silent`: nothing is written or said, as in all but the first of several
+    processes.
     """
 
-    def __init__(self, directory: Path, name: str, steps: int, step: int, out: TextIO | None = None):
-        self._out = sys.stdout if out is None else out
+    def __init__(self, directory: Path, name: str, steps: int, step: int, out: TextIO | None = None, *, silent: bool = False):
+        self.directory = directory
         self._name, self._steps = name, steps
         self._spoke = -QUIET
+        if silent:
+            self._evaluated: set[int] = set()
+            self._file = self._out = open(os.devnull, "a", encoding="utf-8")
+            self._bar = _Bar(self._out, name, steps, step)
+            return
+        self._out = sys.stdout if out is None else out
         path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         # In one move, so that a crash here leaves the old file or the new one.
@@ -102,6 +117,15 @@ class Record:
         self._bar.stop()
         self._file.close()
 
+    def note(self, step: int, text: str) -> None:
+        """What people should know of this step, for the report too."""
+        self._write(step, note=text)
+        self._bar.above(f"{self._name}: {text}")
+
+    def _write(self, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
     def evaluated(self, step: int) -> bool:
         """Whether the run had come to the evaluation of this step before it was stopped."""
         return step in self._evaluated
@@ -111,8 +135,7 @@ class Record:
 
     def log(self, step: int, **numbers: float) -> None:
         """One line of metrics, on the disk before this returns, and a word about it to whoever watches."""
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        self._write(step, **numbers)
         shown = [f"{name} {numbers[name]:.4f}" for name in ("loss", "valid_loss") if name in numbers]
         if "seconds_per_step" in numbers:
             shown.append(f"{numbers['seconds_per_step']:.3f} s/step")

@@ -22,6 +22,7 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
     facts = {
         **facts,
         "numbers": numbers(metrics),
+        "notes": [line["note"] for line in metrics if "note" in line],
         "command": command(),
         **provenance(),
     }
@@ -93,6 +94,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "steps": f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens each",
         "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after (best {found['best_valid_loss']:.4f})",
         "last training loss": f"{found['train_loss']:.4f}{smoothed}",
+        "exported": f"{facts['result']} weights",
         "time": f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax {facts['jax']}",
         "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, largest logit {comparison['max_logit']:.1f}",
         "merged, in PyTorch": _in_pytorch(comparison["pytorch"]),
@@ -102,6 +104,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     }
     lines = [f"# {config.name}", "", *_source(config), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
     lines += ["", "![loss](figures/loss.png)", ""]
     lines += ["`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the adapter and the"]
     lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", _adapter(facts["adapter"]), ""]

@@ -11,7 +11,7 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,13 +19,13 @@ import numpy as np
 import lora_jax
 from experiments import base as bases
 from experiments import config as configs
-from experiments import cost, finish, report, tasks, train
+from experiments import cost, finish, precision, processes, report, tasks, train
 from experiments.config import Config
 from experiments.decode import Decoder
 from experiments.progress import Record
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
-from lora_jax.checkpoint import Checkpoints, fingerprint
+from lora_jax.checkpoint import Checkpoints, State, fingerprint
 
 # What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer trained for it, and what a
 # crash left of the last two.
@@ -35,72 +35,115 @@ BEFOREHAND = {"base", "data", "tokenizer", "tokenizer.tmp", "config.json.tmp"}
 def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_after: int | None = None) -> Path:
     """Trains, exports and reports as `config` says, or goes on with it, in `workdir`. SIGTERM while it trains: saves, and returns.
 
-    `stop_after` ends training after that many steps, for tests of resuming. Raises `ValueError` for a directory that holds another
-    config's run, or for a run whose base, config or data has changed; it is left as it was.
+    Several processes that found each other call it alike, and run as one. `stop_after` ends training after that many steps, for tests of
+    resuming. Raises `ValueError` for a directory that holds another config's run, or for a run whose base, config or data has changed; it
+    is left as it was. The mesh may change: numbers then agree as far as float32 rounds, and not bit for bit.
     """
     resolved = configs.to_json(config)
-    if is_finished(workdir, resolved):
-        print(f"{config.name}: already finished, see {workdir / 'report.md'}")
+    if processes.by_first(lambda: is_finished(workdir, resolved)):
+        processes.say(f"{config.name}: already finished, see {workdir / 'report.md'}")
         return workdir
-    if jax.process_count() > 1:
-        raise ValueError(f"this run has {jax.process_count()} processes, which would all write the same files: several hosts are not supported yet")
+    ready = _prepare(config, config_path, data, workdir)
+    if ready is None:
+        return workdir
+    state = _train(ready, config, workdir, resolved, stop_after)
+    if state.step == config.train.steps:
+        _finish(ready, state, config, workdir)
+        processes.say(f"{config.name}: finished, see {workdir / 'report.md'}")
+    elif stop_after is None:
+        processes.say(f"{config.name}: stopped after step {state.step}, as asked, and saved: the same command goes on from there")
+    return workdir
+
+
+class _Ready(NamedTuple):
+    """What a run needs before its first step. `first`: the state there; `base`: as it is on the mesh, `specs` its layout."""
+
+    base: bases.Loaded
+    specs: Any
+    splits: Splits
+    decoder: Decoder
+    trainer: train.Trainer
+    first: State
+    identity: dict[str, str]
+
+
+def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _Ready | None:
+    """Finds what is wrong with the input, the cheap things first; None if the base is not finished, having been asked to stop."""
     mesh = train.make_mesh(config.mesh)
     _check_against_shapes(config, config_path)
+    processes.check_shared(workdir)
     if config.generate is not None:
-        data = generate.write(config.generate, workdir / "data")
+        data = workdir / "data"
+        processes.by_first(lambda: generate.write(config.generate, data) and None)
     contents = tasks.read(config.data, data)
     base_run = _run_base(config, config_path, data, workdir)
-    if base_run is not None and not (base_run / "report.md").is_file():  # it was asked to stop
-        return workdir
+    if base_run is not None and not processes.by_first((base_run / "report.md").is_file):
+        return None
     keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
-    trained = None if config.base.vocabulary is None else tokenizer.train(contents["train"], config.base.vocabulary, workdir / "tokenizer")
-    base = bases.load(config.base, data, config_path.parent, base_run, trained, keys["base"], mesh)
+    own_tokenizer = None
+    if config.base.vocabulary is not None:
+        own_tokenizer = workdir / "tokenizer"
+        processes.by_first(lambda: tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer) and None)
+    base = bases.load(config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision)
     _check_room(config, base.model.config.n_positions)
     splits = tasks.prepare(config.data, contents, base.tokenizer)
     decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
 
-    identity = {"base": fingerprint(base.params), "config": _digest(resolved), "data": _data_fingerprint(splits)}
+    identity = {"base": fingerprint(base.params), "config": _digest(config), "data": _data_fingerprint(splits)}
     params, specs = train.place(mesh, base.params, base.model.partition_rules)
     base = dataclasses.replace(base, params=params)
-    method = configs.method_value(config.method)
-    frozen, delta = lora_jax.lorafy(params, list(config.targets), method=method, key=keys["adapter"])
+    frozen, delta = lora_jax.lorafy(params, list(config.targets), method=precision.method(config), key=keys["adapter"])
     trainer = train.Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
-    state = trainer.start(delta, specs, keys["dropout"])
+    return _Ready(base, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity)
 
-    with Checkpoints(workdir / "checkpoints", identity=identity, keep=config.train.keep_checkpoints) as checkpoints:
+
+def _train(ready: _Ready, config: Config, workdir: Path, resolved: dict[str, Any], stop_after: int | None) -> State:
+    """The state after the last step, or after that at which the run was stopped."""
+    state = ready.first
+    with _checkpoints(ready, config, workdir) as checkpoints:
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state.delta, state.opt_state)
-            print(f"{config.name}: resuming after step {state.step}")
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "config.json").is_file():
-            fresh = workdir / "config.json.tmp"
-            fresh.write_text(json.dumps(resolved, indent=2) + "\n", "utf-8")
-            fresh.replace(workdir / "config.json")
-        with Record(workdir, config.name, config.train.steps, state.step) as record:
-            state = trainer.fit(state, splits, checkpoints, record, stop_after)
-    if state.step < config.train.steps:
-        if stop_after is None:
-            print(f"{config.name}: stopped after step {state.step}, as asked, and saved: the same command goes on from there", flush=True)
-        return workdir
+            processes.say(f"{config.name}: resuming after step {state.step}")
+        processes.by_first(lambda: _mark(workdir, resolved))
+        with Record(workdir, config.name, config.train.steps, state.step, silent=not processes.first()) as record:
+            return ready.trainer.fit(state, ready.splits, checkpoints, record, stop_after)
 
-    started = time.perf_counter()
-    merged = finish.export(trainer, state.delta, base, workdir / "merged")
+
+def _checkpoints(ready: _Ready, config: Config, workdir: Path) -> Checkpoints:
+    return Checkpoints(workdir / "checkpoints", identity=ready.identity, keep=config.train.keep_checkpoints, keep_best=config.train.result == "best")
+
+
+def _mark(workdir: Path, resolved: dict[str, Any]) -> None:
+    """Makes `workdir` the run's own. With another mesh than before, the newer one stands there."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    text, file = json.dumps(resolved, indent=2) + "\n", workdir / "config.json"
+    if not file.is_file() or file.read_text("utf-8") != text:
+        fresh = workdir / "config.json.tmp"
+        fresh.write_text(text, "utf-8")
+        fresh.replace(file)
+
+
+def _finish(ready: _Ready, state: State, config: Config, workdir: Path) -> None:
+    """From the trained state to the report."""
+    started, trainer, splits = time.perf_counter(), ready.trainer, ready.splits
+    with _checkpoints(ready, config, workdir) as checkpoints:
+        chosen, delta = finish.chosen(checkpoints, state, config.train)
+    merged = finish.export(trainer, delta, ready.base, workdir / "merged")
     facts: dict[str, Any] = {
-        "base": {"origin": base.origin, "fingerprint": identity["base"], "parameters": _size(base.params)},
-        "data": identity["data"],
-        "trainable": lora_jax.count(state.delta),
-        "summary": _summary(params, state.delta),
-        "adapter": finish.write_adapter(trainer, state.delta, base, workdir),
-        "comparison": finish.compare(trainer, state.delta, workdir / "merged", splits),
-        "bytes": {"base": _bytes(params), "delta": _bytes(state.delta)},
-        **finish.predict(decoder, params, merged, workdir),
+        "base": {"origin": ready.base.origin, "fingerprint": ready.identity["base"], "parameters": _size(ready.base.params)},
+        "data": ready.identity["data"],
+        "trainable": lora_jax.count(delta),
+        "summary": _summary(ready.base.params, delta),
+        "result": chosen,
+        "adapter": finish.write_adapter(trainer, delta, ready.base, workdir),
+        "comparison": finish.compare(trainer, delta, workdir / "merged", splits),
+        "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
+        **finish.predict(ready.decoder, ready.base.params, merged, workdir),
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
-        "cost": cost.beside_full(trainer, state, params, specs, splits.train.batch(np.arange(config.train.batch))) if config.compare_full else {},
+        "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train) if config.compare_full else {},
         "finishing_seconds": time.perf_counter() - started,
     }
-    report.write(workdir, config, facts)
-    print(f"{config.name}: finished, see {workdir / 'report.md'}")
-    return workdir
+    processes.by_first(lambda: report.write(workdir, config, facts))
 
 
 def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
@@ -111,11 +154,12 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
             old = json.loads(kept.read_text("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"`{kept}` is not valid JSON: {error}") from error
-        found = configs.difference(configs.with_defaults(old), resolved)
+        # Where the arrays lie changes no result beyond rounding.
+        found = configs.difference(_but_mesh(configs.with_defaults(old)), _but_mesh(resolved))
         if found:
             raise ValueError(f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config it was started with")
         return (workdir / "report.md").is_file()
-    if workdir.exists() and (not workdir.is_dir() or {entry.name for entry in workdir.iterdir()} - BEFOREHAND):
+    if workdir.exists() and (not workdir.is_dir() or {entry.name for entry in workdir.iterdir() if not entry.name.startswith(processes.MARK)} - BEFOREHAND):
         raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir")
     return False
 
@@ -153,8 +197,12 @@ def _summary(params: Any, delta: Any) -> str:
     return printed.getvalue()
 
 
-def _digest(resolved: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:32]
+def _but_mesh(tree: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name != "mesh"}
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(json.dumps(_but_mesh(configs.but_defaults(config)), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _data_fingerprint(splits: Splits) -> str:

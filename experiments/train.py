@@ -5,6 +5,7 @@ run's key folded with the step, its rate from the schedule. The batch, and activ
 axes, weights over fsdp and tensor, and the optimiser's moments follow the arrays they belong to.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,14 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from experiments import loss as losses
-from experiments import optimizer, order
+from experiments import optimizer, order, precision, processes
 from experiments.config import Config
 from experiments.config import Mesh as MeshSection
+from experiments.guards import BY, Guards
 from experiments.preemption import Asked
 from experiments.progress import Record
 from experiments.spread import EXAMPLES, spread
+from experiments.step import compiled_for, step_of
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
@@ -36,11 +39,17 @@ BATCH = P(None, EXAMPLES, None)
 
 
 def make_mesh(section: MeshSection) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over the first devices; one device is the trivial mesh."""
+    """A mesh with the axes data, fsdp and tensor over the first devices, or over all of several processes; one device is the trivial mesh."""
     shape = (section.data, section.fsdp, section.tensor)
     count, devices = math.prod(shape), jax.devices()
+    asked = f"`mesh` {section.data} x {section.fsdp} x {section.tensor}"
     if count > len(devices):
-        raise ValueError(f"`mesh` {section.data} x {section.fsdp} x {section.tensor} needs {count} devices, but there are {len(devices)}")
+        raise ValueError(f"{asked} needs {count} devices, but there are {len(devices)}")
+    if jax.process_count() > 1 and count < len(devices):
+        raise ValueError(
+            f"{asked} takes {count} devices, and the {jax.process_count()} processes have {len(devices)}, of which none may be idle: "
+            f"set `mesh.data` to {len(devices) // (section.fsdp * section.tensor)}, for example, or start fewer processes"
+        )
     return Mesh(np.asarray(devices[:count]).reshape(shape), ("data", "fsdp", "tensor"))
 
 
@@ -72,7 +81,7 @@ class Trainer:
         frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
         tx, budget = optimizer.for_adapters(config.optimizer, config.train, frozen, delta), config.optimizer.adalora
         penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)
-        return cls(config, mesh, lora_jax.adapt(spread(apply, mesh)), frozen, tx, penalty)
+        return cls(config, mesh, lora_jax.adapt(spread(apply, mesh), reduce=config.precision.reduce), frozen, tx, penalty)
 
     def of_full(self, frozen: Any) -> "Trainer":
         """The same for full fine-tuning: without the rules of a method."""
@@ -81,14 +90,10 @@ class Trainer:
     def start(self, delta: Any, specs: Any, key: jax.Array) -> State:
         """The state before the first step, every array where it belongs on the mesh."""
         placed = shardings(self.mesh, delta_specs(delta, specs), delta)
+        delta = precision.trained(delta, self.config.precision)
         # Copied, since steps give these buffers away: a leaf that trains itself would otherwise be the base's own.
         delta = jax.tree.map(jnp.copy, jax.device_put(delta, placed))
-        shapes = jax.eval_shape(self.tx.init, delta)
-        everywhere = NamedSharding(self.mesh, P())
-        # Moments are trees like `delta`, and take its shardings, but for leaves that a rule passes over; counters and the like are everywhere.
-        masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-        follow = lambda leaf, where: leaf if masked(leaf) else where  # noqa: E731
-        layout = optax.tree_map_params(self.tx, follow, shapes, placed, transform_non_params=lambda _: everywhere, is_leaf=masked)
+        layout = optimizer.state_shardings(self.tx, jax.eval_shape(self.tx.init, delta), placed, NamedSharding(self.mesh, P()))
         opt_state = jax.jit(self.tx.init, out_shardings=layout)(delta)
         return State(delta, opt_state, 0, (0, 0), key)
 
@@ -96,47 +101,36 @@ class Trainer:
         """Summed loss and number of counted tokens of one part of a batch; random only with a key."""
         params = lora_jax.combine(frozen, delta, key=key)
         logits = self.forward({"params": params}, batch["input_ids"])
-        return losses.masked_sum(logits, batch["labels"], batch["mask"], smoothing)
-
-    def step(self, delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
-        """One update. Gradients of the parts' sums are added and divided by the tokens of all parts: the whole batch's gradient."""
-        smoothing, accumulate = self.config.train.label_smoothing, self.config.train.accumulate
-        gradient = jax.value_and_grad(self.loss, has_aux=True)
-
-        def part(index: jax.Array | int) -> tuple:
-            piece = jax.tree.map(lambda array: array[index], batch)
-            (total, count), grads = gradient(delta, frozen, piece, jax.random.fold_in(key, index), smoothing)
-            return total, count, grads
-
-        sums = part(0)
-        if accumulate > 1:
-            add = lambda index, sums: jax.tree.map(lambda old, new: old + new, sums, part(index))  # noqa: E731
-            sums = jax.lax.fori_loop(1, accumulate, add, sums)
-        total, count, grads = sums
-        grads = jax.tree.map(lambda grad: losses.mean(grad, count.astype(grad.dtype)), grads)
-        if self.penalty is not None:
-            grads = jax.tree.map(jnp.add, grads, jax.grad(self.penalty)(delta))
-        updates, opt_state = self.tx.update(grads, opt_state, delta)
-        numbers = {"loss": losses.mean(total, count), "gradient_norm": optax.tree.norm(grads)}
-        return optax.apply_updates(delta, updates), opt_state, numbers
+        return losses.masked_sum(logits, batch["labels"], batch["mask"], smoothing, self.config.precision.reduce)
 
     def compiled_step(self, state: State) -> Callable:
-        """`step` compiled, its first two arguments donated, so that delta and moments are updated in place."""
-        where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)  # noqa: E731
-        everywhere = NamedSharding(self.mesh, P())
-        results = (where(state.delta), where(state.opt_state), {"loss": everywhere, "gradient_norm": everywhere})
-        return jax.jit(self.step, donate_argnums=(0, 1), out_shardings=results)
+        """`step_of` this run's loss, compiled for arrays that lie as those of `state` do."""
+        train = self.config.train
+        smoothed = functools.partial(self.loss, smoothing=train.label_smoothing)
+        return compiled_for(step_of(smoothed, self.tx, train.accumulate, self.penalty, self.config.precision.reduce), state.delta, state.opt_state, self.mesh)
 
-    def device_batch(self, arrays: dict[str, np.ndarray], accumulate: int) -> dict[str, jax.Array]:
-        """A host batch in `accumulate` parts, each spread over the mesh."""
-        parts = {name: array.reshape(accumulate, -1, array.shape[-1]) for name, array in arrays.items()}
-        return jax.device_put(parts, NamedSharding(self.mesh, BATCH))
+    def device_batch(self, examples: Any, indices: np.ndarray, accumulate: int = 1) -> dict[str, jax.Array]:
+        """These examples in `accumulate` parts, each spread over the mesh. A process reads the rows of its own devices; of `-1`, which is none, nothing is counted."""
+        rows, width, sharding = indices.reshape(accumulate, -1), examples.width(indices), NamedSharding(self.mesh, BATCH)
+        read: dict[str, dict[str, np.ndarray]] = {}
+
+        def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            key = str(index)  # slices can be keys from Python 3.12 on
+            if key not in read:
+                wanted = rows[index[:2]]
+                arrays = examples.batch(wanted.reshape(-1), width)
+                arrays["mask"] = arrays["mask"] * (wanted.reshape(-1, 1) >= 0)
+                read[key] = {name: array.reshape(*wanted.shape, width) for name, array in arrays.items()}
+            return read[key][name]
+
+        make = functools.partial(jax.make_array_from_callback, (*rows.shape, width), sharding)
+        return {name: make(functools.partial(part, name)) for name in ("input_ids", "labels", "mask")}
 
     def evaluate(self, compiled: Callable, delta: Any, examples: Any) -> float:
         """Negative log-likelihood a counted token over the validation examples, without dropout or smoothing."""
         total = count = 0.0
-        for batch in evaluation_batches(examples, self.config.train.batch, self.config.train.eval_batches):
-            part = jax.tree.map(lambda array: array[0], self.device_batch(batch, 1))
+        for indices in evaluation_batches(len(examples), self.config.train.batch, self.config.train.eval_batches):
+            part = jax.tree.map(lambda array: array[0], self.device_batch(examples, indices))
             numbers = compiled(delta, self.frozen, part)
             total, count = total + float(numbers[0]), count + float(numbers[1])
         return float(losses.mean(total, count))
@@ -144,47 +138,56 @@ class Trainer:
     def fit(self, state: State, splits: Splits, checkpoints: Checkpoints, record: Record, stop_after: int | None = None) -> State:
         """Trains from `state` to the last step, or until SIGTERM, after which it saves and returns what it has.
 
-        `stop_after` ends it early, after that step's checkpoint, as a lost machine would.
+        `stop_after` ends it early, after that step's checkpoint, as a lost machine would. Raises `NotFinite` as `train.not_finite` says.
         """
-        train, config = self.config.train, self.config
-        step, evaluate = self.compiled_step(state), jax.jit(self.loss)
-        rate = optimizer.warmup_linear(train)
-        size = len(splits.train)
-        if state.step % train.eval_every == 0 and not record.evaluated(state.step):
+        train, config, size = self.config.train, self.config, len(splits.train)
+        step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=NamedSharding(self.mesh, P()))
+        rate, best = optimizer.warmup_linear(train), train.result == "best"
+
+        def indices(done: int) -> np.ndarray:
+            return order.indices(config.seed, done - 1, size, train.batch)
+
+        def host_batch(done: int) -> tuple[np.ndarray, dict]:
+            return indices(done), splits.train.batch(indices(done))
+
+        guards = Guards(state.delta, record.directory, host_batch, skip=train.not_finite == "skip", say=record.note)
+        if state.step % train.eval_every == 0 and not processes.by_first(lambda: record.evaluated(state.step)):
             record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
         started, since = time.perf_counter(), state.step
         with Asked() as asked:
             for number in range(state.step, train.steps):
-                arrays = splits.train.batch(order.indices(config.seed, number, size, train.batch))
-                batch = self.device_batch(arrays, train.accumulate)
-                delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number))
                 done = number + 1
+                batch = self.device_batch(splits.train, indices(done), train.accumulate)
+                delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number))
                 state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key)
+                guards.add(done, numbers)
                 record.advance(done)
-                if done % train.log_every == 0 or done == train.steps:
-                    values = {name: float(value) for name, value in numbers.items()}
-                    if not math.isfinite(values["loss"]):
-                        raise ValueError(f"the loss of step {done} is {values['loss']}: lower `train.lr`, or set `optimizer.clip`")
+                last, stop = done == train.steps, asked.by(number)
+                logs, evaluates, saves = last or done % train.log_every == 0, last or done % train.eval_every == 0, last or done % train.checkpoint_every == 0
+                if logs or evaluates or saves or stop or done == BY:
+                    guards.check()
+                if logs:
                     now = time.perf_counter()
-                    seconds = (now - started) / (done - since)
-                    record.log(done, **values, lr=float(rate(number)), seconds_per_step=seconds, tokens=int(arrays["mask"].sum()))
+                    values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
+                    record.log(done, **values, lr=float(rate(number)), seconds_per_step=(now - started) / (done - since), tokens=int(numbers["tokens"]))
                     started, since = now, done
-                if (done % train.eval_every == 0 or done == train.steps) and not asked:
-                    record.log(done, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+                valid_loss = None
+                # Asked to stop, it leaves the evaluation to whoever goes on, unless the checkpoint has to know.
+                if evaluates and (best or not stop):
+                    valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
+                    record.log(done, valid_loss=valid_loss)
                     started, since = time.perf_counter(), done
-                if done % train.checkpoint_every == 0 or done == train.steps or asked:
-                    checkpoints.save(state)
+                if saves or stop or (best and evaluates):
+                    checkpoints.save(state, valid_loss)
                     started, since = time.perf_counter(), done
-                if done == stop_after or asked:
+                if stop or done == stop_after:
                     break
         return state
 
 
-def evaluation_batches(examples: Any, batch: int, limit: int | None) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is filled with copies that count for nothing."""
-    batches = order.batches_per_epoch(len(examples), batch)
+def evaluation_batches(size: int, batch: int, limit: int | None) -> Iterator[np.ndarray]:
+    """The indices of every example once, in order; the last batch is filled with -1."""
+    batches = order.batches_per_epoch(size, batch)
     for number in range(batches if limit is None else min(limit, batches)):
         rows = np.arange(number * batch, (number + 1) * batch)
-        arrays = examples.batch(np.minimum(rows, len(examples) - 1))
-        arrays["mask"] = arrays["mask"] * (rows < len(examples))[:, None]
-        yield arrays
+        yield np.where(rows < size, rows, -1)

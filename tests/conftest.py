@@ -23,6 +23,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
             "--xla_force_host_platform_device_count=8",
             # The test processes already fill the cores; each splitting its small products over all of them loses.
             "--xla_cpu_multi_thread_eigen=false",
+            # The programs are small, and compiling them is most of what the tests take; what is computed stays the same.
+            "--xla_backend_optimization_level=0",
         ]
     ).strip()
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window

@@ -137,6 +137,16 @@ def test_difference_names_the_first_key():
     assert configs.difference(old, {**old, "b": 0}) == "`b` was null and is now 0"
 
 
+def test_what_is_said_beyond_the_defaults(tmp_path):
+    """Saying a default says nothing, so that a key that a later version adds changes nothing; whatever else is said, counts."""
+    tree = minimal()
+    said = configs.but_defaults(load(tmp_path, tree))
+    assert said == {**tree, "source": {"paper": None}, "base": tree["base"], "targets": ["attn/c_attn/kernel"]}
+    assert configs.but_defaults(load(tmp_path, tree, "train.warmup=0", "mesh.data=1", "optimizer.b1=0.9")) == said
+    for override in ("train.warmup=1", "mesh.data=2", "optimizer.b1=0.8", "train.steps=5", "base.tokenizer=other"):
+        assert configs.but_defaults(load(tmp_path, tree, override)) != said
+
+
 def test_no_default_is_mutable_or_hidden():
     """Equal sections are equal configs: a section is a frozen value all the way down."""
 

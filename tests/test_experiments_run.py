@@ -240,6 +240,20 @@ def test_resume_is_bit_for_bit(root, tmp_path, stop, capsys):
     assert numbers_of(tmp_path / "parts") == numbers_of(root / "done"), "each step is told once"
 
 
+@pytest.mark.slow
+def test_another_mesh_goes_on(root, tmp_path, capsys):
+    """Begun on one device and ended on four: the numbers of `done`, to float32 rounding, and the directory says which mesh was the last."""
+    file, base = root / "tiny.json", [f"base.workdir={root / 'done' / 'base'}"]
+    run(configs.load(file, base), file, root, tmp_path / "run", stop_after=5)
+    run(configs.load(file, [*base, "mesh.data=2", "mesh.tensor=2"]), file, root, tmp_path / "run")
+    assert "resuming after step 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
+    close(hf.load(tmp_path / "run" / "merged")[1], hf.load(root / "done" / "merged")[1])
+    for found, expected in zip(numbers_of(tmp_path / "run"), numbers_of(root / "done"), strict=True):
+        assert found.keys() == expected.keys()
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+
+
 def test_export_and_report(root, tmp_path, capsys, monkeypatch):
     assert main(["export", "--workdir", str(root / "done"), "--to", str(tmp_path / "out"), "--format", "hf"]) == 0
     exported, merged = (hf.load(directory)[1] for directory in (tmp_path / "out", root / "done" / "merged"))

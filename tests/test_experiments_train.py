@@ -11,9 +11,11 @@ import pytest
 
 import lora_jax
 from experiments import loss as losses
-from experiments import optimizer, train
+from experiments import finish, optimizer, train
 from experiments.config import METHODS, Architecture, Base, Budget, Config, Mesh, Optimizer, Source, TextData, Train, method_value
-from experiments.tasks.examples import Examples
+from experiments.progress import Record, read_metrics
+from experiments.tasks.examples import Examples, Splits
+from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 
 LORA = {"name": "LoRA", "rank": 2, "alpha": 4, "init": "kaiming", "blocks": [True, False, True]}
@@ -63,8 +65,8 @@ def steps(settings, count=3, quickly=False):
     trainer, state = started(settings)
     step, data, found = trainer.compiled_step(state), examples(), []
     for number in range(count):
-        arrays = data.batch(np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data))
-        batch = trainer.device_batch(arrays, settings.train.accumulate)
+        indices = np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data)
+        batch = trainer.device_batch(data, indices, settings.train.accumulate)
         arguments = (state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number))
         if quickly and number == 0:
             step = step.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
@@ -177,7 +179,7 @@ def test_one_compilation_and_donated_buffers():
     step, data = trainer.compiled_step(state), examples()
     old = jax.tree.leaves((state.delta, state.opt_state))
     for number in range(3):
-        batch = trainer.device_batch(data.batch(np.arange(8)), 1)
+        batch = trainer.device_batch(data, np.arange(8))
         delta, opt_state, _ = step(state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number))
         state = state._replace(delta=delta, opt_state=opt_state)
     assert step._cache_size() == 1
@@ -190,7 +192,7 @@ def test_dropout_depends_on_seed_and_step_alone():
     trainer, state = started(settings)
     # At the start B is 0, and what is dropped before it makes no difference.
     delta = jax.tree.map(jnp.ones_like, state.delta)
-    batch = jax.tree.map(lambda array: array[0], trainer.device_batch(examples().batch(np.arange(8)), 1))
+    batch = jax.tree.map(lambda array: array[0], trainer.device_batch(examples(), np.arange(8)))
     keyed = [float(trainer.loss(delta, trainer.frozen, batch, jax.random.fold_in(state.key, step))[0]) for step in (0, 1)]
     assert keyed[0] != keyed[1]
     assert trainer.loss(delta, trainer.frozen, batch)[0] == trainer.loss(delta, trainer.frozen, batch)[0], "no key, no dropout"
@@ -217,6 +219,34 @@ def test_evaluation_counts_every_example_once():
     arrays = jax.tree.map(lambda array: array[:8], arrays)
     expected = losses.mean(*trainer.loss(state.delta, trainer.frozen, arrays))
     np.testing.assert_allclose(dataclasses.replace(trainer, config=limited).evaluate(compiled, state.delta, data), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("result", ["last", "best", "mean"])
+def test_what_of_a_run_is_exported(tmp_path, result):
+    """With a rate that is far too high, so that the first evaluation is the best: what is exported has the loss of that step, or is the mean."""
+    settings = config({**LORA}, steps=8, lr=30.0, warmup=0, eval_every=2, checkpoint_every=4, keep_checkpoints=2, result=result)
+    trainer, state = started(settings)
+    splits = Splits(examples(), examples(count=24))
+    with Checkpoints(tmp_path / "checkpoints", identity={}, keep=2, keep_best=result == "best") as checkpoints:
+        with Record(tmp_path, "run", 8, 0) as record:
+            state = trainer.fit(state, splits, checkpoints, record)
+        words, delta = finish.chosen(checkpoints, state, settings.train)
+        saved = checkpoints.steps()
+        deltas = [checkpoints.restore(state.delta, state.opt_state, step=step).delta for step in saved]
+    losses_of = {line["step"]: line["valid_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "valid_loss" in line}
+    assert list(losses_of) == [0, 2, 4, 6, 8]
+    best = min((2, 4, 6, 8), key=losses_of.get)
+    assert best < 6, "the rate is too low for this test"
+    found = trainer.evaluate(jax.jit(trainer.loss), delta, splits.valid)
+    if result == "best":
+        assert saved == sorted({best, 6, 8}) and f"step {best}'s" in words
+        np.testing.assert_allclose(found, losses_of[best], rtol=1e-6)
+    elif result == "mean":
+        assert saved == [4, 8] and words == "the mean of the last 2 checkpoints'"
+        close(delta, jax.tree.map(lambda one, two: (one + two) / 2, *deltas))
+    else:
+        assert saved == [4, 8] and words == "the last step's, 8"
+        np.testing.assert_allclose(found, losses_of[8], rtol=1e-6)
 
 
 def test_a_mesh_larger_than_the_machine():

@@ -26,6 +26,7 @@ from experiments.plan import accelerators, figures, flops, models, report, size,
 from experiments.plan.collectives import Collectives
 from experiments.plan.figures import QUICK
 from experiments.plan.step import Workload, training_step
+from experiments.tasks.examples import Blocks
 from lora_jax import Full, LoRA
 from lora_jax.models import GPT2Config
 
@@ -94,7 +95,7 @@ def test_bytes_are_those_of_a_run(section, name, directories):
     assert held(trainer.frozen) == {size.per_device(planned.frozen)}
     assert held(state.delta) == {size.per_device(planned.delta)}
     assert held(state.opt_state) == {size.per_device(planned.opt_state)}
-    batch = trainer.device_batch({name: np.ones((8, 16), np.int32) for name in ("input_ids", "labels", "mask")}, 1)
+    batch = trainer.device_batch(Blocks(np.ones(8 * 16 + 1), 16), np.arange(8))
     assert held(batch) == {size.per_device(planned.batch)}
 
 
@@ -122,8 +123,8 @@ def test_the_step_runs_in_the_bytes_of_its_plan(kind, setting, directories):
     filled = jax.tree.map(lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding), stored)
     assert held(filled) == {size.per_device(stored)}
     key = jax.device_put(jax.random.key(0), planned.key.sharding)
-    delta, opt_state, loss = compiled(*filled, key)
-    assert math.isfinite(loss)
+    delta, opt_state, numbers = compiled(*filled, key)
+    assert math.isfinite(numbers["loss"])
     assert held((delta, opt_state)) == {size.per_device((planned.delta, planned.opt_state))}
 
 

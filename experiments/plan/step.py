@@ -1,8 +1,7 @@
 """One training step of a plan: the function, the shapes of what it takes, and where on the mesh each of them lies.
 
-It is the step of `experiments.train`: the loss on counted tokens (or on labels, for an encoder), its gradient with respect to what
-trains, over the parts of a batch, and the optimiser, with what trains and its state donated. Layers are under `scan`, and activations
-are kept split by example (`spread`). Left out: label smoothing and clipping, and dropout outside of the adapters, which no run has.
+It is the trainer's step, `experiments.step`, of the loss on counted tokens (or on labels, for an encoder). Layers are under `scan`, and activations
+are kept split by example (`spread`). A plan's dtype is that of parameters and computation; the rest of the precision is a run's default. Left out: label smoothing and clipping, and dropout outside of the adapters, which no run has.
 """
 
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from experiments import loss as losses
 from experiments import optimizer
-from experiments.config import Budget, Optimizer, Train
+from experiments.config import Budget, Optimizer, Precision, Train
 from experiments.config import Mesh as MeshSection
 from experiments.plan.devices import AXES
 from experiments.plan.models import Subject
 from experiments.spread import EXAMPLES, spread
+from experiments.step import compiled_for, step_of
 from lora_jax import Full
 from lora_jax.methods import orthogonality
 from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings
@@ -60,9 +60,7 @@ class Step:
         return self.delta, self.opt_state, self.frozen, self.batch, self.key
 
     def lower(self) -> Any:
-        where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)  # noqa: E731
-        results = (where(self.delta), where(self.opt_state), NamedSharding(self.mesh, P()))
-        return jax.jit(self.function, donate_argnums=(0, 1), out_shardings=results).lower(*self.arguments)
+        return compiled_for(self.function, self.delta, self.opt_state, self.mesh).lower(*self.arguments)
 
 
 def make_mesh(section: MeshSection) -> Mesh:
@@ -84,9 +82,7 @@ def training_step(subject: Subject, mesh: Mesh, work: Workload) -> Step:
     placed = shardings(mesh, delta_specs(delta, specs), delta)
     everywhere = NamedSharding(mesh, P())
     opt_state = jax.eval_shape(tx.init, delta)
-    masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    follow = lambda leaf, where: leaf if masked(leaf) else where  # noqa: E731
-    layout = optax.tree_map_params(tx, follow, opt_state, placed, transform_non_params=lambda _: everywhere, is_leaf=masked)
+    layout = optimizer.state_shardings(tx, opt_state, placed, everywhere)
     return Step(
         _function(subject, mesh, work, tx, orthogonality if adalora else None),
         mesh,
@@ -135,7 +131,7 @@ def _at(tree: Any, where: Any) -> Any:
 
 
 def _function(subject: Subject, mesh: Mesh, work: Workload, tx: optax.GradientTransformation, penalty: Callable | None) -> Callable:
-    forward = lora_jax.adapt(spread(subject.model.apply, mesh))
+    forward = lora_jax.adapt(spread(subject.model.apply, mesh), reduce=Precision().reduce)
 
     def loss(delta: Any, frozen: Any, piece: dict, key: jax.Array) -> tuple:
         params = {"params": lora_jax.combine(frozen, delta, key=key)}
@@ -144,20 +140,4 @@ def _function(subject: Subject, mesh: Mesh, work: Workload, tx: optax.GradientTr
             return losses.masked_sum(logits, piece["labels"], jnp.ones(piece["labels"].shape))
         return losses.masked_sum(forward(params, piece["input_ids"]), piece["labels"], piece["mask"])
 
-    def step(delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
-        def part(index: jax.Array | int) -> tuple:
-            piece = jax.tree.map(lambda array: array[index], batch)
-            (total, count), grads = jax.value_and_grad(loss, has_aux=True)(delta, frozen, piece, jax.random.fold_in(key, index))
-            return total, count, grads
-
-        sums = part(0)
-        if work.accumulate > 1:
-            sums = jax.lax.fori_loop(1, work.accumulate, lambda index, sums: jax.tree.map(jnp.add, sums, part(index)), sums)
-        total, count, grads = sums
-        grads = jax.tree.map(lambda grad: losses.mean(grad, count.astype(grad.dtype)), grads)
-        if penalty is not None:
-            grads = jax.tree.map(jnp.add, grads, jax.grad(penalty)(delta))
-        updates, opt_state = tx.update(grads, opt_state, delta)
-        return optax.apply_updates(delta, updates), opt_state, losses.mean(total, count)
-
-    return step
+    return step_of(loss, tx, work.accumulate, penalty)

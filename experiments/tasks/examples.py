@@ -47,9 +47,15 @@ class Examples:
         """The unpadded tokens of one example."""
         return self._tokens[self._starts[index] : self._starts[index + 1]]
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from the mask."""
-        width = padded_width(int(self._lengths[np.asarray(indices)].max()), self.seq_len)
+    def width(self, indices: np.ndarray) -> int:
+        """How wide a batch of these is."""
+        return padded_width(int(self._lengths[np.asarray(indices)].max()), self.seq_len)
+
+    def batch(self, indices: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
+        """Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from the mask.
+
+        `width`: of the whole batch, where these are a part of it."""
+        width = self.width(indices) if width is None else width
         inputs, labels = np.zeros((2, len(indices), width), np.int32)
         mask = np.zeros((len(indices), width), np.float32)
         for row, index in enumerate(indices):
@@ -78,7 +84,10 @@ class Blocks:
     def __len__(self) -> int:
         return max(len(self._tokens) - 1, 0) // self.seq_len
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def width(self, indices: np.ndarray) -> int:
+        return self.seq_len
+
+    def batch(self, indices: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
         positions = np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
         block = self._tokens[positions]
         return {"input_ids": block[:, :-1], "labels": block[:, 1:], "mask": np.ones(block[:, 1:].shape, np.float32)}
