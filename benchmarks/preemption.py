@@ -37,7 +37,7 @@ CONFIG = {
     "data": {"task": "text", "train": "train.txt", "valid": "valid.txt", "seq_len": 64},
     "method": {"name": "LoRA", "rank": 4, "alpha": 8, "dropout": 0.1},
     "targets": ["attn/c_attn/kernel", "mlp/c_fc/kernel"],
-    "train": {"steps": 600, "batch": 8, "lr": 0.005, "log_every": 1, "eval_every": 100, "eval_batches": 1, "checkpoint_every": 10, "keep_checkpoints": 3},
+    "train": {"steps": 1500, "batch": 8, "lr": 0.005, "log_every": 1, "eval_every": 100, "eval_batches": 1, "checkpoint_every": 10, "keep_checkpoints": 3},
 }
 # Each with how often it is drawn.
 KINDS = {
@@ -87,6 +87,14 @@ class Run:
         except json.JSONDecodeError:
             return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
+    def told(self) -> tuple[int, int]:
+        """Which file of metrics it is, since each start makes its own, and how long it is."""
+        try:
+            found = (self.workdir / "metrics.jsonl").stat()
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_ino, found.st_size
+
     def checkpoints(self) -> list[int]:
         directory = self.workdir / "checkpoints"
         return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()) if directory.is_dir() else []
@@ -124,14 +132,16 @@ def until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> N
 def strike(run: Run, kind: str, chance: random.Random) -> dict[str, Any]:
     """One fault, from a fresh start of the command to the end of its processes."""
     before = run.step()
-    processes = run.start(limit=int(2 ** chance.uniform(8, 17)) if kind == "disk full" else None)
+    processes = run.start(limit=int(2 ** chance.uniform(8, 15)) if kind == "disk full" else None)
     victim = chance.choice(processes)
     if kind == "SIGKILL at any moment":
         time.sleep(chance.uniform(0, 20))
         victim.kill()
     elif kind != "disk full":
-        seen = run.step()
-        until(lambda: run.step() != seen, processes)
+        old = run.told()[0]
+        until(lambda: run.told()[0] != old, processes)
+        begun = run.told()[1]
+        until(lambda: run.told()[1] > begun, processes)
         if kind == "SIGKILL while a checkpoint is written":
             until(run.being_written, processes)
             time.sleep(chance.uniform(0, 0.05))

@@ -75,7 +75,7 @@ class Trainer:
 
     @classmethod
     def create(cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any) -> "Trainer":
-        """`specs`: of the base. What the method keeps beside the weights is placed as they are; quantised weights are everywhere."""
+        """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised ones, are placed as they are."""
         if config.quantize is not None:
             frozen = lora_jax.quantize(frozen, config.quantize, delta=delta)
         frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
@@ -151,10 +151,10 @@ class Trainer:
             return indices(done), splits.train.batch(indices(done))
 
         guards = Guards(state.delta, record.directory, host_batch, skip=train.not_finite == "skip", say=record.note)
-        if state.step % train.eval_every == 0 and not processes.by_first(lambda: record.evaluated(state.step)):
-            record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
-        started, since = time.perf_counter(), state.step
         with Asked() as asked:
+            if state.step % train.eval_every == 0 and not processes.by_first(lambda: record.evaluated(state.step)):
+                record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+            started, since = time.perf_counter(), state.step
             for number in range(state.step, train.steps):
                 done = number + 1
                 batch = self.device_batch(splits.train, indices(done), train.accumulate)
