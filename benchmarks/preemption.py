@@ -37,7 +37,7 @@ CONFIG = {
     "data": {"task": "text", "train": "train.txt", "valid": "valid.txt", "seq_len": 64},
     "method": {"name": "LoRA", "rank": 4, "alpha": 8, "dropout": 0.1},
     "targets": ["attn/c_attn/kernel", "mlp/c_fc/kernel"],
-    "train": {"steps": 1500, "batch": 8, "lr": 0.005, "log_every": 1, "eval_every": 100, "eval_batches": 1, "checkpoint_every": 10, "keep_checkpoints": 3},
+    "train": {"steps": 1000, "batch": 8, "lr": 0.005, "log_every": 1, "eval_every": 100, "eval_batches": 1, "checkpoint_every": 10, "keep_checkpoints": 3},
 }
 # Each with how often it is drawn.
 KINDS = {
@@ -69,6 +69,8 @@ class Run:
             told = [[*address, str(index)] for index in range(self.count)]
             words += ["--set", f"mesh.data={self.count}"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        # Each start would compile the same programs.
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.config.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         restrict = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment, "preexec_fn": restrict}
         return [subprocess.Popen([*words, *more], **options) for more in told]
