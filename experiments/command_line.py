@@ -185,6 +185,11 @@ def _join(args: argparse.Namespace) -> None:
         raise ValueError(f"--coordinator, --num-processes and --process-id go together; missing: --{missing[0].replace('_', '-')}")
     from experiments import processes
 
+    if args.distributed is None and missing and processes.untold():
+        raise ValueError(
+            "an mpirun of which JAX learns nothing has started several processes, which would all do the same: pass --coordinator HOST:PORT "
+            "--num-processes N --process-id I to each, or --no-distributed for runs that have nothing to do with each other"
+        )
     if args.distributed or not missing or (args.distributed is None and processes.detected()):
         processes.start(*given.values())
         import jax

@@ -193,6 +193,11 @@ class Train:
             raise ValueError(f"`train.batch` ({self.batch}) must be a multiple of `train.accumulate` ({self.accumulate})")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"`train.warmup` must be between 0 and `train.steps` ({self.steps}), got {self.warmup}")
+        if self.result == "mean" and -(-self.steps // self.checkpoint_every) < self.keep_checkpoints:
+            raise ValueError(
+                f'`train.result` "mean" is of `train.keep_checkpoints` ({self.keep_checkpoints}), and {self.steps} steps with `train.checkpoint_every` '
+                f"{self.checkpoint_every} make fewer: save more often, or keep fewer"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`train.label_smoothing` must be at least 0 and less than 1, got {self.label_smoothing}")
 

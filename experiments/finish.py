@@ -34,12 +34,13 @@ PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, Any]:
     """What of the run is exported, as `train.result` says, in words, and its trained arrays."""
     if train.result == "best":
-        best = checkpoints.restore(state.delta, state.opt_state, step=checkpoints.best())
-        return f"step {best.step}'s, which has the lowest validation loss", best.delta
+        best = checkpoints.restore(state.delta, state.opt_state, best=True)
+        return f"step {best.step}, which has the lowest validation loss", best.delta
     if train.result == "mean":
-        count = train.keep_checkpoints
-        return f"the mean of the last {count} checkpoints'", checkpoints.average(state.delta, last=count)
-    return f"the last step's, {state.step}", state.delta
+        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(passing=False)))  # noqa: E731
+        mean = checkpoints.average(state.delta, last=count())  # which puts aside what is damaged
+        return f"the mean of the last {count()} checkpoints", mean
+    return f"the last step, {state.step}", state.delta
 
 
 def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:

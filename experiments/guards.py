@@ -5,7 +5,7 @@ finite has changed nothing (`step`), so that whatever is saved is sound. Left ou
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ MOST_SKIPPED = 10
 BY = 3
 
 
+def not_finite_steps(directory: Path, step: int) -> list[int]:
+    """Those up to `step` whose batches an earlier start of the run has kept."""
+    found = (int(file.stem.removeprefix("step_")) for file in (directory / "not_finite").glob("step_*.json"))
+    return sorted(number for number in found if number <= step)
+
+
 class NotFinite(ValueError):
     """A step whose loss or gradient is not finite."""
 
@@ -26,16 +32,21 @@ class Guards:
     """Watches the steps of one run. `delta`: what trains. `directory`: of the run; batches for inspection go to its `not_finite/`.
 
     `batch(step)` gives the indices and the arrays of a step, counted from 1, `skip` is the config's choice, and `say(step, text)` tells whoever watches.
+    `before`: what `not_finite_steps` found, where a run goes on.
     """
 
-    def __init__(self, delta: Any, directory: Path, batch: Callable[[int], tuple[np.ndarray, dict]], *, skip: bool, say: Callable[[int, str], None]):
+    def __init__(self, delta: Any, directory: Path, batch: Callable[[int], tuple[np.ndarray, dict]], *, skip: bool, say: Callable[[int, str], None], before: Sequence[int] = ()):
         flat, _ = jax.tree_util.tree_flatten_with_path(delta)
         self._names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
         self._directory = directory / "not_finite"
         self._batch, self._skip, self._say = batch, skip, say
         self._pending: list[tuple[int, dict]] = []
-        self._in_a_row = 0
-        self.skipped = 0
+        self._skipped = set(before)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped, of which the update rule has seen nothing: its schedule is so many steps behind."""
+        return len(self._skipped)
 
     def add(self, step: int, numbers: dict[str, jax.Array]) -> None:
         """The numbers of a step, which are not read yet."""
@@ -47,8 +58,7 @@ class Guards:
         for step, numbers in pending:
             if step == BY:
                 self._report_without_gradient(np.asarray(numbers["largest"]))
-            self._in_a_row = 0 if bool(numbers["finite"]) else self._in_a_row + 1
-            if self._in_a_row:
+            if not bool(numbers["finite"]):
                 self._not_finite(step, numbers)
 
     def _not_finite(self, step: int, numbers: dict[str, jax.Array]) -> None:
@@ -61,8 +71,8 @@ class Guards:
                 f"step {step}: {what}, and nothing was changed; its batch is in `{file}`. Lower `train.lr`, set `optimizer.clip`, "
                 'or pass over such steps with `train.not_finite` "skip"'
             )
-        self.skipped += 1
-        if self._in_a_row == MOST_SKIPPED:
+        self._skipped.add(step)
+        if self._skipped.issuperset(range(step - MOST_SKIPPED + 1, step + 1)):
             raise NotFinite(f"step {step}: {what}, as in the {MOST_SKIPPED - 1} steps before it, which were skipped; their batches are in `{file.parent}`")
         self._say(step, f"step {step} was skipped: {what}; its batch is in `{file}`")
 

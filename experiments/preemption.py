@@ -3,6 +3,7 @@
 Left out: SIGKILL and power cuts, of which nobody is told; what they cost is what was done since the last checkpoint.
 """
 
+import itertools
 import signal
 import threading
 from types import FrameType
@@ -10,6 +11,10 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+# JAX has all processes stop at the number after the largest that one had come to when the signal came. So every one has to come by: they are counted
+# through, whatever the step that a run begins with, and whichever run it is of those in this process.
+_ASKS = itertools.count(1)
 
 
 class Asked:
@@ -19,12 +24,12 @@ class Asked:
     with Asked() as asked:
         for number in range(steps):
             ...                      # one step
-            if asked.by(number):
+            if asked():
                 break
     ```
 
     The second one ends the process as it would any other. Outside of the main thread, which alone is told of signals, nobody asks. Of
-    several processes, JAX watches for the signal, from the moment they found each other, and all stop after the same step.
+    several processes, JAX watches for the signal, from the moment they found each other until they end, and all stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -40,9 +45,9 @@ class Asked:
     def __exit__(self, *_: Any) -> None:
         self._restore()
 
-    def by(self, step: int) -> bool:
-        """Whether to stop after this step. Once for each, in their order."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._asked
+    def __call__(self) -> bool:
+        """Whether to stop here. Of several processes, each asks once a step."""
+        return multihost_utils.reached_preemption_sync_point(next(_ASKS)) if self._several else self._asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

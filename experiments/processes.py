@@ -23,6 +23,8 @@ from lora_jax._processes import exchange
 _COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 # Seconds that a process which ends waits for the others. One that ends for an error of its own keeps nobody longer.
 SHUTDOWN = 30
+# Seconds after which a process of which nothing is heard counts as gone, and JAX ends the others: who waits for it at a checkpoint does not see it.
+SILENT = 45
 # Seconds until what one host wrote is seen by all: network file systems keep what they know for some time.
 VISIBLE = 60
 # What the name of a file begins with that only tells the others that a directory is shared.
@@ -42,13 +44,22 @@ def detected(environment: Mapping[str, str] = os.environ) -> str | None:
     return next((program for name, program in _COUNTS.items() if environment.get(name, "1") not in ("", "1")), None)
 
 
+def untold(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is one of several processes that JAX cannot ask for the others: MPICH's and Intel MPI's.
+
+    >>> untold({"PMI_SIZE": "4"}), untold({"PMI_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4"})
+    (True, False)
+    """
+    return environment.get("PMI_SIZE", "1") not in ("", "1") and detected(environment) is None
+
+
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Joins the other processes, before JAX has looked for devices. What is None is left to the cluster to tell (SLURM, Open MPI, TPU, Kubernetes).
 
     Raises `ValueError` where it does not tell, and `OSError` if the others do not come.
     """
     try:
-        jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=SHUTDOWN)
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=SILENT, shutdown_timeout_seconds=SHUTDOWN)
     except ValueError as error:
         raise ValueError(
             f"`--distributed`: nothing here says which processes there are ({error}): start them with srun or mpirun, or pass "

@@ -94,7 +94,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "steps": f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens each",
         "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after (best {found['best_valid_loss']:.4f})",
         "last training loss": f"{found['train_loss']:.4f}{smoothed}",
-        "exported": f"{facts['result']} weights",
+        "exported": facts["result"],
         "time": f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax {facts['jax']}",
         "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, largest logit {comparison['max_logit']:.1f}",
         "merged, in PyTorch": _in_pytorch(comparison["pytorch"]),

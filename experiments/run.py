@@ -25,7 +25,7 @@ from experiments.decode import Decoder
 from experiments.progress import Record
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
-from lora_jax.checkpoint import Checkpoints, State, fingerprint
+from lora_jax.checkpoint import Checkpoints, NoneIntact, State, fingerprint
 
 # What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer trained for it, and what a
 # crash left of the last two.
@@ -74,7 +74,7 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
     processes.check_shared(workdir)
     if config.generate is not None:
         data = workdir / "data"
-        processes.by_first(lambda: generate.write(config.generate, data) and None)
+        processes.by_first(lambda: str(generate.write(config.generate, data)))
     contents = tasks.read(config.data, data)
     base_run = _run_base(config, config_path, data, workdir)
     if base_run is not None and not processes.by_first((base_run / "report.md").is_file):
@@ -83,7 +83,7 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
     own_tokenizer = None
     if config.base.vocabulary is not None:
         own_tokenizer = workdir / "tokenizer"
-        processes.by_first(lambda: tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer) and None)
+        processes.by_first(lambda: str(tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer)))
     base = bases.load(config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision)
     _check_room(config, base.model.config.n_positions)
     splits = tasks.prepare(config.data, contents, base.tokenizer)
@@ -102,11 +102,21 @@ def _train(ready: _Ready, config: Config, workdir: Path, resolved: dict[str, Any
     state = ready.first
     with _checkpoints(ready, config, workdir) as checkpoints:
         if checkpoints.latest() is not None:
-            state = checkpoints.restore(state.delta, state.opt_state)
-            processes.say(f"{config.name}: resuming after step {state.step}")
+            state = _restored(checkpoints, state, config)
         processes.by_first(lambda: _mark(workdir, resolved))
         with Record(workdir, config.name, config.train.steps, state.step, silent=not processes.first()) as record:
             return ready.trainer.fit(state, ready.splits, checkpoints, record, stop_after)
+
+
+def _restored(checkpoints: Checkpoints, first: State, config: Config) -> State:
+    try:
+        state = checkpoints.restore(first.delta, first.opt_state)
+    except NoneIntact as error:
+        processes.say(f"{config.name}: {error}. They are put aside, and it begins again, which comes to the same")
+        checkpoints.put_aside()
+        return first
+    processes.say(f"{config.name}: resuming after step {state.step}")
+    return state
 
 
 def _checkpoints(ready: _Ready, config: Config, workdir: Path) -> Checkpoints:
@@ -188,7 +198,10 @@ def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> P
     if config.base.run is None:
         return None
     path = config_path.parent / config.base.run
-    return run(configs.load(path), path, data, (workdir / config.base.workdir).resolve())
+    described = configs.load(path)
+    if jax.process_count() > 1:
+        described = dataclasses.replace(described, mesh=config.mesh)  # its own need not have all devices of all processes
+    return run(described, path, data, (workdir / config.base.workdir).resolve())
 
 
 def _summary(params: Any, delta: Any) -> str:

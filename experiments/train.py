@@ -24,7 +24,7 @@ from experiments import loss as losses
 from experiments import optimizer, order, precision, processes
 from experiments.config import Config
 from experiments.config import Mesh as MeshSection
-from experiments.guards import BY, Guards
+from experiments.guards import BY, Guards, not_finite_steps
 from experiments.preemption import Asked
 from experiments.progress import Record
 from experiments.spread import EXAMPLES, spread
@@ -150,7 +150,8 @@ class Trainer:
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))
 
-        guards = Guards(state.delta, record.directory, host_batch, skip=train.not_finite == "skip", say=record.note)
+        before = processes.by_first(lambda: not_finite_steps(record.directory, state.step))
+        guards = Guards(state.delta, record.directory, host_batch, skip=train.not_finite == "skip", say=record.note, before=before)
         with Asked() as asked:
             if state.step % train.eval_every == 0 and not processes.by_first(lambda: record.evaluated(state.step)):
                 record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
@@ -162,23 +163,23 @@ class Trainer:
                 state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key)
                 guards.add(done, numbers)
                 record.advance(done)
-                last, stop = done == train.steps, asked.by(number)
+                last, stop = done == train.steps, asked()
                 logs, evaluates, saves = last or done % train.log_every == 0, last or done % train.eval_every == 0, last or done % train.checkpoint_every == 0
                 if logs or evaluates or saves or stop or done == BY:
                     guards.check()
                 if logs:
                     now = time.perf_counter()
                     values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
-                    record.log(done, **values, lr=float(rate(number)), seconds_per_step=(now - started) / (done - since), tokens=int(numbers["tokens"]))
+                    record.log(done, **values, lr=float(rate(number - guards.skipped)), seconds_per_step=(now - started) / (done - since), tokens=int(numbers["tokens"]))
                     started, since = now, done
                 valid_loss = None
-                # Asked to stop, it leaves the evaluation to whoever goes on, unless the checkpoint has to know.
-                if evaluates and (best or not stop):
+                # Asked to stop, it leaves the evaluation to whoever goes on, unless nobody does, or the checkpoint has to know.
+                if evaluates and (last or best or not stop):
                     valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
                     record.log(done, valid_loss=valid_loss)
                     started, since = time.perf_counter(), done
                 if saves or stop or (best and evaluates):
-                    checkpoints.save(state, valid_loss)
+                    checkpoints.save(state, valid_loss, passing=not (saves or (best and evaluates)))
                     started, since = time.perf_counter(), done
                 if stop or done == stop_after:
                     break

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax._paths import named_leaves
-from lora_jax.checkpoint import Checkpoints, State, _checksum, fingerprint
+from lora_jax.checkpoint import Checkpoints, NoneIntact, State, _checksum, _storage, fingerprint
 
 
 def state(step=3, scale=1.0):
@@ -204,13 +205,66 @@ def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path):
 
 
 @orbax_gives_up
+def test_the_best_that_is_intact(tmp_path):
+    """The best is damaged: it is put aside, and the next best is found. Without a finite loss there is none."""
+    with Checkpoints(tmp_path, identity={}, keep=4) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan"))):
+            checkpoints.save(state(step, float(step)), loss)
+    for file in files_of(tmp_path / "2" / "arrays"):
+        file.write_bytes(b"")
+    with Checkpoints(tmp_path, identity={}, keep=4) as checkpoints:
+        assert checkpoints.best() == 2, "what it says of itself is not damaged"
+        with pytest.warns(UserWarning, match="step 2 .* is damaged.*; going on from step 3"):
+            assert checkpoints.restore(state().delta, state().opt_state, best=True).step == 3
+        assert checkpoints.best() == 3 and checkpoints.steps() == [1, 3, 4]
+        with pytest.warns(UserWarning):
+            (tmp_path / "4" / "facts" / "metadata").write_text("")
+            mean = checkpoints.average(state().delta, last=3)
+        same(mean["h"][0]["a"], 2 * state().delta["h"][0]["a"])  # of steps 1 and 3
+    with Checkpoints(tmp_path / "new", identity={}) as checkpoints:
+        checkpoints.save(state(1), float("inf"))
+        with pytest.raises(ValueError, match="no checkpoint that was saved with a finite loss"):
+            checkpoints.restore(state().delta, state().opt_state, best=True)
+
+
+def test_saved_in_passing(tmp_path):
+    """It is gone on from, takes the place of no other, goes with the next, and is in no average."""
+    with Checkpoints(tmp_path, identity={}, keep=2) as checkpoints:
+        for step in (4, 8):
+            checkpoints.save(state(step, float(step)))
+        checkpoints.save(state(10, 10.0), passing=True)
+        assert checkpoints.steps() == [4, 8, 10] and checkpoints.steps(passing=False) == [4, 8]
+    with Checkpoints(tmp_path, identity={}, keep=2) as checkpoints:
+        assert checkpoints.restore(state().delta, state().opt_state).step == 10
+        same(checkpoints.average(state().delta, last=2)["h"][0]["a"], 6 * state().delta["h"][0]["a"])
+        checkpoints.save(state(12, 12.0))
+        assert checkpoints.steps() == [8, 12]
+        same(checkpoints.average(state().delta, last=2)["h"][0]["a"], 10 * state().delta["h"][0]["a"])
+
+
+@orbax_gives_up
 def test_nothing_intact(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     for file in files_of(tmp_path / "run"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no intact checkpoint .step 7: .*; step 3: .*take one from a copy"):
+    with pytest.raises(NoneIntact, match="holds no intact checkpoint .step 7: .*; step 3: .*take one from a copy"):
         restored(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"], "nothing is put aside where nothing is left"
+    with Checkpoints(tmp_path / "run", identity={"base": "x"}) as checkpoints:
+        checkpoints.put_aside()
+        checkpoints.save(state(3))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "3.damaged", "7.damaged"]
+
+
+def test_what_is_no_damage_of_the_files(two, tmp_path, monkeypatch):
+    """Too little memory, or no permission: nothing is put aside for it."""
+    shutil.copytree(two, tmp_path / "run")
+    for error in (MemoryError("none left"), PermissionError(13, "not yours"), OSError(5, "the cable"), RuntimeError("RESOURCE_EXHAUSTED: 3 GB")):
+        with monkeypatch.context() as patch:
+            patch.setattr(_storage, "_read", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                restored(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"] and restored(tmp_path / "run").step == 7
 
 
 @orbax_gives_up

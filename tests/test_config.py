@@ -109,6 +109,12 @@ def test_refusals_name_the_key(tmp_path, change, kind, message):
     assert str(caught.value).startswith(message)
 
 
+def test_a_mean_of_more_than_are_saved(tmp_path):
+    load(tmp_path, minimal(), "train.result=mean", "train.checkpoint_every=2")
+    with pytest.raises(ValueError, match='"mean" is of `train.keep_checkpoints` .2., and 4 steps with `train.checkpoint_every` 500 make fewer'):
+        load(tmp_path, minimal(), "train.result=mean")
+
+
 def test_overrides(tmp_path):
     config = load(tmp_path, minimal(), "train.lr=1e-4", "mesh.data=2", "base.tokenizer=other", "method.blocks=[true,false,true]")
     assert (config.train.lr, config.mesh.data, config.base.tokenizer) == (1e-4, 2, "other")

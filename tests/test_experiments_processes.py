@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -13,6 +14,7 @@ import pytest
 import test_experiments_train as train_tests
 from safetensors.numpy import load_file
 
+from experiments import train
 from experiments.command_line import main
 from experiments.config import Mesh
 
@@ -24,7 +26,7 @@ CONFIG = {
     "data": {"task": "e2e", "train": "train.txt", "valid": "valid.txt", "test": "test.txt", "seq_len": 144},
     "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1},
     "targets": ["attn/c_attn/kernel"],
-    "train": {"steps": 40, "batch": 8, "accumulate": 2, "lr": 0.01, "log_every": 1, "eval_every": 20, "eval_batches": 2, "checkpoint_every": 7},
+    "train": {"steps": 120, "batch": 8, "accumulate": 2, "lr": 0.01, "log_every": 1, "eval_every": 60, "eval_batches": 2, "checkpoint_every": 7},
     "mesh": {"data": 2, "fsdp": 2},
     "decode": {"max_tokens": 4, "prompts": 4, "shown": 1},
 }
@@ -46,6 +48,11 @@ def root(tmp_path_factory):
     (root / "config.json").write_text(json.dumps(tree))
     assert main(["run", str(root / "config.json"), "--workdir", str(root / "one")]) == 0
     return root
+
+
+def _is_free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) != 0
 
 
 def command(root, workdir, *more):
@@ -86,8 +93,12 @@ def assert_alike(directory, other):
 
 
 def wait_for(directory, step, started):
+    wait_until(lambda: any(line["step"] >= step for line in steps_of(directory)), started)
+
+
+def wait_until(condition, started):
     end = time.monotonic() + processes.TIMEOUT
-    while not any(line["step"] >= step for line in steps_of(directory)):
+    while not condition():
         assert all(process.poll() is None for process in started), processes.finish(started)
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -96,8 +107,8 @@ def wait_for(directory, step, started):
 @pytest.fixture(scope="module")
 def two(root):
     """The run of two processes with two devices each, and what they printed. SLURM started them: nothing on the command line says that there are two."""
-    job = str(processes.free_port() % 4096)
-    every = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    job = next(job for job in range(1, 4096) if _is_free(61440 + job))  # the port that JAX makes of it
+    every = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
     tasks = [{**every, "SLURM_PROCID": str(index)} for index in range(2)]
     return root / "two", succeed([processes.start([command(root, "two")], devices=2, environment=task)[0] for task in tasks])
 
@@ -150,10 +161,9 @@ def test_killed_and_asked_to_stop_it_ends_bit_for_bit(root, two, tmp_path):
     """One process is killed: the other does not hang. One is told to stop: both stop after the same step, saved. Then it ends as if nothing had been."""
     started = start(root, "stopped")
     wait_for(root / "stopped", 8, started)
-    while not (root / "stopped" / "checkpoints" / "7").is_dir():  # it is written while training goes on
-        time.sleep(0.01)
+    wait_until(lambda: (root / "stopped" / "checkpoints" / "7").is_dir(), started)  # it is written while training goes on
     started[1].kill()
-    codes = [code for code, _, _ in processes.finish(started, timeout=60)]
+    codes = [code for code, _, _ in processes.finish(started, timeout=180)]
     assert codes[0] != 0 and codes[1] == -signal.SIGKILL
 
     kept = max(int(entry.name) for entry in (root / "stopped" / "checkpoints").iterdir() if entry.name.isdecimal())
@@ -188,6 +198,15 @@ def test_what_one_finds_all_learn():
     shared, own = sys.argv[1:]
     processes.check_shared(pathlib.Path(shared))
     found.append([path.name for path in pathlib.Path(shared).iterdir()])
+    from experiments.preemption import Asked
+    processes.by_first(lambda: None)
+    with Asked() as asked:  # the signal comes before the first step, whatever its number
+        if jax.process_index() == 1:
+            import os, signal, time
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)
+        processes.by_first(lambda: None)
+        found.append([asked() for _ in range(3)])
     processes.VISIBLE = 0.1
     try:
         processes.check_shared(pathlib.Path(own) / str(jax.process_index()))
@@ -203,15 +222,13 @@ def test_what_one_finds_all_learn():
     assert first[0] == second[0] == {"index": 0, "text": "x" * 100} and (first[1], second[1]) == (True, False)
     assert first[2] == ["FileNotFoundError", "no such thing"] and second[2] == ["StoppedElsewhere", "FileNotFoundError: no such thing"]
     assert first[3] == second[3] == []
-    assert all("process 0 writes there, and process 1 does not see it" in found[4] for found in (first, second))
+    assert first[4] == second[4] == [True, False, False]
+    assert all("process 0 writes there, and process 1 does not see it" in found[5] for found in (first, second))
 
 
 @pytest.mark.slow
 def test_an_error_ends_all(root, tmp_path):
-    """One that all meet, and one that only the first meets: each process ends with a failure, and the first says why."""
-    ended = processes.finish(start(root, "wrong", "--set", "mesh.data=1"))
-    assert [code for code, _, _ in ended] == [1, 1], ended
-    assert "of which none may be idle: set `mesh.data` to 2" in ended[0][2]
+    """One that only the first meets, at the directory: each process ends with a failure, and the first says why."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("chapter one")
     ended = processes.finish(start(root, tmp_path / "other"))
@@ -226,10 +243,24 @@ def test_an_error_ends_all(root, tmp_path):
         (["--no-distributed", "--process-id", "1"], "`--no-distributed` goes without"),
     ],
 )
-def test_half_of_what_several_processes_need(root, capsys, words, message):
-    assert main(["run", str(root / "config.json"), "--workdir", str(root / "none"), *words]) == 1
+def test_half_of_what_several_processes_need(tmp_path, capsys, words, message):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert main(["run", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "none"), *words]) == 1
     assert message in capsys.readouterr().err
-    assert not (root / "none").exists()
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_mpirun_of_which_jax_learns_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "4")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert main(["run", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "none")]) == 1
+    assert "pass --coordinator HOST:PORT" in capsys.readouterr().err
+
+
+def test_an_idle_process(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"takes 2 devices, and the 2 processes have 8, of which none may be idle: set `mesh.data` to 4"):
+        train.make_mesh(Mesh(1, 2, 1))
 
 
 @pytest.mark.slow

@@ -111,13 +111,14 @@ class _AskedAt:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return inner(*args)
 
+            step_and_signal.lower = inner.lower
             return step_and_signal
 
         monkeypatch.setattr(train.Trainer, "compiled_step", wrapped)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, 6, 8])
 def test_sigterm_saves_and_the_same_command_goes_on(root, tmp_path, step, capsys, monkeypatch):
     """At a step that would have been evaluated, and at one that would not: the run ends as the uninterrupted one, told step by step."""
     command = ["run", str(root / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "parts"), "--set", f"base.workdir={root / 'done' / 'base'}"]
@@ -126,7 +127,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(root, tmp_path, step, capsys
         _AskedAt(patch, step)
         assert main(command) == 0
     assert signal.getsignal(signal.SIGTERM) is before
-    assert f"stopped after step {step}, as asked, and saved: the same command goes on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    if step == 8:  # the last: nothing is left to be stopped
+        assert "finished, see" in out
+        assert numbers_of(tmp_path / "parts") == numbers_of(root / "done")
+        return
+    assert f"stopped after step {step}, as asked, and saved: the same command goes on" in out
     assert {int(entry.name) for entry in (tmp_path / "parts" / "checkpoints").iterdir()} >= {step}
     assert main(command) == 0
     assert f"resuming after step {step}" in capsys.readouterr().out

@@ -120,6 +120,21 @@ def test_skipping_says_so_and_ends_when_nothing_comes_right(tmp_path):
         watch.check()
 
 
+def test_a_run_that_goes_on_remembers_what_was_skipped(tmp_path):
+    """Nine steps in a row before it was stopped and one after it are ten."""
+    watch, _ = guards_of(tmp_path, skip=True)
+    bad = numbers(finite=False, loss=math.inf)
+    for step in (2, *range(11, 20)):
+        watch.add(step, bad)
+    watch.check()
+    assert guards.not_finite_steps(tmp_path, 17) == [2, *range(11, 18)] and guards.not_finite_steps(tmp_path / "none", 17) == []
+    again = Guards({"one": {"a": 0.0, "b": 0.0}}, tmp_path, lambda step: (np.array([step]), {}), skip=True, say=lambda *_: None, before=guards.not_finite_steps(tmp_path, 19))
+    assert again.skipped == 10
+    again.add(20, bad)
+    with pytest.raises(NotFinite, match="step 20: the loss is inf, as in the 9 steps before it"):
+        again.check()
+
+
 @pytest.mark.parametrize("largest, names", [([0, 1, 0, 0], "'two'"), ([1, 0, 0, 0.5], None), ([0, 0, 0, 0], "'one', 'two'")])
 def test_an_adapter_without_a_gradient_is_reported_once(tmp_path, largest, names):
     """Of its two arrays one may have none: B's is there while A's is not."""
@@ -174,6 +189,8 @@ def test_a_run_skips_the_step_and_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out.count("guarded: step 4 was skipped: the loss is nan") == 1
     notes = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "note" in line]
     assert [line["step"] for line in notes] == [4]
+    rates = [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if "lr" in line]
+    np.testing.assert_allclose(rates, [0.01 * (1 - taken / 6) for taken in (1, 2, 4)], rtol=1e-6, err_msg="the rate of the update that was taken")
 
 
 def test_a_run_reports_layers_that_are_not_used(tmp_path, capsys):

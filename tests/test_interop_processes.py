@@ -269,7 +269,7 @@ def test_what_one_process_meets_all_raise(single, tmp_path):
             assert writer[name] == other[name], name
         else:
             (kind, text), index = writer[name], 1 if alone else 0
-            assert other[name] == ["ValueError", f"process {index} of 2 failed: {kind}: {text}"], name
+            assert other[name] == ["OSError", f"process {index} of 2 failed: {kind}: {text}"], name
     assert "values in 'transformer.wte.weight'" in first["nan"][1] and "values in 'transformer.wte.weight'" in first["nan, scanned"][1]
     assert "is damaged: its contents do not have the checksum" in first["damaged"][1]
     assert "is not empty" in first["not empty"][1] and "is not empty" in first["adapter not empty"][1] and "exists; choose" in first["file exists"][1]

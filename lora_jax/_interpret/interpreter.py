@@ -44,7 +44,9 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-        numbered = enumerate(jaxpr.eqns)
+        # A use draws its dropout from its number. Where arrays lie shall not change it, and JAX leaves constraints for one device out.
+        counted = (eqn.primitive.name != "sharding_constraint" for eqn in jaxpr.eqns)
+        numbered = zip(itertools.accumulate(counted, initial=0), jaxpr.eqns)
         for name_stack, equations in itertools.groupby(numbered, key=lambda pair: str(pair[1].source_info.name_stack)):
             with jax.named_scope(name_stack) if name_stack else contextlib.nullcontext():
                 for number, eqn in equations:

@@ -7,5 +7,5 @@ class, so that a checkpoint outlives changes of the classes around them. Each ca
 Left out: where and how often to save, which is the trainer's business.
 """
 
-from ._checkpoints import Checkpoints as Checkpoints, State as State
+from ._checkpoints import Checkpoints as Checkpoints, NoneIntact as NoneIntact, State as State
 from ._checksum import fingerprint as fingerprint

@@ -32,6 +32,10 @@ class State(NamedTuple):
     key: jax.Array
 
 
+class NoneIntact(ValueError):
+    """There are checkpoints, and all of them are damaged."""
+
+
 class Checkpoints:
     """The checkpoints in one directory, which is created by the first `save`.
 
@@ -58,7 +62,7 @@ class Checkpoints:
         self._writer = _storage.Writer()
         self._writing: int | None = None
         self._cleared = False
-        self._losses: dict[int, float | None] = {}
+        self._known: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -77,21 +81,23 @@ class Checkpoints:
         """The newest complete step, or None; looking creates nothing."""
         return max(self.steps(), default=None)
 
-    def steps(self) -> list[int]:
-        """The complete steps, oldest first."""
+    def steps(self, *, passing: bool = True) -> list[int]:
+        """The complete steps, oldest first; those that were saved in passing among them, or not."""
         self.wait()
-        return on_first(self._on_disk)
+        return on_first(lambda: [step for step in self._on_disk() if passing or not self._said(step, "passing")])
 
     def best(self) -> int | None:
         """The complete step with the lowest finite loss, of equal ones the first; None where none was saved with a loss."""
         self.wait()
         return on_first(lambda: self._best(self._on_disk()))
 
-    def save(self, state: State, loss: float | None = None) -> None:
+    def save(self, state: State, loss: float | None = None, *, passing: bool = False) -> None:
         """Writes `state` under its step, atomically and with a checksum, then forgets the oldest beyond `keep`.
 
         Returns when the arrays have been copied, and waits before that for the checkpoint that was begun earlier; the writing goes on
         in a thread, so the arrays may be donated at once. `loss`: the validation loss of `state`, for `best` and `keep_best`.
+        `passing`: it is only there to go on from, as where a run is interrupted: it goes when the next one is complete, takes the place of no
+        other, and is in no average.
 
         Raises `OSError` where the one begun earlier could not be written, and `ValueError` where the step is there already.
         """
@@ -112,6 +118,7 @@ class Checkpoints:
             "identity": self._identity,
             "arrays": {"delta": _described(delta), "opt_state": _described(opt_state)},
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
+            "passing": passing,
         }
         arrays = {"delta": delta, "opt_state": opt_state}
         copied = _storage.copied(arrays)
@@ -139,25 +146,27 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(self._writing, error) from error
 
-    def restore(self, delta: Any, opt_state: Any, *, step: int | None = None) -> State:
-        """The newest intact state, or that of `step`, with the structure, shapes, dtypes and shardings of `delta` and `opt_state`.
+    def restore(self, delta: Any, opt_state: Any, *, step: int | None = None, best: bool = False) -> State:
+        """The newest intact state, or that of `step`, or the `best` that is intact, with the structure, shapes, dtypes and shardings of `delta` and `opt_state`.
 
         A checkpoint that is cut short, or of which a bit has changed, is passed over with a warning and put aside, as `7.damaged`
         beside where it was; so the run goes on from the one before it. Of several processes, all pass over what one cannot read.
 
-        Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the first, and where no
-        checkpoint is intact.
+        Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the first, where there is no
+        checkpoint, and `NoneIntact`, which is one, where no checkpoint is intact.
         """
         steps = sorted(self.steps(), reverse=True) if step is None else [step]
+        if best:
+            steps = on_first(lambda: self._by_loss(steps))
         if not steps:
-            raise ValueError(f"`{self._directory}` holds no checkpoint")
+            raise ValueError(f"`{self._directory}` holds no checkpoint" + (" that was saved with a finite loss" if best else ""))
         damaged: list[tuple[int, str]] = []
         for found, facts, arrays in self._intact(steps, {"delta": delta, "opt_state": opt_state}, damaged):
             self._put_aside(damaged, found)
             key = jax.random.wrap_key_data(jnp.asarray(facts["key"], jnp.uint32), impl=facts["key_impl"])
             return State(arrays["delta"], arrays["opt_state"], found, tuple(facts["position"]), key)
         listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged)
-        raise ValueError(f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start again in another directory")
+        raise NoneIntact(f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start again in another directory")
 
     def average(self, delta: Any, *, last: int) -> Any:
         """The mean of the trained arrays of the newest `last` intact checkpoints, with the structure and shardings of `delta`.
@@ -171,13 +180,14 @@ class Checkpoints:
         products is not the product of the means: it is the exact mean of the models only where one of the two stays the same. That
         is `lora_jax.arithmetic.weighted(deltas, [1 / len(deltas)] * len(deltas))`, by concatenation: its rank is the sum of the ranks.
 
-        Raises `ValueError` where fewer than `last` are there, and as `restore` does.
+        Where one is damaged, it is put aside with a warning, and the mean is that of the others. Raises `ValueError` where fewer than
+        `last` are there, and as `restore` does.
         """
         if last < 1:
             raise ValueError(f"`last` is {last}: average one checkpoint or more")
         damaged: list[tuple[int, str]] = []
         newest, total, used = None, None, []
-        steps = sorted(self.steps(), reverse=True)
+        steps = sorted(self.steps(passing=False), reverse=True)
         for found, _, arrays in self._intact(steps, {"delta": delta}, damaged):
             part = arrays["delta"]
             newest, total = (part, _average.begin(part)) if newest is None else (newest, _average.add(total, part))
@@ -186,12 +196,17 @@ class Checkpoints:
                 break
         if used:
             self._put_aside(damaged, used[0])
-        if len(used) < last:
+        if not used or len(used) < last and not damaged:
             raise ValueError(
                 f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average as many, or train with "
                 f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here"
             )
-        return _average.mean(total, last, newest)
+        return _average.mean(total, len(used), newest)
+
+    def put_aside(self) -> None:
+        """Gives every complete checkpoint a name under which it is none, `7.damaged`, so that a run can begin again in the directory."""
+        for step in self.steps():
+            on_first(lambda step=step: self._rename(step))
 
     # --- which there are ----------------------------------------------------------------------------------------------
 
@@ -199,19 +214,26 @@ class Checkpoints:
         # Under its number only when it is complete: renaming is the last that is done.
         return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()) if self._directory.is_dir() else []
 
+    def _said(self, step: int, name: str) -> Any:
+        """What a checkpoint says of itself; None of one that says nothing that can be read."""
+        if step not in self._known:
+            try:
+                self._known[step] = self._facts(step)
+            except (Damaged, ValueError):
+                self._known[step] = {}
+        return self._known[step].get(name)
+
+    def _by_loss(self, steps: list[int]) -> list[int]:
+        known = [step for step in sorted(steps) if self._said(step, "loss") is not None]
+        return sorted(known, key=lambda step: self._said(step, "loss"))
+
     def _best(self, steps: list[int]) -> int | None:
-        for step in steps:
-            if step not in self._losses:
-                try:
-                    self._losses[step] = self._facts(step)["loss"]
-                except (Damaged, ValueError):
-                    self._losses[step] = None
-        known = [step for step in steps if self._losses[step] is not None]
-        return min(known, key=lambda step: self._losses[step], default=None)
+        return next(iter(self._by_loss(steps)), None)
 
     def _forget(self) -> None:
         steps = self._on_disk()
-        kept = {*steps[-self._keep :], *([self._best(steps)] if self._keep_best else [])}
+        lasting = [step for step in steps if not self._said(step, "passing")]
+        kept = {*lasting[-self._keep :], *steps[-1:], *([self._best(steps)] if self._keep_best else [])}
         for step in steps:
             if step not in kept:
                 _storage.remove(self._directory / str(step))
@@ -297,7 +319,7 @@ class Checkpoints:
     def _rename(self, number: int) -> None:
         names = (self._directory / f"{number}.damaged{mark}" for mark in ("", *(f".{count}" for count in range(1, 1000))))
         (self._directory / str(number)).rename(next(name for name in names if not name.exists()))
-        self._losses.pop(number, None)
+        self._known.pop(number, None)
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

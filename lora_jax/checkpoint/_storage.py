@@ -61,8 +61,8 @@ class Writer:
                 checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 then()
-        except Exception as error:
-            self._failure = error
+        except BaseException as error:  # in a thread, nobody else would hear of it
+            self._failure = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} {error}")
             if jax.process_index() == 0:
                 clear_unfinished(path.parent, path.name)
 
@@ -96,6 +96,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         return dict(_read(path, facts=ocp.args.JsonRestore()).facts)
     except Exception as error:
+        _raise_if_of_the_machine(error)
         raise Damaged(f"what it says of itself cannot be read ({type(error).__name__})") from error
 
 
@@ -105,7 +106,15 @@ def read_arrays(path: Path, like: Any) -> Any:
     try:
         return _read(path, arrays=asked).arrays
     except Exception as error:  # whatever the reader meets in a file that is cut short
+        _raise_if_of_the_machine(error)
         raise Damaged(f"its arrays cannot be read ({type(error).__name__})") from error
+
+
+def _raise_if_of_the_machine(error: Exception) -> None:
+    """Too little memory, no permission, a file system that fails: of these the files know nothing, and putting them aside would lose them."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error
 
 
 def _read(path: Path, **parts: Any) -> Any:

@@ -52,14 +52,14 @@ def together(span: bool) -> Iterator[bool]:
     try:
         yield jax.process_index() == 0
     except _Agreed as error:
-        raise ValueError(*error.args) from None
+        raise error.args[0] from None
     except Exception as error:
         _exchange(error)
         raise
     else:
         failure = _exchange(None)
         if failure is not None:
-            raise ValueError(failure)
+            raise failure
     finally:
         _shared.reset(token)
 
@@ -101,11 +101,12 @@ def _check_own(leaf: Any) -> None:
         )
 
 
-def _exchange(error: Exception | None) -> str | None:
-    """What the first process that has failed says of it, or None: in each process the same."""
-    return next((said for said in exchange(None if error is None else _said(error)) if said is not None), None)
+def _exchange(error: Exception | None) -> Exception | None:
+    """What the first process that has failed has met, or None: in each process the same. A `ValueError` as such, all else as an `OSError`."""
+    said = next((said for said in exchange(None if error is None else _said(error)) if said is not None), None)
+    return None if said is None else ValueError(said[1]) if said[0] else OSError(said[1])
 
 
-def _said(error: Exception) -> str:
-    plain = isinstance(error, ValueError) and str(error)
-    return str(error) if plain else f"process {jax.process_index()} of {jax.process_count()} failed: {type(error).__name__}: {error}"
+def _said(error: Exception) -> tuple[bool, str]:
+    plain = isinstance(error, ValueError) and bool(str(error))
+    return plain, str(error) if plain else f"process {jax.process_index()} of {jax.process_count()} failed: {type(error).__name__}: {error}"
