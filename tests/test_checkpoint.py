@@ -517,7 +517,12 @@ def test_killed_while_saving(tmp_path):
                 os._exit(1)
             os.close(writes)
             assert os.read(reads, 1) == b"x"
-            time.sleep(0.02 * number)
+            if number % 2:  # in the middle of a write, however fast or slow the machine is
+                end = time.monotonic() + 20
+                while all(name.isdecimal() for name in os.listdir(sys.argv[1])) and time.monotonic() < end:
+                    time.sleep(0.001)
+            else:
+                time.sleep(0.02 * number)
             os.kill(child, signal.SIGKILL)
             assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
             unfinished += any(not name.isdecimal() for name in os.listdir(sys.argv[1]))
