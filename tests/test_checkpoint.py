@@ -205,6 +205,31 @@ def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path):
 
 
 @orbax_gives_up
+def test_any_bit_of_what_is_noted_beside_the_arrays(two, tmp_path):
+    """Of Orbax's own notes, which make arrays of the files: the state comes back to the bit, or the checkpoint before it does."""
+    shutil.copytree(two, tmp_path / "run")
+    file = tmp_path / "run" / "7" / "arrays" / "_METADATA"
+    whole, draw = file.read_bytes(), np.random.default_rng(0)
+    # What once passed for an array and was none, and some drawn.
+    changed = [whole.replace(b"jax.Array", b"jax.Qrray"), *(_flipped(whole, draw.integers(len(whole)), draw.integers(8)) for _ in range(40))]
+    steps = set()
+    for content in changed:
+        file.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = restored(tmp_path / "run")
+        same(found.delta, state(found.step, {3: 1.0, 7: 2.0}[found.step]).delta)
+        steps.add(found.step)
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(two, tmp_path / "run")
+    assert steps == {3, 7}
+
+
+def _flipped(content, place, bit):
+    return content[:place] + bytes([content[place] ^ 1 << int(bit)]) + content[place + 1 :]
+
+
+@orbax_gives_up
 def test_the_best_that_is_intact(tmp_path):
     """The best is damaged: it is put aside, and the next best is found. Without a finite loss there is none."""
     with Checkpoints(tmp_path, identity={}, keep=4) as checkpoints:

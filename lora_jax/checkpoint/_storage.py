@@ -104,10 +104,16 @@ def read_arrays(path: Path, like: Any) -> Any:
     """Those of `like`, which may be a part of what there is, placed as it says; NumPy arrays where it holds these. Raises `Damaged`."""
     asked = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
     try:
-        return _read(path, arrays=asked).arrays
+        found = _read(path, arrays=asked).arrays
     except Exception as error:  # whatever the reader meets in a file that is cut short
         _raise_if_of_the_machine(error)
         raise Damaged(f"its arrays cannot be read ({type(error).__name__})") from error
+    # A changed bit in what Orbax notes of them can give back its handle of a file instead of an array, or another name.
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=False)
+    same = all(isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype) for leaf, wanted in pairs)
+    if not same or jax.tree.structure(found) != jax.tree.structure(like):
+        raise Damaged("its arrays are not those that it says it has")
+    return found
 
 
 def _raise_if_of_the_machine(error: Exception) -> None:
