@@ -1,6 +1,7 @@
 """Several processes of JAX on this machine, as several hosts would be: real collectives between them, two devices each."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -23,9 +24,12 @@ import numpy as np
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system gives to connections, which could take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) != 0:
+                return port
 
 
 def start(commands: Sequence[Sequence[str]], *, devices: int = 2, environment: dict[str, str] | None = None) -> list[subprocess.Popen]:
