@@ -4,8 +4,8 @@
 
 On what: LoRA with dropout on a small GPT-2, through the command line, in processes of its own, one and then two that run as one. A
 fault is drawn, happens at a random moment, and the same command is started again; a run that comes to its end is compared with one
-that nothing happened to, and the next begins. Bounds (exit status 1 if one is missed): every run ends, with the same bytes in its
-metrics, its adapter and its merged model, and nothing is lost but what was done since the last intact checkpoint. An hour on two cores.
+that nothing happened to, and the next begins. A full disk is a limit on the size of files (RLIMIT_FSIZE). Bounds (exit status 1 if one
+is missed): every run ends, with the same bytes in its metrics, its adapter and its merged model. 20 minutes on two cores.
 """
 
 import argparse
