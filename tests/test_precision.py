@@ -5,7 +5,6 @@ devices send each other from the program as it was right after it was divided am
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import re
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_experiments_train import MODEL, examples, weights
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,9 +29,7 @@ from experiments.config import METHODS, Architecture, Base, Budget, Config, Mesh
 from experiments.plan import flops
 from experiments.run import run
 from experiments.step import step_of
-from experiments.tasks.examples import Examples
 from lora_jax.interop import hf
-from lora_jax.models.gpt2 import GPT2, GPT2Config
 
 NARROW, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
 ALL = Precision(parameters="bfloat16", compute="bfloat16", adapters="float32")
@@ -56,21 +54,6 @@ def config(policy, method=LORA, targets=("attn/c_attn/kernel",), mesh=Mesh(), **
 def of(name):
     """A method's section, and targets for it."""
     return {"name": name} if name == "Full" else {"name": name, "rank": 2}, ("mlp/.*",) if name == "Full" else ("attn/c_attn/kernel", "mlp/c_fc/kernel")
-
-
-@functools.cache
-def examples(count=24, seq_len=12):
-    random = np.random.default_rng(0)
-    draw = lambda low, high: random.integers(1, 31, size=random.integers(low, high)).tolist()  # noqa: E731
-    return Examples([(draw(2, 5), draw(2, 7)) for _ in range(count)], seq_len)
-
-
-MODEL = GPT2(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-
-
-@functools.cache
-def weights():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def started(settings):
