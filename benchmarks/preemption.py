@@ -107,9 +107,12 @@ class Run:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system gives to connections, which could take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) != 0:
+                return port
 
 
 def wait(processes: list[subprocess.Popen]) -> list[int]:
