@@ -24,6 +24,7 @@ from experiments import loss as losses
 from experiments import optimizer, order, precision, processes
 from experiments.config import Config
 from experiments.config import Mesh as MeshSection
+from experiments.due import due
 from experiments.guards import BY, Guards, not_finite_steps
 from experiments.preemption import Asked
 from experiments.progress import Record
@@ -142,7 +143,7 @@ class Trainer:
         """
         train, config, size = self.config.train, self.config, len(splits.train)
         step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=NamedSharding(self.mesh, P()))
-        rate, best = optimizer.warmup_linear(train), train.result == "best"
+        rate = optimizer.warmup_linear(train)
 
         def indices(done: int) -> np.ndarray:
             return order.indices(config.seed, done - 1, size, train.batch)
@@ -163,23 +164,22 @@ class Trainer:
                 state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key)
                 guards.add(done, numbers)
                 record.advance(done)
-                last, stop = done == train.steps, asked()
-                logs, evaluates, saves = last or done % train.log_every == 0, last or done % train.eval_every == 0, last or done % train.checkpoint_every == 0
-                if logs or evaluates or saves or stop or done == BY:
+                stop = asked()
+                now_due = due(done, train, stop)
+                if now_due.any() or done == BY:
                     guards.check()
-                if logs:
+                if now_due.log:
                     now = time.perf_counter()
                     values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
                     record.log(done, **values, lr=float(rate(number - guards.skipped)), seconds_per_step=(now - started) / (done - since), tokens=int(numbers["tokens"]))
                     started, since = now, done
                 valid_loss = None
-                # Asked to stop, it leaves the evaluation to whoever goes on, unless nobody does, or the checkpoint has to know.
-                if evaluates and (last or best or not stop):
+                if now_due.evaluate:
                     valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
                     record.log(done, valid_loss=valid_loss)
-                    started, since = time.perf_counter(), done
-                if saves or stop or (best and evaluates):
-                    checkpoints.save(state, valid_loss, passing=not (saves or (best and evaluates)))
+                if now_due.save:
+                    checkpoints.save(state, valid_loss, passing=now_due.passing)
+                if now_due.evaluate or now_due.save:
                     started, since = time.perf_counter(), done
                 if stop or done == stop_after:
                     break

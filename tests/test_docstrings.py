@@ -1,4 +1,4 @@
-"""Every example in the docstrings of the core runs, and prints what it says."""
+"""Every example in the docstrings runs, and prints what it says."""
 
 import doctest
 import importlib
@@ -8,14 +8,13 @@ import pytest
 
 import lora_jax
 
-_PACKAGE = Path(lora_jax.__file__).parent
-_CORE = sorted(file for files in ("*.py", "methods/*.py", "optim/*.py", "arithmetic/*.py") for file in _PACKAGE.glob(files))
-_FILES = [file for file in _CORE if ">>> " in file.read_text(encoding="utf-8")]
+_ROOT = Path(lora_jax.__file__).parent.parent
+_FILES = [file.relative_to(_ROOT) for package in ("lora_jax", "experiments") for file in sorted((_ROOT / package).rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("file", _FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", _FILES, ids=str)
 def test_examples(file):
-    name = ".".join(file.relative_to(_PACKAGE.parent).with_suffix("").parts)
+    name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.attempted and not outcome.failed
 

@@ -1,8 +1,11 @@
-"""One run on several processes with real collectives: what one process computes, each file written once, and an error of one ends all."""
+"""One run on several processes with real collectives: what one process computes, each file written once, and nothing lost when one of them ends."""
 
 import json
+import os
+import signal
 import socket
 import sys
+import time
 
 import jax
 import numpy as np
@@ -89,6 +92,18 @@ def assert_alike(directory, other):
     assert (directory / "predictions.txt").read_text() == (other / "predictions.txt").read_text()
 
 
+def wait_for(directory, step, started):
+    wait_until(lambda: any(line["step"] >= step for line in steps_of(directory)), started)
+
+
+def wait_until(condition, started):
+    end = time.monotonic() + processes.TIMEOUT
+    while not condition():
+        assert all(process.poll() is None for process in started), processes.finish(started)
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def two(root):
     """The run of two processes with two devices each, and what they printed. SLURM started them: nothing on the command line says that there are two."""
@@ -139,6 +154,34 @@ def test_four_processes_train_what_one_does():
         np.testing.assert_allclose(each["losses"], losses, rtol=1e-6)
         for leaf, other in zip(each["delta"], jax.tree.leaves(state.delta), strict=True):
             np.testing.assert_allclose(leaf, other, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_killed_and_asked_to_stop_it_ends_bit_for_bit(root, two, tmp_path):
+    """One process is killed: the other does not hang. One is told to stop: both stop after the same step, saved. Then it ends as if nothing had been."""
+    started = start(root, "stopped")
+    wait_for(root / "stopped", 8, started)
+    wait_until(lambda: (root / "stopped" / "checkpoints" / "7").is_dir(), started)  # it is written while training goes on
+    started[1].kill()
+    codes = [code for code, _, _ in processes.finish(started, timeout=180)]
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL
+
+    kept = max(int(entry.name) for entry in (root / "stopped" / "checkpoints").iterdir() if entry.name.isdecimal())
+    told = (root / "stopped" / "metrics.jsonl").stat().st_ino
+    started = start(root, "stopped")
+    # Each start writes a file of its own, from the checkpoint on; the old one may know of later steps.
+    wait_until(lambda: (root / "stopped" / "metrics.jsonl").stat().st_ino != told, started)
+    wait_for(root / "stopped", kept + 2, started)
+    os.kill(started[1].pid, signal.SIGTERM)
+    first, _ = succeed(started)
+    assert kept % 7 == 0 and f"resuming after step {kept}" in first and "as asked, and saved" in first
+    last = max(line["step"] for line in steps_of(root / "stopped"))
+    assert last < CONFIG["train"]["steps"] and (root / "stopped" / "checkpoints" / str(last)).is_dir()
+
+    assert f"resuming after step {last}" in succeed(start(root, "stopped"))[0]
+    assert steps_of(root / "stopped") == steps_of(two[0]), "each step is told once, with the same digits"
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "predictions.txt"):
+        assert (root / "stopped" / name).read_bytes() == (two[0] / name).read_bytes(), name
 
 
 @pytest.mark.slow
