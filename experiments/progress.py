@@ -1,5 +1,6 @@
 """What a run says while it goes on: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or plain lines elsewhere."""
 
+import io
 import json
 import os
 import sys
@@ -63,7 +64,7 @@ class Count:
     """How many of `total` are done, on a bar or, elsewhere, on a line now and then."""
 
     def __init__(self, name: str, total: int, out: TextIO | None = None, *, silent: bool = False):
-        self._out = open(os.devnull, "a", encoding="utf-8") if silent else sys.stdout if out is None else out
+        self._out = io.StringIO() if silent else sys.stdout if out is None else out
         self._name, self._total = name, total
         self._spoke = time.monotonic()
         self._bar = _Bar(self._out, name, total)

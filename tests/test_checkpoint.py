@@ -54,6 +54,8 @@ def test_keeps_the_newest(tmp_path):
             checkpoints.save(state(step, float(step)))
         assert checkpoints.latest() == 5
         older = checkpoints.restore(state().delta, state().opt_state, step=2)
+        with pytest.raises(ValueError, match="`step` is 1, of which .* holds no checkpoint; of these steps it does: 2, 5"):
+            checkpoints.restore(state().delta, state().opt_state, step=1)
     assert older.delta["h"][0]["a"][0, 1] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
 

@@ -155,7 +155,12 @@ class Checkpoints:
         Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the first, where there is no
         checkpoint, and `NoneIntact`, which is one, where no checkpoint is intact.
         """
-        steps = sorted(self.steps(), reverse=True) if step is None else [step]
+        steps = sorted(self.steps(), reverse=True)
+        if step is not None:
+            if step not in steps:
+                there = ", ".join(map(str, reversed(steps))) or "none"
+                raise ValueError(f"`step` is {step}, of which `{self._directory}` holds no checkpoint; of these steps it does: {there}")
+            steps = [step]
         if best:
             steps = on_first(lambda: self._by_loss(steps))
         if not steps:
