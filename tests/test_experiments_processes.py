@@ -237,6 +237,7 @@ def test_an_error_ends_all(root, tmp_path):
     ended = processes.finish(start(root, tmp_path / "other"))
     assert [code for code, _, _ in ended] == [1, 1], ended
     assert "is not empty and holds no run" in ended[0][2] and "error:" not in ended[1][2]
+    assert "Traceback" not in ended[1][2], "it was told what happened, and nothing is wrong with it"
 
 
 @pytest.mark.parametrize(
