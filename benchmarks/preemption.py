@@ -5,7 +5,7 @@
 On what: LoRA with dropout on a small GPT-2, through the command line, in processes of its own, one and then two that run as one. A
 fault is drawn, happens at a random moment, and the same command is started again; a run that comes to its end is compared with one
 that nothing happened to, and the next begins. A full disk is a limit on the size of files (RLIMIT_FSIZE). Bounds (exit status 1 if one
-is missed): every run ends, with the same bytes in its metrics, its adapter and its merged model. Half an hour on two cores.
+is missed): every run ends, with the same bytes in its metrics, its adapter and its merged model. 20 minutes on two cores.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 from experiments.provenance import provenance
 
 from . import record
+from .ports import free_port
 
 CONFIG = {
     "name": "preempted",
@@ -65,7 +65,7 @@ class Run:
         words = [sys.executable, "-m", "experiments", "run", str(self.config), "--workdir", str(self.workdir)]
         told: list[list[str]] = [[]]
         if self.count > 1:
-            address = ["--coordinator", f"localhost:{_free_port()}", "--num-processes", str(self.count), "--process-id"]
+            address = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(self.count), "--process-id"]
             told = [[*address, str(index)] for index in range(self.count)]
             words += ["--set", f"mesh.data={self.count}"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -104,15 +104,6 @@ class Run:
     def being_written(self) -> bool:
         directory = self.workdir / "checkpoints"
         return directory.is_dir() and any("tmp" in entry.name for entry in directory.iterdir())
-
-
-def _free_port() -> int:
-    """Below the ports that the system gives to connections, which could take it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)) != 0:
-                return port
 
 
 def wait(processes: list[subprocess.Popen]) -> list[int]:

@@ -1,14 +1,14 @@
 """Several processes of JAX on this machine, as several hosts would be: real collectives between them, two devices each."""
 
 import os
-import random
-import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Long beyond what any of these tests takes on a busy machine, and short beside the five minutes that JAX's own barriers wait.
@@ -21,15 +21,6 @@ jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 del sys.argv[1:4]
 import numpy as np
 """
-
-
-def free_port() -> int:
-    """Below the ports that the system gives to connections, which could take it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)) != 0:
-                return port
 
 
 def start(commands: Sequence[Sequence[str]], *, devices: int = 2, environment: dict[str, str] | None = None) -> list[subprocess.Popen]:

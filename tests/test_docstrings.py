@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax
 
-_ROOT = Path(lora_jax.__file__).parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 _FILES = [file.relative_to(_ROOT) for package in ("lora_jax", "experiments") for file in sorted((_ROOT / package).rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
 
 
@@ -23,3 +23,8 @@ def test_every_public_function_has_an_example():
     public = [value for name, value in vars(lora_jax).items() if not name.startswith("_") and callable(value)]
     without = {value.__name__ for value in public if ">>> " not in (value.__doc__ or "")}
     assert without <= {"Lorafied", "MaterializeError"}  # what functions return and raise
+
+
+def test_every_metric_has_an_example():
+    named = {file.stem for file in _FILES if file.parts[:2] == ("experiments", "metrics")}
+    assert named >= {"ngrams", "mteval", "ptb", "bleu", "nist", "rouge", "cider"}

@@ -1,4 +1,4 @@
-"""What follows a step of training: in every combination of schedules, the last step, and being asked to stop."""
+"""What follows a step of training: its schedules, the last step, and being asked to stop."""
 
 import pytest
 

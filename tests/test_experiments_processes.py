@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -12,6 +11,7 @@ import numpy as np
 import processes
 import pytest
 import test_experiments_train as train_tests
+from benchmarks.ports import free_port, is_free
 from safetensors.numpy import load_file
 
 from experiments import train
@@ -50,18 +50,13 @@ def root(tmp_path_factory):
     return root
 
 
-def _is_free(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("localhost", port)) != 0
-
-
 def command(root, workdir, *more):
     return [sys.executable, "-m", "experiments", "run", str(root / "config.json"), "--workdir", str(root / workdir), *more]
 
 
 def start(root, workdir, *more, count=2):
     """The same command line, but for its last word, in each of `count` processes."""
-    told = ["--coordinator", f"localhost:{processes.free_port()}", "--num-processes", str(count), "--process-id"]
+    told = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
     return processes.start([command(root, workdir, *more, *told, str(index)) for index in range(count)], devices=4 // count)
 
 
@@ -107,7 +102,7 @@ def wait_until(condition, started):
 @pytest.fixture(scope="module")
 def two(root):
     """The run of two processes with two devices each, and what they printed. SLURM started them: nothing on the command line says that there are two."""
-    job = next(job for job in range(1, 4096) if _is_free(61440 + job))  # the port that JAX makes of it
+    job = next(job for job in range(1, 4096) if is_free(61440 + job))  # the port that JAX makes of it
     every = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
     tasks = [{**every, "SLURM_PROCID": str(index)} for index in range(2)]
     return root / "two", succeed([processes.start([command(root, "two")], devices=2, environment=task)[0] for task in tasks])
@@ -157,7 +152,7 @@ def test_four_processes_train_what_one_does():
 
 
 @pytest.mark.slow
-def test_killed_and_asked_to_stop_it_ends_bit_for_bit(root, two, tmp_path):
+def test_killed_and_asked_to_stop_it_ends_bit_for_bit(root, two):
     """One process is killed: the other does not hang. One is told to stop: both stop after the same step, saved. Then it ends as if nothing had been."""
     started = start(root, "stopped")
     wait_for(root / "stopped", 8, started)

@@ -153,7 +153,7 @@ class Checkpoints:
         beside where it was; so the run goes on from the one before it. Of several processes, all pass over what one cannot read.
 
         Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the first, where there is no
-        checkpoint, and `NoneIntact`, which is one, where no checkpoint is intact.
+        checkpoint, or none of `step`, and `NoneIntact`, which is one, where no checkpoint is intact.
         """
         steps = sorted(self.steps(), reverse=True)
         if step is not None:
