@@ -1,6 +1,6 @@
 """How long `Checkpoints.save` keeps the training loop, beside a plain copy of the arrays and beside all of the writing.
 
-    python -m benchmarks.async_saving [--megabytes 200] [--repeats 5]
+    python -m benchmarks.async_saving [--megabytes 200] [--repeats 9]
 
 On what: 200 MB of state, a third of it adapter and two thirds optimiser state as Adam has them, float32 that does not compress, on the
 device at hand, written to a temporary directory. All three in one run, round by round, since the disk and the cores are not ours
@@ -9,8 +9,8 @@ alone; the medians are of the rounds after the first, in which programs are comp
 `copy`: all arrays to host memory that is the caller's own. `save`: until `save` returns, after which the buffers may be donated.
 `written`: until the checkpoint is complete under its name. `fingerprint`: the checksum of all the state, fetched.
 
-Bound (exit status 1 if missed): `save` returns in less than half of the time that the writing takes. The ratio to the copy is recorded
-without a bound: on the CPU a copy runs at the speed of memory, and 200 MB take less than Orbax's own preparations.
+Bounds (exit status 1 if missed): `save` returns within 1.25 times the copy, since it is one, with the preparations of what the thread
+does; and in less than half of the time that the writing takes.
 """
 
 import argparse
@@ -74,16 +74,19 @@ def measure(megabytes: float, repeats: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=200, help="other than 200: a look, which is not recorded")
-    parser.add_argument("--repeats", type=int, default=5, help="other than 5: a look, which is not recorded")
+    parser.add_argument("--repeats", type=int, default=9, help="other than 9: a look, which is not recorded")
     options = parser.parse_args()
     about = provenance()
     row = measure(options.megabytes, options.repeats)
-    if (options.megabytes, options.repeats) == (200, 5):
+    if (options.megabytes, options.repeats) == (200, 9):
         record.save("async_saving", "python -m benchmarks.async_saving", about, [row])
     print(record.table([row]))
-    late = row["save / written"] >= 0.5
-    print("`save` returns after half of the writing, or later" if late else "all bounds are met")
-    return int(late)
+    missed = [
+        *(["`save` takes longer than 1.25 copies"] if row["save / copy"] > 1.25 else []),
+        *(["`save` returns after half of the writing, or later"] if row["save / written"] >= 0.5 else []),
+    ]
+    print("; ".join(missed) or "all bounds are met")
+    return int(bool(missed))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -115,8 +116,9 @@ def test_two_processes_do_what_one_does(root, two):
     names = lambda directory: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if "checkpoints" not in path.parts)  # noqa: E731
     assert names(directory) == names(root / "one"), "each file is there, and nothing else"
     assert "2 processes with 4 devices" in first and "finished, see" in first
-    said = [line for line in second.splitlines() if "[Gloo]" not in line]
-    assert not said, "one of them speaks"
+    # Gloo's threads write their lines piece by piece, and so into one another's.
+    pieces = r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s"
+    assert not re.sub(pieces, "", second), "one of them speaks"
 
 
 @pytest.mark.slow

@@ -108,7 +108,6 @@ class Checkpoints:
         path = self._directory / str(state.step)
         if on_first(path.exists):
             raise ValueError(f"`{self._directory}` holds a checkpoint of step {state.step} already: go on from it, or take another directory")
-        delta, opt_state = _named(state.delta), _named(state.opt_state)
         facts = {
             "format": _FORMAT,
             "step": state.step,
@@ -116,18 +115,21 @@ class Checkpoints:
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
             "key_impl": str(jax.random.key_impl(state.key)),
             "identity": self._identity,
-            "arrays": {"delta": _described(delta), "opt_state": _described(opt_state)},
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
             "passing": passing,
         }
-        arrays = {"delta": delta, "opt_state": opt_state}
+        arrays = {"delta": _named(state.delta), "opt_state": _named(state.opt_state)}
         copied = _storage.copied(arrays)
         # Of what is saved, not of its copy, and fetched in the thread. A CPU computes in the thread that asks, so that there the one that
         # writes asks, unless several processes take part, for which that would be a collective beside those of the training step.
         sums = None if jax.process_count() == 1 and jax.default_backend() == "cpu" else _checksums(arrays)
 
         def complete() -> dict[str, Any]:
-            found = {**facts, "sums": _digits(_checksums(copied) if sums is None else sums)}
+            found = {
+                **facts,
+                "arrays": {part: _described(named) for part, named in copied.items()},
+                "sums": _digits(_checksums(copied) if sums is None else sums),
+            }
             return {**found, "facts": _digest(found)}
 
         if not self._cleared:
