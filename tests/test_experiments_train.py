@@ -291,8 +291,8 @@ def test_every_method_trains_and_every_mesh_gives_the_same(name):
 
 
 @functools.cache
-def of_one_device(name):
-    return steps(row(name), 3)[:2]
+def of_one_device(name, quantize=None):
+    return steps(row(name, quantize=quantize), 3)[:2]
 
 
 # All ways of giving eight devices to the axes, but for the one above.
@@ -301,23 +301,26 @@ MESHES = [(data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", METHODS)
-def test_every_mesh_gives_every_method_the_same(name, shape):
-    alone, state = of_one_device(name)
-    spread, other, _ = steps(row(name, mesh=Mesh(*shape)), 3, quickly=True)
+@pytest.mark.parametrize("name, quantize", [*((name, None) for name in METHODS), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")])
+def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
+    alone, state = of_one_device(name, quantize)
+    spread, other, _ = steps(row(name, quantize=quantize, mesh=Mesh(*shape)), 3, quickly=True)
     close(alone, spread)
     close(state.delta, jax.device_get(other.delta))
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "Full"])
 def test_a_quantised_base_trains(name):
-    settings = row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("bias",), quantize="nf4")
+    # Of the biases not those of the keys, whose gradient is nothing but rounding, which Adam makes large.
+    settings = row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("mlp/.*/bias",), quantize="nf4")
     trainer, _ = started(settings)
     packed = [leaf for leaf in jax.tree.leaves(trainer.frozen) if leaf.dtype == jnp.uint8]
     assert len(packed) >= 4, "the matrices of the layer"
     losses, state, _ = steps(settings, 4)
     assert np.all(np.isfinite(losses))
-    close(losses, steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)), 4)[0], 1e-5)
+    spread, other, _ = steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)), 4)
+    close(losses, spread)
+    close(state.delta, jax.device_get(other.delta))
 
 
 def test_the_budget_is_spent():
