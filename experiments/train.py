@@ -33,7 +33,7 @@ from experiments.step import compiled_for, step_of
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
-from lora_jax.sharding import Rules, delta_specs, frozen_specs, partition_specs, shardings
+from lora_jax.sharding import Rules, delta_specs, frozen_specs, gather_codes, partition_specs, shardings
 
 # A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each are spread.
 BATCH = P(None, EXAMPLES, None)
@@ -78,7 +78,7 @@ class Trainer:
     def create(cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any) -> "Trainer":
         """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised ones, are placed as they are."""
         if config.quantize is not None:
-            frozen = lora_jax.quantize(frozen, config.quantize, delta=delta)
+            frozen = gather_codes(lora_jax.quantize(frozen, config.quantize, delta=delta), specs, mesh)
         frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
         tx, budget = optimizer.for_adapters(config.optimizer, config.train, frozen, delta), config.optimizer.adalora
         penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)

@@ -129,10 +129,14 @@ class NF4(Format):
         if self.double:
             nested_absmax = jnp.repeat(arrays["nested_absmax"], self.nested_block)[: absmax.size]
             absmax = _rounded(_look_up(arrays.get("nested_map", jnp.asarray(_DYNAMIC)), absmax) * nested_absmax) + arrays["nested_offset"]
+        # By rows where these are whole blocks: a device that has to have some columns can then unpack these alone.
+        rows = shape[:-1] if shape and shape[-1] % self.block == 0 else ()
+        length = math.prod(shape[len(rows) :])
         # Both codes of a byte by one broadcast shift and the value by a look-up: XLA makes one loop of this, with nothing
         # stored between the bytes and the weight.
-        codes = (arrays["codes"][:, None] >> np.array([[4, 0]], np.uint8)) & 15
-        values = _look_up(jnp.asarray(_NF4), codes.reshape(-1)[:size]) * jnp.repeat(absmax, self.block)[:size]
+        codes = (arrays["codes"].reshape(*rows, -1, 1) >> np.array([4, 0], np.uint8).reshape(*(1,) * len(rows), 1, 2)) & 15
+        values = _look_up(jnp.asarray(_NF4), codes.reshape(*rows, -1)[..., :length])
+        values = values * jnp.repeat(absmax.reshape(*rows, -1), self.block, axis=-1)[..., :length]
         return values.reshape(shape).astype(jax.dtypes.canonicalize_dtype(dtype))
 
 

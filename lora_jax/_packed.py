@@ -14,21 +14,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ._formats import Format
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["format", "own", "dtype", "turned"])
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["format", "own", "dtype", "turned", "at_use"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A quantised weight. `own` is the shape of what is packed together; the axes before it, those of a stack, lead in
-    every array, so that slicing all arrays along the first is slicing the weight. `turned`: it is stored transposed."""
+    every array, so that slicing all arrays along the first is slicing the weight. `turned`: it is stored transposed.
+    `at_use`: how the own axes lie on a mesh when the weight is used, if that is known."""
 
     arrays: dict[str, jax.Array]
     format: Format
     own: tuple[int, ...]
     dtype: Any
     turned: bool = False
+    at_use: NamedSharding | None = None
 
     @classmethod
     def of(cls, weight: Any, format: Format, stack: int | None = None) -> "Packed":
@@ -68,9 +72,28 @@ class Packed:
             unpack = jax.vmap(unpack)
         return unpack(self.arrays)
 
+    def gathered(self) -> "Packed":
+        """With the codes where `at_use` needs them. Left alone, XLA unpacks what each device has, and sends the numbers."""
+        if self.at_use is None:
+            return self
+        spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
+        if _own_ndims(self.format, self.own, self.dtype)["codes"] < len(self.own):
+            spec = spec[:1]  # all in a row, in which a part of the first axis is one piece, and a part of another axis is not
+        return dataclasses.replace(self, arrays={**self.arrays, "codes": _lying(self.arrays["codes"], NamedSharding(self.at_use.mesh, P(*spec)))})
+
+    def placed(self, value: jax.Array) -> jax.Array:
+        """`value`, unpacked from this, as `at_use` says."""
+        return value if self.at_use is None else _lying(value, self.at_use)
+
     def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
         """`operation`, which changes leading axes only, on every array."""
         return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
+
+
+def _lying(array: jax.Array, where: NamedSharding) -> jax.Array:
+    """The last axes of `array` as `where` has them; those of a stack, before them, as XLA likes."""
+    before = [P.UNCONSTRAINED] * (array.ndim - len(where.spec))
+    return lax.with_sharding_constraint(array, NamedSharding(where.mesh, P(*before, *where.spec)))
 
 
 def is_packed(leaf: Any) -> bool:
@@ -163,7 +186,8 @@ def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight:
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     def unpacked(packed: Packed, beside: jax.Array) -> jax.Array:
-        return dataclasses.replace(weight, packed=_after(packed, lax.stop_gradient(beside))).value()
+        packed = _after(packed, lax.stop_gradient(beside)).gathered()
+        return dataclasses.replace(weight, packed=packed, operations=(packed.placed, *weight.operations)).value()
 
     @jax.custom_vjp
     def product(x: jax.Array, packed: Packed) -> jax.Array:
@@ -194,11 +218,16 @@ def _after_one(size: int, batched: tuple, packed: Packed, beside: jax.Array) -> 
     return _after(packed, beside[0] if batched[1] else beside), batched[0]
 
 
+def _nothing(beside: jax.Array) -> jax.Array:
+    """False, computed from `beside`: that no number is above infinity, XLA does not know. A slice, since a reshape gathers what is split."""
+    return lax.slice(beside, (0,) * beside.ndim, (1,) * beside.ndim).reshape(()) > jnp.inf
+
+
 def _depending(packed: Packed, beside: jax.Array) -> Packed:
-    """For the CPU, for which XLA drops barriers early: computed from `beside`. That nothing is above infinity, it does not know."""
+    """For the CPU, for which XLA drops barriers early: computed from `beside`."""
     if beside.size == 0:
         return packed
-    nothing = beside.reshape(-1)[0] > jnp.inf
+    nothing = _nothing(beside)
     integers = lambda array: jnp.issubdtype(array.dtype, jnp.integer)  # noqa: E731
     return packed.along_stack(lambda array: array + nothing.astype(array.dtype) if integers(array) else array)
 
@@ -210,8 +239,7 @@ def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:
         compute = lambda packed, *arrays: function(packed.value(), *arrays)  # noqa: E731
         result = jax.eval_shape(compute, packed, *arrays)
         scale = next(array for array in jax.tree.leaves((arrays, packed)) if jnp.issubdtype(array.dtype, jnp.floating))
-        nothing = scale.reshape(-1)[0] > jnp.inf
-        return lax.cond(nothing, lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays)
+        return lax.cond(_nothing(scale), lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays)
 
     return lax.platform_dependent(packed, *arrays, cpu=branch, default=lambda packed, *arrays: function(packed.value(), *arrays))
 

@@ -1,11 +1,15 @@
 """Specs: rules for weights, adapters that follow their weight, and meshes that do not divide."""
 
+import dataclasses
+import math
+import re
+
 import encoders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
@@ -13,7 +17,8 @@ import lora_jax
 from lora_jax._paths import named_leaves
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
-from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings
+from lora_jax.quant import NF4, Packed
+from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, shardings
 
 CONFIG = GPT2Config(vocab_size=29, n_positions=16, n_embd=8, n_layer=2, n_head=2)
 
@@ -163,3 +168,59 @@ def test_codes_of_quantised_weights_are_split(saved, format, scan):
     run = jax.jit(lambda frozen, delta: lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, jnp.arange(6).reshape(2, 3)))
     np.testing.assert_allclose(run(frozen, delta), run(placed, delta), rtol=1e-5, atol=1e-5)
     assert all(np.array_equal(one, other) for one, other in zip(jax.tree.leaves(lora_jax.merge(frozen, delta)), jax.tree.leaves(lora_jax.merge(placed, delta)), strict=True))
+
+
+def sent(compiled):
+    """Dtype and size of what a program gathers that is as large as a part of a weight of `perceptron`'s, or as its codes."""
+    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
+    sizes = [(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found]
+    return {(dtype, size) for dtype, size in sizes if size >= 64 * 256 // 8}
+
+
+def perceptron(layers, x):
+    step = lambda x, layer: (x + jax.nn.relu(x @ layer["up"]) @ layer["down"], None)  # noqa: E731
+    if isinstance(layers, dict):
+        return jax.lax.scan(step, x, layers)[0]
+    for layer in layers:
+        x, _ = step(x, layer)
+    return x
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("format", ["nf4", "nf4 turned", "int8"])
+def test_codes_are_what_is_sent(format, shape, scan):
+    """In the forward and in the backward pass, with the value and the gradients of one device. XLA sends numbers unless it is told."""
+    draw = lambda seed, *shape: 0.1 * jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+    params = [{"up": draw(layer, 64, 256), "down": draw(layer + 2, 256, 64)} for layer in range(2)]
+    if scan:
+        params = jax.tree.map(lambda *layers: jnp.stack(layers), *params)
+    frozen, delta = lora_jax.lorafy(params, ".*", method=lora_jax.LoRA(rank=2), axes="layer in out" if scan else None, key=jax.random.key(1))
+    if format == "nf4 turned":  # as PyTorch stores a weight
+        turned = lambda leaf: dataclasses.replace(Packed.of(jnp.swapaxes(leaf, -1, -2), NF4()), own=leaf.shape[-2:], turned=True)  # noqa: E731
+        frozen = jax.tree.map(turned, frozen)
+    else:
+        frozen = lora_jax.quantize(frozen, format, delta=delta)
+    delta = jax.tree.map(lambda leaf: draw(leaf.size, *leaf.shape), delta)
+    mesh, specs = mesh_of(shape), partition_specs(params, {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")})
+    x = draw(9, 64, 64)
+
+    def loss(delta, frozen, x):
+        return jnp.mean(jnp.square(lora_jax.adapt(perceptron)(lora_jax.combine(frozen, delta), x)))
+
+    def on_mesh(frozen):
+        placed = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
+        arguments = (jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta)), placed, jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+        return sent(compiled), compiled(*arguments)
+
+    assert {dtype for dtype, _ in on_mesh(frozen)[0]} == {"f32"}
+    found_sent, found = on_mesh(gather_codes(frozen, specs, mesh))
+    # Of what is stored by rows, a device's part along `tensor` is one piece where that axis is the first.
+    assert found_sent == ({("s8", 64 * 256 // shape[2])} if format == "int8" else {("u8", 8192), ("u8", 8192 // shape[2])})
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6), found, jax.jit(jax.value_and_grad(loss))(delta, frozen, x))
+
+
+def test_an_axis_that_the_mesh_does_not_have():
+    with pytest.raises(ValueError, match="`axes` has 'model', and the mesh has the axes 'data', 'fsdp', 'tensor'"):
+        gather_codes({"w": jnp.zeros((2, 2))}, {"w": P()}, mesh_of((1, 8, 1)), axes=("model",))

@@ -26,7 +26,7 @@ from experiments.spread import EXAMPLES, spread
 from experiments.step import compiled_for, step_of
 from lora_jax import Full
 from lora_jax.methods import orthogonality
-from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings
+from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, shardings
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def training_step(subject: Subject, mesh: Mesh, work: Workload) -> Step:
     """The step, from shapes alone. Raises `ValueError` for a workload that the model or the mesh does not allow."""
     params = shapes_of(subject)
     frozen, delta = lora_jax.lorafy(params, targets_of(subject, work), method=work.method, fn=applied(subject), args=(_ids(1, 2),))
-    if work.quantize is not None:
-        frozen = lora_jax.quantize(frozen, work.quantize, delta=delta)
     specs = partition_specs(params, subject.model.partition_rules)
+    if work.quantize is not None:
+        frozen = gather_codes(lora_jax.quantize(frozen, work.quantize, delta=delta), specs, mesh)
     adalora = type(work.method).__name__ == "AdaLoRA"
     section = Optimizer(work.optimizer, adalora=Budget(target_rank=work.method.rank) if adalora else None)
     tx = optimizer.for_adapters(section, Train(steps=1000, batch=work.batch, lr=1e-4), frozen, delta)
