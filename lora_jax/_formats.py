@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,12 @@ _DYNAMIC = _dynamic_map()
 
 
 class Format(abc.ABC):
-    """A way to store weights in fewer bits. Its values are hashable: they are static where arrays are traced."""
+    """A way to store weights in fewer bits. Its values are hashable: they are static where arrays are traced.
+
+    `in_order`: the arrays whose numbers are in the order of the weight's, and which are split over devices as it is.
+    """
+
+    in_order: ClassVar[tuple[str, ...]] = ("codes",)
 
     @abc.abstractmethod
     def pack(self, weight: jax.Array, stack: int) -> dict[str, jax.Array]:
@@ -96,6 +101,8 @@ class NF4(Format):
     nested_block: int = 256
     double: bool = True
 
+    in_order: ClassVar[tuple[str, ...]] = ("codes", "absmax")
+
     def __post_init__(self) -> None:
         for name, divisor in (("block", 2), ("nested_block", 1)):
             value = getattr(self, name)
@@ -125,7 +132,7 @@ class NF4(Format):
 
     @partial(jax.jit, static_argnums=(0, 2, 3))
     def unpack(self, arrays: dict[str, jax.Array], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        size, absmax = math.prod(shape), arrays["absmax"]
+        absmax = arrays["absmax"]
         if self.double:
             nested_absmax = jnp.repeat(arrays["nested_absmax"], self.nested_block)[: absmax.size]
             absmax = _rounded(_look_up(arrays.get("nested_map", jnp.asarray(_DYNAMIC)), absmax) * nested_absmax) + arrays["nested_offset"]

@@ -7,6 +7,7 @@ than one unpacked weight is in memory at a time, and no derivative of a weight e
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._formats import Format
@@ -73,13 +74,16 @@ class Packed:
         return unpack(self.arrays)
 
     def gathered(self) -> "Packed":
-        """With the codes where `at_use` needs them. Left alone, XLA unpacks what each device has, and sends the numbers."""
+        """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each device has, and sends the numbers."""
         if self.at_use is None:
             return self
-        spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
-        if _own_ndims(self.format, self.own, self.dtype)["codes"] < len(self.own):
-            spec = spec[:1]  # all in a row, in which a part of the first axis is one piece, and a part of another axis is not
-        return dataclasses.replace(self, arrays={**self.arrays, "codes": _lying(self.arrays["codes"], NamedSharding(self.at_use.mesh, P(*spec)))})
+        found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
+        for name in self.format.in_order:
+            spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
+            if ndims[name] < len(self.own):  # all in a row, in which a part of the first axis is one piece, and a part of another axis is not
+                spec = spec[:1] if divides(self.at_use.mesh, spec[:1], found[name].shape[-1]) else (None,)
+            found[name] = _lying(found[name], NamedSharding(self.at_use.mesh, P(*spec)))
+        return dataclasses.replace(self, arrays=found)
 
     def placed(self, value: jax.Array) -> jax.Array:
         """`value`, unpacked from this, as `at_use` says."""
@@ -88,6 +92,16 @@ class Packed:
     def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
         """`operation`, which changes leading axes only, on every array."""
         return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The axes of a mesh in one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def divides(mesh: Mesh, entries: Sequence[Any], size: int) -> bool:
+    """Whether `size` numbers can be split along all axes of the mesh that these entries name."""
+    return size % math.prod(mesh.shape[name] for entry in entries for name in axis_names(entry)) == 0
 
 
 def _lying(array: jax.Array, where: NamedSharding) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._nodes import Adapter, Fixed, is_node
-from ._packed import Packed
+from ._packed import Packed, axis_names, divides
 from ._paths import matches, named_leaves
 
 Rules = Mapping[str, P] | Iterable[tuple[str, P]]
@@ -50,7 +50,8 @@ def frozen_specs(frozen: Any, specs: Any) -> Any:
     """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a method keeps beside it.
 
     For LoRA, `frozen` equals `params`, and this returns `specs`. Of a quantised weight the codes are split, over all the devices that
-    would share the weight, and the few numbers beside them are everywhere. See `gather_codes` for what each use then sends.
+    would share the weight. So are the scales of their blocks after `gather_codes`, which knows the mesh, where it divides them; the few
+    numbers that are left are everywhere.
     """
 
     def spec_of(node: Any, spec: P) -> Any:
@@ -68,10 +69,16 @@ def _packed_specs(node: Packed, spec: P) -> Packed:
     stack = len(node.stack)
     entries = [_entry(spec, axis) for axis in range(len(node.shape))]
     # In the order in which they are stored, so that a part of the first axis is one piece of the codes.
-    own = tuple(name for entry in entries[stack:][:: -1 if node.turned else 1] for name in _names(entry))
+    own = tuple(name for entry in entries[stack:][:: -1 if node.turned else 1] for name in axis_names(entry))
+
+    def split(name: str, array: Any) -> bool:
+        if not own or name not in node.format.in_order:
+            return False
+        # Codes in any case: where the mesh does not divide them, `shardings` says so. Their scales where that is known not to happen.
+        return name == "codes" or node.at_use is not None and divides(node.at_use.mesh, own, array.shape[-1])
 
     def of(name: str, array: Any) -> P:
-        if name != "codes" or not own:
+        if not split(name, array):
             return P(*entries[:stack]) if any(entries[:stack]) and array.ndim >= stack else P()
         # As many codes as the weight has numbers, or all of one in a row.
         return P(*entries) if array.ndim == len(node.shape) and not node.turned else P(*entries[:stack], own)
@@ -80,7 +87,7 @@ def _packed_specs(node: Packed, spec: P) -> Packed:
 
 
 def gather_codes(frozen: Any, specs: Any, mesh: Mesh, axes: Sequence[str] = ("fsdp",)) -> Any:
-    """`frozen`, whose quantised weights are sent as codes: each use of one gathers it along `axes` before it is unpacked.
+    """`frozen`, whose quantised weights are sent as codes and scales: each use of one gathers these along `axes`, and unpacks then.
 
     ```python
     frozen = lora_jax.quantize(frozen, "nf4", delta=delta)
@@ -98,7 +105,7 @@ def gather_codes(frozen: Any, specs: Any, mesh: Mesh, axes: Sequence[str] = ("fs
         raise ValueError(f"`axes` has {unknown[0]!r}, and the mesh has the axes {', '.join(map(repr, mesh.shape))}.")
 
     def kept(entry: Any) -> Any:
-        return tuple(name for name in _names(entry) if name not in axes) or None
+        return tuple(name for name in axis_names(entry) if name not in axes) or None
 
     def of(node: Any, spec: P) -> Any:
         if isinstance(node, Fixed):
@@ -133,10 +140,6 @@ def _entry(spec: P, axis: int | None) -> Any:
     return spec[axis] if axis is not None and axis < len(spec) else None
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
 def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
     """`NamedSharding`s for `arrays` (or their shapes), a tree like `specs`.
 
@@ -145,7 +148,7 @@ def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
 
     def place(path: str, spec: P, array: Any) -> NamedSharding:
         for axis, names in enumerate(spec):
-            parts = math.prod(mesh.shape[name] for name in _names(names))
+            parts = math.prod(mesh.shape[name] for name in axis_names(names))
             size = array.shape[axis]
             if size % parts:
                 fitting = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]

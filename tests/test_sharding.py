@@ -212,10 +212,11 @@ def test_codes_are_what_is_sent(format, shape, scan):
         placed = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
         arguments = (jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta)), placed, jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))))
         compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
-        return sent(compiled), compiled(*arguments)
+        return sent(compiled), compiled(*arguments), {path.rpartition("/")[2]: leaf for path, leaf in named_leaves(placed)}
 
     assert {dtype for dtype, _ in on_mesh(frozen)[0]} == {"f32"}
-    found_sent, found = on_mesh(gather_codes(frozen, specs, mesh))
+    found_sent, found, stored = on_mesh(gather_codes(frozen, specs, mesh))
+    assert {name for name, leaf in stored.items() if leaf.addressable_shards[0].data.size * shape[1] * shape[2] == leaf.size} == {"codes", "absmax"} & set(stored)
     # Of what is stored by rows, a device's part along `tensor` is one piece where that axis is the first.
     assert found_sent == ({("s8", 64 * 256 // shape[2])} if format == "int8" else {("u8", 8192), ("u8", 8192 // shape[2])})
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6), found, jax.jit(jax.value_and_grad(loss))(delta, frozen, x))
