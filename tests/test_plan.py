@@ -74,15 +74,19 @@ def held(tree):
     return set(found.values())
 
 
-@pytest.mark.parametrize("section, name", [(Mesh(2, 2, 2), "DoRA"), (Mesh(2, 2, 2), "Full"), (Mesh(2, 2, 2), "LoRA"), (Mesh(1, 8, 1), "LoRA")], ids=str)
-def test_bytes_are_those_of_a_run(section, name, directories):
+@pytest.mark.parametrize(
+    "section, name, quantize",
+    [(Mesh(2, 2, 2), "DoRA", None), (Mesh(2, 2, 2), "Full", None), (Mesh(2, 2, 2), "LoRA", None), (Mesh(1, 8, 1), "LoRA", None), (Mesh(1, 8, 1), "LoRA", "nf4")],
+    ids=str,
+)
+def test_bytes_are_those_of_a_run(section, name, quantize, directories):
     """The trainer's own arrays, on every device, in the layout that a plan has."""
     subject = small(directories / "gpt2")
     method = {"name": name} if name == "Full" else {"name": name, "rank": 2}
     targets = (".*",) if name == "Full" else ("attn/c_attn/kernel",)
     settings = Train(steps=2, batch=8, lr=1e-3)
     base, data = Base(architecture=Architecture(64, 2, 8, 24), tokenizer="none"), TextData("text", "", "", 16)
-    config = Config("plan", Source(None), base, data, method, targets, settings, mesh=section)
+    config = Config("plan", Source(None), base, data, method, targets, settings, mesh=section, quantize=quantize)
     mesh = train.make_mesh(section)
     fresh = jax.jit(subject.model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params, specs = train.place(mesh, fresh, subject.model.partition_rules)
@@ -91,7 +95,7 @@ def test_bytes_are_those_of_a_run(section, name, directories):
     trainer = train.Trainer.create(config, mesh, subject.model.apply, frozen, delta, specs)
     state = trainer.start(delta, specs, jax.random.key(1))
 
-    planned = training_step(subject, step.make_mesh(section), Workload(8, 16, method_value(method), targets))
+    planned = training_step(subject, step.make_mesh(section), Workload(8, 16, method_value(method), targets, quantize=quantize))
     assert held(trainer.frozen) == {size.per_device(planned.frozen)}
     assert held(state.delta) == {size.per_device(planned.delta)}
     assert held(state.opt_state) == {size.per_device(planned.opt_state)}
@@ -136,6 +140,15 @@ def test_every_device_attends_for_its_own_examples(directories):
     assert scores == {8}, "one example of 8 heads"
     sent = Collectives.of(text)
     assert sent.bytes["all-gather"] > 10 * sent.bytes["all-reduce"], "weights are gathered, and no activations summed"
+
+
+def test_quantised_weights_are_sent_as_codes(directories):
+    """The embeddings are sent as they are."""
+    bytes_sent = {}
+    for quantize in (None, "nf4"):
+        planned = training_step(small(directories / "gpt2"), step.make_mesh(Mesh(1, 8, 1)), Workload(8, 16, LoRA(rank=2), quantize=quantize))
+        bytes_sent[quantize] = Collectives.of(planned.lower().compile(compiler_options=QUICK).as_text()).bytes["all-gather"]
+    assert bytes_sent["nf4"] < bytes_sent[None] / 2
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
