@@ -82,12 +82,10 @@ class Packed:
             spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
             if ndims[name] < len(self.own):  # all in a row, in which a part of the first axis is one piece, and a part of another axis is not
                 spec = spec[:1] if divides(self.at_use.mesh, spec[:1], found[name].shape[-1]) else (None,)
-            found[name] = _lying(found[name], NamedSharding(self.at_use.mesh, P(*spec)))
+            # The axes of a stack lie as XLA likes.
+            spec = [P.UNCONSTRAINED] * (found[name].ndim - len(spec)) + [*spec]
+            found[name] = lax.with_sharding_constraint(found[name], NamedSharding(self.at_use.mesh, P(*spec)))
         return dataclasses.replace(self, arrays=found)
-
-    def placed(self, value: jax.Array) -> jax.Array:
-        """`value`, unpacked from this, as `at_use` says."""
-        return value if self.at_use is None else _lying(value, self.at_use)
 
     def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
         """`operation`, which changes leading axes only, on every array."""
@@ -102,12 +100,6 @@ def axis_names(entry: Any) -> tuple[str, ...]:
 def divides(mesh: Mesh, entries: Sequence[Any], size: int) -> bool:
     """Whether `size` numbers can be split along all axes of the mesh that these entries name."""
     return size % math.prod(mesh.shape[name] for entry in entries for name in axis_names(entry)) == 0
-
-
-def _lying(array: jax.Array, where: NamedSharding) -> jax.Array:
-    """The last axes of `array` as `where` has them; those of a stack, before them, as XLA likes."""
-    before = [P.UNCONSTRAINED] * (array.ndim - len(where.spec))
-    return lax.with_sharding_constraint(array, NamedSharding(where.mesh, P(*before, *where.spec)))
 
 
 def is_packed(leaf: Any) -> bool:
@@ -200,8 +192,7 @@ def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight:
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     def unpacked(packed: Packed, beside: jax.Array) -> jax.Array:
-        packed = _after(packed, lax.stop_gradient(beside)).gathered()
-        return dataclasses.replace(weight, packed=packed, operations=(packed.placed, *weight.operations)).value()
+        return dataclasses.replace(weight, packed=_after(packed, lax.stop_gradient(beside)).gathered()).value()
 
     @jax.custom_vjp
     def product(x: jax.Array, packed: Packed) -> jax.Array:

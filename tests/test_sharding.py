@@ -212,14 +212,24 @@ def test_codes_are_what_is_sent(format, shape, scan):
         placed = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
         arguments = (jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta)), placed, jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))))
         compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
-        return sent(compiled), compiled(*arguments), {path.rpartition("/")[2]: leaf for path, leaf in named_leaves(placed)}
+        numbers = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
+        return sent(compiled), compiled(*arguments), {path.rpartition("/")[2]: leaf for path, leaf in named_leaves(placed)}, max(numbers)
 
     assert {dtype for dtype, _ in on_mesh(frozen)[0]} == {"f32"}
-    found_sent, found, stored = on_mesh(gather_codes(frozen, specs, mesh))
+    found_sent, found, stored, largest = on_mesh(gather_codes(frozen, specs, mesh))
     assert {name for name, leaf in stored.items() if leaf.addressable_shards[0].data.size * shape[1] * shape[2] == leaf.size} == {"codes", "absmax"} & set(stored)
     # Of what is stored by rows, a device's part along `tensor` is one piece where that axis is the first.
     assert found_sent == ({("s8", 64 * 256 // shape[2])} if format == "int8" else {("u8", 8192), ("u8", 8192 // shape[2])})
+    assert largest == 64 * 256 // shape[2], "a device unpacks its own part alone"
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6), found, jax.jit(jax.value_and_grad(loss))(delta, frozen, x))
+
+
+def test_scales_that_the_mesh_does_not_divide_are_whole():
+    packed = gather_codes({"w": Packed.of(jnp.ones((32, 8)), NF4())}, {"w": P("tensor", "fsdp")}, mesh_of((1, 1, 8)))["w"]
+    specs = frozen_specs({"w": packed}, {"w": P("tensor", "fsdp")})["w"].arrays
+    assert packed.arrays["absmax"].size == 4 and (specs["codes"], specs["absmax"]) == (P(("tensor", "fsdp")), P())
+    traced = jax.make_jaxpr(lambda packed: packed.gathered().arrays)(packed)
+    assert [equation.params["sharding"].spec for equation in traced.eqns] == [P(("tensor",)), P(None)], "of codes and of scales"
 
 
 def test_an_axis_that_the_mesh_does_not_have():
