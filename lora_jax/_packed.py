@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._formats import Format
@@ -66,6 +66,7 @@ class Packed:
         """The weight, unpacked."""
 
         def unpack(arrays: dict[str, jax.Array]) -> jax.Array:
+            arrays = {name: _whole_if_explicit(array) for name, array in arrays.items()}
             stored = self.format.unpack(arrays, self.own[::-1] if self.turned else self.own, self.dtype)
             return stored.T if self.turned else stored
 
@@ -75,7 +76,7 @@ class Packed:
 
     def gathered(self) -> "Packed":
         """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each device has, and sends the numbers."""
-        if self.at_use is None:
+        if self.at_use is None or AxisType.Explicit in self.at_use.mesh.axis_types:  # where `value` does more
             return self
         found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
         for name in self.format.in_order:
@@ -90,6 +91,14 @@ class Packed:
     def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
         """`operation`, which changes leading axes only, on every array."""
         return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
+
+
+def _whole_if_explicit(array: jax.Array) -> jax.Array:
+    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split, a weight is whole where it is unpacked."""
+    where = jax.typeof(array).sharding
+    if AxisType.Explicit not in where.mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(where.mesh, P(*[None] * array.ndim)))
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
@@ -225,6 +234,8 @@ def _after_one(size: int, batched: tuple, packed: Packed, beside: jax.Array) -> 
 
 def _nothing(beside: jax.Array) -> jax.Array:
     """False, computed from `beside`: that no number is above infinity, XLA does not know. A slice, since a reshape gathers what is split."""
+    if AxisType.Explicit in jax.typeof(beside).sharding.mesh.axis_types:
+        return jnp.max(beside) > jnp.inf  # a slice of a part would be a type that there is not
     return lax.slice(beside, (0,) * beside.ndim, (1,) * beside.ndim).reshape(()) > jnp.inf
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
@@ -222,6 +222,29 @@ def test_codes_are_what_is_sent(format, shape, scan):
     assert found_sent == ({("s8", 64 * 256 // shape[2])} if format == "int8" else {("u8", 8192), ("u8", 8192 // shape[2])})
     assert largest == 64 * 256 // shape[2], "a device unpacks its own part alone"
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6), found, jax.jit(jax.value_and_grad(loss))(delta, frozen, x))
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantised_weight_on_explicit_axes(format, told):
+    """Which `jax.make_mesh` makes by default: a weight is whole where it is used, and values, gradients and what is merged are as on one device."""
+    draw = lambda seed, *shape: 0.1 * jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+    mesh, specs = jax.make_mesh((4, 2), ("fsdp", "tensor")), {"w": P("fsdp", "tensor")}
+    frozen, delta = lora_jax.lorafy({"w": draw(0, 64, 128)}, "w", method=lora_jax.LoRA(rank=2), axes="in out", key=jax.random.key(1))
+    frozen, delta, x = lora_jax.quantize(frozen, format, delta=delta), jax.tree.map(lambda leaf: draw(leaf.size, *leaf.shape), delta), draw(2, 8, 64)
+    marked = gather_codes(frozen, specs, mesh) if told else frozen
+    placed = jax.device_put(marked, shardings(mesh, frozen_specs(marked, specs), marked))
+    assert AxisType.Explicit in jax.tree.leaves(placed)[0].sharding.mesh.axis_types
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(delta, frozen, x):
+        return jnp.mean(jnp.square(lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(frozen, delta), x)))
+
+    spread = jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta))
+    close = lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, loss(spread, placed, jax.device_put(x, NamedSharding(mesh, P("fsdp")))), loss(delta, frozen, x))
+    jax.tree.map(close, lora_jax.merge(placed, spread), lora_jax.merge(frozen, delta))
 
 
 def test_scales_that_the_mesh_does_not_divide_are_whole():
