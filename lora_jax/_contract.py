@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, place, widened
+from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, dot_labels, place, sharding_like, widened
 from ._packed import on_weight, used, value_of
 from ._product import with_factor
 
@@ -64,9 +64,11 @@ def dot_general(
             inner = lax.slice_in_dim(x, *term.window, axis=x_labels.index(weight.windowed))
         if first == "b":
             inner = times(inner, x_labels, term.outer, weight.labels("outer"))
-        h, labels = contracted(inner, tuple(x_labels), term, first, keep=(*out_labels, *weight.labels(second)))
+        h, labels = contracted(inner, tuple(x_labels), term, first, (x, x_labels), keep=(*out_labels, *weight.labels(second)))
         h = times(term.times_scale(h), labels, term.inner, weight.labels("inner"))
-        h, labels = contracted(h, labels, term, second, keep=out_labels)
+        # As the result lies, but for an axis of which this is a part, which need not divide as the whole does.
+        whole = [label if term.window is None or label != weight.windowed else None for label in out_labels]
+        h, labels = contracted(h, labels, term, second, (y, whole), keep=out_labels)
         if first == "a":
             h = times(h, labels, term.outer, weight.labels("outer"))
         h = term.tapped(h, labels, weight.labels("tap"))
@@ -75,8 +77,10 @@ def dot_general(
             shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
         return place(h, labels, out_labels, shape)
 
-    def contracted(h: jax.Array, labels: tuple, term: Term, name: str, keep: tuple) -> tuple[jax.Array, tuple]:
-        options = {"reduce": reduce, "factor_on_left": weight_on_left, "precision": precision, "preferred_element_type": y.dtype}
+    def contracted(h: jax.Array, labels: tuple, term: Term, name: str, like: tuple, keep: tuple) -> tuple[jax.Array, tuple]:
+        sides = (labels, weight.labels(name))
+        where = sharding_like(*like, dot_labels(*(sides[::-1] if weight_on_left else sides), keep))
+        options = {"reduce": reduce, "factor_on_left": weight_on_left, "precision": precision, "preferred_element_type": y.dtype, "out_sharding": where}
         return with_factor(h.astype(x.dtype), labels, getattr(term, name), weight.labels(name), keep, **options)
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
@@ -100,6 +104,8 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
     """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01 would be 1.0078."""
     if factor is None:
         return x
+    where = sharding_like(x, x_labels, labels)
+    factor = factor if where is None else jax.sharding.reshard(factor, where)  # or the result would be split as the factor is
     wide = widened(x.dtype)
     return (x.astype(wide) * place(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
 

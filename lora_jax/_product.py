@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ._factored import dot, dot_labels, place
+from ._factored import dot, dot_labels, place, sharding_like
 
 
 def with_factor(
@@ -45,7 +44,7 @@ def with_factor(
         return jax.linear_transpose(lambda x: product(x, factor), x)(cotangent)[0]
 
     def of_factor(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
-        where = _sharding(x, factor, labels, dot_labels(x_labels, found, labels))
+        where = sharding_like(factor, labels, dot_labels(x_labels, found, labels), jax.typeof(x).sharding.mesh)
         others = {"precision": options.get("precision"), "preferred_element_type": reduce, "out_sharding": where}
         summed = dot(x, x_labels, cotangent, found, keep=labels, **others)
         return place(*summed, labels, ()).astype(factor.dtype)
@@ -54,10 +53,3 @@ def with_factor(
     reduced.defvjp(forward, backward, symbolic_zeros=True)
     return reduced(x, factor), found
 
-
-def _sharding(x: jax.Array, factor: jax.Array, labels: Sequence, wanted: Sequence) -> NamedSharding | None:
-    """That of `factor` with its axes in the wanted order, where `x` is on a mesh of explicit axes, whose sums have to be told; else None."""
-    mesh, own = jax.typeof(x).sharding.mesh, jax.typeof(factor).sharding.spec
-    if AxisType.Explicit not in mesh.axis_types:
-        return None
-    return NamedSharding(mesh, PartitionSpec(*(own[labels.index(label)] for label in wanted)))

@@ -225,12 +225,13 @@ def test_codes_are_what_is_sent(format, shape, scan):
 
 
 @pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("method", [lora_jax.LoRA(rank=2), lora_jax.DoRA(rank=2)], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_quantised_weight_on_explicit_axes(format, told):
+def test_a_quantised_weight_on_explicit_axes(format, method, told):
     """Which `jax.make_mesh` makes by default: a weight is whole where it is used, and values, gradients and what is merged are as on one device."""
     draw = lambda seed, *shape: 0.1 * jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
     mesh, specs = jax.make_mesh((4, 2), ("fsdp", "tensor")), {"w": P("fsdp", "tensor")}
-    frozen, delta = lora_jax.lorafy({"w": draw(0, 64, 128)}, "w", method=lora_jax.LoRA(rank=2), axes="in out", key=jax.random.key(1))
+    frozen, delta = lora_jax.lorafy({"w": draw(0, 64, 128)}, "w", method=method, axes="in out", key=jax.random.key(1))
     frozen, delta, x = lora_jax.quantize(frozen, format, delta=delta), jax.tree.map(lambda leaf: draw(leaf.size, *leaf.shape), delta), draw(2, 8, 64)
     marked = gather_codes(frozen, specs, mesh) if told else frozen
     placed = jax.device_put(marked, shardings(mesh, frozen_specs(marked, specs), marked))

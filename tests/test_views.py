@@ -25,6 +25,7 @@ from lora_jax import LoRA
 from lora_jax._factored import Canonical, Term
 from lora_jax._method import Method
 from lora_jax._nodes import Adapter
+from lora_jax.sharding import delta_specs, frozen_specs, shardings
 
 
 def _numbers(*shape):
@@ -401,6 +402,37 @@ def test_explicit_mesh(spec):
 
         frozen, delta = _adapted(params, "w", method=LoRA(rank=2), fn=fn)
         _assert_equal_to_merged([(fn, frozen, delta)], rtol=1e-4)
+
+
+METHODS = [LoRA(rank=2), lora_jax.DoRA(rank=2), lora_jax.VeRA(rank=4), lora_jax.LoRAFA(rank=2), lora_jax.DyLoRA(rank=2), lora_jax.AdaLoRA(rank=2), lora_jax.PiSSA(rank=2)]
+EXPLICIT = {  # how x, W and the result lie
+    "rows of W": (P("data", "model"), P("model", None), P("data", None)),
+    "columns of W": (P("data", None), P(None, "model"), P("data", "model")),
+    "both": (P("data", None), P("data", "model"), P("data", "model")),
+}
+
+
+@pytest.mark.parametrize("lies", EXPLICIT)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_products_on_explicit_axes(method, lies):
+    """Of a weight split over devices, by a function that says how the product lies: so does that with the adapter, whose value and gradients are those of one device."""
+    x_spec, w_spec, spec = EXPLICIT[lies]
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    params, x = {"w": _numbers(8, 12).astype(jnp.float32)}, _numbers(4, 8).astype(jnp.float32)
+    frozen, delta = _adapted(params, "w", method=method, axes="in out", key=jax.random.key(0))
+
+    def loss(delta, frozen, x):
+        y = lora_jax.adapt(lambda params: jnp.matmul(x, params["w"], **options))(lora_jax.combine(frozen, delta))
+        return jnp.sum(jnp.sin(y)), y
+
+    options = {}
+    expected = jax.jit(jax.grad(loss, has_aux=True))(delta, frozen, x)
+    options["out_sharding"] = NamedSharding(mesh, spec)
+    put = lambda tree, specs: jax.device_put(tree, shardings(mesh, specs, tree))  # noqa: E731
+    placed = put(delta, delta_specs(delta, {"w": w_spec})), put(frozen, frozen_specs(frozen, {"w": w_spec}))
+    found = jax.jit(jax.grad(loss, has_aux=True))(*placed, jax.device_put(x, NamedSharding(mesh, x_spec)))
+    assert found[1].sharding.spec == spec
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_sharded_by_hand(x64):

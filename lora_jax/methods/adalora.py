@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._factored import Canonical, Term
+from .._factored import RANK, Canonical, Term, dot, sharding_like
 from .._method import Method, Spec
 from .._nodes import Adapter, is_node
 from . import _factors
@@ -102,7 +102,9 @@ def orthogonality(delta: Any) -> jax.Array:
                 raise ValueError(f"`delta` holds stacked adapters at {node.spec.path!r}: `jax.vmap` this over them, or `take` one.")
             a = a.reshape(*a.shape[:layers], -1, rank)
             b = b.reshape(*b.shape[: layers + 1], -1)
-            for gram in (jnp.einsum("...ir,...is->...rs", a, a), jnp.einsum("...ro,...so->...rs", b, b)):
+            lead = tuple(range(layers))
+            for factor, labels, others in ((a, (*lead, "in", RANK), (*lead, "in", "other")), (b, (*lead, RANK, "out"), (*lead, "other", "out"))):
+                gram, _ = dot(factor, labels, factor, others, keep=lead, out_sharding=sharding_like(factor, labels, (*lead, RANK, "other")))
                 squares = jnp.sum(jnp.square(gram - jnp.broadcast_to(jnp.eye(rank, dtype=gram.dtype), gram.shape)), axis=(-2, -1))
                 # The root has no derivative at zero; like PyTorch's norm, this one has zero there.
                 some = squares > 0

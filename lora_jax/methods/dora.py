@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import RANK, Canonical, Term, dot, place, widened
+from .._factored import RANK, Canonical, Term, dot, dot_labels, place, sharding_like, widened
 from .._method import DependsOnWeight, Method, Spec
 from .._nodes import Adapter, Fixed
 from .._packed import layer_by_layer
@@ -97,9 +97,10 @@ class DoRA(DependsOnWeight):
         wide, exact = widened(weight.dtype), {"precision": lax.Precision.HIGHEST}
         ins, outs = spec.axis_indices("in"), spec.axis_indices("out")
         a, b = a.astype(wide), b.astype(wide)
-        product, labels = dot(weight.astype(wide), own, a, (*ins, RANK), **exact)
+        where = sharding_like(b, (RANK, *outs), dot_labels(own, (*ins, RANK)))
+        product, labels = dot(weight.astype(wide), own, a, (*ins, RANK), out_sharding=where, **exact)
         product = place(product, labels, (RANK, *outs), b.shape)
-        gram, _ = dot(a, (*ins, RANK), a, (*ins, "other"), **exact)
+        gram, _ = dot(a, (*ins, RANK), a, (*ins, "other"), out_sharding=sharding_like(a, (*ins, RANK), (RANK, "other")), **exact)
         turned, _ = dot(gram, ("other", RANK), b, (RANK, *outs), **exact)
         return jnp.sum(b * (2 * self.scale * product + self.scale**2 * turned), axis=0)
 
