@@ -409,7 +409,19 @@ EXPLICIT = {  # how x, W and the result lie
     "rows of W": (P("data", "model"), P("model", None), P("data", None)),
     "columns of W": (P("data", None), P(None, "model"), P("data", "model")),
     "both": (P("data", None), P("data", "model"), P("data", "model")),
+    "nothing of the result": (P(None, "model"), P("model", "data"), P(None, None)),
 }
+
+
+def _products(jaxpr):
+    """The types of all products in it, with those of the functions that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval
+        for inner in equation.params.values():
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _products(inner)
 
 
 @pytest.mark.parametrize("lies", EXPLICIT)
@@ -418,7 +430,7 @@ def test_products_on_explicit_axes(method, lies):
     """Of a weight split over devices, by a function that says how the product lies: so does that with the adapter, whose value and gradients are those of one device."""
     x_spec, w_spec, spec = EXPLICIT[lies]
     mesh = jax.make_mesh((2, 4), ("data", "model"))
-    params, x = {"w": _numbers(8, 12).astype(jnp.float32)}, _numbers(4, 8).astype(jnp.float32)
+    params, x = {"w": _numbers(8, 12).astype(jnp.float32)}, _numbers(16, 8).astype(jnp.float32)
     frozen, delta = _adapted(params, "w", method=method, axes="in out", key=jax.random.key(0))
 
     def loss(delta, frozen, x):
@@ -430,8 +442,12 @@ def test_products_on_explicit_axes(method, lies):
     options["out_sharding"] = NamedSharding(mesh, spec)
     put = lambda tree, specs: jax.device_put(tree, shardings(mesh, specs, tree))  # noqa: E731
     placed = put(delta, delta_specs(delta, {"w": w_spec})), put(frozen, frozen_specs(frozen, {"w": w_spec}))
-    found = jax.jit(jax.grad(loss, has_aux=True))(*placed, jax.device_put(x, NamedSharding(mesh, x_spec)))
+    arguments = (*placed, jax.device_put(x, NamedSharding(mesh, x_spec)))
+    found = jax.jit(jax.grad(loss, has_aux=True))(*arguments)
     assert found[1].sharding.spec == spec
+    # What lies between has the rows of x, and is whole along the rank; what is added lies as the result does.
+    lying = {(product.shape[1] == 12, product.sharding.spec) for product in _products(jax.make_jaxpr(loss)(*arguments).jaxpr) if product.shape[0] == 16}
+    assert lying == {(True, spec), (False, P(x_spec[0], None))}
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
 
 
