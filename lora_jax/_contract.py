@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, dot_labels, place, sharding_like, widened
+from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, dot_labels, place, widened
+from ._mesh import moved, sharding_like
 from ._packed import on_weight, used, value_of
 from ._product import with_factor
 
@@ -104,8 +105,7 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
     """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01 would be 1.0078."""
     if factor is None:
         return x
-    where = sharding_like(x, x_labels, labels)
-    factor = factor if where is None else jax.sharding.reshard(factor, where)  # or the result would be split as the factor is
+    factor = moved(factor, sharding_like(x, x_labels, labels))  # or the result would be split as the factor is
     wide = widened(x.dtype)
     return (x.astype(wide) * place(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
 

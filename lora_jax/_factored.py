@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._packed import Lazy, on_weight, value_of
 
@@ -332,17 +331,6 @@ def dot_labels(x_labels: Sequence, y_labels: Sequence, keep: Sequence = ()) -> t
     """The labels of the product that `dot` makes."""
     shared = [label for label in x_labels if label in y_labels]
     return (*(label for label in shared if label in keep), *(label for label in (*x_labels, *y_labels) if label not in shared))
-
-
-def sharding_like(array: jax.Array, labels: Sequence, wanted: Sequence, mesh: Any = None) -> NamedSharding | None:
-    """That of `array` for the wanted labels, and whole along those it lacks: what JAX has to be told of a product where axes of the mesh are
-    explicit, as those of `jax.make_mesh` are. None elsewhere, where XLA decides."""
-    where = jax.typeof(array).sharding
-    mesh = where.mesh if mesh is None else mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return None
-    entries = dict(zip(labels, where.spec, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*(entries.get(label) for label in wanted)))
 
 
 def place(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]) -> jax.Array:

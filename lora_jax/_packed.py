@@ -7,7 +7,6 @@ than one unpacked weight is in memory at a time, and no derivative of a weight e
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._formats import Format
+from ._mesh import is_explicit, moved, parts, sharding_like
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["format", "own", "dtype", "turned", "at_use"])
@@ -66,7 +66,7 @@ class Packed:
         """The weight, unpacked."""
 
         def unpack(arrays: dict[str, jax.Array]) -> jax.Array:
-            arrays = {name: _whole_if_explicit(array) for name, array in arrays.items()}
+            arrays = jax.tree.map(_whole, arrays)
             stored = self.format.unpack(arrays, self.own[::-1] if self.turned else self.own, self.dtype)
             return stored.T if self.turned else stored
 
@@ -76,13 +76,13 @@ class Packed:
 
     def gathered(self) -> "Packed":
         """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each device has, and sends the numbers."""
-        if self.at_use is None or AxisType.Explicit in self.at_use.mesh.axis_types:  # where `value` does more
+        if self.at_use is None or is_explicit(self.at_use.mesh):  # on which `value` does more
             return self
         found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
         for name in self.format.in_order:
             spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
             if ndims[name] < len(self.own):  # all in a row, in which a part of the first axis is one piece, and a part of another axis is not
-                spec = spec[:1] if divides(self.at_use.mesh, spec[:1], found[name].shape[-1]) else (None,)
+                spec = (None,) if found[name].shape[-1] % parts(self.at_use.mesh, spec[0]) else spec[:1]
             # The axes of a stack lie as XLA likes.
             spec = [P.UNCONSTRAINED] * (found[name].ndim - len(spec)) + [*spec]
             found[name] = lax.with_sharding_constraint(found[name], NamedSharding(self.at_use.mesh, P(*spec)))
@@ -93,22 +93,9 @@ class Packed:
         return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
 
 
-def _whole_if_explicit(array: jax.Array) -> jax.Array:
-    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split, a weight is whole where it is unpacked."""
-    where = jax.typeof(array).sharding
-    if AxisType.Explicit not in where.mesh.axis_types:
-        return array
-    return jax.sharding.reshard(array, NamedSharding(where.mesh, P(*[None] * array.ndim)))
-
-
-def axis_names(entry: Any) -> tuple[str, ...]:
-    """The axes of a mesh in one entry of a `PartitionSpec`."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def divides(mesh: Mesh, entries: Sequence[Any], size: int) -> bool:
-    """Whether `size` numbers can be split along all axes of the mesh that these entries name."""
-    return size % math.prod(mesh.shape[name] for entry in entries for name in axis_names(entry)) == 0
+def _whole(array: jax.Array) -> jax.Array:
+    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split; elsewhere as it is."""
+    return moved(array, sharding_like(array, range(array.ndim), [None] * array.ndim))
 
 
 def is_packed(leaf: Any) -> bool:
@@ -234,7 +221,7 @@ def _after_one(size: int, batched: tuple, packed: Packed, beside: jax.Array) -> 
 
 def _nothing(beside: jax.Array) -> jax.Array:
     """False, computed from `beside`: that no number is above infinity, XLA does not know. A slice, since a reshape gathers what is split."""
-    if AxisType.Explicit in jax.typeof(beside).sharding.mesh.axis_types:
+    if is_explicit(jax.typeof(beside).sharding.mesh):
         return jnp.max(beside) > jnp.inf  # a slice of a part would be a type that there is not
     return lax.slice(beside, (0,) * beside.ndim, (1,) * beside.ndim).reshape(()) > jnp.inf
 

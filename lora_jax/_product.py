@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._factored import dot, dot_labels, place, sharding_like
+from ._factored import dot, dot_labels, place
+from ._mesh import sharding_like
 
 
 def with_factor(
@@ -52,4 +53,3 @@ def with_factor(
     reduced = jax.custom_vjp(product)
     reduced.defvjp(forward, backward, symbolic_zeros=True)
     return reduced(x, factor), found
-

@@ -7,7 +7,6 @@ their rules as `partition_rules`. Left out: moving anything; give `shardings(...
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ._mesh import axis_names, parts
 from ._nodes import Adapter, Fixed, is_node
-from ._packed import Packed, axis_names, divides
+from ._packed import Packed
 from ._paths import matches, named_leaves
 
 Rules = Mapping[str, P] | Iterable[tuple[str, P]]
@@ -61,8 +61,7 @@ def frozen_specs(frozen: Any, specs: Any) -> Any:
             return Fixed(spec_of(node.weight, spec), entries | shared, node.spec)
         return _packed_specs(node, spec) if isinstance(node, Packed) else None if node is None else spec
 
-    leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
-    return jax.tree.unflatten(treedef, [spec_of(node, spec) for node, spec in zip(leaves, treedef.flatten_up_to(specs), strict=True)])
+    return jax.tree.map(spec_of, frozen, specs, is_leaf=is_node)
 
 
 def _packed_specs(node: Packed, spec: P) -> Packed:
@@ -75,7 +74,7 @@ def _packed_specs(node: Packed, spec: P) -> Packed:
         if not own or name not in node.format.in_order:
             return False
         # Codes in any case: where the mesh does not divide them, `shardings` says so. Their scales where that is known not to happen.
-        return name == "codes" or node.at_use is not None and divides(node.at_use.mesh, own, array.shape[-1])
+        return name == "codes" or node.at_use is not None and array.shape[-1] % parts(node.at_use.mesh, own) == 0
 
     def of(name: str, array: Any) -> P:
         if not split(name, array):
@@ -115,8 +114,7 @@ def gather_codes(frozen: Any, specs: Any, mesh: Mesh, axes: Sequence[str] = ("fs
         own = range(len(node.stack), len(node.shape))
         return dataclasses.replace(node, at_use=NamedSharding(mesh, P(*(kept(_entry(spec, axis)) for axis in own))))
 
-    leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
-    return jax.tree.unflatten(treedef, [of(node, spec) for node, spec in zip(leaves, treedef.flatten_up_to(specs), strict=True)])
+    return jax.tree.map(of, frozen, specs, is_leaf=is_node)
 
 
 def delta_specs(delta: Any, specs: Any) -> Any:
@@ -148,13 +146,12 @@ def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
 
     def place(path: str, spec: P, array: Any) -> NamedSharding:
         for axis, names in enumerate(spec):
-            parts = math.prod(mesh.shape[name] for name in axis_names(names))
-            size = array.shape[axis]
-            if size % parts:
+            count, size = parts(mesh, names), array.shape[axis]
+            if size % count:
                 fitting = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
                 raise ValueError(
                     f"the mesh {dict(mesh.shape)} does not divide {path!r}: axis {axis} of its shape {tuple(array.shape)} would be split into "
-                    f"{parts} parts ({names}); {', '.join(map(str, fitting))} would do."
+                    f"{count} parts ({names}); {', '.join(map(str, fitting))} would do."
                 )
         return NamedSharding(mesh, spec)
 

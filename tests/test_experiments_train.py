@@ -15,6 +15,7 @@ from experiments import finish, optimizer, train
 from experiments.config import METHODS, Architecture, Base, Budget, Config, Mesh, Optimizer, Source, TextData, Train, method_value
 from experiments.progress import Record, read_metrics
 from experiments.tasks.examples import Examples, Splits
+from lora_jax._paths import named_leaves
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 
@@ -311,8 +312,7 @@ def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "Full"])
 def test_a_quantised_base_trains(name):
-    # Of the biases not those of the keys, whose gradient is nothing but rounding, which Adam makes large.
-    settings = row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("mlp/.*/bias",), quantize="nf4")
+    settings = row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("bias",), quantize="nf4")
     trainer, _ = started(settings)
     packed = [leaf for leaf in jax.tree.leaves(trainer.frozen) if leaf.dtype == jnp.uint8]
     assert len(packed) >= 4, "the matrices of the layer"
@@ -320,7 +320,9 @@ def test_a_quantised_base_trains(name):
     assert np.all(np.isfinite(losses))
     spread, other, _ = steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)), 4)
     close(losses, spread)
-    close(state.delta, jax.device_get(other.delta))
+    # But for the bias of the keys, whose gradient is nothing but rounding, which Adam makes large.
+    compared = lambda delta: {path: np.delete(leaf, np.s_[8:16]) if path.endswith("c_attn/bias") else leaf for path, leaf in named_leaves(jax.device_get(delta))}  # noqa: E731
+    close(compared(state.delta), compared(other.delta))
 
 
 def test_the_budget_is_spent():

@@ -908,7 +908,7 @@ def test_orthogonality():
 def test_orthogonality_on_explicit_axes(word, spec):
     """As `jax.make_mesh` makes them, where a sum over split axes has to be told how its result lies."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
-    frozen, delta = lora_jax.lorafy({"w": jnp.ones((3, 8, 6)[3 - len(spec) :])}, "w", method=AdaLoRA(rank=2), axes=word, key=jax.random.key(0))
+    _, delta = lora_jax.lorafy({"w": jnp.ones((3, 8, 6)[3 - len(spec) :])}, "w", method=AdaLoRA(rank=2), axes=word, key=jax.random.key(0))
     delta = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), delta)
     placed = jax.device_put(delta, shardings(mesh, delta_specs(delta, {"w": spec}), delta))
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), *(jax.jit(jax.value_and_grad(orthogonality))(tree) for tree in (placed, delta)))

@@ -433,13 +433,11 @@ def test_products_on_explicit_axes(method, lies):
     params, x = {"w": _numbers(8, 12).astype(jnp.float32)}, _numbers(16, 8).astype(jnp.float32)
     frozen, delta = _adapted(params, "w", method=method, axes="in out", key=jax.random.key(0))
 
-    def loss(delta, frozen, x):
-        y = lora_jax.adapt(lambda params: jnp.matmul(x, params["w"], **options))(lora_jax.combine(frozen, delta))
+    def loss(delta, frozen, x, where=NamedSharding(mesh, spec)):
+        y = lora_jax.adapt(lambda params: jnp.matmul(x, params["w"], out_sharding=where))(lora_jax.combine(frozen, delta))
         return jnp.sum(jnp.sin(y)), y
 
-    options = {}
-    expected = jax.jit(jax.grad(loss, has_aux=True))(delta, frozen, x)
-    options["out_sharding"] = NamedSharding(mesh, spec)
+    expected = jax.jit(jax.grad(lambda *arguments: loss(*arguments, None), has_aux=True))(delta, frozen, x)
     put = lambda tree, specs: jax.device_put(tree, shardings(mesh, specs, tree))  # noqa: E731
     placed = put(delta, delta_specs(delta, {"w": w_spec})), put(frozen, frozen_specs(frozen, {"w": w_spec}))
     arguments = (*placed, jax.device_put(x, NamedSharding(mesh, x_spec)))

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._factored import RANK, Canonical, Term, dot, sharding_like
+from .._factored import RANK, Canonical, Term, dot
+from .._mesh import sharding_like
 from .._method import Method, Spec
 from .._nodes import Adapter, is_node
 from . import _factors

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import RANK, Canonical, Term, dot, dot_labels, place, sharding_like, widened
+from .._factored import RANK, Canonical, Term, dot, dot_labels, place, widened
+from .._mesh import sharding_like
 from .._method import DependsOnWeight, Method, Spec
 from .._nodes import Adapter, Fixed
 from .._packed import layer_by_layer
