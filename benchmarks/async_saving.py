@@ -1,16 +1,19 @@
-"""How long `Checkpoints.save` keeps the training loop, beside a plain copy of the arrays and beside all of the writing.
+"""How long `Checkpoints.save` keeps the training loop, beside a plain copy of the arrays and beside all of
+the writing.
 
     python -m benchmarks.async_saving [--megabytes 200] [--repeats 9]
 
-On what: 200 MB of state, a third of it adapter and two thirds optimiser state as Adam has them, float32 that does not compress, on the
-device at hand, written to a temporary directory. All three in one run, round by round, since the disk and the cores are not ours
-alone; the medians are of the rounds after the first, in which programs are compiled.
+On what: 200 MB of state, a third of it adapter and two thirds optimiser state as Adam has them, float32 that
+does not compress, on the device at hand, written to a temporary directory. All three in one run, round by
+round, since the disk and the cores are not ours alone; the medians are of the rounds after the first, in
+which programs are compiled.
 
-`copy`: all arrays to host memory that is the caller's own. `save`: until `save` returns, after which the buffers may be donated.
-`written`: until the checkpoint is complete under its name. `fingerprint`: the checksum of all the state, fetched.
+`copy`: all arrays to host memory that is the caller's own. `save`: until `save` returns, after which the
+buffers may be donated. `written`: until the checkpoint is complete under its name. `fingerprint`: the
+checksum of all the state, fetched.
 
-Bounds (exit status 1 if missed): `save` returns within 1.25 times the copy, since it is one, with the preparations of what the thread
-does; and in less than half of the time that the writing takes.
+Bounds (exit status 1 if missed): `save` returns within 1.25 times the copy, since it is one, with the
+preparations of what the thread does; and in less than half of the time that the writing takes.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.provenance import provenance
-from lora_jax.checkpoint import Checkpoints, State, fingerprint
+from lora_jax.checkpoint import Checkpoints, fingerprint, State
 
 from . import record
 
@@ -35,7 +38,7 @@ def state(megabytes: float, step: int) -> State:
     """64 arrays of the adapter, and two of the optimiser's for each."""
     size = int(megabytes * 1e6 / 4 / 3 / 64)
     draw = np.random.default_rng(step)
-    part = lambda: {str(number): jnp.asarray(draw.random((size // 8, 8), np.float32)) for number in range(64)}  # noqa: E731
+    part = lambda: {str(number): jnp.asarray(draw.random((size // 8, 8), np.float32)) for number in range(64)}
     return State(part(), (part(), part()), step, (0, step), jax.random.key(0))
 
 
@@ -73,7 +76,9 @@ def measure(megabytes: float, repeats: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=200, help="other than 200: a look, which is not recorded")
+    parser.add_argument(
+        "--megabytes", type=float, default=200, help="other than 200: a look, which is not recorded"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="other than 9: a look, which is not recorded")
     options = parser.parse_args()
     about = provenance()

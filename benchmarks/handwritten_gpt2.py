@@ -1,9 +1,10 @@
 """GPT-2 with LoRA written into the model by hand: the yardstick that `adapt` is measured against.
 
-It is what an expert would write who may edit the model: the same linen modules, layer norm, attention, head and dtype
-policy as `lora_jax.models.GPT2`, and beside each adapted projection `s·(x A) B`, where s multiplies the narrow `x A`.
-For query and value of the fused projection the two low-rank outputs are added to the split q and v, so that the key
-is not touched. A and B are in a collection of their own, `lora`, so that gradients of nothing else are taken.
+It is what an expert would write who may edit the model: the same linen modules, layer norm, attention, head
+and dtype policy as `lora_jax.models.GPT2`, and beside each adapted projection `s·(x A) B`, where s multiplies
+the narrow `x A`. For query and value of the fused projection the two low-rank outputs are added to the split
+q and v, so that the key is not touched. A and B are in a collection of their own, `lora`, so that gradients
+of nothing else are taken.
 
 Left out: dropout, the cache of decoding, padding masks, which the measured training step does not use.
 """
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import GPT2Config
-from lora_jax.models._layers import ACTIVATIONS, LayerNorm, accumulator, attention
+from lora_jax.models._layers import accumulator, ACTIVATIONS, attention, LayerNorm
 
 
 class _Part(nn.Module):
@@ -57,7 +58,9 @@ class _Attention(_Part):
 class _MLP(_Part):
     @nn.compact
     def __call__(self, x_BxTxD):
-        h_BxTxF = ACTIVATIONS[self.config.activation_function](self.dense(x_BxTxD, "c_fc", 4 * self.config.n_embd))
+        h_BxTxF = ACTIVATIONS[self.config.activation_function](
+            self.dense(x_BxTxD, "c_fc", 4 * self.config.n_embd)
+        )
         return self.dense(h_BxTxF, "c_proj", self.config.n_embd)
 
 
@@ -83,7 +86,9 @@ class _Unrolled(nn.Module):
 
 
 class HandwrittenGPT2(nn.Module):
-    """`apply({"params": base, "lora": factors}, input_ids)`; the base's tree is that of `lora_jax.models.GPT2`."""
+    """`apply({"params": base, "lora": factors}, input_ids)`; the base's tree is that of
+    `lora_jax.models.GPT2`.
+    """
 
     config: GPT2Config
     dtype: Any = None
@@ -112,4 +117,6 @@ class HandwrittenGPT2(nn.Module):
         x_BxTxD = LayerNorm(config.layer_norm_epsilon, self.dtype, name="ln_f")(x_BxTxD)
         x_BxTxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxTxD, wte.embedding, dtype=self.dtype)
         contract_D = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype))
+        return jax.lax.dot_general(
+            x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype)
+        )

@@ -1,11 +1,13 @@
-"""What a training step costs with each method: FLOPs, temporary bytes and trained numbers, beside LoRA's of the same rank.
+"""What a training step costs with each method: FLOPs, temporary bytes and trained numbers, beside LoRA's of
+the same rank.
 
     python -m benchmarks.method_cost [--layers 12] [--only DoRA ...]
 
-On what: one step of GPT-2 small, 124M, batch 4 of 128 tokens, the four projections of every layer adapted, rank 4 (VeRA 256, its
-authors' order of size), AdamW, float32, compiled from shapes alone as in `benchmarks.step_cost`, whose figures these are: exact, and the
-same in every run. DyLoRA's step is given a random key, as in training. "Frozen MB" is what stays in memory beside: base, projections,
-starts, in 4 or 8 bits where they are quantised.
+On what: one step of GPT-2 small, 124M, batch 4 of 128 tokens, the four projections of every layer adapted,
+rank 4 (VeRA 256, its authors' order of size), AdamW, float32, compiled from shapes alone as in
+`benchmarks.step_cost`, whose figures these are: exact, and the same in every run. DyLoRA's step is given a
+random key, as in training. "Frozen MB" is what stays in memory beside: base, projections, starts, in 4 or 8
+bits where they are quantised.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from lora_jax.models import GPT2Config
 from . import record
 from .step_cost import _QUICK
 from .training_steps import RANK, Setting, training_step, tree_bytes
+
 
 ROWS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": LoRA(rank=RANK)},
@@ -62,8 +65,12 @@ def compare(name: str, found: dict[str, Any], lora: dict[str, Any]) -> dict[str,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12, help="fewer than 12: a quick look, which is not recorded")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), help="a look at some methods, which is not recorded")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="fewer than 12: a quick look, which is not recorded"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(ROWS), help="a look at some methods, which is not recorded"
+    )
     options = parser.parse_args()
     config, about, rows = GPT2Config.named("gpt2", n_layer=options.layers), provenance(), []
     lora = measure("LoRA", config)

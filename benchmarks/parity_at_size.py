@@ -2,9 +2,10 @@
 
     python -m benchmarks.parity_at_size
 
-On what: 125 million random parameters, drawn and saved by `transformers`, read by `hf.load`; two rows of 64 tokens, one of them padded;
-the masked-LM head, and the cross entropy's gradient with respect to every parameter. Bounds (exit status 1 if one is missed):
-logits within 1e-5 and gradients within 1e-4, in float32. Needs PyTorch, 4 GB and a minute; the tests do the same at small sizes.
+On what: 125 million random parameters, drawn and saved by `transformers`, read by `hf.load`; two rows of 64
+tokens, one of them padded; the masked-LM head, and the cross entropy's gradient with respect to every
+parameter. Bounds (exit status 1 if one is missed): logits within 1e-5 and gradients within 1e-4, in float32.
+Needs PyTorch, 4 GB and a minute; the tests do the same at small sizes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from lora_jax.models import RobertaConfig
 
 from . import record
 
+
 BOUNDS = {"logits": 1e-5, "gradients": 1e-4}
 
 
@@ -32,7 +34,9 @@ def compare(directory: str) -> list[dict[str, Any]]:
     import transformers
 
     torch.manual_seed(0)
-    settings = {key: value for key, value in RobertaConfig.named("roberta-base").to_hf().items() if value is not None}
+    settings = {
+        key: value for key, value in RobertaConfig.named("roberta-base").to_hf().items() if value is not None
+    }
     theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**settings)).eval()
     theirs.save_pretrained(directory)
     model, params = hf.load(directory)
@@ -64,8 +68,16 @@ def compare(directory: str) -> list[dict[str, Any]]:
     differences = [float(np.abs(ours[path] - gradients[path]).max()) for path in ours]
     largest = max(float(np.abs(leaf).max()) for leaf in gradients.values())
     return [
-        {"what": "logits", "largest difference": f"{np.abs(logits - expected).max():.1e}", "largest value": f"{np.abs(expected).max():.2f}"},
-        {"what": "gradients", "largest difference": f"{max(differences):.1e}", "largest value": f"{largest:.2f}"},
+        {
+            "what": "logits",
+            "largest difference": f"{np.abs(logits - expected).max():.1e}",
+            "largest value": f"{np.abs(expected).max():.2f}",
+        },
+        {
+            "what": "gradients",
+            "largest difference": f"{max(differences):.1e}",
+            "largest value": f"{largest:.2f}",
+        },
     ]
 
 
@@ -75,11 +87,19 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as directory:
         rows = compare(directory)
-    record.save("parity_at_size", "python -m benchmarks.parity_at_size", {**provenance(), "torch": torch.__version__}, rows)
+    record.save(
+        "parity_at_size",
+        "python -m benchmarks.parity_at_size",
+        {**provenance(), "torch": torch.__version__},
+        rows,
+    )
     print(record.table(rows))
     missed = [row for row in rows if float(row["largest difference"]) > BOUNDS[row["what"]]]
     for row in missed:
-        print(f"{row['what']}: {row['largest difference']} is more than {BOUNDS[row['what']]:g}", file=sys.stderr)
+        print(
+            f"{row['what']}: {row['largest difference']} is more than {BOUNDS[row['what']]:g}",
+            file=sys.stderr,
+        )
     return 1 if missed else 0
 
 

@@ -1,4 +1,6 @@
-"""Ports for processes that find each other on this machine, for the benchmarks and the tests that start several."""
+"""Ports for processes that find each other on this machine, for the benchmarks and the tests that start
+several.
+"""
 
 import random
 import socket

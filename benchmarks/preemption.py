@@ -1,11 +1,13 @@
-"""Runs that are killed, told to stop, starved of disk, and whose checkpoints are damaged: do they end bit for bit?
+"""Runs that are killed, told to stop, starved of disk, and whose checkpoints are damaged: do they end bit for
+bit?
 
     python -m benchmarks.preemption --faults 50 12
 
-On what: LoRA with dropout on a small GPT-2, through the command line, in processes of its own, one and then two that run as one. A
-fault is drawn, happens at a random moment, and the same command is started again; a run that comes to its end is compared with one
-that nothing happened to, and the next begins. A full disk is a limit on the size of files (RLIMIT_FSIZE). Bounds (exit status 1 if one
-is missed): every run ends, with the same bytes in its metrics, its adapter and its merged model. 20 minutes on two cores.
+On what: LoRA with dropout on a small GPT-2, through the command line, in processes of its own, one and then
+two that run as one. A fault is drawn, happens at a random moment, and the same command is started again; a
+run that comes to its end is compared with one that nothing happened to, and the next begins. A full disk is a
+limit on the size of files (RLIMIT_FSIZE). Bounds (exit status 1 if one is missed): every run ends, with the
+same bytes in its metrics, its adapter and its merged model. 20 minutes on two cores.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from experiments.provenance import provenance
 from . import record
 from .ports import free_port
 
+
 CONFIG = {
     "name": "preempted",
     "source": {"paper": None, "note": "a benchmark of what a run survives"},
@@ -37,7 +40,16 @@ CONFIG = {
     "data": {"task": "text", "train": "train.txt", "valid": "valid.txt", "seq_len": 64},
     "method": {"name": "LoRA", "rank": 4, "alpha": 8, "dropout": 0.1},
     "targets": ["attn/c_attn/kernel", "mlp/c_fc/kernel"],
-    "train": {"steps": 1000, "batch": 8, "lr": 0.005, "log_every": 1, "eval_every": 100, "eval_batches": 1, "checkpoint_every": 10, "keep_checkpoints": 3},
+    "train": {
+        "steps": 1000,
+        "batch": 8,
+        "lr": 0.005,
+        "log_every": 1,
+        "eval_every": 100,
+        "eval_batches": 1,
+        "checkpoint_every": 10,
+        "keep_checkpoints": 3,
+    },
 }
 # Each with how often it is drawn.
 KINDS = {
@@ -50,7 +62,8 @@ KINDS = {
     "disk full": 2,
 }
 COMPARED = ("merged/model.safetensors", "adapter/adapter_model.safetensors")
-# Seconds after which a process that should have ended has not. One waits 300 for another that was killed before they had found each other.
+# Seconds after which a process that should have ended has not. One waits 300 for another that was killed
+# before they had found each other.
 TIMEOUT = 400
 
 
@@ -65,14 +78,36 @@ class Run:
         words = [sys.executable, "-m", "experiments", "run", str(self.config), "--workdir", str(self.workdir)]
         told: list[list[str]] = [[]]
         if self.count > 1:
-            address = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(self.count), "--process-id"]
+            address = [
+                "--coordinator",
+                f"localhost:{free_port()}",
+                "--num-processes",
+                str(self.count),
+                "--process-id",
+            ]
             told = [[*address, str(index)] for index in range(self.count)]
             words += ["--set", f"mesh.data={self.count}"]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
         # Each start would compile the same programs.
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.config.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        restrict = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment, "preexec_fn": restrict}
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(self.config.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        restrict = (
+            None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        )
+        options = {
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "env": environment,
+            "preexec_fn": restrict,
+        }
         return [subprocess.Popen([*words, *more], **options) for more in told]
 
     def finished(self) -> bool:
@@ -99,7 +134,11 @@ class Run:
 
     def checkpoints(self) -> list[int]:
         directory = self.workdir / "checkpoints"
-        return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()) if directory.is_dir() else []
+        return (
+            sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+            if directory.is_dir()
+            else []
+        )
 
     def being_written(self) -> bool:
         directory = self.workdir / "checkpoints"
@@ -107,7 +146,9 @@ class Run:
 
 
 def wait(processes: list[subprocess.Popen]) -> list[int]:
-    """The exit status of each. Of those that have not ended after `TIMEOUT`, all are killed, and what they wrote is in the error."""
+    """The exit status of each. Of those that have not ended after `TIMEOUT`, all are killed, and what
+    they wrote is in the error.
+    """
     end = time.monotonic() + TIMEOUT
     try:
         for process in processes:
@@ -147,10 +188,19 @@ def strike(run: Run, kind: str, chance: random.Random) -> dict[str, Any]:
             time.sleep(chance.uniform(0, 2))
         victim.send_signal(signal.SIGTERM if kind.startswith("SIGTERM") else signal.SIGKILL)
     codes = wait(processes)
-    found = {"kind": kind, "processes": run.count, "exit": codes, "after step": run.step(), "since": run.step() - before, "seconds": round(time.monotonic() - began)}
+    found = {
+        "kind": kind,
+        "processes": run.count,
+        "exit": codes,
+        "after step": run.step(),
+        "since": run.step() - before,
+        "seconds": round(time.monotonic() - began),
+    }
     newest = run.checkpoints()[-1:]
     if newest and "newest checkpoint" in kind:
-        found["damaged"] = damage(run.workdir / "checkpoints" / str(newest[0]), chance, cut=kind.endswith("short"))
+        found["damaged"] = damage(
+            run.workdir / "checkpoints" / str(newest[0]), chance, cut=kind.endswith("short")
+        )
     return found
 
 
@@ -170,7 +220,11 @@ def damage(directory: Path, chance: random.Random, *, cut: bool) -> str:
 
 def same(run: Run, reference: Run) -> list[str]:
     """The names of what differs from the run that nothing happened to."""
-    differing = [name for name in COMPARED if (run.workdir / name).read_bytes() != (reference.workdir / name).read_bytes()]
+    differing = [
+        name
+        for name in COMPARED
+        if (run.workdir / name).read_bytes() != (reference.workdir / name).read_bytes()
+    ]
     return differing + (["metrics.jsonl"] if _numbers(run) != _numbers(reference) else [])
 
 
@@ -179,7 +233,9 @@ def _numbers(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "seconds_per_step"} for line in lines]
 
 
-def campaign(root: Path, config: Path, count: int, faults: int, chance: random.Random, tell: Callable[[str], None]) -> tuple[list[dict], list[dict]]:
+def campaign(
+    root: Path, config: Path, count: int, faults: int, chance: random.Random, tell: Callable[[str], None]
+) -> tuple[list[dict], list[dict]]:
     """The faults, and the runs that came to an end."""
     reference = Run(config, root / f"reference_{count}", count)
     assert wait(reference.start()) == [0] * count, "the run that nothing happens to does not end"
@@ -193,12 +249,22 @@ def campaign(root: Path, config: Path, count: int, faults: int, chance: random.R
             tell(f"{count} process(es), fault {len(happened) + 1}: {drawn[-1]}")
             happened.append(strike(run, drawn.pop(), chance))
             tell(f"    {happened[-1]}")
-        for _ in range(3):  # a process that is already going when the disk is full again has an end of its own
+        for _ in range(
+            3
+        ):  # a process that is already going when the disk is full again has an end of its own
             if not run.finished():
                 wait(run.start())
         differing = same(run, reference) if run.finished() else ["it has not ended"]
         aside = len([path for path in (run.workdir / "checkpoints").iterdir() if ".damaged" in path.name])
-        ended.append({"processes": count, "run": len(ended) + 1, "faults": len(happened) - first, "put aside": aside, "differs in": ", ".join(differing) or "nothing"})
+        ended.append(
+            {
+                "processes": count,
+                "run": len(ended) + 1,
+                "faults": len(happened) - first,
+                "put aside": aside,
+                "differs in": ", ".join(differing) or "nothing",
+            }
+        )
         tell(str(ended[-1]))
         shutil.rmtree(run.workdir)
     return happened, ended
@@ -213,17 +279,34 @@ def table_of(happened: list[dict]) -> list[dict]:
             if struck:
                 codes = collections.Counter(code for fault in struck for code in fault["exit"])
                 exits = ", ".join(f"{code} ({number}x)" for code, number in sorted(codes.items()))
-                rows.append({"processes": count, "fault": kind, "times": len(struck), "exit status": exits, "damaged files": sum("damaged" in fault for fault in struck) or None})
+                rows.append(
+                    {
+                        "processes": count,
+                        "fault": kind,
+                        "times": len(struck),
+                        "exit status": exits,
+                        "damaged files": sum("damaged" in fault for fault in struck) or None,
+                    }
+                )
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, nargs=2, default=(50, 12), metavar=("ONE", "TWO"), help="of a run of one process, and of one of two; default: 50 12")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; when it happens depends on the machine as well")
+    parser.add_argument(
+        "--faults",
+        type=int,
+        nargs=2,
+        default=(50, 12),
+        metavar=("ONE", "TWO"),
+        help="of a run of one process, and of one of two; default: 50 12",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is drawn; when it happens depends on the machine as well"
+    )
     args = parser.parse_args()
     started, chance = time.monotonic(), random.Random(args.seed)
-    tell = lambda text: print(text, flush=True)  # noqa: E731
+    tell = lambda text: print(text, flush=True)
     happened, ended = [], []
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "config.json"
@@ -234,9 +317,23 @@ def main() -> int:
             struck, runs = campaign(Path(directory), config, count, faults, chance, tell)
             happened, ended = happened + struck, ended + runs
     rows = table_of(happened)
-    about = {**provenance(), "faults": len(happened), "runs that ended": len(ended), "minutes": round((time.monotonic() - started) / 60)}
-    notes = f"\nRuns, beside one that nothing happened to, bytes of metrics, adapter and merged model:\n\n{record.table(ended)}\n"
-    record.save("preemption", f"python -m benchmarks.preemption --faults {args.faults[0]} {args.faults[1]} --seed {args.seed}", about, rows, notes)
+    about = {
+        **provenance(),
+        "faults": len(happened),
+        "runs that ended": len(ended),
+        "minutes": round((time.monotonic() - started) / 60),
+    }
+    notes = (
+        "\nRuns, beside one that nothing happened to, bytes of metrics, adapter and merged "
+        f"model:\n\n{record.table(ended)}\n"
+    )
+    record.save(
+        "preemption",
+        f"python -m benchmarks.preemption --faults {args.faults[0]} {args.faults[1]} --seed {args.seed}",
+        about,
+        rows,
+        notes,
+    )
     print(record.table(rows) + "\n\n" + record.table(ended))
     return 1 if any(run["differs in"] != "nothing" for run in ended) else 0
 

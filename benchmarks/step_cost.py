@@ -1,21 +1,25 @@
-"""FLOPs and temporary bytes of one training step: `adapt` against LoRA by hand, full fine-tuning and merging in the loss.
+"""FLOPs and temporary bytes of one training step: `adapt` against LoRA by hand, full fine-tuning and merging
+in the loss.
 
     python -m benchmarks.step_cost [--layers 12] [--only "q, v, float32" ...]
 
-On what: one step of GPT-2 small, 124M, batch 4 of 128 tokens, rank 4, AdamW, compiled from shapes alone for the device
-at hand (no weight is allocated, nothing is run). FLOPs are `compiled.cost_analysis()`, temporary bytes
-`compiled.memory_analysis().temp_size_in_bytes`: what XLA says of the program that it compiled, the same in every run.
-XLA counts the body of a loop once, so the FLOPs under `scan` are of one layer: compare within such a row only.
+On what: one step of GPT-2 small, 124M, batch 4 of 128 tokens, rank 4, AdamW, compiled from shapes alone for
+the device at hand (no weight is allocated, nothing is run). FLOPs are `compiled.cost_analysis()`, temporary
+bytes `compiled.memory_analysis().temp_size_in_bytes`: what XLA says of the program that it compiled, the same
+in every run. XLA counts the body of a loop once, so the FLOPs under `scan` are of one layer: compare within
+such a row only.
 
-Bounds (exit status 1 if one is missed): FLOPs and temporary bytes at most 1.00 of the handwritten model's, to two
-decimals; with q and v adapted, without `checkpoint`, FLOPs at most 0.68 of full fine-tuning's; optimiser state exactly
-twice the bytes of A and B, and a counter of four bytes.
+Bounds (exit status 1 if one is missed): FLOPs and temporary bytes at most 1.00 of the handwritten model's, to
+two decimals; with q and v adapted, without `checkpoint`, FLOPs at most 0.68 of full fine-tuning's; optimiser
+state exactly twice the bytes of A and B, and a counter of four bytes.
 
-Why not 0.68 under `checkpoint`: both repeat the forward pass of the layers, so that LoRA takes three passes of equal cost
-where full fine-tuning takes four. The handwritten model has the same ratio to full fine-tuning there as ours.
+Why not 0.68 under `checkpoint`: both repeat the forward pass of the layers, so that LoRA takes three passes
+of equal cost where full fine-tuning takes four. The handwritten model has the same ratio to full fine-tuning
+there as ours.
 
-Where the last thousandths of the temporary bytes with q and v go: with `blocks`, A and B of the adapted blocks are stored
-stacked, and their slices live from the forward to the backward pass beside them. Without blocks the two are equal to the byte.
+Where the last thousandths of the temporary bytes with q and v go: with `blocks`, A and B of the adapted
+blocks are stored stacked, and their slices live from the forward to the backward pass beside them. Without
+blocks the two are equal to the byte.
 """
 
 import argparse
@@ -26,7 +30,8 @@ from experiments.provenance import provenance
 from lora_jax.models import GPT2Config
 
 from . import record
-from .training_steps import WAYS, Setting, training_step
+from .training_steps import Setting, training_step, WAYS
+
 
 SETTINGS = [
     Setting("qv"),
@@ -39,7 +44,8 @@ SETTINGS = [
     Setting("all", scan=True, checkpoint=True),
 ]
 
-# The machine code does not matter here and takes most of the time: neither figure depends on LLVM's optimisations.
+# The machine code does not matter here and takes most of the time: neither figure depends on LLVM's
+# optimisations.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -75,15 +81,24 @@ def missed(setting: Setting, row: dict[str, Any]) -> list[str]:
     bounds = {"FLOPs / handwritten": 1.00, "bytes / handwritten": 1.00}
     if setting.adapted == "qv" and not setting.checkpoint and not setting.scan:
         bounds["FLOPs / full"] = 0.68
-    found = [f"{setting.name}: {name} is {row[name]:.4f}, above {bound}" for name, bound in bounds.items() if round(row[name], 2) > bound]
+    found = [
+        f"{setting.name}: {name} is {row[name]:.4f}, above {bound}"
+        for name, bound in bounds.items()
+        if round(row[name], 2) > bound
+    ]
     if row["optimizer bytes"] != 2 * row["A and B bytes"] + 4:
-        found.append(f"{setting.name}: the optimiser state has {row['optimizer bytes']} bytes for {row['A and B bytes']} of A and B")
+        found.append(
+            f"{setting.name}: the optimiser state has {row['optimizer bytes']} bytes for "
+            f"{row['A and B bytes']} of A and B"
+        )
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12, help="fewer than 12: a quick look, which is not recorded")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="fewer than 12: a quick look, which is not recorded"
+    )
     parser.add_argument("--only", nargs="+", help="names of settings: a look at some, which is not recorded")
     options = parser.parse_args()
     config = GPT2Config.named("gpt2", n_layer=options.layers)
@@ -93,7 +108,11 @@ def main() -> int:
         if options.only and setting.name not in options.only:
             continue
         setting = Setting(setting.adapted, setting.checkpoint, setting.scan, setting.dtype, config=config)
-        alike = (setting.checkpoint, setting.scan, setting.dtype)  # full fine-tuning does not depend on what is adapted
+        alike = (
+            setting.checkpoint,
+            setting.scan,
+            setting.dtype,
+        )  # full fine-tuning does not depend on what is adapted
         found = {}
         for way in WAYS:
             if way == "merge" and alike != (False, False, "float32"):

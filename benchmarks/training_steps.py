@@ -1,7 +1,8 @@
-"""The training steps that are compared, each as a function and the shapes of its arguments: nothing is allocated.
+"""The training steps that are compared, each as a function and the shapes of its arguments: nothing is
+allocated.
 
-One step is: the loss on tokens, its gradient with respect to what trains, and optax's AdamW, with what trains and its
-optimiser state donated. The four ways of taking it:
+One step is: the loss on tokens, its gradient with respect to what trains, and optax's AdamW, with what trains
+and its optimiser state donated. The four ways of taking it:
 
 * `adapt`: `lora_jax`, the model unchanged and never a weight formed;
 * `handwritten`: LoRA written into the model (`handwritten_gpt2.py`), the same matrices and rank;
@@ -23,13 +24,16 @@ from lora_jax.models import GPT2, GPT2Config
 
 from .handwritten_gpt2 import HandwrittenGPT2
 
+
 RANK, ALPHA = 4, 32  # of GPT-2 in the paper (Hu et al., table 11)
 WAYS = ("adapt", "handwritten", "full", "merge")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a step trains on and how the model is run: GPT-2 small, batch 4 of 128 tokens, unless told otherwise."""
+    """What a step trains on and how the model is run: GPT-2 small, batch 4 of 128 tokens, unless told
+    otherwise.
+    """
 
     adapted: str = "qv"  # query and value of the fused projection, or "all" four projections of every layer
     checkpoint: bool = False
@@ -44,7 +48,9 @@ class Setting:
     @property
     def name(self) -> str:
         which = {"qv": "q, v", "all": "all matrices"}[self.adapted]
-        return ", ".join([which, *(word for word in ("checkpoint", "scan") if getattr(self, word)), self.dtype])
+        return ", ".join(
+            [which, *(word for word in ("checkpoint", "scan") if getattr(self, word)), self.dtype]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +81,25 @@ def training_step(way: str, setting: Setting) -> Step:
     ids = jax.ShapeDtypeStruct((setting.batch, setting.tokens), jnp.int32)
     model = GPT2(setting.config, **options)
     if way == "handwritten":
-        model = HandwrittenGPT2(setting.config, adapted=setting.adapted, rank=RANK, scale=ALPHA / RANK, **options)
+        model = HandwrittenGPT2(
+            setting.config, adapted=setting.adapted, rank=RANK, scale=ALPHA / RANK, **options
+        )
     variables = jax.eval_shape(model.init, jax.random.key(0), ids)
     params = variables["params"]
 
     if way == "full":
         trained, fixed = params, {}
-        logits_of = lambda trained, fixed, ids: model.apply({"params": trained}, ids)  # noqa: E731
+        logits_of = lambda trained, fixed, ids: model.apply({"params": trained}, ids)
     elif way == "handwritten":
         trained, fixed = variables["lora"], params
-        logits_of = lambda trained, fixed, ids: model.apply({"params": fixed, "lora": trained}, ids)  # noqa: E731
+        logits_of = lambda trained, fixed, ids: model.apply({"params": fixed, "lora": trained}, ids)
     else:
         fixed, trained = lorafied(params, setting)
         forward = lora_jax.adapt(model.apply) if way == "adapt" else model.apply
         join = lora_jax.combine if way == "adapt" else lora_jax.merge
         draws = setting.method is not None and setting.method.random
-        keyed = lambda ids: {"key": jax.random.key(ids[0, 0])} if draws else {}  # noqa: E731
-        logits_of = lambda trained, fixed, ids: forward({"params": join(fixed, trained, **keyed(ids))}, ids)  # noqa: E731
+        keyed = lambda ids: {"key": jax.random.key(ids[0, 0])} if draws else {}
+        logits_of = lambda trained, fixed, ids: forward({"params": join(fixed, trained, **keyed(ids))}, ids)
 
     tx = optax.adamw(2e-4)
 

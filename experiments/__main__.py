@@ -2,5 +2,6 @@
 
 from experiments.command_line import main
 
+
 if __name__ == "__main__":
     raise SystemExit(main())

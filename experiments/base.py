@@ -18,7 +18,9 @@ from lora_jax.sharding import partition_specs, shardings
 
 @dataclass(frozen=True)
 class Loaded:
-    """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words where the weights are from."""
+    """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words
+    where the weights are from.
+    """
 
     model: Any
     params: Any
@@ -27,12 +29,22 @@ class Loaded:
     origin: str
 
 
-def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: Path | None, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
+def load(
+    section: Base,
+    data: Path,
+    beside: Path,
+    run: Path | None,
+    tokenizer: Path | None,
+    key: jax.Array,
+    mesh: Mesh,
+    policy: Precision,
+) -> Loaded:
     """The base that `section` describes, in the dtypes of `policy`.
 
-    `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the finished work directory,
-    where `section.run` names another config; `tokenizer`: the one that was trained, where `section.vocabulary` asks for one. The weights
-    are cast and split over `mesh` as they are read or drawn: no device holds more than its part.
+    `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the
+    finished work directory, where `section.run` names another config; `tokenizer`: the one that was trained,
+    where `section.vocabulary` asks for one. The weights are cast and split over `mesh` as they are read or
+    drawn: no device holds more than its part.
     """
     if section.architecture is not None:
         return _random(section.architecture, tokenizer or data / section.tokenizer, key, mesh, policy)
@@ -40,12 +52,23 @@ def load(section: Base, data: Path, beside: Path, run: Path | None, tokenizer: P
     model, params = hf.load(directory, mesh=mesh, param_dtype=policy.parameters)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary ({model.config.vocab_size})")
-    return Loaded(precision.computing(model, policy), params, tokenizer, directory, section.path or f"merged result of {section.run}")
+        raise ValueError(
+            f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary "
+            f"({model.config.vocab_size})"
+        )
+    return Loaded(
+        precision.computing(model, policy),
+        params,
+        tokenizer,
+        directory,
+        section.path or f"merged result of {section.run}",
+    )
 
 
 def find(path: str, data: Path, beside: Path) -> Path:
-    """A directory below `data`, or below `beside` if the path begins with a dot, or else a snapshot of the hub's repository of that name."""
+    """A directory below `data`, or below `beside` if the path begins with a dot, or else a snapshot of
+    the hub's repository of that name.
+    """
     dotted = path.startswith(".")
     local = (beside / path).resolve() if dotted else data / path
     if local.is_dir():
@@ -57,13 +80,19 @@ def find(path: str, data: Path, beside: Path) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.txt"]
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub's client raises: offline, unknown name, refused, broken connection
+    except (
+        Exception
+    ) as error:  # whatever the hub's client raises: offline, unknown name, refused, broken connection
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"`base.path`: `{path}` is no directory below `{data}`, and the hub does not give it: {reason}") from error
+        raise ValueError(
+            f"`base.path`: `{path}` is no directory below `{data}`, and the hub does not give it: {reason}"
+        ) from error
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a directory, without asking the hub. It has to know its end-of-text token, which separates everything."""
+    """The tokenizer in a directory, without asking the hub. It has to know its end-of-text token, which
+    separates everything.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"no tokenizer directory `{directory}`")
     import transformers
@@ -76,11 +105,15 @@ def load_tokenizer(directory: Path) -> Any:
 
 def model(architecture: Architecture, *, vocabulary: int, end: int) -> GPT2:
     """A GPT-2 of that shape; `end` is the token that begins and ends a text."""
-    config = GPT2Config(vocab_size=vocabulary, **dataclasses.asdict(architecture), bos_token_id=end, eos_token_id=end)
+    config = GPT2Config(
+        vocab_size=vocabulary, **dataclasses.asdict(architecture), bos_token_id=end, eos_token_id=end
+    )
     return GPT2(config)
 
 
-def _random(architecture: Architecture, directory: Path, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
+def _random(
+    architecture: Architecture, directory: Path, key: jax.Array, mesh: Mesh, policy: Precision
+) -> Loaded:
     tokenizer = load_tokenizer(directory)
     fresh = model(architecture, vocabulary=len(tokenizer), end=tokenizer.eos_token_id)
     dtype = jnp.dtype(policy.parameters or fresh.param_dtype)

@@ -1,6 +1,8 @@
-"""Adapters and models from one format into another: PEFT's directories, loralib's files, Hugging Face's models.
+"""Adapters and models from one format into another: PEFT's directories, loralib's files, Hugging Face's
+models.
 
-An adapter is read beside its base, whose weights are maps of its files. Left out: an adapter out of a merged model, where none is left.
+An adapter is read beside its base, whose weights are maps of its files. Left out: an adapter out of a merged
+model, where none is left.
 """
 
 import dataclasses
@@ -16,11 +18,17 @@ import numpy as np
 import lora_jax
 from experiments.progress import Count
 from lora_jax._nodes import Adapter, is_node
-from lora_jax.interop import OneSided, hf, loralib, peft
+from lora_jax.interop import hf, loralib, OneSided, peft
+
 
 WORDS = {"peft": "PEFT's format", "loralib": "loralib's format", "hf": "Hugging Face's format"}
 # What the library's errors call the ways past a check, and what they are called here.
-_HERE = {"`verify=False`": "`--no-verify`", "`check_base=False`": "`--any-base`", "`overwrite=True`": "`--overwrite`", "`blocks`=None": "no `--blocks`"}
+_HERE = {
+    "`verify=False`": "`--no-verify`",
+    "`check_base=False`": "`--any-base`",
+    "`overwrite=True`": "`--overwrite`",
+    "`blocks`=None": "no `--blocks`",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +47,9 @@ class Job:
 
 
 def convert(job: Job) -> list[str]:
-    """Writes `job.target`; returns, a line each, what was read, beside what, and what was written. Raises `ValueError` for anything wrong."""
+    """Writes `job.target`; returns, a line each, what was read, beside what, and what was written. Raises
+    `ValueError` for anything wrong.
+    """
     kind = kind_of(job.source)
     _check(job, kind)
     base = job.source if kind == "hf" else _base(job, kind)
@@ -60,19 +70,32 @@ def kind_of(source: Path) -> str:
     if source.is_file() and source.suffix in (".pt", ".bin"):
         return "loralib"
     if (source / "report.md").is_file():
-        raise ValueError(f"`SRC` {source} is a finished run: pass its adapter, {source / 'adapter'}, or its model, {source / 'merged'}")
+        raise ValueError(
+            f"`SRC` {source} is a finished run: pass its adapter, {source / 'adapter'}, or its model, "
+            f"{source / 'merged'}"
+        )
     for mark, kind in (("adapter_config.json", "peft"), ("config.json", "hf")):
         if (source / mark).is_file():
             return kind
-    found = f"it holds {sorted(entry.name for entry in source.iterdir())[:8]}" if source.is_dir() else "it is another file" if source.exists() else "nothing is there"
+    found = (
+        f"it holds {sorted(entry.name for entry in source.iterdir())[:8]}"
+        if source.is_dir()
+        else "it is another file"
+        if source.exists()
+        else "nothing is there"
+    )
     raise ValueError(
-        f"`SRC` {source} must be a directory with adapter_config.json (PEFT) or config.json (a Hugging Face model), or a file .pt or .bin (loralib); {found}"
+        f"`SRC` {source} must be a directory with adapter_config.json (PEFT) or config.json (a Hugging Face "
+        f"model), or a file .pt or .bin (loralib); {found}"
     )
 
 
 def check_file_name(argument: str, target: Path) -> None:
     if target.suffix not in (".pt", ".bin"):
-        raise ValueError(f"`{argument}` {target} must be a file .pt or .bin, which is what loralib has, such as {target / 'adapter.pt'}")
+        raise ValueError(
+            f"`{argument}` {target} must be a file .pt or .bin, which is what loralib has, such as "
+            f"{target / 'adapter.pt'}"
+        )
 
 
 def _check(job: Job, kind: str) -> None:
@@ -80,11 +103,21 @@ def _check(job: Job, kind: str) -> None:
     if kind == "hf" and job.to != "hf":
         fix = f"for `--to {job.to}` pass the adapter itself, as in a run's adapter/"
         raise ValueError(f"`SRC` {job.source} is a model, and merged weights hold no adapter any more: {fix}")
-    for name, value, kinds in (("base", job.base, ("peft", "loralib")), ("alpha", job.alpha, ("loralib",)), ("blocks", job.blocks, ("loralib",))):
+    for name, value, kinds in (
+        ("base", job.base, ("peft", "loralib")),
+        ("alpha", job.alpha, ("loralib",)),
+        ("blocks", job.blocks, ("loralib",)),
+    ):
         if value is not None and kind not in kinds:
-            raise ValueError(f"`--{name}` says what {WORDS[kind]} does not leave open, and {job.source} has that: leave it out")
+            raise ValueError(
+                f"`--{name}` says what {WORDS[kind]} does not leave open, and {job.source} has that: leave "
+                "it out"
+            )
     if kind == "loralib" and job.alpha is None:
-        raise ValueError(f"pass `--alpha`, the `lora_alpha` that {job.source} was trained with: a file of loralib's does not hold it, and the scale is alpha / rank")
+        raise ValueError(
+            f"pass `--alpha`, the `lora_alpha` that {job.source} was trained with: a file of loralib's does "
+            "not hold it, and the scale is alpha / rank"
+        )
     if job.to == "loralib":
         check_file_name("DST", job.target)
     if not job.overwrite and (any(job.target.iterdir()) if job.target.is_dir() else job.target.exists()):
@@ -96,11 +129,16 @@ def _taken(target: Path) -> str:
 
 
 def _base(job: Job, kind: str) -> Path:
-    """The directory of the base: the one given, or that which PEFT's config names, here or beside the adapter."""
+    """The directory of the base: the one given, or that which PEFT's config names, here or beside the
+    adapter.
+    """
     wanted = f"`--base`, the directory of the Hugging Face model that {job.source} was trained on"
     if job.base is not None:
         if not (job.base / "config.json").is_file():
-            raise ValueError(f"{wanted}, is {job.base}, where there is no config.json: a model on the hub must be downloaded first")
+            raise ValueError(
+                f"{wanted}, is {job.base}, where there is no config.json: a model on the hub must be "
+                "downloaded first"
+            )
         return job.base
     if kind == "loralib":
         raise ValueError(f"pass {wanted}: a file of loralib's does not name it")
@@ -108,7 +146,10 @@ def _base(job: Job, kind: str) -> Path:
     for directory in (Path(name), job.source.absolute().parent / name) if name else ():
         if (directory / "config.json").is_file():
             return directory
-    raise ValueError(f"pass {wanted}: its adapter_config.json names " + (f"{name!r}, which is no such directory, here or beside it" if name else "none"))
+    raise ValueError(
+        f"pass {wanted}: its adapter_config.json names "
+        + (f"{name!r}, which is no such directory, here or beside it" if name else "none")
+    )
 
 
 def _named_base(source: Path) -> str | None:
@@ -131,7 +172,10 @@ def _model(job: Job) -> list[str]:
         progress.update(1)
         hf.save(job.target, model, params, source=job.source, overwrite=job.overwrite)
         progress.update(2)
-    return [f"read {job.source}, {_size(model, params)}, in {WORDS['hf']}", f"wrote {job.target}, in {WORDS['hf']}"]
+    return [
+        f"read {job.source}, {_size(model, params)}, in {WORDS['hf']}",
+        f"wrote {job.target}, in {WORDS['hf']}",
+    ]
 
 
 def _adapter(job: Job, kind: str, base: Path) -> list[str]:
@@ -141,11 +185,19 @@ def _adapter(job: Job, kind: str, base: Path) -> list[str]:
             model, params, frozen, delta = _read(job, kind, base, "share")
         except OneSided:
             model, params, frozen, delta = _read(job, kind, base, "untie")
-            apart = ["the adapter changes only one of the embedding and the head that share their weight in the base: apart from now on"]
+            apart = [
+                "the adapter changes only one of the embedding and the head that share their weight in the "
+                "base: apart from now on"
+            ]
         progress.update(1)
         written = _write(job, kind, base, model, frozen, delta)
         progress.update(2)
-    return [f"read {job.source}, {described(delta)}, in {WORDS[kind]}", f"base {base}, {_size(model, params)}", *apart, written]
+    return [
+        f"read {job.source}, {described(delta)}, in {WORDS[kind]}",
+        f"base {base}, {_size(model, params)}",
+        *apart,
+        written,
+    ]
 
 
 def _read(job: Job, kind: str, base: Path, tie: str) -> tuple[Any, Any, Any, Any]:
@@ -176,7 +228,8 @@ def _with_alpha(alpha: float) -> str:
 def described(delta: Any) -> str:
     """How many adapters of what kind, and how much trains.
 
-    >>> described(lora_jax.lorafy({"kernel": jax.ShapeDtypeStruct((8, 8), "float32")}, "kernel", method=lora_jax.LoRA(rank=2)).delta)
+    >>> params = {"kernel": jax.ShapeDtypeStruct((8, 8), "float32")}
+    >>> described(lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=2)).delta)
     'LoRA of rank 2, 1 adapter, 32 parameters'
     """
     leaves = [leaf for leaf in jax.tree.leaves(delta, is_leaf=is_node) if leaf is not None]
@@ -184,7 +237,10 @@ def described(delta: Any) -> str:
     kinds = sorted({type(leaf.spec.method).__name__ for leaf in adapters})
     ranks = sorted({leaf.spec.method.rank for leaf in adapters})
     whole = len(leaves) - len(adapters)
-    parts = [f"{' and '.join(kinds)} of rank {' and '.join(map(str, ranks))}", f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}"]
+    parts = [
+        f"{' and '.join(kinds)} of rank {' and '.join(map(str, ranks))}",
+        f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
+    ]
     parts += [f"{whole} tensor{'s' if whole > 1 else ''} trained whole"] if whole else []
     return ", ".join([*parts, f"{lora_jax.count(delta):,} parameters"])
 
@@ -203,8 +259,13 @@ def export(workdir: Path, target: Path, format: str) -> str:
         raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten")
     if format != "hf" and not (workdir / "adapter").is_dir():
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
-        older = "it was finished by a version that wrote none; without its report.md, its command goes on from the last checkpoint and writes it"
-        raise ValueError(f"`--workdir` {workdir} has no adapter/: {facts.get('adapter', {}).get('missing') or older}")
+        older = (
+            "it was finished by a version that wrote none; without its report.md, its command goes on from "
+            "the last checkpoint and writes it"
+        )
+        raise ValueError(
+            f"`--workdir` {workdir} has no adapter/: {facts.get('adapter', {}).get('missing') or older}"
+        )
     if format == "loralib":
         return f"wrote {target}" + _with_alpha(_to_loralib(workdir, target))
     shutil.copytree(workdir / {"hf": "merged", "peft": "adapter"}[format], target, dirs_exist_ok=True)
@@ -213,9 +274,14 @@ def export(workdir: Path, target: Path, format: str) -> str:
 
 def _to_loralib(workdir: Path, target: Path) -> float:
     model, params = hf.load(workdir / "merged", place=_mapped)
-    # The merged model stands in for its base, of which the names and the shapes are all that is needed, and may lie anywhere.
+    # The merged model stands in for its base, of which the names and the shapes are all that is needed, and
+    # may lie anywhere.
     frozen, delta = peft.load(workdir / "adapter", model, params, check_base=False)
-    if any(type(leaf.spec.method) is not lora_jax.LoRA for leaf in jax.tree.leaves(delta, is_leaf=is_node) if isinstance(leaf, Adapter)):
+    if any(
+        type(leaf.spec.method) is not lora_jax.LoRA
+        for leaf in jax.tree.leaves(delta, is_leaf=is_node)
+        if isinstance(leaf, Adapter)
+    ):
         frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)
     # As shapes, so that the file gets no fingerprint of values that are not the base's.
     return loralib.save(target, model, jax.eval_shape(lambda frozen: frozen, frozen), delta)

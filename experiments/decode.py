@@ -1,6 +1,8 @@
-"""From prompts to texts: what is wrong is found before training, prompts of like length go together, texts are cut as the authors do.
+"""From prompts to texts: what is wrong is found before training, prompts of like length go together, texts
+are cut as the authors do.
 
-Each batch is padded to a power of two, so that a data set needs few compiled programs. The search itself is in `search`.
+Each batch is padded to a power of two, so that a data set needs few compiled programs. The search itself is
+in `search`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +15,8 @@ import numpy as np
 from experiments.config import Config, Decode, E2EData
 from experiments.processes import whole
 from experiments.search import search
-from experiments.tasks.examples import Prompt, padded_width
+from experiments.tasks.examples import padded_width, Prompt
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -27,21 +30,28 @@ class Decoder:
 
     @classmethod
     def create(cls, config: Config, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> "Decoder":
-        """With `data.truncate`, prompts lose their beginning to leave room in `data.seq_len`, as the authors cut them.
+        """With `data.truncate`, prompts lose their beginning to leave room in `data.seq_len`, as the authors
+        cut them.
 
-        Raises `ValueError` for prompts that are too long otherwise, and for end tokens and widths that the vocabulary does not have.
+        Raises `ValueError` for prompts that are too long otherwise, and for end tokens and widths that the
+        vocabulary does not have.
         """
         chosen = prompts[: config.decode.prompts]
         if chosen and isinstance(config.data, E2EData) and config.data.truncate:
             room = config.data.seq_len - config.decode.max_tokens
             if room < 1:
-                raise ValueError(f"`decode.max_tokens` ({config.decode.max_tokens}) leaves no room for a prompt in `data.seq_len` ({config.data.seq_len})")
+                raise ValueError(
+                    f"`decode.max_tokens` ({config.decode.max_tokens}) leaves no room for a prompt in "
+                    f"`data.seq_len` ({config.data.seq_len})"
+                )
             chosen = [replace(prompt, ids=prompt.ids[-room:]) for prompt in chosen]
         end = end_tokens(config.decode, tokenizer)
         _check(model.config, [prompt.ids for prompt in chosen], config.decode, end)
         return cls(model, tokenizer, config.decode, end, tuple(chosen))
 
-    def texts(self, params: Any, count: int | None = None, *, tell: Callable[[int], None] = lambda done: None) -> list[str]:
+    def texts(
+        self, params: Any, count: int | None = None, *, tell: Callable[[int], None] = lambda done: None
+    ) -> list[str]:
         """The texts that plain `params` (merge first) make of the first `count` prompts, or of all."""
         ids = [prompt.ids for prompt in self.prompts[:count]]
         found = generate(self.model, params, ids, self.section, end=self.end, tell=tell)
@@ -59,8 +69,9 @@ def generate(
 ) -> list[list[int]]:
     """The continuation of each prompt that `section` asks for, without its end token.
 
-    What a prompt gets depends on the prompt, and its place among `prompts` where it is drawn, but not on its batch. `tell` is called
-    with the number of prompts that are done. Raises `ValueError` when a prompt leaves no room for `max_tokens` in the model.
+    What a prompt gets depends on the prompt, and its place among `prompts` where it is drawn, but not on its
+    batch. `tell` is called with the number of prompts that are done. Raises `ValueError` when a prompt leaves
+    no room for `max_tokens` in the model.
     """
     _check(model.config, prompts, section, end)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -70,8 +81,12 @@ def generate(
         filled = rows + rows[-1:] * (section.batch - len(rows))
         width = padded_width(len(prompts[rows[-1]]), model.config.n_positions - section.max_tokens)
         # The padding is any token at all: the mask keeps it out.
-        ids = np.asarray([[end[0]] * (width - len(prompts[row])) + list(prompts[row]) for row in filled], np.int32)
-        mask = np.asarray([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in filled], np.int32)
+        ids = np.asarray(
+            [[end[0]] * (width - len(prompts[row])) + list(prompts[row]) for row in filled], np.int32
+        )
+        mask = np.asarray(
+            [[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in filled], np.int32
+        )
         tokens = whole(search(model, params, ids, mask, _keys(section, filled), section=section, end=end))
         for row, found in zip(rows, tokens.tolist(), strict=False):
             results[row] = found[: next((place for place, token in enumerate(found) if token in end), None)]
@@ -80,7 +95,9 @@ def generate(
 
 
 def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:
-    """A key a prompt, from its place in the input, so that neither sorting nor the size of the batch changes what is drawn."""
+    """A key a prompt, from its place in the input, so that neither sorting nor the size of the batch
+    changes what is drawn.
+    """
     if section.sample is None:
         return None
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -90,14 +107,21 @@ def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:
 def _check(config: Any, prompts: Sequence[Sequence[int]], section: Decode, end: tuple[int, ...]) -> None:
     lengths = [len(prompt) for prompt in prompts]
     if lengths and max(lengths) + section.max_tokens > config.n_positions:
-        raise ValueError(f"a prompt of {max(lengths)} tokens and `decode.max_tokens` ({section.max_tokens}) exceed the model's {config.n_positions} positions")
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and `decode.max_tokens` ({section.max_tokens}) exceed the "
+            f"model's {config.n_positions} positions"
+        )
     if lengths and min(lengths) == 0:
         raise ValueError(f"prompt {lengths.index(0) + 1} is empty: there is nothing to continue")
     if section.beams > config.vocab_size:
-        raise ValueError(f"`decode.beams` ({section.beams}) is more than the vocabulary has tokens ({config.vocab_size})")
+        raise ValueError(
+            f"`decode.beams` ({section.beams}) is more than the vocabulary has tokens ({config.vocab_size})"
+        )
     outside = [token for token in end if not 0 <= token < config.vocab_size]
     if outside:
-        raise ValueError(f"`decode.end` has the token {outside[0]}, which is not in the vocabulary of {config.vocab_size}")
+        raise ValueError(
+            f"`decode.end` has the token {outside[0]}, which is not in the vocabulary of {config.vocab_size}"
+        )
 
 
 def end_tokens(section: Decode, tokenizer: Any) -> tuple[int, ...]:
@@ -106,11 +130,16 @@ def end_tokens(section: Decode, tokenizer: Any) -> tuple[int, ...]:
     for item in section.end:
         ids = tokenizer(item, add_special_tokens=False)["input_ids"] if isinstance(item, str) else [item]
         if len(ids) != 1:
-            raise ValueError(f"`decode.end` has {item!r}, which the tokenizer encodes as {len(ids)} tokens ({ids}); an end must be a single one")
+            raise ValueError(
+                f"`decode.end` has {item!r}, which the tokenizer encodes as {len(ids)} tokens ({ids}); an "
+                "end must be a single one"
+            )
         found += ids
     return tuple(dict.fromkeys(found))
 
 
 def clean(text: str) -> str:
-    """What the authors keep of a generated text: up to the end of text and the first blank line, stripped; on one line, as predictions are stored."""
+    """What the authors keep of a generated text: up to the end of text and the first blank line,
+    stripped; on one line, as predictions are stored.
+    """
     return " ".join(text.split("<|endoftext|>")[0].split("\n\n")[0].split())

@@ -1,4 +1,6 @@
-"""What follows a step of training: a line in the log, an evaluation, a checkpoint. Left out: doing it, which is `train`'s."""
+"""What follows a step of training: a line in the log, an evaluation, a checkpoint. Left out: doing it,
+which is `train`'s.
+"""
 
 from typing import NamedTuple
 
@@ -24,8 +26,11 @@ def due(done: int, train: Train, stop: bool) -> Due:
     Due(log=True, evaluate=False, save=True, passing=True)
     """
     last, best = done == train.steps, train.result == "best"
-    log, evaluate, save = (last or done % every == 0 for every in (train.log_every, train.eval_every, train.checkpoint_every))
+    log, evaluate, save = (
+        last or done % every == 0 for every in (train.log_every, train.eval_every, train.checkpoint_every)
+    )
     # The best is chosen among checkpoints, so that each that was evaluated is one, and knows its loss.
     lasting = save or (best and evaluate)
-    # Asked to stop, it leaves the evaluation to whoever goes on, unless nobody does, or the checkpoint has to know.
+    # Asked to stop, it leaves the evaluation to whoever goes on, unless nobody does, or the checkpoint has to
+    # know.
     return Due(log, evaluate and (last or best or not stop), lasting or stop, passing=not lasting)

@@ -1,7 +1,8 @@
 """From trained arrays to files: choose, merge, export, keep the adapter, read back, compare, decode, score.
 
-The comparison is of the logits of the adapted model in memory with those of the exported one, read back from its files: whatever
-goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number in the report.
+The comparison is of the logits of the adapted model in memory with those of the exported one, read back from
+its files: whatever goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number
+in the report.
 """
 
 import importlib.util
@@ -10,12 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import config as configs
-from experiments import precision, processes
+from experiments import config as configs, precision, processes
 from experiments.base import Loaded
 from experiments.config import Config, Train
 from experiments.decode import Decoder
@@ -25,6 +24,7 @@ from experiments.tasks.examples import Splits
 from experiments.train import Trainer
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.interop import hf, peft
+
 
 # Rows of validation data on which the export is compared.
 ROWS = 4
@@ -37,33 +37,49 @@ def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, A
         best = checkpoints.restore(state.delta, state.opt_state, best=True)
         return f"step {best.step}, which has the lowest validation loss", best.delta
     if train.result == "mean":
-        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(passing=False)))  # noqa: E731
+        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(passing=False)))
         mean = checkpoints.average(state.delta, last=count())  # which puts aside what is damaged
         return f"the mean of the last {count()} checkpoints", mean
     return f"the last step, {state.step}", state.delta
 
 
 def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
-    """Writes the merged model to `directory`, all of it or nothing, in the base's dtypes, and returns the merged parameters."""
+    """Writes the merged model to `directory`, all of it or nothing, in the base's dtypes, and returns the
+    merged parameters.
+    """
     merged = precision.stored(lora_jax.merge(trainer.frozen, delta), base.params)
     hf.save(directory, base.model, merged, source=base.directory, overwrite=True)
     return merged
 
 
 def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> dict[str, Any]:
-    """Writes `adapter/` beside `merged/`; returns both sizes, or why there is no adapter: a run does not fail for it when all else is done."""
+    """Writes `adapter/` beside `merged/`; returns both sizes, or why there is no adapter: a run does not
+    fail for it when all else is done.
+    """
     facts = {"bytes": None, "merged_bytes": _tensor_bytes(workdir / "merged"), "missing": None}
     if isinstance(configs.method_value(trainer.config.method), lora_jax.Full):
-        return {**facts, "missing": "the method is Full, which adapts nothing: the weights themselves were trained"}
+        return {
+            **facts,
+            "missing": "the method is Full, which adapts nothing: the weights themselves were trained",
+        }
     try:
-        peft.save(workdir / "adapter", base.model, trainer.frozen, delta, base=_name_for_others(trainer.config), overwrite=True)
+        peft.save(
+            workdir / "adapter",
+            base.model,
+            trainer.frozen,
+            delta,
+            base=_name_for_others(trainer.config),
+            overwrite=True,
+        )
     except ValueError as error:
         return {**facts, "missing": f"PEFT has no form for it: {str(error).rstrip('.')}"}
     return {**facts, "bytes": _tensor_bytes(workdir / "adapter")}
 
 
 def _name_for_others(config: Config) -> str | None:
-    """The base as the config names it, or as it lies beside the adapter; None for one that was drawn at random and is in no directory."""
+    """The base as the config names it, or as it lies beside the adapter; None for one that was drawn at
+    random and is in no directory.
+    """
     return config.base.path or (f"{config.base.workdir}/merged" if config.base.run is not None else None)
 
 
@@ -72,15 +88,23 @@ def _tensor_bytes(directory: Path) -> int:
 
 
 def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:
-    """The largest difference of a logit between the adapted model and the exported one, and the largest logit beside it."""
+    """The largest difference of a logit between the adapted model and the exported one, and the largest
+    logit beside it.
+    """
     rows = np.arange(min(ROWS, len(splits.valid)))
     ids = splits.valid.batch(rows)["input_ids"]
     everywhere = NamedSharding(trainer.mesh, P())
-    logits = jax.jit(lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids), out_shardings=everywhere)
+    logits = jax.jit(
+        lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids),
+        out_shardings=everywhere,
+    )
     adapted = np.asarray(logits(delta, trainer.frozen), np.float32)
     model, params = hf.load(directory, mesh=trainer.mesh)
     model = precision.computing(model, trainer.config.precision)
-    reloaded = np.asarray(jax.jit(lambda params: model.apply({"params": params}, ids), out_shardings=everywhere)(params), np.float32)
+    reloaded = np.asarray(
+        jax.jit(lambda params: model.apply({"params": params}, ids), out_shardings=everywhere)(params),
+        np.float32,
+    )
     return {
         "max_difference": float(np.abs(adapted - reloaded).max()),
         "max_logit": float(np.abs(adapted).max()),
@@ -89,7 +113,9 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
 
 
 def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[str, Any] | None:
-    """The same comparison with what `transformers` makes of the export; None where PyTorch is not installed."""
+    """The same comparison with what `transformers` makes of the export; None where PyTorch is not
+    installed.
+    """
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -98,15 +124,18 @@ def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[s
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     with torch.no_grad():
         logits = model(torch.tensor(ids)).logits.float().numpy()
-    keys = sorted(str(key) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[name])
+    keys = sorted(
+        str(key) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[name]
+    )
     return {"max_difference": float(np.abs(adapted - logits).max()), "keys": keys}
 
 
 def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict[str, Any]:
     """Decodes the test inputs; returns the samples and the scores for the report.
 
-    `predictions.txt` has a line an input, `references.txt` people's wordings in the scorer's form; with `decode.before` the base, as
-    it was, answers all inputs too, in `predictions_before.txt`, and not only those that the report shows.
+    `predictions.txt` has a line an input, `references.txt` people's wordings in the scorer's form; with
+    `decode.before` the base, as it was, answers all inputs too, in `predictions_before.txt`, and not only
+    those that the report shows.
     """
     prompts, section = decoder.prompts, decoder.section
     if not prompts:
@@ -117,7 +146,9 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
             return decoder.texts(params, count, tell=progress.update)
 
     texts = {"after": decoded(merged, len(prompts), "decoding")}
-    texts["before"] = decoded(before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base")
+    texts["before"] = decoded(
+        before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base"
+    )
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
     processes.by_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
     samples = [
@@ -129,9 +160,14 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
     references = [prompt.references for prompt in prompts]
 
     def score() -> dict[str, dict[str, float | None]]:
-        (directory / "references.txt").write_text("\n".join("".join(line + "\n" for line in group) for group in references), "utf-8")
+        (directory / "references.txt").write_text(
+            "\n".join("".join(line + "\n" for line in group) for group in references), "utf-8"
+        )
         # What METEOR lacks is said once.
-        return {name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None) for name in whole}
+        return {
+            name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None)
+            for name in whole
+        }
 
     return {"samples": samples, "scores": processes.by_first(score)}
 

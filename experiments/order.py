@@ -1,8 +1,9 @@
-"""Which examples make which step: a pure function of (seed, step), so that a resumed run sees what an uninterrupted one sees.
+"""Which examples make which step: a pure function of (seed, step), so that a resumed run sees what an
+uninterrupted one sees.
 
-Each epoch is its own permutation, drawn from (seed, epoch) by a counter-based generator; nothing of the past has to be replayed.
-When the batch does not divide the data, the last batch of an epoch is filled with further draws, as the authors' loader does, so
-that every epoch has ceil(N / batch) full batches.
+Each epoch is its own permutation, drawn from (seed, epoch) by a counter-based generator; nothing of the past
+has to be replayed. When the batch does not divide the data, the last batch of an epoch is filled with further
+draws, as the authors' loader does, so that every epoch has ceil(N / batch) full batches.
 """
 
 import functools

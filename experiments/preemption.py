@@ -1,6 +1,7 @@
 """Being told to stop: SIGTERM, as clusters send it before they take a machine away, and the chance to save.
 
-Left out: SIGKILL and power cuts, of which nobody is told; what they cost is what was done since the last checkpoint.
+Left out: SIGKILL and power cuts, of which nobody is told; what they cost is what was done since the last
+checkpoint.
 """
 
 import itertools
@@ -12,8 +13,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# JAX has all processes stop at the number after the largest that one had come to when the signal came. So every one has to come by: they are counted
-# through, whatever the step that a run begins with, and whichever run it is of those in this process.
+
+# JAX has all processes stop at the number after the largest that one had come to when the signal came. So
+# every one has to come by: they are counted through, whatever the step that a run begins with, and whichever
+# run it is of those in this process.
 _ASKS = itertools.count(1)
 
 
@@ -28,8 +31,9 @@ class Asked:
                 break
     ```
 
-    The second one ends the process as it would any other. Outside of the main thread, which alone is told of signals, nobody asks. Of
-    several processes, JAX watches for the signal, from the moment they found each other until they end, and all stop after the same step.
+    The second one ends the process as it would any other. Outside of the main thread, which alone is told of
+    signals, nobody asks. Of several processes, JAX watches for the signal, from the moment they found each
+    other until they end, and all stop after the same step.
     """
 
     def __init__(self) -> None:

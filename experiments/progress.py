@@ -1,4 +1,6 @@
-"""What a run says while it goes on: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or plain lines elsewhere."""
+"""What a run says while it goes on: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or
+plain lines elsewhere.
+"""
 
 import io
 import json
@@ -8,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-# Seconds between two plain lines about a training loss: a log file should be readable, not a copy of metrics.jsonl.
+
+# Seconds between two plain lines about a training loss: a log file should be readable, not a copy of
+# metrics.jsonl.
 QUIET = 20.0
 
 
@@ -35,7 +39,11 @@ class _Bar:
         from rich import progress
         from rich.console import Console
 
-        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+        )
         columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
         self._progress = progress.Progress(*columns, console=Console(file=out))
         self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
@@ -86,11 +94,20 @@ class Count:
 class Record:
     """Opens the metrics of a work directory at `step`, forgetting what an interrupted run wrote beyond it.
 
-    `out`: where people read, standard output unless given. `silent`: nothing is written or said, as in all but the first of several
-    processes.
+    `out`: where people read, standard output unless given. `silent`: nothing is written or said, as in all
+    but the first of several processes.
     """
 
-    def __init__(self, directory: Path, name: str, steps: int, step: int, out: TextIO | None = None, *, silent: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        steps: int,
+        step: int,
+        out: TextIO | None = None,
+        *,
+        silent: bool = False,
+    ):
         self.directory = directory
         self._name, self._steps = name, steps
         self._spoke = -QUIET

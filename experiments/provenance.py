@@ -1,4 +1,6 @@
-"""Where a result came from: enough to repeat it, and to know whether it was the committed code that gave it."""
+"""Where a result came from: enough to repeat it, and to know whether it was the committed code that gave
+it.
+"""
 
 import datetime
 import shlex
@@ -9,11 +11,14 @@ from typing import Any
 
 import jax
 
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def provenance() -> dict[str, Any]:
-    """The commit (with `+changes` where the code differs from it, None outside of a clone), jax, the device and the date."""
+    """The commit (with `+changes` where the code differs from it, None outside of a clone), jax, the
+    device and the date.
+    """
     return {
         "commit": commit(),
         "jax": jax.__version__,
@@ -24,10 +29,21 @@ def provenance() -> dict[str, Any]:
 
 def commit() -> str | None:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, cwd=REPOSITORY
+        ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "lora_jax", "experiments", "benchmarks", ":(exclude,glob)*/results/**")
+        changed = git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            "lora_jax",
+            "experiments",
+            "benchmarks",
+            ":(exclude,glob)*/results/**",
+        )
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

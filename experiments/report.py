@@ -1,6 +1,7 @@
 """`report.md` and the loss curve of a finished run, and one table of several runs.
 
-`report.json` holds what the page says as numbers; the page is a rendering of it, of `config.json` and of `metrics.jsonl`.
+`report.json` holds what the page says as numbers; the page is a rendering of it, of `config.json` and of
+`metrics.jsonl`.
 """
 
 import json
@@ -17,7 +18,9 @@ from experiments.provenance import command, provenance
 
 
 def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Draws the figure, then writes `report.json`, then `report.md`, whose presence says that the run is finished."""
+    """Draws the figure, then writes `report.json`, then `report.md`, whose presence says that the run is
+    finished.
+    """
     metrics = read_metrics(workdir / "metrics.jsonl")
     facts = {
         **facts,
@@ -56,7 +59,9 @@ def draw(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def draw_together(workdirs: Sequence[Path], path: Path) -> None:
     """The validation losses of several finished runs in one picture."""
-    curves = {_name(workdir): _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss") for workdir in workdirs}
+    curves = {
+        _name(workdir): _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss") for workdir in workdirs
+    }
     _plot(curves, "validation", path)
 
 
@@ -74,7 +79,13 @@ def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) ->
     axes = figure.subplots()
     for label, points in curves.items():
         # Few points, as of a validation loss, are shown as such.
-        axes.plot(*zip(*points, strict=True), "o-" if len(points) < 30 else "-", label=label, linewidth=1, markersize=3)
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-" if len(points) < 30 else "-",
+            label=label,
+            linewidth=1,
+            markersize=3,
+        )
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -84,19 +95,34 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     """The page, as Markdown."""
     found, base, comparison = facts["numbers"], facts["base"], facts["comparison"]
     stored = "" if config.quantize is None else f", base stored in {config.quantize}"
-    smoothed = f" (with label smoothing {config.train.label_smoothing:g})" if config.train.label_smoothing else ""
+    smoothed = (
+        f" (with label smoothing {config.train.label_smoothing:g})" if config.train.label_smoothing else ""
+    )
     rows = {
         "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
-        "method": f"`{configs.method_value(config.method)}` on {', '.join(f'`{pattern}`' for pattern in config.targets)}{stored}",
-        "trainable parameters": f"{facts['trainable']:,} ({facts['trainable'] / base['parameters']:.3%} of the base)",
-        "sizes": f"base {_megabytes(facts['bytes']['base'])}, what trains {_megabytes(facts['bytes']['delta'])}",
+        "method": (
+            f"`{configs.method_value(config.method)}` on "
+            f"{', '.join(f'`{pattern}`' for pattern in config.targets)}{stored}"
+        ),
+        "trainable parameters": f"{facts['trainable']:,} "
+        f"({facts['trainable'] / base['parameters']:.3%} of the base)",
+        "sizes": f"base {_megabytes(facts['bytes']['base'])}, "
+        f"what trains {_megabytes(facts['bytes']['delta'])}",
         "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
-        "steps": f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens each",
-        "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after (best {found['best_valid_loss']:.4f})",
+        "steps": (
+            f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens "
+            "each"
+        ),
+        "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after "
+        f"(best {found['best_valid_loss']:.4f})",
         "last training loss": f"{found['train_loss']:.4f}{smoothed}",
         "exported": facts["result"],
-        "time": f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax {facts['jax']}",
-        "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, largest logit {comparison['max_logit']:.1f}",
+        "time": (
+            f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax "
+            f"{facts['jax']}"
+        ),
+        "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, "
+        f"largest logit {comparison['max_logit']:.1f}",
         "merged, in PyTorch": _in_pytorch(comparison["pytorch"]),
         "command": f"`{facts['command']}`",
         "data": f"fingerprint `{facts['data']}`",
@@ -106,9 +132,21 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
     lines += ["", "![loss](figures/loss.png)", ""]
-    lines += ["`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the adapter and the"]
-    lines += ["optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of the curve.", _adapter(facts["adapter"]), ""]
-    lines += [*_scores(facts["scores"], config), *_cost(facts["cost"]), *_samples(facts["samples"], config.decode)]
+    lines += [
+        "`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the "
+        "adapter and the"
+    ]
+    lines += [
+        "optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of "
+        "the curve.",
+        _adapter(facts["adapter"]),
+        "",
+    ]
+    lines += [
+        *_scores(facts["scores"], config),
+        *_cost(facts["cost"]),
+        *_samples(facts["samples"], config.decode),
+    ]
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
 
@@ -116,14 +154,20 @@ def render(config: Config, facts: dict[str, Any]) -> str:
 def _in_pytorch(found: dict[str, Any] | None) -> str:
     if found is None:
         return "not tried: PyTorch is not installed"
-    return f"largest difference of a logit {found['max_difference']:.2e}; missing and unexpected keys: {', '.join(found['keys']) or 'none'}"
+    return (
+        f"largest difference of a logit {found['max_difference']:.2e}; missing and unexpected keys: "
+        f"{', '.join(found['keys']) or 'none'}"
+    )
 
 
 def _adapter(files: dict[str, Any]) -> str:
     if files["bytes"] is None:
         return f"There is no `adapter/`: {files['missing']}."
     size, merged = _megabytes(files["bytes"]), _megabytes(files["merged_bytes"])
-    return f"`adapter/` is what was trained, in PEFT's format: a file of {size}, beside the merged model's {merged}."
+    return (
+        f"`adapter/` is what was trained, in PEFT's format: a file of {size}, beside the merged model's "
+        f"{merged}."
+    )
 
 
 def _source(config: Config) -> list[str]:
@@ -133,7 +177,9 @@ def _source(config: Config) -> list[str]:
     else:
         words = f"Row: {', '.join(part for part in (source.paper, source.table, source.row) if part)}."
         if source.expected:
-            words += f" Published: {', '.join(f'{name} {value:g}' for name, value in source.expected.items())}."
+            words += (
+                f" Published: {', '.join(f'{name} {value:g}' for name, value in source.expected.items())}."
+            )
     return [f"{words} {source.note}" if source.note else words]
 
 
@@ -149,26 +195,61 @@ def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[
     if not scores:
         return []
     names = list(scores["after"])
-    rows = {words: scores[key] for key, words in (("before", "base, untouched"), ("after", "this run")) if key in scores}
+    rows = {
+        words: scores[key]
+        for key, words in (("before", "base, untouched"), ("after", "this run"))
+        if key in scores
+    }
     lines = ["## Scores (test inputs)", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {words} | {' | '.join(_as_printed(name, found[name]) for name in names)} |" for words, found in rows.items()]
-    if config.source.expected:
-        lines += [f"| published | {' | '.join(f'{config.source.expected[name]:g}' if name in config.source.expected else '-' for name in names)} |"]
-    lines += ["", "`python -m experiments score e2e --refs references.txt --hyps predictions.txt` gives these numbers again; BLEU, METEOR and"]
-    return [*lines, "ROUGE-L are percentages here. A dash under METEOR: java or its package was not there.", ""]
+    lines += [
+        f"| {words} | {' | '.join(_as_printed(name, found[name]) for name in names)} |"
+        for words, found in rows.items()
+    ]
+    expected = config.source.expected
+    if expected:
+        lines += [
+            "| published |  | ".join(f"{expected[name]:g}" if name in expected else "-" for name in names)
+            + " |"
+        ]
+    lines += [
+        "",
+        "`python -m experiments score e2e --refs references.txt --hyps predictions.txt` gives these numbers "
+        "again; BLEU, METEOR and",
+    ]
+    return [
+        *lines,
+        "ROUGE-L are percentages here. A dash under METEOR: java or its package was not there.",
+        "",
+    ]
 
 
 def _cost(cost: dict[str, dict[str, float]]) -> list[str]:
     if not cost:
         return []
     ours, full = cost["this run"], cost["full fine-tuning"]
-    shown = {"bytes": _megabytes, "optimiser bytes": _megabytes, "seconds": "{:.3f} s".format, "FLOPs": "{:.3g}".format}
+    shown = {
+        "bytes": _megabytes,
+        "optimiser bytes": _megabytes,
+        "seconds": "{:.3f} s".format,
+        "FLOPs": "{:.3g}".format,
+    }
     words = {"bytes": "memory", "optimiser bytes": "optimiser state", "seconds": f"time (median of {STEPS})"}
-    lines = ["## A training step, beside full fine-tuning's", "", "| | this run | full fine-tuning | ratio |", "|---|---|---|---|"]
+    lines = [
+        "## A training step, beside full fine-tuning's",
+        "",
+        "| | this run | full fine-tuning | ratio |",
+        "|---|---|---|---|",
+    ]
     for name in ours:
         cells = [shown.get(name, "{:,}".format)(value) for value in (ours[name], full[name])]
         lines.append(f"| {words.get(name, name)} | {' | '.join(cells)} | {ours[name] / full[name]:.3f} |")
-    return [*lines, "", "Memory and FLOPs are the compiler's figures for a whole step on one device; the times were measured one after the other.", ""]
+    return [
+        *lines,
+        "",
+        "Memory and FLOPs are the compiler's figures for a whole step on one device; the times were "
+        "measured one after the other.",
+        "",
+    ]
 
 
 def _megabytes(count: float) -> str:
@@ -178,25 +259,44 @@ def _megabytes(count: float) -> str:
 def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
     if not samples:
         return []
-    how = "drawn" if section.sample else "greedy decoding" if section.beams == 1 else f"beam search, width {section.beams}"
+    how = (
+        "drawn"
+        if section.sample
+        else "greedy decoding"
+        if section.beams == 1
+        else f"beam search, width {section.beams}"
+    )
     lines = [f"## Samples ({how}, test inputs)", ""]
     for sample in samples:
-        lines += [f"**{sample['input']}**", "", f"- before: {sample['before']}", f"- after: {sample['after']}"]
+        lines += [
+            f"**{sample['input']}**",
+            "",
+            f"- before: {sample['before']}",
+            f"- after: {sample['after']}",
+        ]
         lines += [f"- a person: {text}" for text in sample["references"][:1]] + [""]
     return lines
 
 
 def table(workdirs: Sequence[Path]) -> str:
     """One line a finished run, as Markdown. Raises `ValueError` for a directory that holds none."""
-    lines = ["| run | trainable | steps | validation loss before | after | BLEU before | after | s/step | merged - adapted |", "|---" * 9 + "|"]
+    lines = [
+        "| run | trainable | steps | validation loss before | after | BLEU before | after | s/step | merged "
+        "- adapted |",
+        "|---" * 9 + "|",
+    ]
     for workdir in workdirs:
         if not (workdir / "report.md").is_file():
             raise ValueError(f"`{workdir}` holds no finished run")
         facts, name = json.loads((workdir / "report.json").read_text("utf-8")), _name(workdir)
-        found, scores = facts["numbers"], facts.get("scores", {})  # pretraining has none, nor had older reports
+        found, scores = (
+            facts["numbers"],
+            facts.get("scores", {}),
+        )  # pretraining has none, nor had older reports
         bleu = [_as_printed("BLEU", scores.get(when, {}).get("BLEU")) for when in ("before", "after")]
         lines.append(
-            f"| {name} | {facts['trainable']:,} | {found['steps']:,} | {found['first_valid_loss']:.4f} | {found['valid_loss']:.4f} | {' | '.join(bleu)} | "
+            f"| {name} | {facts['trainable']:,} | {found['steps']:,} | {found['first_valid_loss']:.4f} | "
+            f"{found['valid_loss']:.4f} | {' | '.join(bleu)} | "
             f"{found['median_seconds_per_step']:.3f} | {facts['comparison']['max_difference']:.1e} |"
         )
     return "\n".join(lines)

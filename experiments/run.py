@@ -1,7 +1,7 @@
 """One config from nothing to a finished work directory; started again, it goes on where it stopped.
 
-What can be wrong with the input is found before the run begins: before a base is trained, where its config says enough.
-`config.json` marks a directory as a run's own, `report.md`, written last, marks it as finished.
+What can be wrong with the input is found before the run begins: before a base is trained, where its config
+says enough. `config.json` marks a directory as a run's own, `report.md`, written last, marks it as finished.
 """
 
 import contextlib
@@ -17,27 +17,40 @@ import jax
 import numpy as np
 
 import lora_jax
-from experiments import base as bases
-from experiments import config as configs
-from experiments import cost, finish, precision, processes, report, tasks, train
+from experiments import (
+    base as bases,
+    config as configs,
+    cost,
+    finish,
+    precision,
+    processes,
+    report,
+    tasks,
+    train,
+)
 from experiments.config import Config
 from experiments.decode import Decoder
 from experiments.progress import Record
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
-from lora_jax.checkpoint import Checkpoints, NoneIntact, State, fingerprint
+from lora_jax.checkpoint import Checkpoints, fingerprint, NoneIntact, State
 
-# What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer trained for it, and what a
-# crash left of the last two.
+
+# What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer
+# trained for it, and what a crash left of the last two.
 BEFOREHAND = {"base", "data", "tokenizer", "tokenizer.tmp", "config.json.tmp"}
 
 
-def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_after: int | None = None) -> Path:
-    """Trains, exports and reports as `config` says, or goes on with it, in `workdir`. SIGTERM while it trains: saves, and returns.
+def run(
+    config: Config, config_path: Path, data: Path, workdir: Path, *, stop_after: int | None = None
+) -> Path:
+    """Trains, exports and reports as `config` says, or goes on with it, in `workdir`. SIGTERM while it
+    trains: saves, and returns.
 
-    Several processes that found each other call it alike, and run as one. `stop_after` ends training after that many steps, for tests of
-    resuming. Raises `ValueError` for a directory that holds another config's run, or for a run whose base, config or data has changed; it
-    is left as it was. The mesh may change: numbers then agree as far as float32 rounds, and not bit for bit.
+    Several processes that found each other call it alike, and run as one. `stop_after` ends training after
+    that many steps, for tests of resuming. Raises `ValueError` for a directory that holds another config's
+    run, or for a run whose base, config or data has changed; it is left as it was. The mesh may change:
+    numbers then agree as far as float32 rounds, and not bit for bit.
     """
     resolved = configs.to_json(config)
     if processes.by_first(lambda: is_finished(workdir, resolved)):
@@ -51,12 +64,17 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path, *, stop_af
         _finish(ready, state, config, workdir)
         processes.say(f"{config.name}: finished, see {workdir / 'report.md'}")
     elif stop_after is None:
-        processes.say(f"{config.name}: stopped after step {state.step}, as asked, and saved: the same command goes on from there")
+        processes.say(
+            f"{config.name}: stopped after step {state.step}, as asked, and saved: the same command goes on "
+            "from there"
+        )
     return workdir
 
 
 class _Ready(NamedTuple):
-    """What a run needs before its first step. `first`: the state there; `base`: as it is on the mesh, `specs` its layout."""
+    """What a run needs before its first step. `first`: the state there; `base`: as it is on the mesh,
+    `specs` its layout.
+    """
 
     base: bases.Loaded
     specs: Any
@@ -68,7 +86,9 @@ class _Ready(NamedTuple):
 
 
 def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _Ready | None:
-    """Finds what is wrong with the input, the cheap things first; None if the base is not finished, having been asked to stop."""
+    """Finds what is wrong with the input, the cheap things first; None if the base is not finished,
+    having been asked to stop.
+    """
     mesh = train.make_mesh(config.mesh)
     _check_against_shapes(config, config_path)
     processes.check_shared(workdir)
@@ -79,32 +99,50 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
     base_run = _run_base(config, config_path, data, workdir)
     if base_run is not None and not processes.by_first((base_run / "report.md").is_file):
         return None
-    keys = dict(zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
+    keys = dict(
+        zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True)
+    )
     own_tokenizer = None
     if config.base.vocabulary is not None:
         own_tokenizer = workdir / "tokenizer"
-        processes.by_first(lambda: str(tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer)))
-    base = bases.load(config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision)
+        processes.by_first(
+            lambda: str(tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer))
+        )
+    base = bases.load(
+        config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision
+    )
     _check_room(config, base.model.config.n_positions)
     splits = tasks.prepare(config.data, contents, base.tokenizer)
     decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
 
-    identity = {"base": fingerprint(base.params), "config": _digest(config), "data": _data_fingerprint(splits)}
+    identity = {
+        "base": fingerprint(base.params),
+        "config": _digest(config),
+        "data": _data_fingerprint(splits),
+    }
     params, specs = train.place(mesh, base.params, base.model.partition_rules)
     base = dataclasses.replace(base, params=params)
-    frozen, delta = lora_jax.lorafy(params, list(config.targets), method=precision.method(config), key=keys["adapter"])
+    frozen, delta = lora_jax.lorafy(
+        params, list(config.targets), method=precision.method(config), key=keys["adapter"]
+    )
     trainer = train.Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
-    return _Ready(base, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity)
+    return _Ready(
+        base, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
+    )
 
 
-def _train(ready: _Ready, config: Config, workdir: Path, resolved: dict[str, Any], stop_after: int | None) -> State:
+def _train(
+    ready: _Ready, config: Config, workdir: Path, resolved: dict[str, Any], stop_after: int | None
+) -> State:
     """The state after the last step, or after that at which the run was stopped."""
     state = ready.first
     with _checkpoints(ready, config, workdir) as checkpoints:
         if checkpoints.latest() is not None:
             state = _restored(checkpoints, state, config)
         processes.by_first(lambda: _mark(workdir, resolved))
-        with Record(workdir, config.name, config.train.steps, state.step, silent=not processes.first()) as record:
+        with Record(
+            workdir, config.name, config.train.steps, state.step, silent=not processes.first()
+        ) as record:
             return ready.trainer.fit(state, ready.splits, checkpoints, record, stop_after)
 
 
@@ -112,7 +150,9 @@ def _restored(checkpoints: Checkpoints, first: State, config: Config) -> State:
     try:
         state = checkpoints.restore(first.delta, first.opt_state)
     except NoneIntact as error:
-        processes.say(f"{config.name}: {error}. They are put aside, and it begins again, which comes to the same")
+        processes.say(
+            f"{config.name}: {error}. They are put aside, and it begins again, which comes to the same"
+        )
         checkpoints.put_aside()
         return first
     processes.say(f"{config.name}: resuming after step {state.step}")
@@ -120,7 +160,12 @@ def _restored(checkpoints: Checkpoints, first: State, config: Config) -> State:
 
 
 def _checkpoints(ready: _Ready, config: Config, workdir: Path) -> Checkpoints:
-    return Checkpoints(workdir / "checkpoints", identity=ready.identity, keep=config.train.keep_checkpoints, keep_best=config.train.result == "best")
+    return Checkpoints(
+        workdir / "checkpoints",
+        identity=ready.identity,
+        keep=config.train.keep_checkpoints,
+        keep_best=config.train.result == "best",
+    )
 
 
 def _mark(workdir: Path, resolved: dict[str, Any]) -> None:
@@ -140,7 +185,11 @@ def _finish(ready: _Ready, state: State, config: Config, workdir: Path) -> None:
         chosen, delta = finish.chosen(checkpoints, state, config.train)
     merged = finish.export(trainer, delta, ready.base, workdir / "merged")
     facts: dict[str, Any] = {
-        "base": {"origin": ready.base.origin, "fingerprint": ready.identity["base"], "parameters": _size(ready.base.params)},
+        "base": {
+            "origin": ready.base.origin,
+            "fingerprint": ready.identity["base"],
+            "parameters": _size(ready.base.params),
+        },
         "data": ready.identity["data"],
         "trainable": lora_jax.count(delta),
         "summary": _summary(ready.base.params, delta),
@@ -150,14 +199,18 @@ def _finish(ready: _Ready, state: State, config: Config, workdir: Path) -> None:
         "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
         **finish.predict(ready.decoder, ready.base.params, merged, workdir),
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
-        "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train) if config.compare_full else {},
+        "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train)
+        if config.compare_full
+        else {},
         "finishing_seconds": time.perf_counter() - started,
     }
     processes.by_first(lambda: report.write(workdir, config, facts))
 
 
 def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
-    """Whether `workdir` holds the finished run of this config. Raises `ValueError` if it holds anything of another."""
+    """Whether `workdir` holds the finished run of this config. Raises `ValueError` if it holds anything
+    of another.
+    """
     kept = workdir / "config.json"
     if kept.is_file():
         try:
@@ -167,15 +220,24 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
         # Where the arrays lie changes no result beyond rounding.
         found = configs.difference(_but_mesh(configs.with_defaults(old)), _but_mesh(resolved))
         if found:
-            raise ValueError(f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config it was started with")
+            raise ValueError(
+                f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config "
+                "it was started with"
+            )
         return (workdir / "report.md").is_file()
-    if workdir.exists() and (not workdir.is_dir() or {entry.name for entry in workdir.iterdir() if not entry.name.startswith(processes.MARK)} - BEFOREHAND):
+    if workdir.exists() and (
+        not workdir.is_dir()
+        or {entry.name for entry in workdir.iterdir() if not entry.name.startswith(processes.MARK)}
+        - BEFOREHAND
+    ):
         raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir")
     return False
 
 
 def _check_against_shapes(config: Config, config_path: Path) -> None:
-    """What a base that is still to be trained already says: whether sequences have room, and whether `targets` name leaves of it."""
+    """What a base that is still to be trained already says: whether sequences have room, and whether
+    `targets` name leaves of it.
+    """
     described = config
     while described.base.run is not None:
         config_path = config_path.parent / described.base.run
@@ -190,7 +252,10 @@ def _check_against_shapes(config: Config, config_path: Path) -> None:
 
 def _check_room(config: Config, positions: int) -> None:
     if config.data.seq_len > positions:
-        raise ValueError(f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} positions")
+        raise ValueError(
+            f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} "
+            "positions"
+        )
 
 
 def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> Path | None:
@@ -200,7 +265,9 @@ def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> P
     path = config_path.parent / config.base.run
     described = configs.load(path)
     if jax.process_count() > 1:
-        described = dataclasses.replace(described, mesh=config.mesh)  # its own need not have all devices of all processes
+        described = dataclasses.replace(
+            described, mesh=config.mesh
+        )  # its own need not have all devices of all processes
     return run(described, path, data, (workdir / config.base.workdir).resolve())
 
 
@@ -215,7 +282,9 @@ def _but_mesh(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(config: Config) -> str:
-    return hashlib.sha256(json.dumps(_but_mesh(configs.but_defaults(config)), sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps(_but_mesh(configs.but_defaults(config)), sort_keys=True).encode()
+    ).hexdigest()[:32]
 
 
 def _data_fingerprint(splits: Splits) -> str:

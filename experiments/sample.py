@@ -1,4 +1,6 @@
-"""Drawing the next token: temperature, then the likeliest k, then the fewest that hold p (nucleus sampling, Holtzman et al. 2020)."""
+"""Drawing the next token: temperature, then the likeliest k, then the fewest that hold p (nucleus
+sampling, Holtzman et al. 2020).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,9 @@ from experiments.config import Sample
 
 
 def draw(section: Sample, key: jax.Array, logits_V: jax.Array) -> jax.Array:
-    """One token of the distribution that `section` describes. Of equal logits at an edge the lower tokens stay."""
+    """One token of the distribution that `section` describes. Of equal logits at an edge the lower tokens
+    stay.
+    """
     logits_V = logits_V / section.temperature
     if section.top_k is None and section.top_p is None:
         return jax.random.categorical(key, logits_V).astype(jnp.int32)

@@ -1,12 +1,14 @@
-"""The compiled search for continuations: beam search as LoRA's authors do it, of which greedy decoding and drawing are cases.
+"""The compiled search for continuations: beam search as LoRA's authors do it, of which greedy decoding and
+drawing are cases.
 
-The beams of a context stand in one row of the cache and are the tokens of one call of the model: each step appends a slot a
-beam, and a beam sees the prompt's slots and those of its own ancestors. So a prompt's keys and values are stored and read once for
-all beams, and when beams are reordered only that record of ancestors moves. Letters: B contexts, P prompt tokens, N beams (one
-before the first token, then `beams`), T `max_tokens`, S slots, V vocabulary.
+The beams of a context stand in one row of the cache and are the tokens of one call of the model: each step
+appends a slot a beam, and a beam sees the prompt's slots and those of its own ancestors. So a prompt's keys
+and values are stored and read once for all beams, and when beams are reordered only that record of ancestors
+moves. Letters: B contexts, P prompt tokens, N beams (one before the first token, then `beams`), T
+`max_tokens`, S slots, V vocabulary.
 
-Differences from `transformers`: the ban looks at generated tokens only, and the places of ended beams are not filled from beyond the top
-`beams`. Ties go to the lower beam, then to the lower token.
+Differences from `transformers`: the ban looks at generated tokens only, and the places of ended beams are not
+filled from beyond the top `beams`. Ties go to the lower beam, then to the lower token.
 """
 
 import functools
@@ -31,16 +33,26 @@ class Beams(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "section", "end"))
 def search(
-    model: Any, params: Any, prompt_BxP: jax.Array, mask_BxP: jax.Array, keys_B: jax.Array | None, *, section: Decode, end: tuple[int, ...]
+    model: Any,
+    params: Any,
+    prompt_BxP: jax.Array,
+    mask_BxP: jax.Array,
+    keys_B: jax.Array | None,
+    *,
+    section: Decode,
+    end: tuple[int, ...],
 ) -> jax.Array:
-    """The best continuation of each row of `prompt`, (B, max_tokens), its end token included and then repeated.
+    """The best continuation of each row of `prompt`, (B, max_tokens), its end token included and then
+    repeated.
 
-    Prompts are padded on the left, where `mask` is 0, so that all rows write their next tokens in the same slots. `keys`: a random key
-    a row, where `section.sample` is given.
+    Prompts are padded on the left, where `mask` is 0, so that all rows write their next tokens in the same
+    slots. `keys`: a random key a row, where `section.sample` is given.
     """
     batch, width = prompt_BxP.shape
     most, count = section.max_tokens, section.beams
-    logits_Bx1xV, cache = model.apply({"params": params}, prompt_BxP, mask_BxP, cache=model.init_cache(batch, width), last_only=True)
+    logits_Bx1xV, cache = model.apply(
+        {"params": params}, prompt_BxP, mask_BxP, cache=model.init_cache(batch, width), last_only=True
+    )
     cache = cache.extended(count * most)
     length_Bx1 = mask_BxP.astype(jnp.int32).sum(-1, keepdims=True)
     penalties = _penalties(section)
@@ -50,7 +62,8 @@ def search(
     visible_BxNxS = _of_parents(cache.mask[:, None], parents_BxN)
 
     def undecided(carry: tuple) -> jax.Array:
-        # No score grows, so what lives can at most be divided by the largest penalty left; where that does not beat the best, nothing will.
+        # No score grows, so what lives can at most be divided by the largest penalty left; where that does
+        # not beat the best, nothing will.
         step, beams = carry[:2]
         reachable_B = beams.scores.max(-1) / jnp.maximum(penalties[step], penalties[-1])
         return (step < most) & jnp.any(reachable_B > beams.best_score)
@@ -61,17 +74,23 @@ def search(
         visible_BxNxS = visible_BxNxS | own_NxS[None]
         positions_BxN = jnp.broadcast_to(length_Bx1 + step - 1, (batch, count))
         last_BxN = jax.lax.dynamic_index_in_dim(beams.tokens, step - 1, axis=-1, keepdims=False)
-        logits_BxNxV, cache = model.apply({"params": params}, last_BxN, position_ids=positions_BxN, cache=cache, visible=visible_BxNxS)
+        logits_BxNxV, cache = model.apply(
+            {"params": params}, last_BxN, position_ids=positions_BxN, cache=cache, visible=visible_BxNxS
+        )
         beams, parents_BxN = _extend(beams, logits_BxNxV, step, keys_B, section, end)
         return step + 1, beams, _of_parents(visible_BxNxS, parents_BxN), cache
 
-    _, beams, *_ = jax.lax.while_loop(undecided, another, (jnp.ones((), jnp.int32), beams, visible_BxNxS, cache))
+    _, beams, *_ = jax.lax.while_loop(
+        undecided, another, (jnp.ones((), jnp.int32), beams, visible_BxNxS, cache)
+    )
     return _keep_best(beams, jnp.ones((batch, count), bool), penalties[-1]).best
 
 
 def _penalties(section: Decode) -> jax.Array:
     """length ** length_penalty for the lengths 1 to `max_tokens`, rounded once."""
-    return jnp.asarray(np.arange(1, section.max_tokens + 1, dtype=np.float64) ** section.length_penalty, jnp.float32)
+    return jnp.asarray(
+        np.arange(1, section.max_tokens + 1, dtype=np.float64) ** section.length_penalty, jnp.float32
+    )
 
 
 def _of_parents(x_BxMxE: jax.Array, parents_BxN: jax.Array) -> jax.Array:
@@ -79,13 +98,21 @@ def _of_parents(x_BxMxE: jax.Array, parents_BxN: jax.Array) -> jax.Array:
 
 
 def _extend(
-    beams: Beams, logits_BxMxV: jax.Array, step: jax.Array | int, keys_B: jax.Array | None, section: Decode, end: tuple[int, ...]
+    beams: Beams,
+    logits_BxMxV: jax.Array,
+    step: jax.Array | int,
+    keys_B: jax.Array | None,
+    section: Decode,
+    end: tuple[int, ...],
 ) -> tuple[Beams, jax.Array]:
-    """Every context's beams with a token more, its number being `step`, and which beam each comes from, (B, N)."""
+    """Every context's beams with a token more, its number being `step`, and which beam each comes from,
+    (B, N).
+    """
     logits_BxMxV = logits_BxMxV.astype(jnp.float32)
     if section.no_repeat_ngram is not None:
         logits_BxMxV = _ban_repeats(logits_BxMxV, beams.tokens, step, section.no_repeat_ngram)
-    # The ban comes first: what is left shares the whole probability. Without a token left a beam ends, rather than become NaN.
+    # The ban comes first: what is left shares the whole probability. Without a token left a beam ends, rather
+    # than become NaN.
     log_p_BxMxV = jnp.where(jnp.isneginf(logits_BxMxV), -jnp.inf, jax.nn.log_softmax(logits_BxMxV))
     if section.sample is not None:
         keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
@@ -99,11 +126,15 @@ def _extend(
         parents_BxN, chosen_BxN = flat_BxN // vocabulary, flat_BxN % vocabulary
     tokens_BxNxT = _of_parents(beams.tokens, parents_BxN).at[:, :, step].set(chosen_BxN)
     ended_BxN = jnp.isin(chosen_BxN, jnp.asarray(end, jnp.int32))
-    return _keep_best(beams._replace(tokens=tokens_BxNxT, scores=scores_BxN), ended_BxN, _penalties(section)[step]), parents_BxN
+    return _keep_best(
+        beams._replace(tokens=tokens_BxNxT, scores=scores_BxN), ended_BxN, _penalties(section)[step]
+    ), parents_BxN
 
 
 def _keep_best(beams: Beams, ended_BxN: jax.Array, penalty: jax.Array) -> Beams:
-    """Ends the given beams: the best of them is kept where it beats the best before, and none of them goes on."""
+    """Ends the given beams: the best of them is kept where it beats the best before, and none of them
+    goes on.
+    """
     final_BxN = jnp.where(ended_BxN, beams.scores / penalty, -jnp.inf)
     score_B = final_BxN.max(-1)
     tokens_BxT = _of_parents(beams.tokens, final_BxN.argmax(-1)[:, None])[:, 0]
@@ -116,12 +147,17 @@ def _keep_best(beams: Beams, ended_BxN: jax.Array, penalty: jax.Array) -> Beams:
     )
 
 
-def _ban_repeats(logits_BxMxV: jax.Array, tokens_BxMxT: jax.Array, step: jax.Array | int, size: int) -> jax.Array:
-    """-inf for each token that would end the beam's `step` tokens with `size` of them that it holds already."""
+def _ban_repeats(
+    logits_BxMxV: jax.Array, tokens_BxMxT: jax.Array, step: jax.Array | int, size: int
+) -> jax.Array:
+    """-inf for each token that would end the beam's `step` tokens with `size` of them that it holds
+    already.
+    """
     starts = tokens_BxMxT.shape[-1] - size + 1
     if starts < 1:
         return logits_BxMxV
-    # With fewer than `size` tokens there is no earlier one: the slice is then somewhere, and `whole` nowhere true.
+    # With fewer than `size` tokens there is no earlier one: the slice is then somewhere, and `whole` nowhere
+    # true.
     recent_BxMxR = jax.lax.dynamic_slice_in_dim(tokens_BxMxT, step - (size - 1), size - 1, axis=-1)
     whole_W = jnp.arange(starts) + size <= step
     found_BxMxW = jnp.broadcast_to(whole_W, (*tokens_BxMxT.shape[:2], starts))

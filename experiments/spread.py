@@ -1,9 +1,10 @@
 """Activations that stay split by example.
 
-Embeddings are stored split by feature over `fsdp`. Left alone, XLA takes what is looked up to be split that way too, and carries it
-through all layers: every product of a weight is then a sum over devices, and each device attends for all examples of its group. GPT-3 175B
-on 64 devices, in bfloat16 under jax 0.10, comes to 431 GiB of temporaries a device, and to 31 GiB with what is done here. Left out:
-the layers themselves, which follow.
+Embeddings are stored split by feature over `fsdp`. Left alone, XLA takes what is looked up to be split that
+way too, and carries it through all layers: every product of a weight is then a sum over devices, and each
+device attends for all examples of its group. GPT-3 175B on 64 devices, in bfloat16 under jax 0.10, comes to
+431 GiB of temporaries a device, and to 31 GiB with what is done here. Left out: the layers themselves, which
+follow.
 """
 
 import math
@@ -12,8 +13,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
 
 # Examples lie along both of these; weights along `fsdp` are gathered where they are used.
 EXAMPLES = ("data", "fsdp")
@@ -29,7 +30,11 @@ def spread(apply: Callable, mesh: Mesh) -> Callable:
 
     def of_embeddings(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         found = call(*args, **kwargs)
-        if not isinstance(context.module, nn.Embed) or context.method_name != "__call__" or found.shape[0] % parts:
+        if (
+            not isinstance(context.module, nn.Embed)
+            or context.method_name != "__call__"
+            or found.shape[0] % parts
+        ):
             return found
         return jax.lax.with_sharding_constraint(found, by_example)
 

@@ -1,8 +1,8 @@
 """From JSON to frozen dataclasses, refusing whatever the dataclasses do not say.
 
-A config key that is spelled wrong must not leave a default in its place, so every key has to be a field, every field without a
-default has to be given, and every value has to have the field's type. Errors name the key with its dots (`train.lr`), as
-`--set` takes it. Left out: everything JSON cannot hold.
+A config key that is spelled wrong must not leave a default in its place, so every key has to be a field,
+every field without a default has to be given, and every value has to have the field's type. Errors name the
+key with its dots (`train.lr`), as `--set` takes it. Left out: everything JSON cannot hold.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ def build(kind: Any, value: Any, key: str = "") -> Any:
     if origin is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise ValueError(f"{_name(key)} must be {_one_of(choices)}, got {_show(value)}{nearest(value, choices)}")
+            raise ValueError(
+                f"{_name(key)} must be {_one_of(choices)}, got {_show(value)}{nearest(value, choices)}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -54,7 +56,13 @@ def _build_scalar(kind: type, value: Any, key: str) -> Any:
     if kind is type(None) and value is None:
         return None
     if type(value) is not kind:
-        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+        names = {
+            int: "an integer",
+            float: "a number",
+            bool: "true or false",
+            str: "a string",
+            type(None): "null",
+        }
         raise _wrong(key, names[kind], value)
     return value
 
@@ -96,7 +104,9 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name in value:
         if name not in fields:
-            raise ValueError(f"unknown key `{prefix}{name}`{nearest(name, fields, prefix)} (known: {', '.join(fields)})")
+            raise ValueError(
+                f"unknown key `{prefix}{name}`{nearest(name, fields, prefix)} (known: {', '.join(fields)})"
+            )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
@@ -124,6 +134,12 @@ def _one_of(choices: Any) -> str:
 
 
 def _wrong(key: str, expected: str, value: Any) -> TypeError:
-    kinds = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
+    kinds = {
+        "NoneType": "null",
+        "dict": "an object",
+        "list": "a list",
+        "str": "a string",
+        "bool": "a boolean",
+    }
     kind = kinds.get(type(value).__name__, type(value).__name__)
     return TypeError(f"{_name(key)} must be {expected}, got {_show(value)} ({kind})")

@@ -1,8 +1,10 @@
-"""The training loop: one compiled step over a mesh, checkpoints, and nothing that a resumed run would do differently.
+"""The training loop: one compiled step over a mesh, checkpoints, and nothing that a resumed run would do
+differently.
 
-What a step does depends on (config, base, data, step) and on nothing else: its examples come from `order`, its random key is the
-run's key folded with the step, its rate from the schedule. The batch, and activations with it, is split over the mesh's data and fsdp
-axes, weights over fsdp and tensor, and the optimiser's moments follow the arrays they belong to.
+What a step does depends on (config, base, data, step) and on nothing else: its examples come from `order`,
+its random key is the run's key folded with the step, its rate from the schedule. The batch, and activations
+with it, is split over the mesh's data and fsdp axes, weights over fsdp and tensor, and the optimiser's
+moments follow the arrays they belong to.
 """
 
 import functools
@@ -16,14 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import loss as losses
-from experiments import optimizer, order, precision, processes
-from experiments.config import Config
-from experiments.config import Mesh as MeshSection
+from experiments import loss as losses, optimizer, order, precision, processes
+from experiments.config import Config, Mesh as MeshSection
 from experiments.due import due
 from experiments.guards import BY, Guards, not_finite_steps
 from experiments.preemption import Asked
@@ -33,14 +32,18 @@ from experiments.step import compiled_for, step_of
 from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
-from lora_jax.sharding import Rules, delta_specs, frozen_specs, gather_codes, partition_specs, shardings
+from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings
 
-# A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each are spread.
+
+# A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each
+# are spread.
 BATCH = P(None, EXAMPLES, None)
 
 
 def make_mesh(section: MeshSection) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over the first devices, or over all of several processes; one device is the trivial mesh."""
+    """A mesh with the axes data, fsdp and tensor over the first devices, or over all of several
+    processes; one device is the trivial mesh.
+    """
     shape = (section.data, section.fsdp, section.tensor)
     count, devices = math.prod(shape), jax.devices()
     asked = f"`mesh` {section.data} x {section.fsdp} x {section.tensor}"
@@ -48,8 +51,10 @@ def make_mesh(section: MeshSection) -> Mesh:
         raise ValueError(f"{asked} needs {count} devices, but there are {len(devices)}")
     if jax.process_count() > 1 and count < len(devices):
         raise ValueError(
-            f"{asked} takes {count} devices, and the {jax.process_count()} processes have {len(devices)}, of which none may be idle: "
-            f"set `mesh.data` to {len(devices) // (section.fsdp * section.tensor)}, for example, or start fewer processes"
+            f"{asked} takes {count} devices, and the {jax.process_count()} processes have {len(devices)}, "
+            "of which none may be idle: "
+            f"set `mesh.data` to {len(devices) // (section.fsdp * section.tensor)}, for example, or start "
+            "fewer processes"
         )
     return Mesh(np.asarray(devices[:count]).reshape(shape), ("data", "fsdp", "tensor"))
 
@@ -62,7 +67,8 @@ def place(mesh: Mesh, params: Any, rules: Rules) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything of a run that stays the same: the adapted forward pass, the update rule, the mesh and the frozen weights.
+    """Everything of a run that stays the same: the adapted forward pass, the update rule, the mesh and the
+    frozen weights.
 
     `penalty` is a part of the loss that depends on what trains alone.
     """
@@ -75,44 +81,78 @@ class Trainer:
     penalty: Callable | None = None
 
     @classmethod
-    def create(cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any) -> "Trainer":
-        """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised ones, are placed as they are."""
+    def create(
+        cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any
+    ) -> "Trainer":
+        """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised
+        ones, are placed as they are.
+        """
         if config.quantize is not None:
             frozen = gather_codes(lora_jax.quantize(frozen, config.quantize, delta=delta), specs, mesh)
         frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
-        tx, budget = optimizer.for_adapters(config.optimizer, config.train, frozen, delta), config.optimizer.adalora
+        tx, budget = (
+            optimizer.for_adapters(config.optimizer, config.train, frozen, delta),
+            config.optimizer.adalora,
+        )
         penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)
-        return cls(config, mesh, lora_jax.adapt(spread(apply, mesh), reduce=config.precision.reduce), frozen, tx, penalty)
+        return cls(
+            config,
+            mesh,
+            lora_jax.adapt(spread(apply, mesh), reduce=config.precision.reduce),
+            frozen,
+            tx,
+            penalty,
+        )
 
     def of_full(self, frozen: Any) -> "Trainer":
         """The same for full fine-tuning: without the rules of a method."""
-        return replace(self, frozen=frozen, tx=optimizer.create(self.config.optimizer, self.config.train), penalty=None)
+        return replace(
+            self, frozen=frozen, tx=optimizer.create(self.config.optimizer, self.config.train), penalty=None
+        )
 
     def start(self, delta: Any, specs: Any, key: jax.Array) -> State:
         """The state before the first step, every array where it belongs on the mesh."""
         placed = shardings(self.mesh, delta_specs(delta, specs), delta)
         delta = precision.trained(delta, self.config.precision)
-        # Copied, since steps give these buffers away: a leaf that trains itself would otherwise be the base's own.
+        # Copied, since steps give these buffers away: a leaf that trains itself would otherwise be the base's
+        # own.
         delta = jax.tree.map(jnp.copy, jax.device_put(delta, placed))
-        layout = optimizer.state_shardings(self.tx, jax.eval_shape(self.tx.init, delta), placed, NamedSharding(self.mesh, P()))
+        layout = optimizer.state_shardings(
+            self.tx, jax.eval_shape(self.tx.init, delta), placed, NamedSharding(self.mesh, P())
+        )
         opt_state = jax.jit(self.tx.init, out_shardings=layout)(delta)
         return State(delta, opt_state, 0, (0, 0), key)
 
-    def loss(self, delta: Any, frozen: Any, batch: dict, key: jax.Array | None = None, smoothing: float = 0.0) -> tuple:
+    def loss(
+        self, delta: Any, frozen: Any, batch: dict, key: jax.Array | None = None, smoothing: float = 0.0
+    ) -> tuple:
         """Summed loss and number of counted tokens of one part of a batch; random only with a key."""
         params = lora_jax.combine(frozen, delta, key=key)
         logits = self.forward({"params": params}, batch["input_ids"])
-        return losses.masked_sum(logits, batch["labels"], batch["mask"], smoothing, self.config.precision.reduce)
+        return losses.masked_sum(
+            logits, batch["labels"], batch["mask"], smoothing, self.config.precision.reduce
+        )
 
     def compiled_step(self, state: State) -> Callable:
         """`step_of` this run's loss, compiled for arrays that lie as those of `state` do."""
         train = self.config.train
         smoothed = functools.partial(self.loss, smoothing=train.label_smoothing)
-        return compiled_for(step_of(smoothed, self.tx, train.accumulate, self.penalty, self.config.precision.reduce), state.delta, state.opt_state, self.mesh)
+        return compiled_for(
+            step_of(smoothed, self.tx, train.accumulate, self.penalty, self.config.precision.reduce),
+            state.delta,
+            state.opt_state,
+            self.mesh,
+        )
 
     def device_batch(self, examples: Any, indices: np.ndarray, accumulate: int = 1) -> dict[str, jax.Array]:
-        """These examples in `accumulate` parts, each spread over the mesh. A process reads the rows of its own devices; of `-1`, which is none, nothing is counted."""
-        rows, width, sharding = indices.reshape(accumulate, -1), examples.width(indices), NamedSharding(self.mesh, BATCH)
+        """These examples in `accumulate` parts, each spread over the mesh. A process reads the rows of
+        its own devices; of `-1`, which is none, nothing is counted.
+        """
+        rows, width, sharding = (
+            indices.reshape(accumulate, -1),
+            examples.width(indices),
+            NamedSharding(self.mesh, BATCH),
+        )
         read: dict[str, dict[str, np.ndarray]] = {}
 
         def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -128,21 +168,37 @@ class Trainer:
         return {name: make(functools.partial(part, name)) for name in ("input_ids", "labels", "mask")}
 
     def evaluate(self, compiled: Callable, delta: Any, examples: Any) -> float:
-        """Negative log-likelihood a counted token over the validation examples, without dropout or smoothing."""
+        """Negative log-likelihood a counted token over the validation examples, without dropout or
+        smoothing.
+        """
         total = count = 0.0
-        for indices in evaluation_batches(len(examples), self.config.train.batch, self.config.train.eval_batches):
+        for indices in evaluation_batches(
+            len(examples), self.config.train.batch, self.config.train.eval_batches
+        ):
             part = jax.tree.map(lambda array: array[0], self.device_batch(examples, indices))
             numbers = compiled(delta, self.frozen, part)
             total, count = total + float(numbers[0]), count + float(numbers[1])
         return float(losses.mean(total, count))
 
-    def fit(self, state: State, splits: Splits, checkpoints: Checkpoints, record: Record, stop_after: int | None = None) -> State:
-        """Trains from `state` to the last step, or until SIGTERM, after which it saves and returns what it has.
+    def fit(
+        self,
+        state: State,
+        splits: Splits,
+        checkpoints: Checkpoints,
+        record: Record,
+        stop_after: int | None = None,
+    ) -> State:
+        """Trains from `state` to the last step, or until SIGTERM, after which it saves and returns what it
+        has.
 
-        `stop_after` ends it early, after that step's checkpoint, as a lost machine would. Raises `NotFinite` as `train.not_finite` says.
+        `stop_after` ends it early, after that step's checkpoint, as a lost machine would. Raises `NotFinite`
+        as `train.not_finite` says.
         """
         train, config, size = self.config.train, self.config, len(splits.train)
-        step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=NamedSharding(self.mesh, P()))
+        step, evaluate = (
+            self.compiled_step(state),
+            jax.jit(self.loss, out_shardings=NamedSharding(self.mesh, P())),
+        )
         rate = optimizer.warmup_linear(train)
 
         def indices(done: int) -> np.ndarray:
@@ -152,16 +208,29 @@ class Trainer:
             return indices(done), splits.train.batch(indices(done))
 
         before = processes.by_first(lambda: not_finite_steps(record.directory, state.step))
-        guards = Guards(state.delta, record.directory, host_batch, skip=train.not_finite == "skip", say=record.note, before=before)
+        guards = Guards(
+            state.delta,
+            record.directory,
+            host_batch,
+            skip=train.not_finite == "skip",
+            say=record.note,
+            before=before,
+        )
         with Asked() as asked:
-            if state.step % train.eval_every == 0 and not processes.by_first(lambda: record.evaluated(state.step)):
+            if state.step % train.eval_every == 0 and not processes.by_first(
+                lambda: record.evaluated(state.step)
+            ):
                 record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
             started, since = time.perf_counter(), state.step
             for number in range(state.step, train.steps):
                 done = number + 1
                 batch = self.device_batch(splits.train, indices(done), train.accumulate)
-                delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number))
-                state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key)
+                delta, opt_state, numbers = step(
+                    state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number)
+                )
+                state = State(
+                    delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key
+                )
                 guards.add(done, numbers)
                 record.advance(done)
                 stop = asked()
@@ -171,7 +240,13 @@ class Trainer:
                 if now_due.log:
                     now = time.perf_counter()
                     values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
-                    record.log(done, **values, lr=float(rate(number - guards.skipped)), seconds_per_step=(now - started) / (done - since), tokens=int(numbers["tokens"]))
+                    record.log(
+                        done,
+                        **values,
+                        lr=float(rate(number - guards.skipped)),
+                        seconds_per_step=(now - started) / (done - since),
+                        tokens=int(numbers["tokens"]),
+                    )
                     started, since = now, done
                 valid_loss = None
                 if now_due.evaluate:

@@ -1,7 +1,8 @@
 """Which axes of a weight are in, out and stacked: as the user says, as the function shows, or by default.
 
-Reading them off the function is an evaluation of its trace with every floating leaf marked (`_adapt.observe`): each
-contraction then tells which stored axes it sums over, which it keeps, and which it pairs with the data's own axes.
+Reading them off the function is an evaluation of its trace with every floating leaf marked
+(`_adapt.observe`): each contraction then tells which stored axes it sums over, which it keeps, and which it
+pairs with the data's own axes.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from ._adapt import observe
 from ._factored import Axis, Factored, Leaf
 from ._interpret import Use
 from ._paths import is_floating, matches, named_leaves, nearest
+
 
 WORDS = ("in", "out", "layer")
 DEFAULT = ("in", "out")  # of a 2-D weight, as Flax, Haiku and plain `x @ w` store it
@@ -33,7 +35,12 @@ class Reading:
     @property
     def linear(self) -> bool:
         """Contracted, with an in and an out axis, and not also a lookup table."""
-        return self.contracted and not self.looked_up and self.axes is not None and {"in", "out"} <= set(self.axes)
+        return (
+            self.contracted
+            and not self.looked_up
+            and self.axes is not None
+            and {"in", "out"} <= set(self.axes)
+        )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["path"])
@@ -73,7 +80,13 @@ def _reading(ndim: int, uses: list[Use]) -> Reading:
     lookups = [use for use in uses if use.how == "lookup"]
     formed = next((f"`{use.operation}` at {use.source}" for use in uses if use.how == "formed"), "")
     # A lookup decides first: the axis it picks from is the in axis of a table, whoever else uses the table.
-    words = [_words(ndim, use) for use in (*(use for use in lookups if use.summed and not _is_stack(use, contractions)), *contractions)]
+    words = [
+        _words(ndim, use)
+        for use in (
+            *(use for use in lookups if use.summed and not _is_stack(use, contractions)),
+            *contractions,
+        )
+    ]
     words = [word for word in words if word is not None]
     if not words:
         return Reading(None, bool(contractions), bool(lookups), formed=formed)
@@ -82,7 +95,13 @@ def _reading(ndim: int, uses: list[Use]) -> Reading:
         if other != words[0]:
             same_layers = [word == "layer" for word in other] == [word == "layer" for word in words[0]]
             conflict = "layers" if not same_layers or conflict == "layers" else "sides"
-    return Reading(words[0], bool(contractions), any(not _is_stack(use, contractions) for use in lookups), conflict, formed)
+    return Reading(
+        words[0],
+        bool(contractions),
+        any(not _is_stack(use, contractions) for use in lookups),
+        conflict,
+        formed,
+    )
 
 
 def _is_stack(lookup: Use, contractions: list[Use]) -> bool:
@@ -105,22 +124,33 @@ def parse(axes: Any, path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
     words = tuple(axes.split())
     unknown = [word for word in words if word not in WORDS]
     if unknown:
-        raise ValueError(f"`axes` for {path!r} is {axes!r}; {unknown[0]!r} is not one of 'in', 'out', 'layer'.")
+        raise ValueError(
+            f"`axes` for {path!r} is {axes!r}; {unknown[0]!r} is not one of 'in', 'out', 'layer'."
+        )
     if len(words) != len(shape):
-        raise ValueError(f"`axes` for {path!r} is {axes!r}, {len(words)} words, but the leaf has shape {shape}: one word an axis.")
+        raise ValueError(
+            f"`axes` for {path!r} is {axes!r}, {len(words)} words, but the leaf has shape {shape}: one word "
+            "an axis."
+        )
     if not {"in", "out"} <= set(words):
-        raise ValueError(f"`axes` for {path!r} is {axes!r}; a weight has at least one 'in' and one 'out' axis.")
+        raise ValueError(
+            f"`axes` for {path!r} is {axes!r}; a weight has at least one 'in' and one 'out' axis."
+        )
     return words
 
 
 def given(axes: Any, leaves: list[tuple[str, Any]], targeted: list[str]) -> dict[str, str]:
-    """The user's `axes` for each path: one string for all targeted leaves, or a mapping from pattern to string."""
+    """The user's `axes` for each path: one string for all targeted leaves, or a mapping from pattern to
+    string.
+    """
     if axes is None:
         return {}
     if isinstance(axes, str):
         return dict.fromkeys(targeted, axes)
     if not isinstance(axes, Mapping):
-        raise TypeError(f"`axes` is {axes!r}; pass a string such as 'in out', or a mapping from pattern to such a string.")
+        raise TypeError(
+            f"`axes` is {axes!r}; pass a string such as 'in out', or a mapping from pattern to such a string."
+        )
     found: dict[str, str] = {}
     for pattern, words in axes.items():
         paths = [path for path, _ in leaves if matches(pattern, path)]
@@ -138,15 +168,21 @@ def _instead(reading: Reading, shape: tuple[int, ...]) -> str:
         return "`fn` does not use it."
     if len(shape) < 2:
         return f"it goes into {reading.formed}, as a bias or a scale does, and has no low-rank form."
-    return f"it goes into {reading.formed}, of which there is no low-rank form; what is contracted later is another array."
+    return (
+        f"it goes into {reading.formed}, of which there is no low-rank form; what is contracted later is "
+        "another array."
+    )
 
 
-def resolve(path: str, shape: tuple[int, ...], given: dict[str, str], readings: dict[str, Reading] | None, sided: bool) -> tuple[str, ...]:
+def resolve(
+    path: str, shape: tuple[int, ...], given: dict[str, str], readings: dict[str, Reading] | None, sided: bool
+) -> tuple[str, ...]:
     """The axes of one targeted leaf, or an error that says what to pass."""
     reading = None if readings is None else readings[path]
     if reading is not None and reading.axes is None and not reading.contracted and not reading.looked_up:
         raise ValueError(
-            f"`targets` names {path!r}, of shape {shape}, but `fn` never contracts with it: {_instead(reading, shape)} "
+            f"`targets` names {path!r}, of shape {shape}, but `fn` never contracts with it: "
+            f"{_instead(reading, shape)} "
             "Leave it out, or train it itself with `Full()`."
         )
     if path in given:
@@ -156,14 +192,25 @@ def resolve(path: str, shape: tuple[int, ...], given: dict[str, str], readings: 
             f"`targets` names {path!r}, of shape {shape}: fewer than two axes have no low-rank form. "
             f"Leave it out, or train it itself: `targets={{{path!r}: Full(), ...}}`."
         )
-    say = f"Pass `axes={{{path!r}: '...'}}` with one of 'in', 'out', 'layer' for each of its {len(shape)} axes"
+    say = (
+        f"Pass `axes={{{path!r}: '...'}}` with one of 'in', 'out', 'layer' for each of its {len(shape)} axes"
+    )
     if reading is not None:
         words = reading.axes
         if words is None or not {"in", "out"} <= set(words):
-            raise ValueError(f"The axes of {path!r}, of shape {shape}, cannot be read off `fn`, which does not contract with it as with a matrix. {say}.")
+            raise ValueError(
+                f"The axes of {path!r}, of shape {shape}, cannot be read off `fn`, which does not contract "
+                f"with it as with a matrix. {say}."
+            )
         if reading.conflict == "layers" or (reading.conflict and sided):
-            raise ValueError(f"`fn` uses {path!r}, of shape {shape}, in contradictory ways: its axes are {' '.join(words)!r} in one use and others in another. {say}.")
+            raise ValueError(
+                f"`fn` uses {path!r}, of shape {shape}, in contradictory ways: its axes are "
+                f"{' '.join(words)!r} in one use and others in another. {say}."
+            )
         return words
     if len(shape) == 2:
         return DEFAULT
-    raise ValueError(f"The axes of {path!r}, of shape {shape}, are unknown. {say}, or `fn=` and `args=` to read them off the model.")
+    raise ValueError(
+        f"The axes of {path!r}, of shape {shape}, are unknown. {say}, or `fn=` and `args=` to read them off "
+        "the model."
+    )

@@ -1,8 +1,9 @@
-"""The uses of a factored weight: `x W' = ((x W) + (x A) B) ⊙ m`, for every operation that contracts or looks up.
+"""The uses of a factored weight: `x W' = ((x W) + (x A) B) ⊙ m`, for every operation that contracts or looks
+up.
 
-Each rule takes the operation's own result on the plain weight as a function (`base`), so that the model's equation
-stays as it is, and adds the low-rank terms beside it. Factors are cast to the dtype of the contraction they join.
-`NotAView` means that no low-rank form exists for this use.
+Each rule takes the operation's own result on the plain weight as a function (`base`), so that the model's
+equation stays as it is, and adds the low-rank terms beside it. Factors are cast to the dtype of the
+contraction they join. `NotAView` means that no low-rank form exists for this use.
 """
 
 import dataclasses
@@ -14,17 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import NEW, RANK, Axis, Factored, NotAView, Term, dot, dot_labels, place, widened
+from ._factored import Axis, dot, dot_labels, Factored, NEW, NotAView, place, RANK, Term, widened
 from ._mesh import moved, sharding_like
 from ._packed import on_weight, used, value_of
 from ._product import with_factor
+
 
 Base = Callable[[jax.Array, jax.Array], jax.Array]
 Piece = tuple[jax.Array, tuple[int, int] | None]  # a summand, and its window along the windowed axis
 
 
 def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
-    """The input of the low-rank path: `x` with inverted dropout if the weight carries a key, else `x` itself."""
+    """The input of the low-rank path: `x` with inverted dropout if the weight carries a key, else `x`
+    itself.
+    """
     if weight.key is None or weight.leaf.dropout == 0.0:
         return x
     keep = 1.0 - weight.leaf.dropout
@@ -33,7 +37,13 @@ def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
 
 
 def dot_general(
-    base: Base, x: jax.Array, weight: Factored, numbers: Any, weight_on_left: bool, precision: Any, reduce: Any = None
+    base: Base,
+    x: jax.Array,
+    weight: Factored,
+    numbers: Any,
+    weight_on_left: bool,
+    precision: Any,
+    reduce: Any = None,
 ) -> "Pending | jax.Array":
     """`lax.dot_general`: any dimension numbers, the weight on either side. `reduce`: see `with_factor`."""
     (left_summed, right_summed), (left_batch, right_batch) = numbers
@@ -55,7 +65,8 @@ def dot_general(
     x = jnp.sum(x, axis=flat, dtype=x.dtype) if flat else x
     x_labels = [label for position, label in enumerate(x_labels) if position not in flat]
 
-    # Start with the factor that the contraction touches, so that everything in between is as narrow as the rank.
+    # Start with the factor that the contraction touches, so that everything in between is as narrow as the
+    # rank.
     touched = {weight.axes[label].tag for label in own}
     first, second = ("b", "a") if "out" in touched and "in" not in touched else ("a", "b")
 
@@ -65,9 +76,12 @@ def dot_general(
             inner = lax.slice_in_dim(x, *term.window, axis=x_labels.index(weight.windowed))
         if first == "b":
             inner = times(inner, x_labels, term.outer, weight.labels("outer"))
-        h, labels = contracted(inner, tuple(x_labels), term, first, (x, x_labels), keep=(*out_labels, *weight.labels(second)))
+        h, labels = contracted(
+            inner, tuple(x_labels), term, first, (x, x_labels), keep=(*out_labels, *weight.labels(second))
+        )
         h = times(term.times_scale(h), labels, term.inner, weight.labels("inner"))
-        # As the result lies, but for an axis of which this is a part, which need not divide as the whole does.
+        # As the result lies, but for an axis of which this is a part, which need not divide as the whole
+        # does.
         whole = [label if term.window is None or label != weight.windowed else None for label in out_labels]
         h, labels = contracted(h, labels, term, second, (y, whole), keep=out_labels)
         if first == "a":
@@ -78,11 +92,21 @@ def dot_general(
             shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
         return place(h, labels, out_labels, shape)
 
-    def contracted(h: jax.Array, labels: tuple, term: Term, name: str, like: tuple, keep: tuple) -> tuple[jax.Array, tuple]:
+    def contracted(
+        h: jax.Array, labels: tuple, term: Term, name: str, like: tuple, keep: tuple
+    ) -> tuple[jax.Array, tuple]:
         sides = (labels, weight.labels(name))
         where = sharding_like(*like, dot_labels(*(sides[::-1] if weight_on_left else sides), keep))
-        options = {"reduce": reduce, "factor_on_left": weight_on_left, "precision": precision, "preferred_element_type": y.dtype, "out_sharding": where}
-        return with_factor(h.astype(x.dtype), labels, getattr(term, name), weight.labels(name), keep, **options)
+        options = {
+            "reduce": reduce,
+            "factor_on_left": weight_on_left,
+            "precision": precision,
+            "preferred_element_type": y.dtype,
+            "out_sharding": where,
+        }
+        return with_factor(
+            h.astype(x.dtype), labels, getattr(term, name), weight.labels(name), keep, **options
+        )
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
     total = Pending(y, tuple((product(term), term.window) for term in weight.terms), axis)
@@ -90,7 +114,9 @@ def dot_general(
 
 
 def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labels: Sequence) -> tuple:
-    """Multiplies by m before the contraction if that sums over the out axes, else returns it for afterwards."""
+    """Multiplies by m before the contraction if that sums over the out axes, else returns it for
+    afterwards.
+    """
     if weight.magnitude is None:
         return None, x
     labels = weight.labels("magnitude")
@@ -102,10 +128,14 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
 
 
 def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Sequence) -> jax.Array:
-    """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01 would be 1.0078."""
+    """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01
+    would be 1.0078.
+    """
     if factor is None:
         return x
-    factor = moved(factor, sharding_like(x, x_labels, labels))  # or the result would be split as the factor is
+    factor = moved(
+        factor, sharding_like(x, x_labels, labels)
+    )  # or the result would be split as the factor is
     wide = widened(x.dtype)
     return (x.astype(wide) * place(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
 
@@ -123,7 +153,8 @@ def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
     y = y if whole is None else y + whole
     if not windowed:
         return y
-    # One concatenation for all windows: with one for each, XLA adds and copies what lies between them that often.
+    # One concatenation for all windows: with one for each, XLA adds and copies what lies between them that
+    # often.
     edges = sorted({0, y.shape[axis], *(edge for _, window in windowed for edge in window)})
     parts = []
     for start, stop in itertools.pairwise(edges):
@@ -139,9 +170,9 @@ def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
 class Pending:
     """`y` plus low-rank pieces that are not added yet, because what comes next is better done to `y` first.
 
-    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA, which otherwise keeps x W and
-    (x A) B both for the backward pass and adds them again there. After a fused projection is split, the parts that have
-    no window are not touched.
+    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA, which otherwise
+    keeps x W and (x A) B both for the backward pass and adds them again there. After a fused projection is
+    split, the parts that have no window are not touched.
     """
 
     y: jax.Array
@@ -158,7 +189,9 @@ class Pending:
         start, results = 0, []
         for part in parts:
             stop = start + part.shape[axis]
-            inside = [(piece, window) for piece, window in self.pieces if window[0] < stop and start < window[1]]
+            inside = [
+                (piece, window) for piece, window in self.pieces if window[0] < stop and start < window[1]
+            ]
             if any(window[0] < start or stop < window[1] for _, window in inside):
                 return None
             shifted = tuple((piece, (window[0] - start, window[1] - start)) for piece, window in inside)
@@ -168,12 +201,16 @@ class Pending:
 
 
 def conv_general_dilated(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
-    """A convolution: A is the window, to or from `rank` channels, and B a 1×1 convolution behind or before it.
+    """A convolution: A is the window, to or from `rank` channels, and B a 1×1 convolution behind or before
+    it.
 
-    The second form, from out channels to in channels, is what the gradient of the first with respect to its input is.
+    The second form, from out channels to in channels, is what the gradient of the first with respect to its
+    input is.
     """
     kernel_spec = params["dimension_numbers"][1]
-    tags = [weight.axes[axis].tag for axis in kernel_spec]  # of the output channels, the input channels, the window
+    tags = [
+        weight.axes[axis].tag for axis in kernel_spec
+    ]  # of the output channels, the input channels, the window
     if params["batch_group_count"] != 1 or weight.magnitude is not None and tags[0] != "out":
         raise NotAView
     if tags[0] == "out" and set(tags[1:]) == {"in"}:
@@ -183,7 +220,9 @@ def conv_general_dilated(base: Base, x: jax.Array, weight: Factored, params: dic
     raise NotAView
 
 
-def _window(x: jax.Array, weight: Factored, window: jax.Array, first: int, second: int, params: dict, dtype: Any) -> jax.Array:
+def _window(
+    x: jax.Array, weight: Factored, window: jax.Array, first: int, second: int, params: dict, dtype: Any
+) -> jax.Array:
     """The convolution with A, whose axes `first` and `second` are the output and the input channels."""
     lhs_spec, kernel_spec, out_spec = params["dimension_numbers"]
     labels = weight.labels("a")
@@ -207,18 +246,32 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
     def product(term: Term) -> jax.Array:
         rank, out = term.b.shape
         # Every group of input channels has the same A: one copy of it each.
-        h = _window(x, weight, jnp.concatenate([term.a] * groups, axis=-1), RANK, kernel_spec[1], params, y.dtype)
+        h = _window(
+            x, weight, jnp.concatenate([term.a] * groups, axis=-1), RANK, kernel_spec[1], params, y.dtype
+        )
         h = term.times_scale(h).astype(x.dtype)
         h = lax.reshape(h, (*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]))
         b = lax.reshape(term.b.astype(x.dtype), (rank, groups, out // groups))
-        before, behind = (tuple(f"x{position}" for position in part) for part in (range(feature), range(feature + 1, y.ndim)))
+        before, behind = (
+            tuple(f"x{position}" for position in part)
+            for part in (range(feature), range(feature + 1, y.ndim))
+        )
         options = {"keep": ("group",), "precision": params["precision"], "preferred_element_type": y.dtype}
         grouped = dot(h, (*before, "group", RANK, *behind), b, (RANK, "group", "out"), **options)
         placed = place(*grouped, (*before, "group", "out", *behind), ())
         return term.tapped(lax.reshape(placed, (*y.shape[:feature], out, *y.shape[feature + 1 :])), (), ())
 
-    y = added(y, [(product(term), term.window) for term in weight.terms], None if weight.windowed is None else feature)
-    return times(y, ["out" if position == feature else f"x{position}" for position in range(y.ndim)], weight.magnitude, ("out",))
+    y = added(
+        y,
+        [(product(term), term.window) for term in weight.terms],
+        None if weight.windowed is None else feature,
+    )
+    return times(
+        y,
+        ["out" if position == feature else f"x{position}" for position in range(y.ndim)],
+        weight.magnitude,
+        ("out",),
+    )
 
 
 def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax.Array:
@@ -229,20 +282,45 @@ def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax
     labels = tuple("out" if position == feature else f"x{position}" for position in range(x.ndim))
     narrow = tuple(RANK if label == "out" else label for label in labels)
     for term in weight.terms:
-        h = dot(x, labels, term.b.astype(x.dtype), (RANK, "out"), precision=params["precision"], preferred_element_type=y.dtype)
-        summand = _window(term.times_scale(place(*h, narrow, ())).astype(x.dtype), weight, term.a, kernel_spec[0], RANK, params, y.dtype)
+        h = dot(
+            x,
+            labels,
+            term.b.astype(x.dtype),
+            (RANK, "out"),
+            precision=params["precision"],
+            preferred_element_type=y.dtype,
+        )
+        summand = _window(
+            term.times_scale(place(*h, narrow, ())).astype(x.dtype),
+            weight,
+            term.a,
+            kernel_spec[0],
+            RANK,
+            params,
+            y.dtype,
+        )
         y = y + term.tapped(summand, (), ())
     return y
 
 
 def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Array, params: dict) -> jax.Array:
-    """`lax.ragged_dot`: rows of `x` in runs, each run with the weight of its group; the group axis is a `layer`."""
+    """`lax.ragged_dot`: rows of `x` in runs, each run with the weight of its group; the group axis is a
+    `layer`.
+    """
     numbers = params["ragged_dot_dimension_numbers"]
     (x_summed, w_summed), (x_batch, w_batch) = numbers.dot_dimension_numbers
     (group,) = numbers.rhs_group_dimensions
     kinds = {weight.axes[label].tag for label in w_summed}
     ragged_rows = all(position not in x_summed for position in numbers.lhs_ragged_dimensions)
-    if not ragged_rows or x_batch or w_batch or weight.tagged("layer") != (group,) or kinds not in ({"in"}, {"out"}) or x.ndim != 2 or len(weight.axes) != 3:
+    if (
+        not ragged_rows
+        or x_batch
+        or w_batch
+        or weight.tagged("layer") != (group,)
+        or kinds not in ({"in"}, {"out"})
+        or x.ndim != 2
+        or len(weight.axes) != 3
+    ):
         raise NotAView
     if weight.magnitude is not None or any(term.tap is not None for term in weight.terms):
         raise NotAView
@@ -272,38 +350,60 @@ def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Arra
     return y
 
 
-def gather(base: Base, weight: Factored, indices: jax.Array, params: dict, reduce: Any = None) -> "Factored | jax.Array":
-    """Indexing. Picking from a stack is a view; picking rows of an embedding is `W[i] + A[i] B`. `reduce`: see `with_factor`.
+def gather(
+    base: Base, weight: Factored, indices: jax.Array, params: dict, reduce: Any = None
+) -> "Factored | jax.Array":
+    """Indexing. Picking from a stack is a view; picking rows of an embedding is `W[i] + A[i] B`. `reduce`:
+    see `with_factor`.
 
-    Out-of-range rows of the factors are filled with zeros, so that the fill value of the base stays alone there.
+    Out-of-range rows of the factors are filled with zeros, so that the fill value of the base stays alone
+    there.
     """
     weight = weight.plain()
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     picked, paired = numbers.start_index_map, numbers.operand_batching_dims
-    weight = weight.unwindowed([axis for axis in (*picked, *paired) if axis in paired or sizes[axis] != weight.shape[axis]])
+    weight = weight.unwindowed(
+        [axis for axis in (*picked, *paired) if axis in paired or sizes[axis] != weight.shape[axis]]
+    )
     gone = (*numbers.collapsed_slice_dims, *paired)
     kept = [axis for axis in range(len(weight.axes)) if axis not in gone]
     ndim = indices.ndim - 1 + len(kept)
     batch = [position for position in range(ndim) if position not in numbers.offset_dims]
     place_of = dict(zip(kept, numbers.offset_dims, strict=True)) | {RANK: RANK}
-    batch_of = {axis: batch[column] for axis, column in zip(paired, numbers.start_indices_batching_dims, strict=True)}
+    batch_of = {
+        axis: batch[column] for axis, column in zip(paired, numbers.start_indices_batching_dims, strict=True)
+    }
 
-    def view(array: jax.Array, labels: tuple[int, ...], fill: float | None) -> tuple[jax.Array, tuple[int, ...]]:
+    def view(
+        array: jax.Array, labels: tuple[int, ...], fill: float | None
+    ) -> tuple[jax.Array, tuple[int, ...]]:
         columns = [column for column, axis in enumerate(picked) if axis in labels]
         if not columns:
             return array, tuple((batch_of | place_of)[label] for label in labels)
-        mine = indices if len(columns) == len(picked) else jnp.stack([indices[..., column] for column in columns], axis=-1)
+        mine = (
+            indices
+            if len(columns) == len(picked)
+            else jnp.stack([indices[..., column] for column in columns], axis=-1)
+        )
         stay = [label for label in labels if label not in gone]
-        pairs = [pair for pair in zip(paired, numbers.start_indices_batching_dims, strict=True) if pair[0] in labels]
+        pairs = [
+            pair
+            for pair in zip(paired, numbers.start_indices_batching_dims, strict=True)
+            if pair[0] in labels
+        ]
         own = lax.GatherDimensionNumbers(
             offset_dims=tuple(range(len(batch), len(batch) + len(stay))),
-            collapsed_slice_dims=tuple(labels.index(axis) for axis in numbers.collapsed_slice_dims if axis in labels),
+            collapsed_slice_dims=tuple(
+                labels.index(axis) for axis in numbers.collapsed_slice_dims if axis in labels
+            ),
             start_index_map=tuple(labels.index(picked[column]) for column in columns),
             operand_batching_dims=tuple(labels.index(axis) for axis, _ in pairs),
             start_indices_batching_dims=tuple(column for _, column in pairs),
         )
         whole = (RANK, weight.windowed)
-        slices = [array.shape[position] if label in whole else sizes[label] for position, label in enumerate(labels)]
+        slices = [
+            array.shape[position] if label in whole else sizes[label] for position, label in enumerate(labels)
+        ]
         options = {name: params[name] for name in ("indices_are_sorted", "unique_indices")}
         mode = params["mode"] if fill is not None else "clip"
         result = lax.gather(array, mine, own, slices, fill_value=fill, mode=mode, **options)
@@ -321,7 +421,14 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict, reduc
     lookup = not {"in", "out"} <= {weight.axes[axis].tag for axis in kept}
     weight = weight.unwindowed() if lookup else weight
     names = ("a", "b", "tap")
-    terms = [{name: view(getattr(term, name), weight.labels(name), 0.0) for name in names if getattr(term, name) is not None} for term in weight.terms]
+    terms = [
+        {
+            name: view(getattr(term, name), weight.labels(name), 0.0)
+            for name in names
+            if getattr(term, name) is not None
+        }
+        for term in weight.terms
+    ]
     magnitude = None if weight.magnitude is None else view(weight.magnitude, weight.labels("magnitude"), 1.0)
     everything = tuple(range(ndim))
     if lookup:
@@ -332,8 +439,17 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict, reduc
             tap, layers = parts.get("tap", (None, ()))
             both = [label for label in a_labels if label in b_labels and label != RANK]
             options = {"reduce": reduce, "preferred_element_type": rows.dtype}
-            product, labels = with_factor(term.times_scale(a).astype(rows.dtype), a_labels, b, b_labels, both, **options)
-            summands.append((place(term.replace(tap=tap).tapped(product, labels, layers), labels, everything, rows.shape), None))
+            product, labels = with_factor(
+                term.times_scale(a).astype(rows.dtype), a_labels, b, b_labels, both, **options
+            )
+            summands.append(
+                (
+                    place(
+                        term.replace(tap=tap).tapped(product, labels, layers), labels, everything, rows.shape
+                    ),
+                    None,
+                )
+            )
         rows = added(rows, summands, None)
         return rows if magnitude is None else times(rows, everything, *magnitude)
 
@@ -349,7 +465,10 @@ def gather(base: Base, weight: Factored, indices: jax.Array, params: dict, reduc
         return None if part is None else place(*part, result.labels(name), ())
 
     return result.replace(
-        terms=tuple(term.replace(**{name: stored(part, name) for name, part in parts.items()}) for parts, term in zip(terms, weight.terms, strict=True)),
+        terms=tuple(
+            term.replace(**{name: stored(part, name) for name, part in parts.items()})
+            for parts, term in zip(terms, weight.terms, strict=True)
+        ),
         magnitude=stored(magnitude, "magnitude"),
         key=stored(key, "key"),
     )

@@ -1,17 +1,18 @@
 """The canonical form of every adapted weight, `W' = (W + A·B) ⊙ m`, and how its parts follow a view of it.
 
 A model rarely uses a weight as it was stored: it casts, transposes, reshapes, slices and indexes it first. A
-`Factored` weight goes through such views without being formed, because each axis of W belongs to A, to B or to both:
+`Factored` weight goes through such views without being formed, because each axis of W belongs to A, to B or
+to both:
 
     axis of W      in A   in B, outer, m   in inner   in the dropout key
     `layer`         x      x                x          x       stacked: each index has factors of its own
     `in`            x
     `out`                  x
-    `new`                                                      made by a view: every index has the same factors
+    `new`                                                     made by a view: every index has the same factors
 
-so that a view of W is the same view of its parts, restricted to the axes they have. The last axis of A, the first
-axis of B after the layers, and the last of inner is the rank. The views are in `_views.py` and `_joins.py`, the
-rules that *use* a weight in `_contract.py`.
+so that a view of W is the same view of its parts, restricted to the axes they have. The last axis of A, the
+first axis of B after the layers, and the last of inner is the rank. The views are in `_views.py` and
+`_joins.py`, the rules that *use* a weight in `_contract.py`.
 """
 
 import dataclasses
@@ -25,12 +26,13 @@ from jax import lax
 
 from ._packed import Lazy, on_weight, value_of
 
+
 RANK = -1  # the label of the rank axis, beside the indices of W's own axes
 
 
 class Axis(NamedTuple):
-    """The word for one axis of a view (`layer`, `in`, `out`, `new`, `plain` of a weight without an adapter, or `?` while
-    axes are being read), and the axes of the stored weight that it runs along."""
+    """The word for one axis of a view (`layer`, `in`, `out`, `new`, `plain` of a weight without an adapter,
+    or `?` while axes are being read), and the axes of the stored weight that it runs along."""
 
     tag: str
     origin: tuple[int, ...] = ()
@@ -46,14 +48,15 @@ PARTS = ("a", "b", "inner", "outer", "tap")  # of a term, by name, those that ar
 @partial(jax.tree_util.register_dataclass, data_fields=list(PARTS), meta_fields=["window", "scale"])
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank summand s·A·diag(inner)·B·diag(outer). With a `window`, it covers only that range of the weight's
-    windowed axis.
+    """One low-rank summand s·A·diag(inner)·B·diag(outer). With a `window`, it covers only that range of the
+    weight's windowed axis.
 
-    The scale and the diagonals wait for the narrow arrays on the way, x·A and the result: in A or B they would be second
-    copies of these, of every layer of a stack at once, that live from the forward to the backward pass, and their
-    gradients would cost a contraction as large as that of A or B.
+    The scale and the diagonals wait for the narrow arrays on the way, x·A and the result: in A or B they
+    would be second copies of these, of every layer of a stack at once, that live from the forward to the
+    backward pass, and their gradients would cost a contraction as large as that of A or B.
 
-    `tap` is a zero whose derivative, whatever is differentiated, is the sum of squares of what the term adds (`tapped`).
+    `tap` is a zero whose derivative, whatever is differentiated, is the sum of squares of what the term adds
+    (`tapped`).
     """
 
     a: jax.Array  # (layers…, in…, rank)
@@ -68,8 +71,14 @@ class Term:
         return dataclasses.replace(self, **changes)
 
     def times_scale(self, array: jax.Array) -> jax.Array:
-        """In float32 at least: a scale rounded to bfloat16 would be wrong in the same direction everywhere."""
-        return array if self.scale == 1.0 else (array.astype(widened(array.dtype)) * self.scale).astype(array.dtype)
+        """In float32 at least: a scale rounded to bfloat16 would be wrong in the same direction
+        everywhere.
+        """
+        return (
+            array
+            if self.scale == 1.0
+            else (array.astype(widened(array.dtype)) * self.scale).astype(array.dtype)
+        )
 
     def unscaled(self) -> "Term":
         """The same with the scale in B, for what joins terms of different scales."""
@@ -79,7 +88,9 @@ class Term:
         """`summand`, with its sum of squares for every layer as the derivative with respect to the tap."""
         if self.tap is None:
             return summand
-        own = [label for label in layers if label in labels]  # of a vmapped or sliced stack, the tap has fewer
+        own = [
+            label for label in layers if label in labels
+        ]  # of a vmapped or sliced stack, the tap has fewer
         return _tapped(tuple(labels.index(label) for label in own), summand, self.tap)
 
 
@@ -103,7 +114,8 @@ _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 class Canonical(NamedTuple):
-    """What a method makes of its arrays: the terms whose products are summed, m, and the dropout on their input.
+    """What a method makes of its arrays: the terms whose products are summed, m, and the dropout on their
+    input.
 
     Windows count along the weight's only out axis.
     """
@@ -171,7 +183,7 @@ class Factored:
     def replace(self, **changes: Any) -> "Factored":
         return dataclasses.replace(self, **changes)
 
-    # --- forming the weight -----------------------------------------------------------------------------------------
+    # --- forming the weight ---------------------------------------------------------------------------------
 
     def dense(self, dtype: Any = None) -> jax.Array:
         """W' itself, computed in float32 or in W's dtype if that is wider, and cast once."""
@@ -190,7 +202,9 @@ class Factored:
         return (total - self._update(wide)).astype(merged.dtype)
 
     def _placed_magnitude(self, dtype: Any) -> jax.Array:
-        return place(self.magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape)
+        return place(
+            self.magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape
+        )
 
     def _update(self, wide: Any) -> jax.Array:
         """Σ A·B."""
@@ -206,7 +220,7 @@ class Factored:
             total = total + term.times_scale(place(*product, everything, self.shape))
         return total
 
-    # --- views ------------------------------------------------------------------------------------------------------
+    # --- views ----------------------------------------------------------------------------------------------
 
     def viewed(
         self,
@@ -232,11 +246,15 @@ class Factored:
             order = _order(labels, result.labels(name))
             return array if order == tuple(range(len(order))) else lax.transpose(array, order)
 
-        return result.map_terms(part).replace(magnitude=part(self.magnitude, "magnitude"), key=part(self.key, "key"))
+        return result.map_terms(part).replace(
+            magnitude=part(self.magnitude, "magnitude"), key=part(self.key, "key")
+        )
 
     def map_terms(self, part: Callable[[jax.Array, str], jax.Array | None]) -> "Factored":
         """`part(array, name)` in place of every part of every term."""
-        changed = lambda term: {name: part(array, name) for name in PARTS if (array := getattr(term, name)) is not None}  # noqa: E731
+        changed = lambda term: {
+            name: part(array, name) for name in PARTS if (array := getattr(term, name)) is not None
+        }
         return self.replace(terms=tuple(term.replace(**changed(term)) for term in self.terms))
 
     def map_weight(self, operation: Callable[[jax.Array], jax.Array]) -> "Factored":
@@ -248,13 +266,17 @@ class Factored:
         return self.map_weight(operation).replace(terms=terms, magnitude=magnitude)
 
     def plain(self) -> "Factored":
-        """The same weight with the diagonals of its terms in B, for uses that have no better place for them."""
+        """The same weight with the diagonals of its terms in B, for uses that have no better place for
+        them.
+        """
 
         def folded(term: Term) -> Term:
             b, wide = term.b, widened(term.b.dtype)
             for name in ("inner", "outer"):
                 if (diagonal := getattr(term, name)) is not None:
-                    b = b.astype(wide) * place(diagonal.astype(wide), self.labels(name), self.labels("b"), b.shape)
+                    b = b.astype(wide) * place(
+                        diagonal.astype(wide), self.labels(name), self.labels("b"), b.shape
+                    )
             return term.replace(b=b.astype(term.b.dtype), inner=None, outer=None)
 
         return self.replace(terms=tuple(map(folded, self.terms)))
@@ -280,7 +302,11 @@ class Factored:
 
     def windowed_parts(self, term: Term) -> list[tuple[str, int]]:
         """The parts of a term that its window cuts, and the position of the windowed axis in each."""
-        return [(name, self.labels(name).index(self.windowed)) for name in PARTS if getattr(term, name) is not None and self.windowed in self.labels(name)]
+        return [
+            (name, self.labels(name).index(self.windowed))
+            for name in PARTS
+            if getattr(term, name) is not None and self.windowed in self.labels(name)
+        ]
 
     def folded(self, number: Any) -> "Factored":
         """The same weight with other dropout, for one of several uses."""
@@ -296,10 +322,14 @@ class Factored:
         entries = [*spec, *[None] * (len(self.axes) - len(spec))]
 
         def restricted(name: str) -> jax.sharding.PartitionSpec:
-            return jax.sharding.PartitionSpec(*[None if label == RANK else entries[label] for label in self.labels(name)])
+            return jax.sharding.PartitionSpec(
+                *[None if label == RANK else entries[label] for label in self.labels(name)]
+            )
 
         return self.map_terms(lambda _, name: restricted(name)).replace(
-            weight=jax.sharding.PartitionSpec() if isinstance(self.weight, Lazy) else jax.sharding.PartitionSpec(*entries),
+            weight=jax.sharding.PartitionSpec()
+            if isinstance(self.weight, Lazy)
+            else jax.sharding.PartitionSpec(*entries),
             magnitude=None if self.magnitude is None else restricted("magnitude"),
             key=None if self.key is None else restricted("key"),
         )
@@ -310,10 +340,12 @@ def widened(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-# --- arrays with labelled axes --------------------------------------------------------------------------------------
+# --- arrays with labelled axes ------------------------------------------------------------------------------
 
 
-def dot(x: jax.Array, x_labels: Sequence, y: jax.Array, y_labels: Sequence, keep: Sequence = (), **options: Any) -> tuple[jax.Array, tuple]:
+def dot(
+    x: jax.Array, x_labels: Sequence, y: jax.Array, y_labels: Sequence, keep: Sequence = (), **options: Any
+) -> tuple[jax.Array, tuple]:
     """Contracts the labels that both have and that are not in `keep`; those in `keep` are batch axes.
 
     Returns the product and its labels: batch, free of x, free of y.
@@ -322,7 +354,8 @@ def dot(x: jax.Array, x_labels: Sequence, y: jax.Array, y_labels: Sequence, keep
     batch = [label for label in shared if label in keep]
     summed = [label for label in shared if label not in keep]
     numbers = tuple(
-        tuple([labels.index(label) for label in group] for labels in (tuple(x_labels), tuple(y_labels))) for group in (summed, batch)
+        tuple([labels.index(label) for label in group] for labels in (tuple(x_labels), tuple(y_labels)))
+        for group in (summed, batch)
     )
     return lax.dot_general(x, y, numbers, **options), dot_labels(x_labels, y_labels, keep)
 
@@ -330,17 +363,24 @@ def dot(x: jax.Array, x_labels: Sequence, y: jax.Array, y_labels: Sequence, keep
 def dot_labels(x_labels: Sequence, y_labels: Sequence, keep: Sequence = ()) -> tuple:
     """The labels of the product that `dot` makes."""
     shared = [label for label in x_labels if label in y_labels]
-    return (*(label for label in shared if label in keep), *(label for label in (*x_labels, *y_labels) if label not in shared))
+    return (
+        *(label for label in shared if label in keep),
+        *(label for label in (*x_labels, *y_labels) if label not in shared),
+    )
 
 
 def place(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]) -> jax.Array:
-    """`x` with its axes in the wanted order, and size 1 along the wanted axes that it lacks: ready to be broadcast."""
+    """`x` with its axes in the wanted order, and size 1 along the wanted axes that it lacks: ready to be
+    broadcast.
+    """
     order = tuple(labels.index(label) for label in wanted if label in labels)
     if order != tuple(range(len(order))):
         x = lax.transpose(x, order)
     if len(order) == len(wanted):
         return x
-    return lax.broadcast_in_dim(x, shape, [position for position, label in enumerate(wanted) if label in labels])
+    return lax.broadcast_in_dim(
+        x, shape, [position for position, label in enumerate(wanted) if label in labels]
+    )
 
 
 def _order(labels: Sequence, wanted: Sequence) -> tuple[int, ...]:

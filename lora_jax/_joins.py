@@ -1,8 +1,8 @@
 """Joining weights.
 
-Models join weights at run time (the gates of an LSTM, query, key and value) and stack those of equal layers to scan
-over them. Along an `in` or `out` axis the joined weight has the terms of all, each in its window; along a stacked axis
-their factors are stacked as the weights are.
+Models join weights at run time (the gates of an LSTM, query, key and value) and stack those of equal layers
+to scan over them. Along an `in` or `out` axis the joined weight has the terms of all, each in its window;
+along a stacked axis their factors are stacked as the weights are.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import PARTS, RANK, Axis, Factored, NotAView, Term, place
+from ._factored import Axis, Factored, NotAView, PARTS, place, RANK, Term
 from ._packed import value_of
 from ._views import broadcast
 
@@ -22,15 +22,21 @@ def concatenated(operands: Sequence[Any], dimension: int) -> Factored:
     """`lax.concatenate` of weights, or of weights and arrays, which are weights without terms."""
     weights = [operand for operand in operands if isinstance(operand, Factored)]
     first, tag = weights[0], weights[0].axes[dimension].tag
-    # While axes are being read, all must also run along the same stored axes: there is one record for the joined weight.
+    # While axes are being read, all must also run along the same stored axes: there is one record for the
+    # joined weight.
     kinds = {weight.axes if tag == "?" else tuple(axis.tag for axis in weight.axes) for weight in weights}
     if len(kinds) > 1 or any(weight.looked_up for weight in weights):
         raise NotAView
-    if len({weight.leaf.dropout for weight in weights if weight.key is not None}) > 1 or len({weight.key is None for weight in weights}) > 1:
+    if (
+        len({weight.leaf.dropout for weight in weights if weight.key is not None}) > 1
+        or len({weight.key is None for weight in weights}) > 1
+    ):
         raise NotAView  # one input has one dropout
     arrays = [value_of(operand.weight) if isinstance(operand, Factored) else operand for operand in operands]
     paths = dict.fromkeys(path for weight in weights for path in weight.leaf.paths)
-    joined = first.replace(weight=lax.concatenate(arrays, dimension), leaf=dataclasses.replace(first.leaf, paths=tuple(paths)))
+    joined = first.replace(
+        weight=lax.concatenate(arrays, dimension), leaf=dataclasses.replace(first.leaf, paths=tuple(paths))
+    )
     if tag in ("in", "out"):
         return _in_windows(joined, operands, dimension)
     if tag == "?":
@@ -66,20 +72,32 @@ def _in_windows(joined: Factored, operands: Sequence[Any], dimension: int) -> Fa
     if joined.axes[dimension].tag == "in":
         raise NotAView  # one m for each part of a sum
     labels, dtype = joined.labels("magnitude"), next(m.dtype for m in magnitudes if m is not None)
-    ones = lambda operand: jnp.ones([operand.shape[label] for label in labels], dtype)  # noqa: E731
-    filled = [ones(operand) if m is None else m.astype(dtype) for m, operand in zip(magnitudes, operands, strict=True)]
-    return joined.replace(terms=tuple(terms), windowed=dimension, magnitude=lax.concatenate(filled, labels.index(dimension)))
+    ones = lambda operand: jnp.ones([operand.shape[label] for label in labels], dtype)
+    filled = [
+        ones(operand) if m is None else m.astype(dtype)
+        for m, operand in zip(magnitudes, operands, strict=True)
+    ]
+    return joined.replace(
+        terms=tuple(terms), windowed=dimension, magnitude=lax.concatenate(filled, labels.index(dimension))
+    )
 
 
 def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> Factored:
-    """Along a `layer` axis, or along a `new` one, which becomes a `layer` axis: every index has its own factors."""
+    """Along a `layer` axis, or along a `new` one, which becomes a `layer` axis: every index has its own
+    factors.
+    """
     weights = [weight.plain() for weight in weights]
     if len({tuple(term.scale for term in weight.terms) for weight in weights}) > 1:
-        weights = [weight.replace(terms=tuple(term.unscaled() for term in weight.terms)) for weight in weights]
+        weights = [
+            weight.replace(terms=tuple(term.unscaled() for term in weight.terms)) for weight in weights
+        ]
     first = weights[0]
     axes = tuple(Axis("layer") if index == dimension else axis for index, axis in enumerate(first.axes))
     joined = joined.replace(axes=axes, windowed=None)
-    if len({len(weight.terms) for weight in weights}) > 1 or len({weight.magnitude is None for weight in weights}) > 1:
+    if (
+        len({len(weight.terms) for weight in weights}) > 1
+        or len({weight.magnitude is None for weight in weights}) > 1
+    ):
         raise NotAView
 
     def part(name: str, pick: Callable[[Factored], jax.Array | None]) -> jax.Array | None:
@@ -92,14 +110,24 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
             rank = max(array.shape[position] for array in arrays)
             arrays = [_padded_to(array, position, rank) for array in arrays]
         if dimension not in before:
-            sizes = lambda weight, array: [weight.shape[dimension] if label == dimension else array.shape[before.index(label)] for label in after]  # noqa: E731
-            arrays = [place(array, before, after, sizes(weight, array)) for weight, array in zip(weights, arrays, strict=True)]
+            sizes = lambda weight, array: [
+                weight.shape[dimension] if label == dimension else array.shape[before.index(label)]
+                for label in after
+            ]
+            arrays = [
+                place(array, before, after, sizes(weight, array))
+                for weight, array in zip(weights, arrays, strict=True)
+            ]
         return jnp.concatenate(arrays, after.index(dimension))
 
     count = len(first.terms)
     return joined.replace(
         terms=tuple(
-            Term(*(part(name, lambda w, i=i, name=name: getattr(w.terms[i], name)) for name in PARTS), scale=first.terms[i].scale) for i in range(count)
+            Term(
+                *(part(name, lambda w, i=i, name=name: getattr(w.terms[i], name)) for name in PARTS),
+                scale=first.terms[i].scale,
+            )
+            for i in range(count)
         ),
         magnitude=part("magnitude", lambda weight: weight.magnitude),
         key=part("key", lambda weight: weight.key),
@@ -109,4 +137,8 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
 def _padded_to(array: jax.Array, axis: int, size: int) -> jax.Array:
     if array.shape[axis] == size:
         return array
-    return lax.pad(array, jnp.zeros((), array.dtype), [(0, size - array.shape[axis] if index == axis else 0, 0) for index in range(array.ndim)])
+    return lax.pad(
+        array,
+        jnp.zeros((), array.dtype),
+        [(0, size - array.shape[axis] if index == axis else 0, 0) for index in range(array.ndim)],
+    )

@@ -1,5 +1,5 @@
-"""`lorafy` splits a pytree into what stays and what trains; `combine` puts the two side by side for an adapted function,
-and `partition` takes them apart again."""
+"""`lorafy` splits a pytree into what stays and what trains; `combine` puts the two side by side for an
+adapted function, and `partition` takes them apart again."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from . import _axes, _paths
 from ._adapt import path_seed
 from ._method import Grouped, Method, Spec
-from ._nodes import Adapted, Adapter, Fixed, Trained, is_node
+from ._nodes import Adapted, Adapter, Fixed, is_node, Trained
 from ._packed import is_packed
 from ._pairs import paired
 from .methods.lora import LoRA
@@ -42,63 +42,77 @@ def lorafy(
     >>> lora_jax.count(delta)
     32
 
-    Nothing is copied and `params` is not changed. With LoRA, `frozen` equals `params` leaf for leaf and the adapted
-    function starts out equal to the plain one.
+    Nothing is copied and `params` is not changed. With LoRA, `frozen` equals `params` leaf for leaf and the
+    adapted function starts out equal to the plain one.
 
     Args:
-      params: any pytree of arrays, or of `jax.ShapeDtypeStruct` (then the result is one of shapes): nested dicts,
-        `FrozenDict`, `nnx.State`, Equinox and Penzai modules, dataclasses, lists. Other leaves are passed over. Leaves may be packed
-        already, as `quant.from_bitsandbytes` returns them.
-      targets: which leaves to adapt.
-        A pattern: a regular expression that matches the whole path, or its last whole components: `attn/c_attn/kernel`
-        matches `h/0/attn/c_attn/kernel`, `c_attn` alone does not. A sequence of patterns. A mapping from pattern to
-        method, where the first match wins. A predicate `(path, leaf) -> bool`. `"all-linear"`, with `fn`: every
-        floating leaf that `fn` contracts with, except those that it (also) looks rows up in.
+      params: any pytree of arrays, or of `jax.ShapeDtypeStruct` (then the result is one of shapes): nested
+        dicts, `FrozenDict`, `nnx.State`, Equinox and Penzai modules, dataclasses, lists. Other leaves are
+        passed over. Leaves may be packed already, as `quant.from_bitsandbytes` returns them.
+      targets: which leaves to adapt. A pattern: a regular expression that matches the whole path, or its last
+        whole components: `attn/c_attn/kernel` matches `h/0/attn/c_attn/kernel`, `c_attn` alone does not. A
+        sequence of patterns. A mapping from pattern to method, where the first match wins. A predicate
+        `(path, leaf) -> bool`. `"all-linear"`, with `fn`: every floating leaf that `fn` contracts with,
+        except those that it (also) looks rows up in.
       method: for targets that do not name their own: `LoRA()`, `Full()`, ...
-      key: for the initialisation; `jax.random.key(0)` if None. Each adapter's own key is derived from its path, so
-        adding a target changes no other adapter.
-      axes: one word for each axis of a weight, `in`, `out` or `layer` (stacked): `"in out"` (the default of 2-D
-        weights), `"out in"` (Equinox, PyTorch), `"layer in out"`, `"in out out"` (heads), `"in in in out"` (HWIO
-        convolution). A string, or a mapping from pattern to string.
-      fn, args: instead of `axes`, a function called as `fn(params, *args)`: the axes are read off how it uses each
-        weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
+      key: for the initialisation; `jax.random.key(0)` if None. Each adapter's own key is derived from its
+        path, so adding a target changes no other adapter.
+      axes: one word for each axis of a weight, `in`, `out` or `layer` (stacked): `"in out"` (the default of
+        2-D weights), `"out in"` (Equinox, PyTorch), `"layer in out"`, `"in out out"` (heads), `"in in in
+        out"` (HWIO convolution). A string, or a mapping from pattern to string.
+      fn, args: instead of `axes`, a function called as `fn(params, *args)`: the axes are read off how it uses
+        each weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
 
     Returns:
-      `Lorafied(frozen, delta)`. `delta` holds exactly what trains, at the targeted leaves, and None elsewhere: give it
-      to `jax.grad` and to `tx.init`. A and B are float32, or float64 for float64 weights.
+      `Lorafied(frozen, delta)`. `delta` holds exactly what trains, at the targeted leaves, and None
+      elsewhere: give it to `jax.grad` and to `tx.init`. A and B are float32, or float64 for float64 weights.
 
     Raises:
-      ValueError: a pattern that matches nothing (with the nearest paths), only leaves that are not floating point, or
-        only leaves that earlier patterns took; axes that cannot be known; a leaf that `fn` never contracts with; a
-        rank above min(in, out).
+      ValueError: a pattern that matches nothing (with the nearest paths), only leaves that are not floating
+        point, or only leaves that earlier patterns took; axes that cannot be known; a leaf that `fn` never
+        contracts with; a rank above min(in, out).
       TypeError: an argument of the wrong kind.
     """
     leaves = _paths.named_leaves(params, is_leaf=is_packed)
     nodes = jax.tree.leaves(params, is_leaf=is_node)
     if any(isinstance(leaf, Adapter | Adapted | Fixed | Trained) for leaf in nodes):
-        raise TypeError("`params` already holds adapters. Pass the plain parameters (`frozen`, or `merge(frozen, delta)`).")
+        raise TypeError(
+            "`params` already holds adapters. Pass the plain parameters (`frozen`, or `merge(frozen, "
+            "delta)`)."
+        )
     key = jax.random.key(0) if key is None else _random_key(key)
     if fn is None and args:
-        raise ValueError("`args` is given without `fn`; pass both, to read the axes off how `fn(params, *args)` uses each weight.")
+        raise ValueError(
+            "`args` is given without `fn`; pass both, to read the axes off how `fn(params, *args)` uses "
+            "each weight."
+        )
     if not isinstance(args, tuple | list):
         raise TypeError(f"`args` is a {type(args).__name__}; pass a tuple, `args=(x,)` for `fn(params, x)`.")
     readings: dict[str, _axes.Reading] | None = None
     if fn is not None:
-        shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf  # noqa: E731
+        shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf
         readings = _axes.read(fn, jax.tree.map(shaped, params, is_leaf=is_packed), tuple(args))
 
     def linear_paths() -> list[str]:
         if readings is None:
-            raise ValueError("`targets` is 'all-linear', which needs `fn=` and `args=`: which leaves are linear is read off how `fn(params, *args)` uses them.")
+            raise ValueError(
+                "`targets` is 'all-linear', which needs `fn=` and `args=`: which leaves are linear is read "
+                "off how `fn(params, *args)` uses them."
+            )
         return [path for path, _ in leaves if path in readings and readings[path].linear]
 
     methods = _paths.resolve_targets(leaves, targets, method, linear_paths)
     for path, chosen in methods.items():
         if not isinstance(chosen, Method):
-            raise TypeError(f"The method for {path!r} is {chosen!r}; pass a method as a value, for example `LoRA(rank=8)` or `Full()`.")
+            raise TypeError(
+                f"The method for {path!r} is {chosen!r}; pass a method as a value, for example "
+                "`LoRA(rank=8)` or `Full()`."
+            )
     by_path = dict(leaves)
     given = _axes.given(axes, leaves, [path for path, chosen in methods.items() if chosen.needs_axes])
-    specs = _grouped([_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()])
+    specs = _grouped(
+        [_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()]
+    )
     pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
     treedef = jax.tree.structure(params, is_leaf=is_packed)
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
@@ -151,8 +165,9 @@ def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
 
     Args:
       frozen, delta: the two trees of `lorafy`, or later states of them.
-      key: turns on what is random in training, dropout for example; a new one for every step. It is folded with each
-        leaf's path, with the use, and per layer of stacked leaves. Without a key the result is deterministic.
+      key: turns on what is random in training, dropout for example; a new one for every step. It is folded
+        with each leaf's path, with the use, and per layer of stacked leaves. Without a key the result is
+        deterministic.
 
     Raises:
       ValueError: the two trees do not belong together.
@@ -169,16 +184,18 @@ def partition(tree: Any) -> Lorafied:
     >>> lora_jax.partition(tree).delta["kernel"] is delta["kernel"]
     True
 
-    For loops that hold the model as one tree (`lora_jax.optim`): to merge, save or count what they trained, and for a
-    new dropout key in every step, `combine(*partition(tree), key=key)` inside the loss. A key of the tree's own is left
-    out. Leaves without an adapter are frozen.
+    For loops that hold the model as one tree (`lora_jax.optim`): to merge, save or count what they trained,
+    and for a new dropout key in every step, `combine(*partition(tree), key=key)` inside the loss. A key of
+    the tree's own is left out. Leaves without an adapter are frozen.
 
     Raises:
       TypeError: `tree` is one half only, a `delta`.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     parts = [_parts(leaf) for leaf in leaves]
-    return Lorafied(treedef.unflatten([frozen for frozen, _ in parts]), treedef.unflatten([delta for _, delta in parts]))
+    return Lorafied(
+        treedef.unflatten([frozen for frozen, _ in parts]), treedef.unflatten([delta for _, delta in parts])
+    )
 
 
 def _parts(leaf: Any) -> tuple[Any, Any]:

@@ -1,4 +1,6 @@
-"""`merge` folds adapters into plain weights, `unmerge` takes them out again, `merge_report` says what rounding costs."""
+"""`merge` folds adapters into plain weights, `unmerge` takes them out again, `merge_report` says what
+rounding costs.
+"""
 
 import dataclasses
 from typing import Any
@@ -13,6 +15,7 @@ from ._packed import Packed, value_of
 from ._pairs import paired
 from ._paths import is_array, is_shape, named_leaves
 
+
 _BASES = ("dequantized", "original")
 
 
@@ -25,14 +28,15 @@ def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
     >>> merged["kernel"].dtype, bool((merged["kernel"] == params["kernel"]).all())
     (dtype(bfloat16), True)
 
-    Computed in float32, or in the weight's dtype if that is wider, and cast once; `merge_report` says what the cast
-    loses. `frozen` is not changed; leaves without an adapter are the same arrays as in `frozen`.
+    Computed in float32, or in the weight's dtype if that is wider, and cast once; `merge_report` says what
+    the cast loses. `frozen` is not changed; leaves without an adapter are the same arrays as in `frozen`.
 
     Args:
       frozen, delta: the two trees of `lorafy`, or later states of them.
-      base: which base a quantised weight is merged into. `"dequantized"`: the one that the adapter was trained beside, with the
-        values it was quantised to, so that the merged model computes what the adapted one did. `"original"`: the one from
-        before; pass the `frozen` of `lorafy` then, since a quantised leaf does not hold it. Plain weights do not care.
+      base: which base a quantised weight is merged into. `"dequantized"`: the one that the adapter was
+        trained beside, with the values it was quantised to, so that the merged model computes what the
+        adapted one did. `"original"`: the one from before; pass the `frozen` of `lorafy` then, since a
+        quantised leaf does not hold it. Plain weights do not care.
 
     Raises:
       ValueError: the trees do not belong together; `base` is unknown, or `"original"` with quantised leaves.
@@ -40,10 +44,13 @@ def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
     if base not in _BASES:
         raise ValueError(f"`base` is {base!r}; pass one of {', '.join(map(repr, _BASES))}.")
     if base == "original":
-        packed = [path for path, leaf in named_leaves(frozen, is_leaf=is_node) if isinstance(_weight(leaf), Packed)]
+        packed = [
+            path for path, leaf in named_leaves(frozen, is_leaf=is_node) if isinstance(_weight(leaf), Packed)
+        ]
         if packed:
             raise ValueError(
-                f"`base` is 'original', but `frozen` is quantised (at {packed[0]!r} and {len(packed) - 1} more): its original values are gone. "
+                f"`base` is 'original', but `frozen` is quantised (at {packed[0]!r} and {len(packed) - 1} "
+                "more): its original values are gone. "
                 "Pass the `frozen` that `lorafy` returned, from before `quantize`."
             )
     return paired(_merged, frozen, delta)
@@ -70,13 +77,15 @@ def mergeable(weight: Any, delta: Adapter) -> Adapted:
     node, spec = Adapted(weight, delta), delta.spec
     if tuple(node.weight.shape) != spec.shape:
         raise ValueError(
-            f"`delta` was made for a leaf {spec.path!r} of shape {spec.shape}, and here it has the shape {tuple(node.weight.shape)}: "
+            f"`delta` was made for a leaf {spec.path!r} of shape {spec.shape}, and here it has the shape "
+            f"{tuple(node.weight.shape)}: "
             "this is another base, or a stack of bases, which `jax.vmap` maps over."
         )
     for name, axes in delta.array_axes().items():
         if delta.arrays[name].ndim != len(axes):
             raise ValueError(
-                f"`delta` holds {name} of shape {delta.arrays[name].shape} at {spec.path!r}, with {len(axes)} axes expected: "
+                f"`delta` holds {name} of shape {delta.arrays[name].shape} at {spec.path!r}, with "
+                f"{len(axes)} axes expected: "
                 "of stacked adapters, pick one with `take(stacked, 0)`."
             )
     spec = dataclasses.replace(spec, path="")
@@ -107,23 +116,31 @@ def unmerge(params: Any, delta: Any, *, frozen: Any = None) -> Any:
     Args:
       params: merged parameters.
       delta: what was merged into them.
-      frozen: the other tree of `lorafy`, for methods that keep a part of the adapter there (DoRA, VeRA, LoRA-FA, PiSSA, Delta-LoRA).
+      frozen: the other tree of `lorafy`, for methods that keep a part of the adapter there (DoRA, VeRA,
+        LoRA-FA, PiSSA, Delta-LoRA).
 
     Raises:
-      ValueError: a leaf trains itself (`Full`), and its old value is gone; the base was quantised, and the weights from before
-        are gone; a method needs `frozen`.
+      ValueError: a leaf trains itself (`Full`), and its old value is gone; the base was quantised, and the
+        weights from before are gone; a method needs `frozen`.
     """
-    full = [path for path, leaf in named_leaves(delta, is_leaf=is_node) if leaf is not None and not isinstance(leaf, Adapter)]
+    full = [
+        path
+        for path, leaf in named_leaves(delta, is_leaf=is_node)
+        if leaf is not None and not isinstance(leaf, Adapter)
+    ]
     if full:
         raise ValueError(
-            f"`delta` holds leaves that trained themselves (`Full`): {', '.join(map(repr, full[:8]))}. Their values before training are "
+            f"`delta` holds leaves that trained themselves (`Full`): {', '.join(map(repr, full[:8]))}. "
+            "Their values before training are "
             "not in it: keep the original parameters to go back."
         )
     beside = jax.tree.map(lambda _: None, params) if frozen is None else frozen
     nodes: list[Any] = []
     paired(lambda leaf, other: nodes.append(None if other is None else Adapted(leaf, other)), beside, delta)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
-    return jax.tree.unflatten(treedef, [_unmerged(leaf, node) for leaf, node in zip(leaves, nodes, strict=True)])
+    return jax.tree.unflatten(
+        treedef, [_unmerged(leaf, node) for leaf, node in zip(leaves, nodes, strict=True)]
+    )
 
 
 def _unmerged(merged: Any, node: Adapted | None) -> Any:
@@ -131,14 +148,20 @@ def _unmerged(merged: Any, node: Adapted | None) -> Any:
         return merged
     spec = node.adapter.spec
     if isinstance(node.weight, Packed):
-        raise ValueError(f"`frozen` is quantised at {spec.path!r}: the weight from before is gone. Keep the original parameters to go back.")
+        raise ValueError(
+            f"`frozen` is quantised at {spec.path!r}: the weight from before is gone. Keep the original "
+            "parameters to go back."
+        )
     missing = spec.method.array_axes(spec).keys() - node.adapter.arrays.keys()
     if missing and node.frozen is None:
         raise ValueError(
-            f"`unmerge` of the {type(spec.method).__name__} adapter of {spec.path!r} needs {', '.join(sorted(missing))}, which the method keeps in "
+            f"`unmerge` of the {type(spec.method).__name__} adapter of {spec.path!r} needs "
+            f"{', '.join(sorted(missing))}, which the method keeps in "
             "`frozen`: pass `frozen=`, the other tree of `lorafy`."
         )
-    return _placed(_without(mergeable(merged if node.frozen is None else node.frozen, node.adapter), merged), merged)
+    return _placed(
+        _without(mergeable(merged if node.frozen is None else node.frozen, node.adapter), merged), merged
+    )
 
 
 @jax.jit
@@ -148,7 +171,9 @@ def _without(node: Adapted, merged: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class MergedLeaf:
-    """What merging one leaf does: norms are Frobenius norms, `lost` is the part of ΔW that the cast rounds away."""
+    """What merging one leaf does: norms are Frobenius norms, `lost` is the part of ΔW that the cast
+    rounds away.
+    """
 
     path: str
     dtype: str
@@ -163,7 +188,11 @@ class MergeReport(list):
     def __str__(self) -> str:
         width = max([4, *(len(leaf.path) for leaf in self)])
         header = f"{'leaf':{width}}  {'dtype':8}  {'|W|':>10}  {'|ΔW|':>10}  {'ΔW lost':>8}"
-        rows = [f"{leaf.path:{width}}  {leaf.dtype:8}  {leaf.weight_norm:10.4g}  {leaf.update_norm:10.4g}  {leaf.lost:8.2%}" for leaf in self]
+        rows = [
+            f"{leaf.path:{width}}  {leaf.dtype:8}  {leaf.weight_norm:10.4g}  {leaf.update_norm:10.4g}  "
+            f"{leaf.lost:8.2%}"
+            for leaf in self
+        ]
         return "\n".join([header, "-" * len(header), *rows])
 
     __repr__ = __str__
@@ -177,11 +206,15 @@ def merge_report(frozen: Any, delta: Any) -> MergeReport:
     >>> lora_jax.merge_report(frozen, delta)[0].lost
     0.0
 
-    `lost` is |round(W + ΔW) − (W + ΔW)| / |ΔW|: about 0 in float32; in bfloat16 it grows as ΔW shrinks, until small
-    updates vanish. Then serve in float32, or keep the adapter apart.
+    `lost` is |round(W + ΔW) − (W + ΔW)| / |ΔW|: about 0 in float32; in bfloat16 it grows as ΔW shrinks, until
+    small updates vanish. Then serve in float32, or keep the adapter apart.
     """
     found: list[MergedLeaf] = []
-    paired(lambda leaf, other: found.append(_leaf_report(leaf, other)) if isinstance(other, Adapter) else None, frozen, delta)
+    paired(
+        lambda leaf, other: found.append(_leaf_report(leaf, other)) if isinstance(other, Adapter) else None,
+        frozen,
+        delta,
+    )
     return MergeReport(found)
 
 
@@ -194,11 +227,14 @@ def _leaf_report(frozen: Any, delta: Adapter) -> MergedLeaf:
 
 @jax.jit
 def _norms(node: Adapted, merged: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # `merged` is an argument, because XLA takes a cast to a narrow dtype and back within one program for no operation.
+    # `merged` is an argument, because XLA takes a cast to a narrow dtype and back within one program for no
+    # operation.
     whole = factored(node)
     wide = widened(whole.dtype)
     exact, before = whole.dense(wide), value_of(whole.weight).astype(wide)
-    return tuple(jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, merged.astype(wide) - exact))
+    return tuple(
+        jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, merged.astype(wide) - exact)
+    )
 
 
 def count(delta: Any) -> int:
@@ -229,12 +265,17 @@ def summary(params: Any, delta: Any) -> None:
     for (path, leaf), node in zip(weights, containers.flatten_up_to(delta), strict=True):
         if isinstance(node, Adapter):
             spec = node.spec
-            rows.append((spec.path, str(spec.shape), " ".join(spec.axes), _short(spec.method), f"{count(node):,}"))
+            rows.append(
+                (spec.path, str(spec.shape), " ".join(spec.axes), _short(spec.method), f"{count(node):,}")
+            )
         elif node is not None:
             rows.append((path, str(tuple(leaf.shape)), "-", "Full()", f"{count(node):,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        cells = [cell.rjust(width) if column == 4 else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(width) if column == 4 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells))
     trainable = count(delta)
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)")
@@ -242,5 +283,10 @@ def summary(params: Any, delta: Any) -> None:
 
 def _short(method: Any) -> str:
     """The method with the fields that differ from its defaults, rank always."""
-    fields = [field for field in dataclasses.fields(method) if field.name == "rank" or getattr(method, field.name) != field.default]
-    return f"{type(method).__name__}({', '.join(f'{field.name}={getattr(method, field.name)!r}' for field in fields)})"
+    fields = [
+        field
+        for field in dataclasses.fields(method)
+        if field.name == "rank" or getattr(method, field.name) != field.default
+    ]
+    options = ", ".join(f"{field.name}={getattr(method, field.name)!r}" for field in fields)
+    return f"{type(method).__name__}({options})"

@@ -1,12 +1,13 @@
-"""What a mesh and a `PartitionSpec` say of one array. Left out: which weight lies where, which is `sharding.py`."""
+"""What a mesh and a `PartitionSpec` say of one array. Left out: which weight lies where, which is
+`sharding.py`.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
@@ -20,11 +21,15 @@ def parts(mesh: Mesh, entry: Any) -> int:
 
 
 def is_explicit(mesh: Any) -> bool:
-    """Whether JAX has to be told how results lie on it, as on those that `jax.make_mesh` makes; else XLA decides."""
+    """Whether JAX has to be told how results lie on it, as on those that `jax.make_mesh` makes; else XLA
+    decides.
+    """
     return AxisType.Explicit in mesh.axis_types
 
 
-def sharding_like(array: jax.Array, labels: Sequence, wanted: Sequence, mesh: Any = None) -> NamedSharding | None:
+def sharding_like(
+    array: jax.Array, labels: Sequence, wanted: Sequence, mesh: Any = None
+) -> NamedSharding | None:
     """That of `array` for the wanted labels, and whole along those it lacks; None where XLA decides."""
     where = jax.typeof(array).sharding
     mesh = where.mesh if mesh is None else mesh

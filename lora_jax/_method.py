@@ -1,7 +1,8 @@
 """What a method of adaptation is to the core: the interface behind `LoRA`, `Full` and the others.
 
-The core never asks which method it has. A method says how a leaf is split into what stays and what trains, and what
-the canonical form of the pair is; the function transform, the merge, sharding and checkpoints need no more.
+The core never asks which method it has. A method says how a leaf is split into what stays and what trains,
+and what the canonical form of the pair is; the function transform, the merge, sharding and checkpoints need
+no more.
 """
 
 import abc
@@ -17,8 +18,8 @@ from ._factored import Canonical
 class Spec:
     """What is known of one adapted leaf before any array exists: static and hashable.
 
-    `axes` has one word for each axis of the weight: `in`, `out` or `layer` (stacked). `group` is what a `Grouped` method
-    noted of the leaves that share arrays with this one.
+    `axes` has one word for each axis of the weight: `in`, `out` or `layer` (stacked). `group` is what a
+    `Grouped` method noted of the leaves that share arrays with this one.
     """
 
     path: str
@@ -45,7 +46,9 @@ class Method(abc.ABC):
     @property
     @abc.abstractmethod
     def sided(self) -> bool:
-        """Whether exchanging the in and the out axes gives a different method, not just another name for it."""
+        """Whether exchanging the in and the out axes gives a different method, not just another name for
+        it.
+        """
 
     @property
     @abc.abstractmethod
@@ -62,17 +65,21 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        """For each array of the method, trained or fixed, the weight axis that each of its axes runs along; None for
-        rank and block axes."""
+        """For each array of the method, trained or fixed, the weight axis that each of its axes runs along;
+        None for rank and block axes."""
 
     @abc.abstractmethod
-    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
-        """The adapter as `W' = (W + A·B) ⊙ m`. `weight` may be packed: read it by `_packed.layer_by_layer` or not at all."""
+    def canonical(
+        self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None
+    ) -> Canonical:
+        """The adapter as `W' = (W + A·B) ⊙ m`. `weight` may be packed: read it by
+        `_packed.layer_by_layer` or not at all.
+        """
 
     @abc.abstractmethod
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple["Method", dict]:
-        """The same adapter at a rank as large or larger and with its scale folded in, so that adapters of different rank
-        stack; `ValueError` if another rank is impossible because of what is fixed."""
+        """The same adapter at a rank as large or larger and with its scale folded in, so that adapters of
+        different rank stack; `ValueError` if another rank is impossible because of what is fixed."""
 
 
 class Grouped(Method):
@@ -93,7 +100,9 @@ class Late(Method):
 
 
 class DependsOnWeight(Method):
-    """A method that keeps something which follows from the weight, and must be made again when that is quantised."""
+    """A method that keeps something which follows from the weight, and must be made again when that is
+    quantised.
+    """
 
     @abc.abstractmethod
     def derived(self, weight: Any, spec: Spec) -> dict[str, jax.Array]:

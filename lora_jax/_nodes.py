@@ -2,10 +2,10 @@
 
 | tree | targeted leaf | other leaf |
 |---|---|---|
-| `frozen` | the weight, or `Fixed` when the method keeps more beside it, or None when the leaf itself trains | the leaf |
+| `frozen` | the weight; `Fixed` when the method keeps more beside it; None when it trains itself | the leaf |
 | `frozen`, quantised | `Packed` in place of the weight, also within `Fixed` | `Packed` |
-| `delta` | `Adapter`, or the weight itself when the leaf itself trains | None |
-| combined | `Adapted`, or `Trained` when the leaf itself trains | the leaf |
+| `delta` | `Adapter`; the weight itself when it trains itself | None |
+| combined | `Adapted`; `Trained` when it trains itself | the leaf |
 """
 
 import dataclasses
@@ -22,7 +22,9 @@ from ._packed import Packed
 @tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """In place of an array: that of the same name at another leaf. It holds none, so nothing counts or trains it twice."""
+    """In place of an array: that of the same name at another leaf. It holds none, so nothing counts or
+    trains it twice.
+    """
 
     path: str
 
@@ -36,7 +38,9 @@ class Adapter:
     spec: Spec
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        """For each array that is here, the weight axis that each of its axes runs along; None for rank and block axes."""
+        """For each array that is here, the weight axis that each of its axes runs along; None for rank
+        and block axes.
+        """
         return _axes_of_own(self.arrays, self.spec)
 
     def tree_flatten_with_keys(self) -> tuple:
@@ -102,7 +106,9 @@ class Adapted:
 @tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A leaf that trains itself, in a combined tree: marked, so that optimiser masks can tell it from a frozen one."""
+    """A leaf that trains itself, in a combined tree: marked, so that optimiser masks can tell it from a
+    frozen one.
+    """
 
     value: Any
 
@@ -125,7 +131,11 @@ def resolved(nodes: Iterable[Any]) -> list[Any]:
     Raises `ValueError` where no other leaf has that array, or two leaves of one path have different ones.
     """
     nodes = list(nodes)
-    parts = [part for node in nodes for part in ((node.frozen, node.adapter) if isinstance(node, Adapted) else (node,))]
+    parts = [
+        part
+        for node in nodes
+        for part in ((node.frozen, node.adapter) if isinstance(node, Adapted) else (node,))
+    ]
     parts = [part for part in parts if isinstance(part, Adapter | Fixed)]
     if not any(isinstance(array, Shared) for part in parts for array in part.arrays.values()):
         return nodes
@@ -142,7 +152,8 @@ def resolved(nodes: Iterable[Any]) -> list[Any]:
         if len(owners) != 1:
             there = "is missing" if not owners else "is there more than once"
             raise ValueError(
-                f"the adapter of {spec.path!r} shares {name} with that of {array.path!r}, which {there}: pass the whole tree that was adapted, "
+                f"the adapter of {spec.path!r} shares {name} with that of {array.path!r}, which {there}: "
+                "pass the whole tree that was adapted, "
                 "and each such tree as an argument of its own."
             )
         return owners[0]
@@ -152,11 +163,15 @@ def resolved(nodes: Iterable[Any]) -> list[Any]:
             return dataclasses.replace(part, frozen=whole(part.frozen), adapter=whole(part.adapter))
         if not isinstance(part, Adapter | Fixed):
             return part
-        return dataclasses.replace(part, arrays={name: found(name, array, part.spec) for name, array in part.arrays.items()})
+        return dataclasses.replace(
+            part, arrays={name: found(name, array, part.spec) for name, array in part.arrays.items()}
+        )
 
     return [whole(node) for node in nodes]
 
 
 def is_node(leaf: Any) -> bool:
-    """Whether a tree walk should stop here: at a node of ours, or at a None that stands for an absent leaf."""
+    """Whether a tree walk should stop here: at a node of ours, or at a None that stands for an absent
+    leaf.
+    """
     return leaf is None or isinstance(leaf, Adapter | Fixed | Adapted | Trained | Packed)

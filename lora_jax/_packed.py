@@ -1,8 +1,9 @@
 """Quantised weights: `Packed` is what a tree holds in place of an array, `Lazy` what a factored weight holds.
 
-A packed weight stays packed on its way to its use, through `scan`, `checkpoint` and the rest; the views on that way are
-noted and done after unpacking, at the use itself, which forgets the result: the backward pass unpacks again. So no more
-than one unpacked weight is in memory at a time, and no derivative of a weight exists.
+A packed weight stays packed on its way to its use, through `scan`, `checkpoint` and the rest; the views on
+that way are noted and done after unpacking, at the use itself, which forgets the result: the backward pass
+unpacks again. So no more than one unpacked weight is in memory at a time, and no derivative of a weight
+exists.
 """
 
 import dataclasses
@@ -14,19 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from ._formats import Format
 from ._mesh import is_explicit, moved, parts, sharding_like
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["format", "own", "dtype", "turned", "at_use"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["format", "own", "dtype", "turned", "at_use"],
+)
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A quantised weight. `own` is the shape of what is packed together; the axes before it, those of a stack, lead in
-    every array, so that slicing all arrays along the first is slicing the weight. `turned`: it is stored transposed.
-    `at_use`: how the own axes lie on a mesh when the weight is used, if that is known."""
+    """A quantised weight. `own` is the shape of what is packed together; the axes before it, those of a
+    stack, lead in every array, so that slicing all arrays along the first is slicing the weight. `turned`: it
+    is stored transposed. `at_use`: how the own axes lie on a mesh when the weight is used, if that is known.
+    """
 
     arrays: dict[str, jax.Array]
     format: Format
@@ -37,17 +42,19 @@ class Packed:
 
     @classmethod
     def of(cls, weight: Any, format: Format, stack: int | None = None) -> "Packed":
-        """`weight`, an array or a shape, packed. Of its axes the first `stack` are those of a stack, or if that is not known all but
-        the last two."""
+        """`weight`, an array or a shape, packed. Of its axes the first `stack` are those of a stack, or if
+        that is not known all but the last two."""
         stack = max(len(weight.shape) - 2, 0) if stack is None else stack
-        pack = lambda weight: format.pack(weight, stack)  # noqa: E731
+        pack = lambda weight: format.pack(weight, stack)
         arrays = jax.eval_shape(pack, weight) if isinstance(weight, jax.ShapeDtypeStruct) else pack(weight)
         return cls(arrays, format, tuple(weight.shape[stack:]), jnp.dtype(weight.dtype))
 
     @property
     def stack(self) -> tuple[int, ...]:
         own = _own_ndims(self.format, self.own, self.dtype)
-        return min((self.arrays[name].shape[: self.arrays[name].ndim - ndim] for name, ndim in own.items()), key=len)
+        return min(
+            (self.arrays[name].shape[: self.arrays[name].ndim - ndim] for name, ndim in own.items()), key=len
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,13 +82,19 @@ class Packed:
         return unpack(self.arrays)
 
     def gathered(self) -> "Packed":
-        """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each device has, and sends the numbers."""
+        """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each
+        device has, and sends the numbers.
+        """
         if self.at_use is None or is_explicit(self.at_use.mesh):  # on which `value` does more
             return self
         found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
         for name in self.format.in_order:
             spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
-            if ndims[name] < len(self.own):  # all in a row, in which a part of the first axis is one piece, and a part of another axis is not
+            if (
+                ndims[name] < len(self.own)
+                # All in a row, in which a part of the first axis is one piece, and a part of another axis is
+                # not.
+            ):
                 spec = (None,) if found[name].shape[-1] % parts(self.at_use.mesh, spec[0]) else spec[:1]
             # The axes of a stack lie as XLA likes.
             spec = [P.UNCONSTRAINED] * (found[name].ndim - len(spec)) + [*spec]
@@ -94,7 +107,9 @@ class Packed:
 
 
 def _whole(array: jax.Array) -> jax.Array:
-    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split; elsewhere as it is."""
+    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split; elsewhere as
+    it is.
+    """
     return moved(array, sharding_like(array, range(array.ndim), [None] * array.ndim))
 
 
@@ -118,7 +133,9 @@ class Cast:
         return lax.convert_element_type(array, self.dtype)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["operations", "shape", "dtype"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["operations", "shape", "dtype"]
+)
 @dataclasses.dataclass(frozen=True)
 class Lazy:
     """The view of a packed weight that `operations` make of it once it is unpacked."""
@@ -151,10 +168,17 @@ class Lazy:
 
     def then(self, operation: Callable[[jax.Array], jax.Array]) -> "Lazy":
         result = jax.eval_shape(operation, jax.ShapeDtypeStruct(self.shape, self.dtype))
-        return dataclasses.replace(self, operations=(*self.operations, operation), shape=tuple(result.shape), dtype=jnp.dtype(result.dtype))
+        return dataclasses.replace(
+            self,
+            operations=(*self.operations, operation),
+            shape=tuple(result.shape),
+            dtype=jnp.dtype(result.dtype),
+        )
 
     def leads(self, axes: Sequence[int]) -> bool:
-        """Whether these axes of the view are stacked ones, along which the packed arrays can be cut themselves."""
+        """Whether these axes of the view are stacked ones, along which the packed arrays can be cut
+        themselves.
+        """
         only_casts = all(isinstance(operation, Cast) for operation in self.operations)
         return only_casts and all(axis < len(self.packed.stack) for axis in axes)
 
@@ -179,7 +203,8 @@ def value_of(weight: Any) -> jax.Array:
 
 
 def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight: Any) -> jax.Array:
-    """`use(x, weight)`, which is linear in `x`, with a packed weight unpacked for this alone, and again for the backward pass.
+    """`use(x, weight)`, which is linear in `x`, with a packed weight unpacked for this alone, and again for
+    the backward pass.
 
     Like everything with a derivative of its own, it has no forward-mode one.
     """
@@ -188,7 +213,9 @@ def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight:
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     def unpacked(packed: Packed, beside: jax.Array) -> jax.Array:
-        return dataclasses.replace(weight, packed=_after(packed, lax.stop_gradient(beside)).gathered()).value()
+        return dataclasses.replace(
+            weight, packed=_after(packed, lax.stop_gradient(beside)).gathered()
+        ).value()
 
     @jax.custom_vjp
     def product(x: jax.Array, packed: Packed) -> jax.Array:
@@ -209,7 +236,7 @@ def _after(packed: Packed, beside: jax.Array) -> Packed:
 
     Without it XLA may unpack all weights of a model first, and take the forward pass's for the backward pass.
     """
-    barrier = lambda packed, beside: lax.optimization_barrier((packed, beside))[0]  # noqa: E731
+    barrier = lambda packed, beside: lax.optimization_barrier((packed, beside))[0]
     return lax.platform_dependent(packed, beside, cpu=_depending, default=barrier)
 
 
@@ -220,7 +247,9 @@ def _after_one(size: int, batched: tuple, packed: Packed, beside: jax.Array) -> 
 
 
 def _nothing(beside: jax.Array) -> jax.Array:
-    """False, computed from `beside`: that no number is above infinity, XLA does not know. A slice, since a reshape gathers what is split."""
+    """False, computed from `beside`: that no number is above infinity, XLA does not know. A slice, since
+    a reshape gathers what is split.
+    """
     if is_explicit(jax.typeof(beside).sharding.mesh):
         return jnp.max(beside) > jnp.inf  # a slice of a part would be a type that there is not
     return lax.slice(beside, (0,) * beside.ndim, (1,) * beside.ndim).reshape(()) > jnp.inf
@@ -231,27 +260,35 @@ def _depending(packed: Packed, beside: jax.Array) -> Packed:
     if beside.size == 0:
         return packed
     nothing = _nothing(beside)
-    integers = lambda array: jnp.issubdtype(array.dtype, jnp.integer)  # noqa: E731
+    integers = lambda array: jnp.issubdtype(array.dtype, jnp.integer)
     return packed.along_stack(lambda array: array + nothing.astype(array.dtype) if integers(array) else array)
 
 
 def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:
-    """`function(weight, *arrays)`, in a branch that is always taken: for the same reason, and as unknown to XLA for the CPU."""
+    """`function(weight, *arrays)`, in a branch that is always taken: for the same reason, and as unknown
+    to XLA for the CPU.
+    """
 
     def branch(packed: Packed, *arrays: jax.Array) -> jax.Array:
-        compute = lambda packed, *arrays: function(packed.value(), *arrays)  # noqa: E731
+        compute = lambda packed, *arrays: function(packed.value(), *arrays)
         result = jax.eval_shape(compute, packed, *arrays)
-        scale = next(array for array in jax.tree.leaves((arrays, packed)) if jnp.issubdtype(array.dtype, jnp.floating))
-        return lax.cond(_nothing(scale), lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays)
+        scale = next(
+            array for array in jax.tree.leaves((arrays, packed)) if jnp.issubdtype(array.dtype, jnp.floating)
+        )
+        return lax.cond(
+            _nothing(scale), lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays
+        )
 
-    return lax.platform_dependent(packed, *arrays, cpu=branch, default=lambda packed, *arrays: function(packed.value(), *arrays))
+    return lax.platform_dependent(
+        packed, *arrays, cpu=branch, default=lambda packed, *arrays: function(packed.value(), *arrays)
+    )
 
 
 def layer_by_layer(function: Callable, weight: Any, layers: Sequence[int], *arrays: jax.Array) -> jax.Array:
     """`function(weight, *arrays)` of each layer, one after the other, stacked as the layers are.
 
-    `layers` are the stacked axes of the weight; they lead in `arrays`. Whatever a layer's weight is cast or unpacked to is
-    gone before the next.
+    `layers` are the stacked axes of the weight; they lead in `arrays`. Whatever a layer's weight is cast or
+    unpacked to is gone before the next.
     """
     if not layers:
         return _apart(function, weight, *arrays) if isinstance(weight, Packed) else function(weight, *arrays)
@@ -260,7 +297,7 @@ def layer_by_layer(function: Callable, weight: Any, layers: Sequence[int], *arra
         weight = value_of(weight)
     if not isinstance(weight, Packed):
         weight = jnp.moveaxis(weight, layers, range(len(layers)))
-    flat = lambda array: array.reshape(-1, *array.shape[len(sizes) :])  # noqa: E731
+    flat = lambda array: array.reshape(-1, *array.shape[len(sizes) :])
     rows = jax.tree.map(flat, (weight, arrays))
     result = lax.map(lambda row: function(value_of(row[0]), *row[1]), rows)
     return result.reshape(*sizes, *result.shape[1:])

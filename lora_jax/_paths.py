@@ -1,7 +1,7 @@
 """The only place that names and matches parameters.
 
-A leaf's path is the names on the way to it, joined by `/`: `h/0/attn/c_attn/kernel`. Targets are matched against
-these paths, adapters draw their random keys from them, and every error names leaves by them.
+A leaf's path is the names on the way to it, joined by `/`: `h/0/attn/c_attn/kernel`. Targets are matched
+against these paths, adapters draw their random keys from them, and every error names leaves by them.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import tree_util
+
 
 ALL_LINEAR = "all-linear"
 
@@ -48,7 +49,10 @@ def _variable_paths(tree: Any) -> set[tuple]:
     """
 
     def is_variable(node: Any) -> bool:
-        return any(base.__name__ == "Variable" and base.__module__.startswith("flax.nnx") for base in type(node).__mro__)
+        return any(
+            base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
+            for base in type(node).__mro__
+        )
 
     flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
     return {path for path, node in flat if is_variable(node)}
@@ -116,7 +120,10 @@ def resolve_targets(
         chosen.update((path, pattern_method) for path in free)
     _unambiguous(chosen, [path for path, _ in leaves])
     if not chosen:
-        raise ValueError(f"`targets` is empty ({targets!r}): nothing would be trained. Name leaves, for example {_listed(floating[:3])}.")
+        raise ValueError(
+            f"`targets` is empty ({targets!r}): nothing would be trained. Name leaves, for example "
+            f"{_listed(floating[:3])}."
+        )
     return chosen
 
 
@@ -124,7 +131,8 @@ def _unambiguous(chosen: Iterable[str], paths: list[str]) -> None:
     shared = [path for path in chosen if paths.count(path) > 1]
     if shared:
         raise ValueError(
-            f"`targets` names {shared[0]!r}, which is the path of {paths.count(shared[0])} leaves of `params`: a key that contains '/' "
+            f"`targets` names {shared[0]!r}, which is the path of {paths.count(shared[0])} leaves of "
+            "`params`: a key that contains '/' "
             "reads like two nested ones. Adapters are told apart by their paths, so rename one of these keys."
         )
 
@@ -133,7 +141,10 @@ def _pairs(targets: Any, method: Any) -> list[tuple[Any, Any]]:
     if isinstance(targets, Mapping):
         wrong = [pattern for pattern in targets if not (isinstance(pattern, str) or callable(pattern))]
         if wrong:
-            raise TypeError(f"`targets` has the key {wrong[0]!r}; the keys of a mapping of targets are patterns (strings).")
+            raise TypeError(
+                f"`targets` has the key {wrong[0]!r}; the keys of a mapping of targets are patterns "
+                "(strings)."
+            )
         return list(targets.items())
     if isinstance(targets, str) or callable(targets):
         return [(targets, method)]
@@ -144,7 +155,8 @@ def _pairs(targets: Any, method: Any) -> list[tuple[Any, Any]]:
             raise TypeError(f"`targets` holds {wrong[0]!r}; a sequence of targets holds patterns (strings).")
         return [(pattern, method) for pattern in patterns]
     raise TypeError(
-        f"`targets` is {targets!r}; pass a pattern, a sequence of patterns, a mapping from pattern to method, "
+        f"`targets` is {targets!r}; pass a pattern, a sequence of patterns, a mapping from pattern to "
+        "method, "
         f"a predicate (path, leaf) -> bool, or {ALL_LINEAR!r}."
     )
 
@@ -152,20 +164,28 @@ def _pairs(targets: Any, method: Any) -> list[tuple[Any, Any]]:
 def _nothing_matched(pattern: Any, leaves: list[tuple[str, Any]]) -> str:
     paths = [path for path, _ in leaves]
     if callable(pattern):
-        return f"`targets` predicate {pattern!r} chose no floating-point leaf among {len(paths)}: {_listed(paths[:5])}."
+        return (
+            f"`targets` predicate {pattern!r} chose no floating-point leaf among {len(paths)}: "
+            f"{_listed(paths[:5])}."
+        )
     if pattern == ALL_LINEAR:
-        return "`targets` is 'all-linear', but `fn` contracts with no floating-point leaf of `params`. Does `fn` use `params`, its first argument?"
+        return (
+            "`targets` is 'all-linear', but `fn` contracts with no floating-point leaf of `params`. Does "
+            "`fn` use `params`, its first argument?"
+        )
     passed_over = [(path, leaf) for path, leaf in leaves if matches(pattern, path)]
     if passed_over:
         found = [f"{path} ({getattr(leaf, 'dtype', type(leaf).__name__)})" for path, leaf in passed_over[:5]]
         return (
-            f"`targets` pattern {pattern!r} matches only leaves that are not floating point: {_listed(found)}. "
+            f"`targets` pattern {pattern!r} matches only leaves that are not floating point: "
+            f"{_listed(found)}. "
             "Only floating-point leaves can be adapted; cast them first or choose others."
         )
     if not paths:
         return f"`targets` is {pattern!r}, but `params` has no leaves."
     return (
-        f"`targets` pattern {pattern!r} matches no leaf. A pattern is a regular expression for the whole path or for its "
+        f"`targets` pattern {pattern!r} matches no leaf. A pattern is a regular expression for the whole "
+        "path or for its "
         f"last whole components. The nearest paths are {_listed(nearest(str(pattern), paths))}."
     )
 

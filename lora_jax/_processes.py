@@ -1,7 +1,7 @@
 """What several processes tell each other, with `jax.distributed`: a value from each, on all.
 
-Collectives of the devices: every process calls this at the same point, in the thread that trains. Left out: who decides what follows,
-which is `checkpoint`'s and `interop`'s.
+Collectives of the devices: every process calls this at the same point, in the thread that trains. Left out:
+who decides what follows, which is `checkpoint`'s and `interop`'s.
 """
 
 import json

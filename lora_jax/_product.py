@@ -1,9 +1,11 @@
-"""The product of an array with a factor of an adapter, and the dtype in which that factor's gradient is summed.
+"""The product of an array with a factor of an adapter, and the dtype in which that factor's gradient is
+summed.
 
-The gradient is a sum over all rows of the array. JAX's own rule gives it the array's dtype, bfloat16 in mixed precision, and where the rows
-lie on several devices, XLA adds the devices' parts in that dtype before a cast behind it can widen them. Here the product that makes
-the gradient has a wider result, of the same operands: no FLOP and no array more. Left out: its forward-mode derivative, which a function
-with a `custom_vjp` does not have; so this is for who asks for it (`adapt(reduce=)`).
+The gradient is a sum over all rows of the array. JAX's own rule gives it the array's dtype, bfloat16 in mixed
+precision, and where the rows lie on several devices, XLA adds the devices' parts in that dtype before a cast
+behind it can widen them. Here the product that makes the gradient has a wider result, of the same operands:
+no FLOP and no array more. Left out: its forward-mode derivative, which a function with a `custom_vjp` does
+not have; so this is for who asks for it (`adapt(reduce=)`).
 """
 
 from collections.abc import Sequence
@@ -17,16 +19,27 @@ from ._mesh import sharding_like
 
 
 def with_factor(
-    x: jax.Array, x_labels: Sequence, factor: jax.Array, labels: Sequence, keep: Sequence, *, reduce: Any, factor_on_left: bool = False, **options: Any
+    x: jax.Array,
+    x_labels: Sequence,
+    factor: jax.Array,
+    labels: Sequence,
+    keep: Sequence,
+    *,
+    reduce: Any,
+    factor_on_left: bool = False,
+    **options: Any,
 ) -> tuple[jax.Array, tuple]:
     """`dot` of `x` and `factor`, which is cast to the dtype of `x`, and the labels of the result.
 
-    `reduce`: the dtype of the sum that is the factor's gradient, if it is wider than that of `x`; None leaves it to JAX.
+    `reduce`: the dtype of the sum that is the factor's gradient, if it is wider than that of `x`; None leaves
+    it to JAX.
     """
 
     def product(x: jax.Array, factor: jax.Array) -> jax.Array:
         sides = ((factor.astype(x.dtype), labels), (x, x_labels))
-        left, right = sides if factor_on_left else sides[::-1]  # as in the original: its order of axes needs no transpose
+        left, right = (
+            sides if factor_on_left else sides[::-1]
+        )  # as in the original: its order of axes needs no transpose
         return dot(*left, *right, keep=keep, **options)[0]
 
     found = dot_labels(labels, x_labels, keep) if factor_on_left else dot_labels(x_labels, labels, keep)
@@ -34,19 +47,32 @@ def with_factor(
         return product(x, factor), found
 
     def forward(x: Any, factor: Any) -> tuple:
-        # What nobody differentiates (a factor that is fixed, the input of the first layer) gets no product in the backward pass.
-        return product(x.value, factor.value), (x.value, factor.value, [() if operand.perturbed else None for operand in (x, factor)])
+        # What nobody differentiates (a factor that is fixed, the input of the first layer) gets no product in
+        # the backward pass.
+        return product(x.value, factor.value), (
+            x.value,
+            factor.value,
+            [() if operand.perturbed else None for operand in (x, factor)],
+        )
 
     def backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         x, factor, (wanted_x, wanted_factor) = residuals
-        return of_x(x, factor, cotangent) if wanted_x is not None else None, of_factor(x, factor, cotangent) if wanted_factor is not None else None
+        return of_x(x, factor, cotangent) if wanted_x is not None else None, of_factor(
+            x, factor, cotangent
+        ) if wanted_factor is not None else None
 
     def of_x(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: product(x, factor), x)(cotangent)[0]
 
     def of_factor(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
-        where = sharding_like(factor, labels, dot_labels(x_labels, found, labels), jax.typeof(x).sharding.mesh)
-        others = {"precision": options.get("precision"), "preferred_element_type": reduce, "out_sharding": where}
+        where = sharding_like(
+            factor, labels, dot_labels(x_labels, found, labels), jax.typeof(x).sharding.mesh
+        )
+        others = {
+            "precision": options.get("precision"),
+            "preferred_element_type": reduce,
+            "out_sharding": where,
+        }
         summed = dot(x, x_labels, cotangent, found, keep=labels, **others)
         return place(*summed, labels, ()).astype(factor.dtype)
 

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._nodes import Adapter, Shared, is_node, resolved
+from ._nodes import Adapter, is_node, resolved, Shared
 from ._paths import named_leaves
 
 
 def stack(deltas: Sequence[Any]) -> Any:
-    """One delta with a leading axis for the adapters, padded to the largest rank, with the scales folded into B.
+    """One delta with a leading axis for the adapters, padded to the largest rank, with the scales folded into
+    B.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jnp.ones((8, 8))}
@@ -21,14 +22,15 @@ def stack(deltas: Sequence[Any]) -> Any:
     >>> stacked["kernel"].arrays["a"].shape
     (2, 8, 4)
 
-    What a method keeps in `frozen` (LoRA-FA's A, the start of PiSSA and Delta-LoRA) is not stacked: such adapters must come from one
-    `frozen`, trained apart. Others first become LoRA: `arithmetic.as_lora`.
+    What a method keeps in `frozen` (LoRA-FA's A, the start of PiSSA and Delta-LoRA) is not stacked: such
+    adapters must come from one `frozen`, trained apart. Others first become LoRA: `arithmetic.as_lora`.
 
     One adapter for each example of a batch, with W unbatched and contracted once:
     `jax.vmap(lambda delta, x: forward(combine(frozen, delta), x))(take(stacked, ids), xs)`.
 
     Raises:
-      ValueError: no delta, or deltas that target different leaves or differ in axes, dropout, blocks or dtype.
+      ValueError: no delta, or deltas that target different leaves or differ in axes, dropout, blocks or
+        dtype.
     """
     deltas = list(deltas)
     if not deltas:
@@ -39,7 +41,9 @@ def stack(deltas: Sequence[Any]) -> Any:
     for number, delta in enumerate(deltas[1:], 1):
         found, structure = jax.tree.flatten(delta, is_leaf=is_node)
         if structure != treedef:
-            raise ValueError(f"`deltas[{number}]` does not have the containers of `deltas[0]`; stack adapters of one base.")
+            raise ValueError(
+                f"`deltas[{number}]` does not have the containers of `deltas[0]`; stack adapters of one base."
+            )
         others.append(found)
     rows = [leaves, *others]
     groups = zip(paths, zip(*rows, strict=True), zip(*map(resolved, rows), strict=True), strict=True)
@@ -47,7 +51,14 @@ def stack(deltas: Sequence[Any]) -> Any:
 
 
 def _stacked(path: str, group: tuple, whole: tuple) -> Any:
-    kinds = ["nothing" if leaf is None else "an adapter" if isinstance(leaf, Adapter) else f"an array of shape {leaf.shape}" for leaf in group]
+    kinds = [
+        "nothing"
+        if leaf is None
+        else "an adapter"
+        if isinstance(leaf, Adapter)
+        else f"an array of shape {leaf.shape}"
+        for leaf in group
+    ]
     if len(set(kinds)) != 1:
         raise ValueError(f"`deltas` do not target the same leaves: at {path!r} they have {', '.join(kinds)}.")
     if group[0] is None:
@@ -56,13 +67,23 @@ def _stacked(path: str, group: tuple, whole: tuple) -> Any:
         return jnp.stack(group)
     rank = max(leaf.spec.method.rank for leaf in group)
     padded = [leaf.spec.method.at_rank(leaf.arrays, leaf.spec, rank) for leaf in whole]
-    shared = [{name: array for name, array in leaf.arrays.items() if isinstance(array, Shared)} for leaf in group]
-    specs = [dataclasses.replace(leaf.spec, method=method) for leaf, (method, _) in zip(group, padded, strict=True)]
+    shared = [
+        {name: array for name, array in leaf.arrays.items() if isinstance(array, Shared)} for leaf in group
+    ]
+    specs = [
+        dataclasses.replace(leaf.spec, method=method) for leaf, (method, _) in zip(group, padded, strict=True)
+    ]
     for number, spec in enumerate(specs):
         if spec != specs[0]:
-            raise ValueError(f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in more than rank, scale and start: {spec} and {specs[0]}.")
+            raise ValueError(
+                f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in more than rank, scale and "
+                f"start: {spec} and {specs[0]}."
+            )
         if shared[number] != shared[0]:
-            raise ValueError(f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in what it shares with other leaves: {shared[number]} and {shared[0]}.")
+            raise ValueError(
+                f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in what it shares with other "
+                f"leaves: {shared[number]} and {shared[0]}."
+            )
     arrays = jax.tree.map(lambda *parts: jnp.stack(parts), *(arrays for _, arrays in padded))
     return Adapter(arrays | shared[0], specs[0])
 
@@ -76,15 +97,19 @@ def take(stacked: Any, ids: Any) -> Any:
     >>> lora_jax.take(stacked, jnp.array([2, 0])).get("kernel").arrays["a"].shape
     (2, 8, 8)
 
-    With an array, the result has a leading axis to `vmap` over. Negative ids count from the end. Ids out of range are
-    clamped under `jit`, as JAX's indexing does; a concrete id out of range raises.
+    With an array, the result has a leading axis to `vmap` over. Negative ids count from the end. Ids out of
+    range are clamped under `jit`, as JAX's indexing does; a concrete id out of range raises.
 
     Raises:
       ValueError: a concrete id out of range, or a delta that is not stacked.
     """
     for leaf in jax.tree.leaves(stacked, is_leaf=is_node):
-        if isinstance(leaf, Adapter) and any(leaf.arrays[name].ndim == len(axes) for name, axes in leaf.array_axes().items()):
-            raise ValueError(f"`stacked` holds a single adapter at {leaf.spec.path!r}; pass what `stack(deltas)` returns.")
+        if isinstance(leaf, Adapter) and any(
+            leaf.arrays[name].ndim == len(axes) for name, axes in leaf.array_axes().items()
+        ):
+            raise ValueError(
+                f"`stacked` holds a single adapter at {leaf.spec.path!r}; pass what `stack(deltas)` returns."
+            )
     leaves = jax.tree.leaves(stacked)
     number = leaves[0].shape[0] if leaves else 0
     ids = jnp.asarray(ids)

@@ -1,6 +1,8 @@
-"""The views through which a weight reaches its use: `lax` operations on a `Factored`, with a `Factored` as the result.
+"""The views through which a weight reaches its use: `lax` operations on a `Factored`, with a `Factored` as
+the result.
 
-Each is the operation on W and, restricted to the axes that they have, on its parts. `NotAView` where no factors exist.
+Each is the operation on W and, restricted to the axes that they have, on its parts. `NotAView` where no
+factors exist.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import NEW, PARTS, RANK, Axis, Factored, NotAView
+from ._factored import Axis, Factored, NEW, NotAView, PARTS, RANK
 from ._packed import Lazy, on_weight
 
 
@@ -93,12 +95,19 @@ def reshaped(weight: Factored, shape: Sequence[int]) -> Factored:
                     result.extend(members)
         return lax.reshape(array, sizes), tuple(result)
 
-    result = weight.viewed(view, axes, weight=on_weight(lambda array: lax.reshape(array, shape), weight.weight), windowed=windowed)
+    result = weight.viewed(
+        view,
+        axes,
+        weight=on_weight(lambda array: lax.reshape(array, shape), weight.weight),
+        windowed=windowed,
+    )
     terms = tuple(term.replace(window=window) for term, window in zip(result.terms, windows, strict=True))
     return result.replace(terms=terms)
 
 
-def _reshape_windows(weight: Factored, groups: list, shape: Sequence[int]) -> tuple[Factored, int | None, list]:
+def _reshape_windows(
+    weight: Factored, groups: list, shape: Sequence[int]
+) -> tuple[Factored, int | None, list]:
     """Windows survive where their axis is split so that each covers whole rows of the first new axis."""
     windows = [term.window for term in weight.terms]
     if weight.windowed is None:
@@ -112,7 +121,9 @@ def _reshape_windows(weight: Factored, groups: list, shape: Sequence[int]) -> tu
     return weight, real[0], [window and (window[0] // row, window[1] // row) for window in windows]
 
 
-def sliced(weight: Factored, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int] | None) -> Factored:
+def sliced(
+    weight: Factored, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int] | None
+) -> Factored:
     strides = strides or (1,) * len(weight.axes)
     axis = weight.windowed
     if axis is not None and (starts[axis], stops[axis], strides[axis]) != (0, weight.shape[axis], 1):
@@ -122,7 +133,9 @@ def sliced(weight: Factored, starts: Sequence[int], stops: Sequence[int], stride
     return _sliced_apart(weight, starts, stops, strides, axis)
 
 
-def _sliced_apart(weight: Factored, starts: Sequence, stops: Sequence, strides: Sequence, windowed: int | None) -> Factored:
+def _sliced_apart(
+    weight: Factored, starts: Sequence, stops: Sequence, strides: Sequence, windowed: int | None
+) -> Factored:
     """Slices every axis; parts along the windowed axis have been narrowed already."""
 
     def view(array: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
@@ -133,10 +146,17 @@ def _sliced_apart(weight: Factored, starts: Sequence, stops: Sequence, strides: 
         ]
         return lax.slice(array, *zip(*limits, strict=True)) if limits else array, labels
 
-    cut = [axis for axis, size in enumerate(weight.shape) if (starts[axis], stops[axis], strides[axis]) != (0, size, 1)]
+    cut = [
+        axis
+        for axis, size in enumerate(weight.shape)
+        if (starts[axis], stops[axis], strides[axis]) != (0, size, 1)
+    ]
 
     def of_weight(array: jax.Array) -> jax.Array:
-        limits = [(starts[axis], stops[axis], strides[axis]) if axis in cut else (0, size, 1) for axis, size in enumerate(array.shape)]
+        limits = [
+            (starts[axis], stops[axis], strides[axis]) if axis in cut else (0, size, 1)
+            for axis, size in enumerate(array.shape)
+        ]
         return lax.slice(array, *zip(*limits, strict=True))
 
     array = on_stack(weight.weight, cut, of_weight)
@@ -153,8 +173,12 @@ def _sliced_windows(weight: Factored, start: int, stop: int) -> Factored:
         first, last = term.window or (0, weight.shape[weight.windowed])
         low, high = max(first, start), min(last, stop)
         if low < high:
-            cut = lambda part, axis, limits=(low - first, high - first): lax.slice_in_dim(part, *limits, axis=axis)  # noqa: E731
-            parts = {name: cut(getattr(term, name), position) for name, position in weight.windowed_parts(term)}
+            cut = lambda part, axis, limits=(low - first, high - first): lax.slice_in_dim(
+                part, *limits, axis=axis
+            )
+            parts = {
+                name: cut(getattr(term, name), position) for name, position in weight.windowed_parts(term)
+            }
             terms.append(term.replace(window=(low - start, high - start), **parts))
     return weight.replace(terms=tuple(terms))
 
@@ -169,14 +193,19 @@ def dynamic_sliced(weight: Factored, starts: Sequence[Any], sizes: Sequence[int]
                 array = lax.dynamic_slice_in_dim(array, starts[label], sizes[label], position)
         return array, labels
 
-    array = on_stack(weight.weight, moved, lambda array, *_: view(array, tuple(range(array.ndim)))[0], *starts)
+    array = on_stack(
+        weight.weight, moved, lambda array, *_: view(array, tuple(range(array.ndim)))[0], *starts
+    )
     return weight.viewed(view, weight.axes, weight=array)
 
 
 def flipped(weight: Factored, dimensions: Sequence[int]) -> Factored:
     weight = weight.unwindowed(dimensions)
     return weight.viewed(
-        lambda array, labels: (lax.rev(array, [p for p, label in enumerate(labels) if label in dimensions]), labels),
+        lambda array, labels: (
+            lax.rev(array, [p for p, label in enumerate(labels) if label in dimensions]),
+            labels,
+        ),
         weight.axes,
     )
 
@@ -187,8 +216,16 @@ def unstacked(weight: Factored) -> tuple[list[Any], Callable[[list[Any]], Factor
     base = weight.weight
     if isinstance(base, Lazy):
         base = base.packed.arrays if base.leads([0]) else base.value()
-    named = [("magnitude", weight.magnitude), ("key", weight.key), *((name, getattr(term, name)) for term in weight.terms for name in PARTS)]
-    positions = {name: weight.labels(name).index(0) for name in (*PARTS, "magnitude", "key") if 0 in weight.labels(name)}
+    named = [
+        ("magnitude", weight.magnitude),
+        ("key", weight.key),
+        *((name, getattr(term, name)) for term in weight.terms for name in PARTS),
+    ]
+    positions = {
+        name: weight.labels(name).index(0)
+        for name in (*PARTS, "magnitude", "key")
+        if 0 in weight.labels(name)
+    }
     scanned = [index for index, (name, array) in enumerate(named) if array is not None and name in positions]
 
     def rebuild(slices: list[Any]) -> Factored:
@@ -198,19 +235,30 @@ def unstacked(weight: Factored) -> tuple[list[Any], Callable[[list[Any]], Factor
             arrays[index] = array
         magnitude, key, *parts = arrays
         count = len(PARTS)
-        terms = tuple(term.replace(**dict(zip(PARTS, parts[i * count : (i + 1) * count], strict=True))) for i, term in enumerate(weight.terms))
+        terms = tuple(
+            term.replace(**dict(zip(PARTS, parts[i * count : (i + 1) * count], strict=True)))
+            for i, term in enumerate(weight.terms)
+        )
         if isinstance(base, dict):
             base = Lazy.of(dataclasses.replace(weight.weight.packed, arrays=base), weight.weight.operations)
         windowed = None if weight.windowed is None else weight.windowed - 1
-        return weight.replace(weight=base, terms=terms, magnitude=magnitude, key=key, axes=weight.axes[1:], windowed=windowed)
+        return weight.replace(
+            weight=base, terms=terms, magnitude=magnitude, key=key, axes=weight.axes[1:], windowed=windowed
+        )
 
-    return [base, *(jnp.moveaxis(named[index][1], positions[named[index][0]], 0) for index in scanned)], rebuild
+    return [
+        base,
+        *(jnp.moveaxis(named[index][1], positions[named[index][0]], 0) for index in scanned),
+    ], rebuild
 
 
 def padded(weight: Factored, array: jax.Array, config: Sequence[tuple[int, int, int]]) -> Factored:
     """`lax.pad`, of which `array` is the result on W. What is padded on has no low-rank part."""
     moved = [index for index, widths in enumerate(config) if tuple(widths) != (0, 0, 0)]
-    if any(weight.axes[index].tag == "new" or (weight.axes[index].tag == "layer" and weight.key is not None) for index in moved):
+    if any(
+        weight.axes[index].tag == "new" or (weight.axes[index].tag == "layer" and weight.key is not None)
+        for index in moved
+    ):
         raise NotAView
     weight = weight.unwindowed(moved)
 
@@ -224,9 +272,11 @@ def padded(weight: Factored, array: jax.Array, config: Sequence[tuple[int, int, 
 
 
 def rescaled(weight: Factored, array: jax.Array, factor: jax.Array, operation: Callable) -> Factored:
-    """`W' ⊙ c`, where `array` is `W ⊙ c` and `c` has the axes of W, of size 1 along those on which it does not depend.
+    """`W' ⊙ c`, where `array` is `W ⊙ c` and `c` has the axes of W, of size 1 along those on which it does
+    not depend.
 
-    A factor that varies along in axes multiplies A, any other B. One that varies along both is no view: a mask.
+    A factor that varies along in axes multiplies A, any other B. One that varies along both is no view: a
+    mask.
     """
     varying = [index for index, size in enumerate(factor.shape) if size > 1]
     tags = {weight.axes[index].tag for index in varying}
@@ -243,14 +293,23 @@ def rescaled(weight: Factored, array: jax.Array, factor: jax.Array, operation: C
     def scaled(part: jax.Array) -> jax.Array:
         own = lax.squeeze(factor, [index for index in range(factor.ndim) if index not in varying])
         order = sorted(range(len(varying)), key=lambda index: labels.index(varying[index]))
-        own = lax.broadcast_in_dim(lax.transpose(own, order), part.shape, [labels.index(varying[index]) for index in order])
+        own = lax.broadcast_in_dim(
+            lax.transpose(own, order), part.shape, [labels.index(varying[index]) for index in order]
+        )
         return operation(part, own.astype(part.dtype))
 
-    return weight.replace(weight=array, terms=tuple(term.replace(**{name: scaled(getattr(term, name))}) for term in weight.terms))
+    return weight.replace(
+        weight=array,
+        terms=tuple(term.replace(**{name: scaled(getattr(term, name))}) for term in weight.terms),
+    )
 
 
-def along(weight: Factored, array: jax.Array, axis: int, operation: Callable[[jax.Array, int], jax.Array]) -> Factored:
-    """A view that changes one axis, given as `operation(part, position of the axis)`: of the parts that have it."""
+def along(
+    weight: Factored, array: jax.Array, axis: int, operation: Callable[[jax.Array, int], jax.Array]
+) -> Factored:
+    """A view that changes one axis, given as `operation(part, position of the axis)`: of the parts that
+    have it.
+    """
     weight = weight.unwindowed([axis])
     if weight.key is not None and axis in weight.labels("key"):
         raise NotAView
@@ -264,8 +323,8 @@ def along(weight: Factored, array: jax.Array, axis: int, operation: Callable[[ja
 
 
 def on_stack(weight: Any, axes: Sequence[int], operation: Callable[..., jax.Array], *others: Any) -> Any:
-    """A view that changes these axes alone, and depends on `others`. If a packed weight is stacked along them, so are the packed
-    arrays: they are cut, and only what is left is unpacked."""
+    """A view that changes these axes alone, and depends on `others`. If a packed weight is stacked along
+    them, so are the packed arrays: they are cut, and only what is left is unpacked."""
     if isinstance(weight, Lazy) and axes and weight.leads(axes):
         return weight.along_stack(lambda array: operation(array, *others))
     return on_weight(operation, weight, *others)

@@ -1,9 +1,10 @@
-"""QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., NeurIPS 2023, arXiv 2305.14314): adapters beside a base
-that is stored in 4 or 8 bits.
+"""QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., NeurIPS 2023, arXiv 2305.14314): adapters
+beside a base that is stored in 4 or 8 bits.
 
-Any method goes with any storage: what is packed is the frozen weight, and `adapt` unpacks it where it is used. How the bytes are
-laid out is in `_formats.py`, when they are unpacked in `_packed.py`. Left out: paged optimisers, which JAX has no need of here (Adam
-state exists for A and B alone), and quantised matrix products: a product is computed in the weight's own dtype.
+Any method goes with any storage: what is packed is the frozen weight, and `adapt` unpacks it where it is
+used. How the bytes are laid out is in `_formats.py`, when they are unpacked in `_packed.py`. Left out: paged
+optimisers, which JAX has no need of here (Adam state exists for A and B alone), and quantised matrix
+products: a product is computed in the weight's own dtype.
 """
 
 import re
@@ -14,11 +15,12 @@ import jax
 import numpy as np
 
 from . import _axes
-from ._formats import FORMATS, Format, Int8 as Int8, NF4 as NF4, from_bitsandbytes as _read_bitsandbytes
+from ._formats import Format, FORMATS, from_bitsandbytes as _read_bitsandbytes, Int8 as Int8, NF4 as NF4
 from ._method import DependsOnWeight
 from ._nodes import Adapter, Fixed, is_node
 from ._packed import Packed as Packed
 from ._paths import ALL_LINEAR, is_floating, is_shape, named_leaves, resolve_targets
+
 
 # Of a path, what says that a leaf is a table that rows are looked up in, or a vector, stacked perhaps.
 _TABLE_OR_VECTOR = re.compile(r".*embed.*|wte|wpe|lm_head|(.*_)?(bias|scale)")
@@ -43,37 +45,52 @@ def quantize(
     >>> forward(lora_jax.combine(frozen, delta), jnp.ones((1, 64))).shape
     (1, 64)
 
-    Adapt first, then quantise. The adapted function unpacks a weight where it is used and again for the backward pass, never
-    two at a time: those of a scanned stack layer by layer. It needs `adapt`, also for leaves without an adapter. What a method keeps
-    that follows from the weight (DoRA's norm) is made again for the quantised one; PiSSA's start is not, so that training starts from
-    the quantised base exactly.
+    Adapt first, then quantise. The adapted function unpacks a weight where it is used and again for the
+    backward pass, never two at a time: those of a scanned stack layer by layer. It needs `adapt`, also for
+    leaves without an adapter. What a method keeps that follows from the weight (DoRA's norm) is made again
+    for the quantised one; PiSSA's start is not, so that training starts from the quantised base exactly.
 
     Args:
       frozen: of `lorafy`; of arrays, or of shapes, and then nothing is allocated.
-      format: `"nf4"` (blocks of 64, their scales quantised in turn), `"int8"` (one scale for each index of the last axis), or a value,
-        `NF4(double=False)` for example. Stacked axes are packed index by index: those that the adapters (of `frozen` or `delta`) call
-        `layer`, and where no adapter says, all but the last two.
-      targets: as in `lorafy`, without methods. `"all-linear"` with `fn`: every weight that `fn` contracts with and does not look rows up
-        in. Without: every floating leaf of two or more axes, except where a component of the path has `embed` in it, is `wte`, `wpe` or `lm_head`,
-        or is, or ends in `_` and, `bias` or `scale`. A stack of vectors by another name is taken for a matrix: pass `fn`, or patterns.
-      delta: the other tree. It says which axes are stacked, and with `fn`, what trains itself (`Full`) and is not in `frozen`.
+      format: `"nf4"` (blocks of 64, their scales quantised in turn), `"int8"` (one scale for each index of
+        the last axis), or a value, `NF4(double=False)` for example. Stacked axes are packed index by index:
+        those that the adapters (of `frozen` or `delta`) call `layer`, and where no adapter says, all but the
+        last two.
+      targets: as in `lorafy`, without methods. `"all-linear"` with `fn`: every weight that `fn` contracts
+        with and does not look rows up in. Without: every floating leaf of two or more axes, except where a
+        component of the path has `embed` in it, is `wte`, `wpe` or `lm_head`, or is, or ends in `_` and,
+        `bias` or `scale`. A stack of vectors by another name is taken for a matrix: pass `fn`, or patterns.
+      delta: the other tree. It says which axes are stacked, and with `fn`, what trains itself (`Full`) and is
+        not in `frozen`.
       fn, args: as in `lorafy`.
 
     Raises:
-      ValueError: an unknown format; a pattern that matches nothing; a leaf that is quantised already, or has a value that is not
-        finite; `"all-linear"` that finds nothing.
+      ValueError: an unknown format; a pattern that matches nothing; a leaf that is quantised already, or has
+        a value that is not finite; `"all-linear"` that finds nothing.
     """
     format = _format(format)
     if isinstance(targets, Mapping):
-        raise TypeError("`targets` is a mapping, of patterns to methods; there is one format: pass the patterns, and call `quantize` again for another.")
+        raise TypeError(
+            "`targets` is a mapping, of patterns to methods; there is one format: pass the patterns, and "
+            "call `quantize` again for another."
+        )
     nodes = named_leaves(frozen, is_leaf=is_node)
     weights = [(path, node.weight if isinstance(node, Fixed) else node) for path, node in nodes]
     leaves = [(path, weight) for path, weight in weights if weight is not None]
     packed = [path for path, weight in leaves if isinstance(weight, Packed)]
-    linear = lambda: _linear(frozen, delta, leaves, fn, args)  # noqa: E731
-    chosen = resolve_targets([(path, leaf) for path, leaf in leaves if path not in packed], targets, format, linear) if len(packed) < len(leaves) else {}
+    linear = lambda: _linear(frozen, delta, leaves, fn, args)
+    chosen = (
+        resolve_targets(
+            [(path, leaf) for path, leaf in leaves if path not in packed], targets, format, linear
+        )
+        if len(packed) < len(leaves)
+        else {}
+    )
     if not chosen:
-        raise ValueError(f"`frozen` is quantised already, at {packed[0]!r} for example; quantise the tree that `lorafy` returned.")
+        raise ValueError(
+            f"`frozen` is quantised already, at {packed[0]!r} for example; quantise the tree that `lorafy` "
+            "returned."
+        )
 
     layers = _layers(nodes, frozen, delta)
 
@@ -86,7 +103,9 @@ def quantize(
             raise ValueError(f"{path!r} cannot be quantised: {error}") from error
         return _with_weight(node, result) if isinstance(node, Fixed) else result
 
-    results = [quantised(path, node, weight) for (path, node), (_, weight) in zip(nodes, weights, strict=True)]
+    results = [
+        quantised(path, node, weight) for (path, node), (_, weight) in zip(nodes, weights, strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(frozen, is_leaf=is_node), results)
 
 
@@ -95,30 +114,45 @@ def _format(format: Any) -> Format:
         return format
     if isinstance(format, str) and format in FORMATS:
         return FORMATS[format]
-    raise ValueError(f"`format` is {format!r}; pass one of {', '.join(map(repr, FORMATS))}, or a value such as `lora_jax.quant.NF4(double=False)`.")
+    raise ValueError(
+        f"`format` is {format!r}; pass one of {', '.join(map(repr, FORMATS))}, or a value such as "
+        "`lora_jax.quant.NF4(double=False)`."
+    )
 
 
 def _with_weight(node: Fixed, weight: Packed) -> Fixed:
     spec, arrays = node.spec, node.arrays
     if isinstance(spec.method, DependsOnWeight):
-        derived = lambda weight: spec.method.derived(weight, spec)  # noqa: E731
+        derived = lambda weight: spec.method.derived(weight, spec)
         shapes = any(map(is_shape, jax.tree.leaves(weight)))
         arrays = {**arrays, **(jax.eval_shape(derived, weight) if shapes else derived(weight))}
     return Fixed(weight, arrays, spec)
 
 
-def _linear(frozen: Any, delta: Any, leaves: list[tuple[str, Any]], fn: Callable | None, args: tuple) -> list[str]:
+def _linear(
+    frozen: Any, delta: Any, leaves: list[tuple[str, Any]], fn: Callable | None, args: tuple
+) -> list[str]:
     if fn is None:
-        return [path for path, leaf in leaves if is_floating(leaf) and len(leaf.shape) > 1 and not _is_named_otherwise(path)]
+        return [
+            path
+            for path, leaf in leaves
+            if is_floating(leaf) and len(leaf.shape) > 1 and not _is_named_otherwise(path)
+        ]
     nodes, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     others = [None] * len(nodes) if delta is None else treedef.flatten_up_to(delta)
-    plain = [other if node is None else node.weight if isinstance(node, Fixed) else node for node, other in zip(nodes, others, strict=True)]
+    plain = [
+        other if node is None else node.weight if isinstance(node, Fixed) else node
+        for node, other in zip(nodes, others, strict=True)
+    ]
     try:
         readings = _axes.read(fn, jax.tree.unflatten(treedef, plain), tuple(args))
     except Exception as error:
         absent = [path for path, leaf in named_leaves(frozen, is_leaf=is_node) if leaf is None]
         if delta is None and absent:
-            raise ValueError(f"`fn` failed on `frozen`, in which {absent[0]!r} is None. If it trains itself (`Full`), pass `delta=` too.") from error
+            raise ValueError(
+                f"`fn` failed on `frozen`, in which {absent[0]!r} is None. If it trains itself (`Full`), "
+                "pass `delta=` too."
+            ) from error
         raise
     return [path for path, _ in leaves if path in readings and readings[path].linear]
 
@@ -131,15 +165,18 @@ def _layers(nodes: list[tuple[str, Any]], frozen: Any, delta: Any) -> dict[str, 
     """For each path that an adapter speaks of, how many stacked axes lead."""
     others = jax.tree.structure(frozen, is_leaf=is_node).flatten_up_to(delta) if delta is not None else []
     adapters = [node for node in (*(node for _, node in nodes), *others) if isinstance(node, Adapter | Fixed)]
-    leading = lambda axes: next((index for index, axis in enumerate(axes) if axis != "layer"), len(axes))  # noqa: E731
+    leading = lambda axes: next((index for index, axis in enumerate(axes) if axis != "layer"), len(axes))
     return {node.spec.path: leading(node.spec.axes) for node in adapters}
 
 
-def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight", *, transpose: bool = True) -> Packed:
-    """A weight as bitsandbytes has stored it in NF4, for a place in `frozen`: bit for bit what bitsandbytes makes of its bytes.
+def from_bitsandbytes(
+    tensors: Mapping[str, np.ndarray], name: str = "weight", *, transpose: bool = True
+) -> Packed:
+    """A weight as bitsandbytes has stored it in NF4, for a place in `frozen`: bit for bit what bitsandbytes
+    makes of its bytes.
 
-    `tensors` are those of a file, among them `name`, `name.absmax` and the others that belong to it. PyTorch's Linear stores (out, in);
-    `transpose` makes that (in, out), as Flax has it.
+    `tensors` are those of a file, among them `name`, `name.absmax` and the others that belong to it.
+    PyTorch's Linear stores (out, in); `transpose` makes that (in, out), as Flax has it.
 
     Raises:
       ValueError: a tensor is missing or is not what it should be; the text names it.

@@ -1,9 +1,9 @@
 """Where each array lives on a mesh: rules for weights, and adapters that follow the weight they belong to.
 
-Mesh axes are named `data` (only the batch is split), `fsdp` (batch and weights) and `tensor` (weights). A's and B's specs are W's
-restricted to the axes they share with it; rank and block axes are never split, being small. The models of `lora_jax.models` have
-their rules as `partition_rules`. Left out: moving anything; give `shardings(...)` to `jax.device_put` or `jax.jit`, or a mesh to
-`hf.load`.
+Mesh axes are named `data` (only the batch is split), `fsdp` (batch and weights) and `tensor` (weights). A's
+and B's specs are W's restricted to the axes they share with it; rank and block axes are never split, being
+small. The models of `lora_jax.models` have their rules as `partition_rules`. Left out: moving anything; give
+`shardings(...)` to `jax.device_put` or `jax.jit`, or a mesh to `hf.load`.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from ._mesh import axis_names, parts
 from ._nodes import Adapter, Fixed, is_node
 from ._packed import Packed
 from ._paths import matches, named_leaves
+
 
 Rules = Mapping[str, P] | Iterable[tuple[str, P]]
 
@@ -30,9 +30,10 @@ def partition_specs(params: Any, rules: Rules) -> Any:
     # {'h': {'0': {'attn': {'c_attn': {'kernel': P('fsdp', 'tensor'), 'bias': P()}, …
     ```
 
-    `rules`: pairs or a mapping of a pattern (as in `targets`) and a spec; the first match wins, no match is replicated. A spec with
-    fewer entries than the leaf has axes speaks of the last ones, so one table serves layers that are stacked and layers that
-    are not. Raises `ValueError` for a spec with more entries than the leaf has axes.
+    `rules`: pairs or a mapping of a pattern (as in `targets`) and a spec; the first match wins, no match is
+    replicated. A spec with fewer entries than the leaf has axes speaks of the last ones, so one table serves
+    layers that are stacked and layers that are not. Raises `ValueError` for a spec with more entries than the
+    leaf has axes.
     """
     pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
 
@@ -40,23 +41,31 @@ def partition_specs(params: Any, rules: Rules) -> Any:
         spec = next((spec for pattern, spec in pairs if matches(pattern, path)), P())
         rank = len(leaf.shape)
         if len(spec) > rank:
-            raise ValueError(f"`rules` give {path!r} the spec {spec}, of {len(spec)} entries, but its shape is {tuple(leaf.shape)}.")
+            raise ValueError(
+                f"`rules` give {path!r} the spec {spec}, of {len(spec)} entries, but its shape is "
+                f"{tuple(leaf.shape)}."
+            )
         return P(*[None] * (rank - len(spec)), *spec) if len(spec) else P()
 
-    return jax.tree.unflatten(jax.tree.structure(params), [spec_of(path, leaf) for path, leaf in named_leaves(params)])
+    return jax.tree.unflatten(
+        jax.tree.structure(params), [spec_of(path, leaf) for path, leaf in named_leaves(params)]
+    )
 
 
 def frozen_specs(frozen: Any, specs: Any) -> Any:
-    """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a method keeps beside it.
+    """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a
+    method keeps beside it.
 
-    For LoRA, `frozen` equals `params`, and this returns `specs`. Of a quantised weight the codes are split, over all the devices that
-    would share the weight. So are the scales of their blocks after `gather_codes`, which knows the mesh, where it divides them; the few
-    numbers that are left are everywhere.
+    For LoRA, `frozen` equals `params`, and this returns `specs`. Of a quantised weight the codes are split,
+    over all the devices that would share the weight. So are the scales of their blocks after `gather_codes`,
+    which knows the mesh, where it divides them; the few numbers that are left are everywhere.
     """
 
     def spec_of(node: Any, spec: P) -> Any:
         if isinstance(node, Fixed):
-            entries = {name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()}
+            entries = {
+                name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()
+            }
             shared = {name: array for name, array in node.arrays.items() if name not in entries}
             return Fixed(spec_of(node.weight, spec), entries | shared, node.spec)
         return _packed_specs(node, spec) if isinstance(node, Packed) else None if node is None else spec
@@ -73,8 +82,11 @@ def _packed_specs(node: Packed, spec: P) -> Packed:
     def split(name: str, array: Any) -> bool:
         if not own or name not in node.format.in_order:
             return False
-        # Codes in any case: where the mesh does not divide them, `shardings` says so. Their scales where that is known not to happen.
-        return name == "codes" or node.at_use is not None and array.shape[-1] % parts(node.at_use.mesh, own) == 0
+        # Codes in any case: where the mesh does not divide them, `shardings` says so. Their scales where that
+        # is known not to happen.
+        return (
+            name == "codes" or node.at_use is not None and array.shape[-1] % parts(node.at_use.mesh, own) == 0
+        )
 
     def of(name: str, array: Any) -> P:
         if not split(name, array):
@@ -86,7 +98,8 @@ def _packed_specs(node: Packed, spec: P) -> Packed:
 
 
 def gather_codes(frozen: Any, specs: Any, mesh: Mesh, axes: Sequence[str] = ("fsdp",)) -> Any:
-    """`frozen`, whose quantised weights are sent as codes and scales: each use of one gathers these along `axes`, and unpacks then.
+    """`frozen`, whose quantised weights are sent as codes and scales: each use of one gathers these along
+    `axes`, and unpacks then.
 
     ```python
     frozen = lora_jax.quantize(frozen, "nf4", delta=delta)
@@ -94,14 +107,17 @@ def gather_codes(frozen: Any, specs: Any, mesh: Mesh, axes: Sequence[str] = ("fs
     frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
     ```
 
-    Without it XLA unpacks what each device has and gathers numbers: four or eight times the bytes of `"nf4"`, twice or four times
-    those of `"int8"`. `specs`: of the base. `axes`: those of `mesh` along which a weight is whole where it is used, as it is where the
-    batch is split along them too; along the others it stays split. The values are the same. For use under `jax.jit` with this mesh;
-    arrays and shapes stay where they are. Plain weights, which XLA gathers as it likes, are left alone.
+    Without it XLA unpacks what each device has and gathers numbers: four or eight times the bytes of `"nf4"`,
+    twice or four times those of `"int8"`. `specs`: of the base. `axes`: those of `mesh` along which a weight
+    is whole where it is used, as it is where the batch is split along them too; along the others it stays
+    split. The values are the same. For use under `jax.jit` with this mesh; arrays and shapes stay where they
+    are. Plain weights, which XLA gathers as it likes, are left alone.
     """
     unknown = [name for name in axes if name not in mesh.shape]
     if unknown:
-        raise ValueError(f"`axes` has {unknown[0]!r}, and the mesh has the axes {', '.join(map(repr, mesh.shape))}.")
+        raise ValueError(
+            f"`axes` has {unknown[0]!r}, and the mesh has the axes {', '.join(map(repr, mesh.shape))}."
+        )
 
     def kept(entry: Any) -> Any:
         return tuple(name for name in axis_names(entry) if name not in axes) or None
@@ -112,15 +128,19 @@ def gather_codes(frozen: Any, specs: Any, mesh: Mesh, axes: Sequence[str] = ("fs
         if not isinstance(node, Packed):
             return node
         own = range(len(node.stack), len(node.shape))
-        return dataclasses.replace(node, at_use=NamedSharding(mesh, P(*(kept(_entry(spec, axis)) for axis in own))))
+        return dataclasses.replace(
+            node, at_use=NamedSharding(mesh, P(*(kept(_entry(spec, axis)) for axis in own)))
+        )
 
     return jax.tree.map(of, frozen, specs, is_leaf=is_node)
 
 
 def delta_specs(delta: Any, specs: Any) -> Any:
-    """A tree like `delta` with the spec of every trainable array: its weight's, restricted to the axes they share.
+    """A tree like `delta` with the spec of every trainable array: its weight's, restricted to the axes they
+    share.
 
-    For W of `P("fsdp", "tensor")`, A is `P("fsdp", None)` and B `P(None, "tensor")`; a leaf that trains itself has W's own.
+    For W of `P("fsdp", "tensor")`, A is `P("fsdp", None)` and B `P(None, "tensor")`; a leaf that trains
+    itself has W's own.
     """
 
     def spec_of(node: Any, spec: P) -> Any:
@@ -128,7 +148,9 @@ def delta_specs(delta: Any, specs: Any) -> Any:
             return None
         if not isinstance(node, Adapter):
             return spec
-        entries = {name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()}
+        entries = {
+            name: P(*(_entry(spec, axis) for axis in axes)) for name, axes in node.array_axes().items()
+        }
         return Adapter({**node.arrays, **entries}, node.spec)
 
     return jax.tree.map(spec_of, delta, specs, is_leaf=is_node)
@@ -150,11 +172,14 @@ def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
             if size % count:
                 fitting = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
                 raise ValueError(
-                    f"the mesh {dict(mesh.shape)} does not divide {path!r}: axis {axis} of its shape {tuple(array.shape)} would be split into "
+                    f"the mesh {dict(mesh.shape)} does not divide {path!r}: axis {axis} of its shape "
+                    f"{tuple(array.shape)} would be split into "
                     f"{count} parts ({names}); {', '.join(map(str, fitting))} would do."
                 )
         return NamedSharding(mesh, spec)
 
     leaves, treedef = jax.tree.flatten(specs)
-    placed = [place(path, spec, array) for (path, array), spec in zip(named_leaves(arrays), leaves, strict=True)]
+    placed = [
+        place(path, spec, array) for (path, array), spec in zip(named_leaves(arrays), leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, placed)

@@ -3,8 +3,8 @@
 The type annotations are checked at run time under one flag, which jaxtyping's own plugin defines:
 `pytest --jaxtyping-packages=lora_jax,beartype.beartype`.
 
-No persistent compilation cache: on the CPU it saves little, it hides second compilations from the tests that count
-them, and a stale entry is a wrong pass.
+No persistent compilation cache: on the CPU it saves little, it hides second compilations from the tests that
+count them, and a stale entry is a wrong pass.
 """
 
 import contextlib
@@ -13,17 +13,20 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Before anything imports JAX, which reads these once. They are in the environment, so that the processes that tests
-# start have them too. `setdefault`, so that JAX_PLATFORMS=cuda tries the same tests on a GPU.
+
+# Before anything imports JAX, which reads these once. They are in the environment, so that the processes that
+# tests start have them too. `setdefault`, so that JAX_PLATFORMS=cuda tries the same tests on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = " ".join(
         [
             os.environ.get("XLA_FLAGS", ""),
             "--xla_force_host_platform_device_count=8",
-            # The test processes already fill the cores; each splitting its small products over all of them loses.
+            # The test processes already fill the cores; each splitting its small products over all of them
+            # loses.
             "--xla_cpu_multi_thread_eigen=false",
-            # The programs are small, and compiling them is most of what the tests take; what is computed stays the same.
+            # The programs are small, and compiling them is most of what the tests take; what is computed
+            # stays the same.
             "--xla_backend_optimization_level=0",
         ]
     ).strip()
@@ -37,10 +40,11 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Compiling takes longer than any deadline on the first example and no time on the others. Derandomised: a run of the
-# suite says something about the code, not about its luck.
+# Compiling takes longer than any deadline on the first example and no time on the others. Derandomised: a run
+# of the suite says something about the code, not about its luck.
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lora_jax")
 
@@ -56,7 +60,9 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
-    """Each compiled program holds memory maps, of which Linux grants a process 65,530: a long run dies of them."""
+    """Each compiled program holds memory maps, of which Linux grants a process 65,530: a long run dies of
+    them.
+    """
     yield
     jax.clear_caches()
 
@@ -70,7 +76,9 @@ def _leaks(request):
 
 @pytest.fixture
 def x64():
-    """Float64 for one test, where rounding would hide a wrong term. Arrays made at import time stay 32-bit."""
+    """Float64 for one test, where rounding would hide a wrong term. Arrays made at import time stay
+    32-bit.
+    """
     with jax.enable_x64(True):
         yield
 
@@ -87,7 +95,9 @@ def data_dir() -> Path:
     """The real data sets, which are not part of the project."""
     directory = Path(os.environ.get("LORA_JAX_DATA") or _REPOSITORY.parent / "shared" / "data")
     if not directory.is_dir():
-        pytest.skip(f"no data sets at {directory}: set LORA_JAX_DATA to the directory that holds e2e/, gpt2_bpe/, …")
+        pytest.skip(
+            f"no data sets at {directory}: set LORA_JAX_DATA to the directory that holds e2e/, gpt2_bpe/, …"
+        )
     return directory
 
 

@@ -9,8 +9,15 @@ from flax import traverse_util
 
 from lora_jax.models import DebertaV2, DebertaV2Config, Roberta, RobertaConfig
 
+
 # The published models, everything as published but the sizes: names of layers of width 32.
-_SMALL = {"vocab_size": 83, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_SMALL = {
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 _BUCKETS = {"position_buckets": 8, "max_position_embeddings": 24}
 SCALED = {
     **{name: RobertaConfig.named(name, **_SMALL, max_position_embeddings=26) for name in RobertaConfig.sizes},
@@ -49,7 +56,9 @@ def theirs(torch, config, head, seed=7):
 
 
 def from_torch(torch, model, values=None):
-    """The parameters by our names, or `values` of theirs (gradients). Written apart from `interop`, so that neither vouches for the other."""
+    """The parameters by our names, or `values` of theirs (gradients). Written apart from `interop`, so
+    that neither vouches for the other.
+    """
     flat = {}
     for name, parameter in model.named_parameters():  # what is tied comes once, under its first name
         *path, last = name.removeprefix(model.base_model_prefix + ".").split(".")
@@ -67,7 +76,10 @@ def from_torch(torch, model, values=None):
 
 
 def run_theirs(torch, model, ids, mask=None, **arguments):
-    arguments = {name: None if value is None else torch.tensor(np.asarray(value), dtype=torch.long) for name, value in arguments.items()}
+    arguments = {
+        name: None if value is None else torch.tensor(np.asarray(value), dtype=torch.long)
+        for name, value in arguments.items()
+    }
     mask = None if mask is None else torch.tensor(np.asarray(mask), dtype=torch.long)
     out = model(torch.tensor(np.asarray(ids), dtype=torch.long), attention_mask=mask, **arguments)
     if hasattr(out, "start_logits"):
@@ -85,9 +97,14 @@ def apply(model, params, *args, **kwargs):
 
 
 def some_ids(config, tokens, padding="none", batch=3, seed=3):
-    """Ids and their mask: rows of unequal length, padded on one side with the padding token, which occurs nowhere else."""
+    """Ids and their mask: rows of unequal length, padded on one side with the padding token, which occurs
+    nowhere else.
+    """
     rng = np.random.default_rng(seed)
-    ids, mask = rng.integers(config.pad_token_id + 1, config.vocab_size, (batch, tokens)), np.ones((batch, tokens), int)
+    ids, mask = (
+        rng.integers(config.pad_token_id + 1, config.vocab_size, (batch, tokens)),
+        np.ones((batch, tokens), int),
+    )
     if padding == "none":
         return ids, None
     for row in range(1, batch):

@@ -6,8 +6,8 @@ import jax.extend.core as jex
 def formed(closed, weight_invars, size):
     """Equations, at any depth, that compute an array of `size` elements from anything but the weight alone.
 
-    The plain model may cast or reverse a weight; what it may not do is to mix it with its factors. `weight_invars` are
-    the positions of the weights among the inputs.
+    The plain model may cast or reverse a weight; what it may not do is to mix it with its factors.
+    `weight_invars` are the positions of the weights among the inputs.
     """
     jaxpr = getattr(closed, "jaxpr", closed)
     return _walk(jaxpr, {jaxpr.invars[index] for index in weight_invars}, size)[0]
@@ -22,9 +22,16 @@ def _walk(jaxpr, plain, size):
 
     for eqn in jaxpr.eqns:
         # What is cut out of the weight by an index is still the weight alone: integers do not count.
-        inputs = [atom for atom in eqn.invars if str(getattr(atom.aval, "dtype", "")).startswith(("float", "bfloat"))]
-        viewed = [bool(inputs) and all(map(is_plain, inputs)) or eqn.primitive.name.startswith("empty")] * len(eqn.outvars)
-        # (jax 0.10 leaves `empty` slots for the residuals of a branch of `cond` that is not taken, in the plain model too.)
+        inputs = [
+            atom
+            for atom in eqn.invars
+            if str(getattr(atom.aval, "dtype", "")).startswith(("float", "bfloat"))
+        ]
+        viewed = [
+            bool(inputs) and all(map(is_plain, inputs)) or eqn.primitive.name.startswith("empty")
+        ] * len(eqn.outvars)
+        # (jax 0.10 leaves `empty` slots for the residuals of a branch of `cond` that is not taken, in the
+        # plain model too.)
         inner = list(_inner(eqn))
         for position, (sub, operands) in enumerate(inner):
             sub = getattr(sub, "jaxpr", sub)
@@ -36,7 +43,11 @@ def _walk(jaxpr, plain, size):
         for var, view in zip(eqn.outvars, viewed, strict=True):
             if view:
                 plain.add(var)
-            elif not inner and getattr(var.aval, "size", 0) == size and str(var.aval.dtype).startswith(("float", "bfloat")):
+            elif (
+                not inner
+                and getattr(var.aval, "size", 0) == size
+                and str(var.aval.dtype).startswith(("float", "bfloat"))
+            ):
                 found.append(eqn)
     return found, [is_plain(atom) for atom in jaxpr.outvars]
 

@@ -1,5 +1,5 @@
-"""The methods as a table: a row each, with its equation written out as the paper has it, and the model that `test_methods.py`
-tries them on. A new method is a new row, and inherits every column."""
+"""The methods as a table: a row each, with its equation written out as the paper has it, and the model that
+`test_methods.py` tries them on. A new method is a new row, and inherits every column."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,22 @@ from jax import lax
 
 import lora_jax
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, Fixed, Shared, is_node
+from lora_jax._nodes import Adapter, Fixed, is_node, Shared
 
-# --- the model ------------------------------------------------------------------------------------------------------
 
-# Every way of using a weight that a language model has. All sizes are even, so that they can be sharded, and no activation, and no
-# A or B of any row, has as many elements as a weight or a layer of one.
+# --- the model ----------------------------------------------------------------------------------------------
+
+# Every way of using a weight that a language model has. All sizes are even, so that they can be sharded, and
+# no activation, and no A or B of any row, has as many elements as a weight or a layer of one.
 VOCABULARY, WIDTH, HIDDEN, LAYERS, HEADS, HEAD, OUT = 18, 8, 20, 3, 2, 10, 14
-AXES = {"table": "in out", "qkv": "in out", "layers/up": "layer in out", "layers/down": "layer in out", "heads": "in out out", "out": "out in"}
+AXES = {
+    "table": "in out",
+    "qkv": "in out",
+    "layers/up": "layer in out",
+    "layers/down": "layer in out",
+    "heads": "in out out",
+    "out": "out in",
+}
 SHAPES = {
     "table": (VOCABULARY, WIDTH),
     "qkv": (WIDTH, 3 * WIDTH),
@@ -31,7 +39,14 @@ SHAPES = {
     "out": (OUT, HEAD),
     "bias": (OUT,),
 }
-WEIGHT_SIZES = {VOCABULARY * WIDTH, WIDTH * 3 * WIDTH, LAYERS * WIDTH * HIDDEN, WIDTH * HIDDEN, WIDTH * HEADS * HEAD, HEAD * OUT}
+WEIGHT_SIZES = {
+    VOCABULARY * WIDTH,
+    WIDTH * 3 * WIDTH,
+    LAYERS * WIDTH * HIDDEN,
+    WIDTH * HIDDEN,
+    WIDTH * HEADS * HEAD,
+    HEAD * OUT,
+}
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (4, 3))
 
 
@@ -42,7 +57,9 @@ def layer(weights, x):
 
 
 def model(params, tokens, shift=None):
-    """Tokens (..., time) to (..., time, OUT). `shift` is added to the embedding, to have an input with a derivative."""
+    """Tokens (..., time) to (..., time, OUT). `shift` is added to the embedding, to have an input with a
+    derivative.
+    """
     x = params["table"][tokens]
     x = x if shift is None else x + jnp.broadcast_to(shift, x.shape)
     q, k, v = jnp.split(x @ params["qkv"], 3, axis=-1)
@@ -55,14 +72,14 @@ def model(params, tokens, shift=None):
 
 def parameters(dtype):
     rng = np.random.default_rng(1)
-    of = lambda shape: jnp.asarray(rng.normal(size=shape) / math.sqrt(10), dtype)  # noqa: E731
+    of = lambda shape: jnp.asarray(rng.normal(size=shape) / math.sqrt(10), dtype)
     return jax.tree.map(of, SHAPES, is_leaf=lambda node: isinstance(node, tuple))
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
-# What the arrays of a method are: A, B or a vector along the rank or the output, all with layers in front, or something else that an
-# equation takes as it is.
+# What the arrays of a method are: A, B or a vector along the rank or the output, all with layers in front, or
+# something else that an equation takes as it is.
 AB = {"a": "a", "b": "b"}
 START = {"start_a": "a", "start_b": "b"}
 constant = lax.stop_gradient
@@ -70,10 +87,12 @@ constant = lax.stop_gradient
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method, W' of one matrix by its equation, and the names and kinds of what trains and of what is fixed beside W.
+    """A method, W' of one matrix by its equation, and the names and kinds of what trains and of what is fixed
+    beside W.
 
-    `qkv`: another row for that leaf. `begin`: what happens to `frozen` before W' is what the equation says. `like`: the row whose
-    canonical form it has, but for its numbers: of such two, the costliest columns need one.
+    `qkv`: another row for that leaf. `begin`: what happens to `frozen` before W' is what the equation says.
+    `like`: the row whose canonical form it has, but for its numbers: of such two, the costliest columns need
+    one.
     """
 
     name: str
@@ -132,11 +151,25 @@ ROWS = [
         _AB,
         _lora(1.5),
         AB,
-        qkv=Row("", LoRA(rank=2, alpha=3, blocks=(True, False, True)), _blocks, {"a": "a of blocks", "b": "b of blocks"}),
+        qkv=Row(
+            "",
+            LoRA(rank=2, alpha=3, blocks=(True, False, True)),
+            _blocks,
+            {"a": "a of blocks", "b": "b of blocks"},
+        ),
     ),
     Row("DoRA", DoRA(rank=2, alpha=3), _dora, {**AB, "m": "out"}, {"square": "out"}),
-    Row("VeRA", VeRA(rank=5), _vera, {"b": "out", "d": "rank"}, {"shared_a": "shared", "shared_b": "shared"}, learning_rate=0.1),
-    Row("LoRA-FA", LoRAFA(rank=2, alpha=3), lambda w, a, b: w + 1.5 * constant(a) @ b, {"b": "b"}, {"a": "a"}),
+    Row(
+        "VeRA",
+        VeRA(rank=5),
+        _vera,
+        {"b": "out", "d": "rank"},
+        {"shared_a": "shared", "shared_b": "shared"},
+        learning_rate=0.1,
+    ),
+    Row(
+        "LoRA-FA", LoRAFA(rank=2, alpha=3), lambda w, a, b: w + 1.5 * constant(a) @ b, {"b": "b"}, {"a": "a"}
+    ),
     Row("DyLoRA", DyLoRA(rank=2, alpha=3), _lora(1.5), AB),
     Row("DyLoRA, all", DyLoRA(rank=2, alpha=3, train="all"), _lora(1.5), AB, like="DyLoRA"),
     Row("Delta-LoRA", DeltaLoRA(rank=2, alpha=3, ratio=0.5), _delta, AB, START),
@@ -149,7 +182,13 @@ ROWS = [
         begin=lora_jax.methods.start_delta,
         like="Delta-LoRA",
     ),
-    Row("AdaLoRA", AdaLoRA(rank=2, alpha=3), lambda w, a, b, e: w + 3 / (2 + 1e-5) * (a * e[None]) @ b, {**AB, "e": "rank"}, learning_rate=0.1),
+    Row(
+        "AdaLoRA",
+        AdaLoRA(rank=2, alpha=3),
+        lambda w, a, b, e: w + 3 / (2 + 1e-5) * (a * e[None]) @ b,
+        {**AB, "e": "rank"},
+        learning_rate=0.1,
+    ),
     Row("PiSSA", PiSSA(rank=2, alpha=3), _pissa, AB, START),
     Row("PiSSA, iterations", PiSSA(rank=2, alpha=3, iterations=4), _pissa, AB, START, like="PiSSA"),
     Row("Full", Full(), None, {}),
@@ -164,20 +203,28 @@ def literal(row, frozen, delta):
     nodes = [node for node in jax.tree.leaves(frozen, is_leaf=is_node) if isinstance(node, Fixed)]
 
     def found(name, array):
-        return next(node.arrays[name] for node in nodes if node.spec.path == array.path) if isinstance(array, Shared) else array
+        return (
+            next(node.arrays[name] for node in nodes if node.spec.path == array.path)
+            if isinstance(array, Shared)
+            else array
+        )
 
     def leaf(weight, adapter):
         if not isinstance(adapter, Adapter):
             return weight if adapter is None else adapter
         fixed = weight.arrays if isinstance(weight, Fixed) else {}
         arrays = adapter.arrays | {name: found(name, array) for name, array in fixed.items()}
-        return by_matrix(row.of(adapter.spec.path), weight.weight if fixed else weight, adapter.spec.axes, arrays)
+        return by_matrix(
+            row.of(adapter.spec.path), weight.weight if fixed else weight, adapter.spec.axes, arrays
+        )
 
     return jax.tree.map(leaf, frozen, delta, is_leaf=is_node)
 
 
 def by_matrix(row, weight, axes, arrays):
-    layers, ins, outs = ([axis for axis, word in enumerate(axes) if word == wanted] for wanted in ("layer", "in", "out"))
+    layers, ins, outs = (
+        [axis for axis, word in enumerate(axes) if word == wanted] for wanted in ("layer", "in", "out")
+    )
     order = (*layers, *ins, *outs)
     count, rows, columns = (math.prod(weight.shape[axis] for axis in group) for group in (layers, ins, outs))
     turned = lax.transpose(weight, order)
@@ -185,7 +232,9 @@ def by_matrix(row, weight, axes, arrays):
     shapes = {"a": (count, rows, -1), "b": (count, -1, columns), "rank": (count, -1), "out": (count, columns)}
     along = {name: 0 if kinds[name] in shapes else None for name in arrays}
     matrices = {name: array.reshape(shapes.get(kinds[name], array.shape)) for name, array in arrays.items()}
-    result = jax.vmap(lambda w, arrays: row.equation(w, **arrays), (0, along))(turned.reshape(count, rows, columns), matrices)
+    result = jax.vmap(lambda w, arrays: row.equation(w, **arrays), (0, along))(
+        turned.reshape(count, rows, columns), matrices
+    )
     return lax.transpose(result.reshape(turned.shape), np.argsort(order))
 
 
@@ -193,7 +242,7 @@ def by_matrix(row, weight, axes, arrays):
 quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-# --- cases ----------------------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +261,16 @@ def precision(dtype):
 def moved(delta, size=0.3, seed=2):
     """Another state of training: every array of it, by a random step."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda array: array + jnp.asarray(size * rng.normal(size=array.shape), array.dtype), delta)
+    return jax.tree.map(
+        lambda array: array + jnp.asarray(size * rng.normal(size=array.shape), array.dtype), delta
+    )
 
 
 def adapters_of(row, params, seed=3):
     """`frozen` and `delta` for this row, before anything happens to `frozen`."""
-    return lora_jax.lorafy(params, row.targets, axes=AXES if row.method.needs_axes else None, key=jax.random.key(seed))
+    return lora_jax.lorafy(
+        params, row.targets, axes=AXES if row.method.needs_axes else None, key=jax.random.key(seed)
+    )
 
 
 @functools.lru_cache(maxsize=None)
@@ -226,4 +279,6 @@ def case(name, dtype="float32"):
     with precision(dtype):
         params = parameters(dtype)
         frozen, start = adapters_of(row, params)
-        return Case(params, row.begin(frozen, start), start, moved(start), row.begin(frozen, moved(start, seed=9)))
+        return Case(
+            params, row.begin(frozen, start), start, moved(start), row.begin(frozen, moved(start, seed=9))
+        )

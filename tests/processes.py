@@ -1,4 +1,6 @@
-"""Several processes of JAX on this machine, as several hosts would be: real collectives between them, two devices each."""
+"""Several processes of JAX on this machine, as several hosts would be: real collectives between them, two
+devices each.
+"""
 
 import os
 import subprocess
@@ -10,8 +12,10 @@ from pathlib import Path
 
 from benchmarks.ports import free_port
 
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Long beyond what any of these tests takes on a busy machine, and short beside the five minutes that JAX's own barriers wait.
+# Long beyond what any of these tests takes on a busy machine, and short beside the five minutes that JAX's
+# own barriers wait.
 TIMEOUT = 240
 
 _BEGIN = """
@@ -23,18 +27,33 @@ import numpy as np
 """
 
 
-def start(commands: Sequence[Sequence[str]], *, devices: int = 2, environment: dict[str, str] | None = None) -> list[subprocess.Popen]:
+def start(
+    commands: Sequence[Sequence[str]], *, devices: int = 2, environment: dict[str, str] | None = None
+) -> list[subprocess.Popen]:
     """A process for each command, with `devices` virtual ones."""
     # Without what tells a process of a cluster's that it is one.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR"))}
-    # Compiled with little care: these programs are small, and compiling them is most of what such a test takes.
-    kept["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR"))
+    }
+    # Compiled with little care: these programs are small, and compiling them is most of what such a test
+    # takes.
+    kept["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false "
+        "--xla_backend_optimization_level=0"
+    )
     kept |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **(environment or {})}
-    return [subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    return [
+        subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
 
 
 def finish(started: Sequence[subprocess.Popen], *, timeout: float = TIMEOUT) -> list[tuple[int, str, str]]:
-    """Exit status, standard output and standard error of each; all are killed, and the test fails, after `timeout` seconds."""
+    """Exit status, standard output and standard error of each; all are killed, and the test fails, after
+    `timeout` seconds.
+    """
     end = time.monotonic() + timeout
     try:
         texts = [process.communicate(timeout=max(end - time.monotonic(), 1)) for process in started]
@@ -44,17 +63,30 @@ def finish(started: Sequence[subprocess.Popen], *, timeout: float = TIMEOUT) -> 
         texts = [process.communicate() for process in started]
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        raise AssertionError(f"not finished after {timeout} s: " + "\n".join(out + errors for out, errors in texts)) from None
+        raise AssertionError(
+            f"not finished after {timeout} s: " + "\n".join(out + errors for out, errors in texts)
+        ) from None
     return [(process.returncode, out, errors) for process, (out, errors) in zip(started, texts, strict=True)]
 
 
 def run(count: int, script: str, *arguments: str, devices: int = 2) -> list[str]:
-    """What each of `count` processes prints that run `script` after `jax.distributed` began; `sys.argv[1:]` are `arguments`.
+    """What each of `count` processes prints that run `script` after `jax.distributed` began; `sys.argv[1:]`
+    are `arguments`.
 
     Fails, with what it wrote, if one of them does.
     """
     address = f"localhost:{free_port()}"
     text = _BEGIN + textwrap.dedent(script)
-    ended = finish(start([[sys.executable, "-c", text, address, str(count), str(index), *map(str, arguments)] for index in range(count)], devices=devices))
-    assert all(code == 0 for code, _, _ in ended), "\n".join(f"process {index}: {code}\n{out}\n{errors}" for index, (code, out, errors) in enumerate(ended))
+    ended = finish(
+        start(
+            [
+                [sys.executable, "-c", text, address, str(count), str(index), *map(str, arguments)]
+                for index in range(count)
+            ],
+            devices=devices,
+        )
+    )
+    assert all(code == 0 for code, _, _ in ended), "\n".join(
+        f"process {index}: {code}\n{out}\n{errors}" for index, (code, out, errors) in enumerate(ended)
+    )
     return [out for _, out, _ in ended]

@@ -1,5 +1,5 @@
-"""`lora_jax.arithmetic`: against dense matrices and every method's own equation in float64, and PEFT's `add_weighted_adapter`; and many
-adapters at once, of methods other than LoRA."""
+"""`lora_jax.arithmetic`: against dense matrices and every method's own equation in float64, and PEFT's
+`add_weighted_adapter`; and many adapters at once, of methods other than LoRA."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from method_rows import ADAPTERS, AXES, BY_NAME, literal
-from method_rows import SHAPES as ROW_SHAPES
+from method_rows import ADAPTERS, AXES, BY_NAME, literal, SHAPES as ROW_SHAPES
 
 import lora_jax
-from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA, arithmetic
+from lora_jax import AdaLoRA, arithmetic, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
 from lora_jax._nodes import Fixed, is_node
 from lora_jax._packed import Packed
+
 
 # A matrix, a stack with several out axes, and one of several in axes that is stored transposed.
 SHAPES = {"w": (6, 8), "heads": (2, 6, 2, 4), "window": (7, 2, 3)}
@@ -23,7 +23,9 @@ WHERE = {"w": "in out", "heads": "layer in out out", "window": "out in in"}
 
 def shaped(sizes, dtype="float64"):
     """From shapes, and with NumPy's numbers, adapters are made without a compilation."""
-    return jax.tree.map(lambda size: jax.ShapeDtypeStruct(size, dtype), sizes, is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(
+        lambda size: jax.ShapeDtypeStruct(size, dtype), sizes, is_leaf=lambda node: isinstance(node, tuple)
+    )
 
 
 def random_like(tree, seed):
@@ -54,46 +56,83 @@ def dense(delta):
 
 
 def assert_close(found, wanted, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **{"rtol": 1e-10, "atol": 1e-11, **tolerance}), found, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **{"rtol": 1e-10, "atol": 1e-11, **tolerance}),
+        found,
+        wanted,
+    )
 
 
-# --- as_lora --------------------------------------------------------------------------------------------------------
+# --- as_lora ------------------------------------------------------------------------------------------------
 
-RANKS = {"VeRA": 5, ("LoRA of blocks", "qkv"): 4, "PiSSA": 4, "PiSSA, iterations": 4, "Delta-LoRA": 4, "Delta-LoRA, delayed": 4}  # 2 for the rest
-DORA = r"the DoRA adapter of 'heads' is no LoRA: its magnitude multiplies W too.*Use its weights instead: `merge\(frozen, delta\)`"
+RANKS = {
+    "VeRA": 5,
+    ("LoRA of blocks", "qkv"): 4,
+    "PiSSA": 4,
+    "PiSSA, iterations": 4,
+    "Delta-LoRA": 4,
+    "Delta-LoRA, delayed": 4,
+}  # 2 for the rest
+DORA = (
+    r"the DoRA adapter of 'heads' is no LoRA: its magnitude multiplies W too.*Use its weights instead: "
+    r"`merge\(frozen, delta\)`"
+)
 
 
 @pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"DoRA", "LoRA", "DyLoRA, all", "PiSSA, iterations"}))
 def test_as_lora_is_the_same_adapter(name, x64):
-    """Of a stack, of several out axes, transposed or not. The oracle is the method's equation, as its paper has it."""
+    """Of a stack, of several out axes, transposed or not. The oracle is the method's equation, as its
+    paper has it.
+    """
     row = BY_NAME[name]
-    frozen, delta = (random_like(tree, 0) for tree in lora_jax.lorafy(shaped(ROW_SHAPES), row.targets, axes=AXES))
+    frozen, delta = (
+        random_like(tree, 0) for tree in lora_jax.lorafy(shaped(ROW_SHAPES), row.targets, axes=AXES)
+    )
     frozen = row.begin(frozen, random_like(delta, 1))
     plain = arithmetic.as_lora(frozen, delta)
-    found, wanted = jax.jit(lambda plain, frozen, delta: (lora_jax.merge(*plain), literal(row, frozen, delta)))(plain, frozen, delta)
+    found, wanted = jax.jit(
+        lambda plain, frozen, delta: (lora_jax.merge(*plain), literal(row, frozen, delta))
+    )(plain, frozen, delta)
     assert_close(found, wanted)
     # The base is as it was given, and each adapter a plain LoRA.
-    weights = jax.tree.map(lambda leaf: leaf.weight if isinstance(leaf, Fixed) else leaf, frozen, is_leaf=is_node)
+    weights = jax.tree.map(
+        lambda leaf: leaf.weight if isinstance(leaf, Fixed) else leaf, frozen, is_leaf=is_node
+    )
     assert jax.tree.structure(plain.frozen) == jax.tree.structure(weights)
     assert all(a is b for a, b in zip(jax.tree.leaves(plain.frozen), jax.tree.leaves(weights), strict=True))
-    adapters = {leaf.spec.path: leaf for leaf in jax.tree.leaves(plain.delta, is_leaf=is_node) if leaf is not None}
-    assert {path: leaf.spec.method.rank for path, leaf in adapters.items()} == {path: RANKS.get((name, path), RANKS.get(name, 2)) for path in AXES}
+    adapters = {
+        leaf.spec.path: leaf for leaf in jax.tree.leaves(plain.delta, is_leaf=is_node) if leaf is not None
+    }
+    assert {path: leaf.spec.method.rank for path, leaf in adapters.items()} == {
+        path: RANKS.get((name, path), RANKS.get(name, 2)) for path in AXES
+    }
     for leaf in adapters.values():
-        assert type(leaf.spec.method) is LoRA and leaf.spec.group is None and leaf.arrays["a"].shape[-1] == leaf.spec.method.rank
+        assert (
+            type(leaf.spec.method) is LoRA
+            and leaf.spec.group is None
+            and leaf.arrays["a"].shape[-1] == leaf.spec.method.rank
+        )
     # The same from shapes; and once more changes nothing.
     assert jax.tree.structure(jax.eval_shape(arithmetic.as_lora, frozen, delta)) == jax.tree.structure(plain)
-    assert all(a is b for a, b in zip(jax.tree.leaves(arithmetic.as_lora(*plain)), jax.tree.leaves(plain), strict=True))
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(arithmetic.as_lora(*plain)), jax.tree.leaves(plain), strict=True)
+    )
 
 
 def test_delta_lora_is_twice_the_rank():
-    """`[A, A_s]` and `[(1 + ratio)·B; −ratio·B_s]` of 2·alpha: three terms, of which two have one A. Traced or not."""
+    """`[A, A_s]` and `[(1 + ratio)·B; −ratio·B_s]` of 2·alpha: three terms, of which two have one A.
+    Traced or not.
+    """
     frozen, delta = lorafied(DeltaLoRA(rank=2, alpha=3, ratio=0.5))
     fixed, trained = frozen["heads"].arrays, delta["heads"].arrays
     for as_lora in (arithmetic.as_lora, jax.jit(arithmetic.as_lora)):
         leaf = as_lora(frozen, delta).delta["heads"]
         assert leaf.spec.method == LoRA(rank=4, alpha=6, dtype="float32")
         np.testing.assert_array_equal(leaf.arrays["a"], np.concatenate([trained["a"], fixed["start_a"]], -1))
-        np.testing.assert_allclose(leaf.arrays["b"], np.concatenate([1.5 * trained["b"], -0.5 * fixed["start_b"]], 1), rtol=1e-7)
+        np.testing.assert_allclose(
+            leaf.arrays["b"], np.concatenate([1.5 * trained["b"], -0.5 * fixed["start_b"]], 1), rtol=1e-7
+        )
 
 
 def test_no_rounding_that_can_be_avoided():
@@ -101,15 +140,25 @@ def test_no_rounding_that_can_be_avoided():
     frozen, delta = lorafied(PiSSA(rank=2, alpha=3, dtype="bfloat16", dropout=0.25))
     leaf = arithmetic.as_lora(frozen, delta).delta["w"]
     assert leaf.spec.method == LoRA(rank=4, alpha=6, dtype="bfloat16", dropout=0.25)
-    np.testing.assert_array_equal(leaf.arrays["b"], np.concatenate([delta["w"].arrays["b"], -frozen["w"].arrays["start_b"]]))
+    np.testing.assert_array_equal(
+        leaf.arrays["b"], np.concatenate([delta["w"].arrays["b"], -frozen["w"].arrays["start_b"]])
+    )
 
 
 def test_as_lora_beside_a_quantised_base_and_leaves_that_train():
     frozen, delta = lorafied(LoRAFA(rank=2), targets={"w": LoRAFA(rank=2), "window": Full()})
     frozen = lora_jax.quantize(frozen, "int8", targets="w|heads")
     plain = arithmetic.as_lora(frozen, delta)
-    assert isinstance(frozen["w"].weight, Packed) and plain.frozen["w"] is frozen["w"].weight and plain.frozen["heads"] is frozen["heads"]
-    assert plain.frozen["window"] is None and plain.delta["window"] is delta["window"] and plain.delta["heads"] is None
+    assert (
+        isinstance(frozen["w"].weight, Packed)
+        and plain.frozen["w"] is frozen["w"].weight
+        and plain.frozen["heads"] is frozen["heads"]
+    )
+    assert (
+        plain.frozen["window"] is None
+        and plain.delta["window"] is delta["window"]
+        and plain.delta["heads"] is None
+    )
     assert plain.delta["w"].arrays["a"].shape == (6, 2)
     assert_close(lora_jax.merge(*plain), lora_jax.merge(frozen, delta), rtol=1e-6)
 
@@ -128,7 +177,7 @@ def test_as_lora_of_each_of_a_stack():
         arithmetic.as_lora(frozen, stacked)
 
 
-# --- scaled ---------------------------------------------------------------------------------------------------------
+# --- scaled -------------------------------------------------------------------------------------------------
 
 
 LINEAR = [LoRA(rank=2), LoRAFA(rank=2), AdaLoRA(rank=2), DyLoRA(rank=2), VeRA(rank=5)]
@@ -138,13 +187,19 @@ LINEAR = [LoRA(rank=2), LoRAFA(rank=2), AdaLoRA(rank=2), DyLoRA(rank=2), VeRA(ra
 def test_scaled(method, x64):
     own = dataclasses.replace(method, blocks=(True, False)) if type(method) is LoRA else method
     frozen, delta = lorafied(method, "float64", {"w": own, "heads": method})
-    empty = lambda leaf: dataclasses.replace(leaf, weight=0 * leaf.weight) if isinstance(leaf, Fixed) else 0 * leaf  # noqa: E731
+    empty = lambda leaf: (
+        dataclasses.replace(leaf, weight=0 * leaf.weight) if isinstance(leaf, Fixed) else 0 * leaf
+    )
     frozen = jax.tree.map(empty, frozen, is_leaf=is_node)
 
     @jax.jit
     def both(delta, factor):
         stacked = lora_jax.take(arithmetic.scaled(lora_jax.stack([delta, delta]), factor), 1)
-        return lora_jax.merge(frozen, delta), lora_jax.merge(frozen, arithmetic.scaled(delta, factor)), lora_jax.merge(frozen, stacked)
+        return (
+            lora_jax.merge(frozen, delta),
+            lora_jax.merge(frozen, arithmetic.scaled(delta, factor)),
+            lora_jax.merge(frozen, stacked),
+        )
 
     for factor in (-1, 0.3):  # traced
         before, *after = both(delta, float(factor))
@@ -155,32 +210,47 @@ def test_scaled(method, x64):
     np.testing.assert_array_equal(twice["w"].arrays["b"], 2 * delta["w"].arrays["b"])
 
 
-# --- sums, against dense matrices -----------------------------------------------------------------------------------
+# --- sums, against dense matrices ---------------------------------------------------------------------------
 
 
 def test_weighted(x64):
-    deltas = [random_delta(LoRA(rank=3, alpha=4), 0), random_delta(LoRA(rank=2, alpha=-5, rs=True), 1), random_delta(LoRA(rank=1), 2, targets="w")]
+    deltas = [
+        random_delta(LoRA(rank=3, alpha=4), 0),
+        random_delta(LoRA(rank=2, alpha=-5, rs=True), 1),
+        random_delta(LoRA(rank=1), 2, targets="w"),
+    ]
     weights = [0.7, -0.3, 2.0]
     exact = arithmetic.weighted(deltas, weights)
     updates = [dense(delta) for delta in deltas]
     for name, found in dense(exact).items():
-        wanted = sum(weight * update[name] for weight, update in zip(weights, updates, strict=True) if name in update)
+        wanted = sum(
+            weight * update[name] for weight, update in zip(weights, updates, strict=True) if name in update
+        )
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
     assert {name: leaf.spec.method for name, leaf in exact.items()} == {
-        name: LoRA(rank=rank, alpha=rank, dtype="float64") for name, rank in (("w", 6), ("heads", 5), ("window", 5))
+        name: LoRA(rank=rank, alpha=rank, dtype="float64")
+        for name, rank in (("w", 6), ("heads", 5), ("window", 5))
     }
+
     # The weights may be learnt.
     def entry(weights):
         arrays = arithmetic.weighted(deltas, weights)["w"].arrays
         return arrays["a"][0] @ arrays["b"][:, 0]
 
-    np.testing.assert_allclose(jax.jit(jax.grad(entry))(jnp.asarray(weights)), [update["w"][0, 0, 0] for update in updates], rtol=1e-9)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(entry))(jnp.asarray(weights)),
+        [update["w"][0, 0, 0] for update in updates],
+        rtol=1e-9,
+    )
 
 
 def test_the_weight_is_not_rounded_to_few_bits():
     """0.3 in bfloat16 is 0.3008."""
     b = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 8)
-    delta, wanted = random_delta(LoRA(rank=1, alpha=1, dtype="bfloat16"), targets="w", dtype="float32"), jnp.asarray(0.3 * b, "bfloat16")
+    delta, wanted = (
+        random_delta(LoRA(rank=1, alpha=1, dtype="bfloat16"), targets="w", dtype="float32"),
+        jnp.asarray(0.3 * b, "bfloat16"),
+    )
     delta["w"].arrays["b"] = jnp.asarray(b, "bfloat16")
     np.testing.assert_array_equal(arithmetic.weighted([delta], [0.3])["w"].arrays["b"], wanted)
     np.testing.assert_array_equal(arithmetic.scaled(delta, 0.3)["w"].arrays["b"], wanted)
@@ -189,16 +259,23 @@ def test_the_weight_is_not_rounded_to_few_bits():
 def test_leaves_that_train_themselves_are_averaged(x64):
     deltas = [random_delta(seed=seed, targets={"w": LoRA(rank=2), "window": Full()}) for seed in range(3)]
     mean = arithmetic.weighted(deltas, [0.5, 0.75, -0.25])
-    np.testing.assert_allclose(mean["window"], sum(w * delta["window"] for w, delta in zip([0.5, 0.75, -0.25], deltas, strict=True)))
+    np.testing.assert_allclose(
+        mean["window"], sum(w * delta["window"] for w, delta in zip([0.5, 0.75, -0.25], deltas, strict=True))
+    )
     assert mean["heads"] is None
 
 
 def test_dropout_of_a_sum():
-    a, b, c = (random_delta(LoRA(rank=1, dropout=rate), targets="w", dtype="float32") for rate in (0.1, 0.1, 0.2))
-    assert [arithmetic.weighted([a, other], [1, 1])["w"].spec.method.dropout for other in (b, c)] == [0.1, 0.0]
+    a, b, c = (
+        random_delta(LoRA(rank=1, dropout=rate), targets="w", dtype="float32") for rate in (0.1, 0.1, 0.2)
+    )
+    assert [arithmetic.weighted([a, other], [1, 1])["w"].spec.method.dropout for other in (b, c)] == [
+        0.1,
+        0.0,
+    ]
 
 
-# --- lower ranks ----------------------------------------------------------------------------------------------------
+# --- lower ranks --------------------------------------------------------------------------------------------
 
 
 def test_compress_is_the_truncated_decomposition(x64):
@@ -209,12 +286,24 @@ def test_compress_is_the_truncated_decomposition(x64):
         np.testing.assert_allclose(found, (u[..., :3] * s[:, None, :3]) @ v[:, :3], rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(values[name].reshape(-1, 5), s[:, :5], rtol=1e-9)
         lost = np.linalg.norm(whole[name] - found, axis=(1, 2))
-        np.testing.assert_allclose(lost, np.linalg.norm(values[name].reshape(-1, 5)[:, 3:], axis=-1), rtol=1e-8)
-        assert compressed[name].spec == dataclasses.replace(delta[name].spec, method=LoRA(rank=3, alpha=3, dtype="float64"))
-    assert compressed["heads"].arrays["a"].shape == (2, 6, 3) and compressed["heads"].arrays["b"].shape == (2, 3, 2, 4)
+        np.testing.assert_allclose(
+            lost, np.linalg.norm(values[name].reshape(-1, 5)[:, 3:], axis=-1), rtol=1e-8
+        )
+        assert compressed[name].spec == dataclasses.replace(
+            delta[name].spec, method=LoRA(rank=3, alpha=3, dtype="float64")
+        )
+    assert compressed["heads"].arrays["a"].shape == (2, 6, 3) and compressed["heads"].arrays["b"].shape == (
+        2,
+        3,
+        2,
+        4,
+    )
     assert all(arithmetic.compress(delta, rank)["w"] is delta["w"] for rank in (5, 9))
     # What has not been trained stays nothing.
-    assert not any(np.any(array) for array in jax.tree.leaves(arithmetic.compress(jax.tree.map(jnp.zeros_like, delta), 3)))
+    assert not any(
+        np.any(array)
+        for array in jax.tree.leaves(arithmetic.compress(jax.tree.map(jnp.zeros_like, delta), 3))
+    )
 
 
 def test_compress_to_what_fits(x64):
@@ -230,22 +319,31 @@ def test_compress_forms_no_weight():
     delta = random_delta(LoRA(rank=2), dtype="float32")
 
     def forms(function):
-        return any(shape in str(jax.make_jaxpr(function)(delta)) for shape in ("f32[6,8]", "f32[7,6]", "f32[6,7]", "f32[8,6]"))
+        return any(
+            shape in str(jax.make_jaxpr(function)(delta))
+            for shape in ("f32[6,8]", "f32[7,6]", "f32[6,7]", "f32[8,6]")
+        )
 
     assert not forms(lambda delta: arithmetic.compress(delta, 1))
-    assert forms(lambda delta: arithmetic.ties([delta], [1.0], density=0.5, rank=1))  # and so the search can find something
+    assert forms(
+        lambda delta: arithmetic.ties([delta], [1.0], density=0.5, rank=1)
+    )  # and so the search can find something
 
 
-# --- rules that leave entries out -----------------------------------------------------------------------------------
+# --- rules that leave entries out ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def theirs(torch):
-    """`theirs(deltas, weights, way, **options)`: ΔW of PEFT's combination of the same adapters. Of "w" and "v", in float64."""
+    """`theirs(deltas, weights, way, **options)`: ΔW of PEFT's combination of the same adapters. Of "w"
+    and "v", in float64.
+    """
     peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'lora_jax[torch]'")
 
     def combined(deltas, weights, way, **options):
-        base = torch.nn.ModuleDict({"w": torch.nn.Linear(6, 8, bias=False), "v": torch.nn.Linear(6, 8, bias=False)}).double()
+        base = torch.nn.ModuleDict(
+            {"w": torch.nn.Linear(6, 8, bias=False), "v": torch.nn.Linear(6, 8, bias=False)}
+        ).double()
         found = None
         for number, delta in enumerate(deltas):
             names = [name for name in ("w", "v") if delta[name] is not None]
@@ -257,9 +355,16 @@ def theirs(torch):
             for name in names:
                 layer = found.base_model.model[name]
                 for part, theirs in (("a", layer.lora_A), ("b", layer.lora_B)):
-                    theirs[str(number)].weight.data = torch.tensor(np.asarray(delta[name].arrays[part]).T.copy())
-        found.add_weighted_adapter([str(number) for number in range(len(deltas))], weights, "new", combination_type=way, **options)
-        return {name: found.base_model.model[name].double().get_delta_weight("new").detach().numpy().T for name in ("w", "v")}
+                    theirs[str(number)].weight.data = torch.tensor(
+                        np.asarray(delta[name].arrays[part]).T.copy()
+                    )
+        found.add_weighted_adapter(
+            [str(number) for number in range(len(deltas))], weights, "new", combination_type=way, **options
+        )
+        return {
+            name: found.base_model.model[name].double().get_delta_weight("new").detach().numpy().T
+            for name in ("w", "v")
+        }
 
     return combined
 
@@ -268,7 +373,10 @@ def pair(ranks=(3, 3, 3)):
     """Adapters of "w" and "v", of which the last lacks "v"."""
     shapes = shaped({name: (6, 8) for name in "wv"})
     methods = [LoRA(rank=rank, alpha=alpha) for rank, alpha in zip(ranks, (4, 2.5, 1), strict=True)]
-    return [random_like(lora_jax.lorafy(shapes, t, method=m).delta, s) for s, (m, t) in enumerate(zip(methods, ["w|v", "w|v", "w"], strict=True))]
+    return [
+        random_like(lora_jax.lorafy(shapes, t, method=m).delta, s)
+        for s, (m, t) in enumerate(zip(methods, ["w|v", "w|v", "w"], strict=True))
+    ]
 
 
 def added(delta):
@@ -278,15 +386,27 @@ def added(delta):
 WEIGHTS = [0.5, -0.25, 2.0]
 WAYS = {
     "cat": ((3, 2, 1), {}, lambda deltas: arithmetic.weighted(deltas, WEIGHTS)),
-    "svd": ((3, 2, 1), {"svd_rank": 2}, lambda deltas: arithmetic.compress(arithmetic.weighted(deltas, WEIGHTS), 2)),
+    "svd": (
+        (3, 2, 1),
+        {"svd_rank": 2},
+        lambda deltas: arithmetic.compress(arithmetic.weighted(deltas, WEIGHTS), 2),
+    ),
     "ties": ((3, 3, 3), {"density": 0.3}, lambda deltas: arithmetic.ties(deltas, WEIGHTS, density=0.3)),
     "ties, frequency": (
         (3, 3, 3),
         {"density": 0.6, "majority_sign_method": "frequency"},
         lambda deltas: arithmetic.ties(deltas, WEIGHTS, density=0.6, majority="frequency"),
     ),
-    "ties_svd": ((3, 2, 1), {"density": 0.3, "svd_rank": 4}, lambda deltas: arithmetic.ties(deltas, WEIGHTS, density=0.3, rank=4)),
-    "magnitude_prune": ((3, 3, 3), {"density": 0.3}, lambda deltas: arithmetic.ties(deltas, WEIGHTS, density=0.3, majority=None)),
+    "ties_svd": (
+        (3, 2, 1),
+        {"density": 0.3, "svd_rank": 4},
+        lambda deltas: arithmetic.ties(deltas, WEIGHTS, density=0.3, rank=4),
+    ),
+    "magnitude_prune": (
+        (3, 3, 3),
+        {"density": 0.3},
+        lambda deltas: arithmetic.ties(deltas, WEIGHTS, density=0.3, majority=None),
+    ),
     "magnitude_prune_svd": (
         (3, 2, 1),
         {"density": 0.3, "svd_rank": 4},
@@ -300,7 +420,9 @@ def test_as_peft(way, theirs, x64):
     ranks, options, ours = WAYS[way]
     deltas = pair(ranks)
     # It holds the weights in float32.
-    assert_close(added(ours(deltas)), theirs(deltas, WEIGHTS, way.split(",")[0], **options), rtol=1e-6, atol=1e-6)
+    assert_close(
+        added(ours(deltas)), theirs(deltas, WEIGHTS, way.split(",")[0], **options), rtol=1e-6, atol=1e-6
+    )
 
 
 DARE = [
@@ -313,7 +435,9 @@ DARE = [
 
 @pytest.mark.parametrize("way, options", DARE)
 def test_dare_as_peft(way, options, theirs, torch, monkeypatch, x64):
-    """With the entries that we drop dropped there: of weights that are 1 for one adapter and 0 for the others, these are zeros."""
+    """With the entries that we drop dropped there: of weights that are 1 for one adapter and 0 for the
+    others, these are zeros.
+    """
     deltas, key = pair(), jax.random.key(5)
     settings = {"density": 0.5, "key": key}
     masks = {name: [] for name in "wv"}
@@ -325,26 +449,43 @@ def test_dare_as_peft(way, options, theirs, torch, monkeypatch, x64):
         for name in "wv":
             if delta[name] is not None:
                 arrays = of_one[name].arrays
-                kept = [added(of_one)[name]] if "rank" in options else [np.asarray(arrays[part]) for part in "ab"]
+                kept = (
+                    [added(of_one)[name]]
+                    if "rank" in options
+                    else [np.asarray(arrays[part]) for part in "ab"]
+                )
                 masks[name].append([np.abs(array) > 1e-9 for array in kept])
     assert np.any(masks["w"][0][0] != masks["w"][1][0]) and np.any(masks["w"][0][0] != masks["v"][0][0])
-    queue = [of_adapter[part].T for name in ("w", "v") for part in range(len(masks["w"][0])) for of_adapter in masks[name]]
+    queue = [
+        of_adapter[part].T
+        for name in ("w", "v")
+        for part in range(len(masks["w"][0]))
+        for of_adapter in masks[name]
+    ]
     assert 0.3 < np.mean(np.concatenate([mask.ravel() for mask in queue])) < 0.7
     monkeypatch.setattr(torch, "bernoulli", lambda input: torch.tensor(queue.pop(0).copy()).to(input.dtype))
     names = {"majority": "majority_sign_method", "rank": "svd_rank"}
-    wanted = theirs(deltas, WEIGHTS, way, density=0.5, **{names[name]: value for name, value in options.items()})
+    wanted = theirs(
+        deltas, WEIGHTS, way, density=0.5, **{names[name]: value for name, value in options.items()}
+    )
     assert not queue
     assert_close(added(arithmetic.dare(deltas, WEIGHTS, **settings, **options)), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_dare_is_right_on_average(x64):
     deltas = [random_delta(seed=seed, targets="heads") for seed in (0, 1)]
-    summed = lambda key: arithmetic.dare(deltas, [1, -2], density=0.5, key=key, rank=6)["heads"].arrays  # noqa: E731
+    summed = lambda key: arithmetic.dare(deltas, [1, -2], density=0.5, key=key, rank=6)["heads"].arrays
     drawn = jax.jit(lambda keys: jax.lax.map(summed, keys))(jax.random.split(jax.random.key(0), 2000))
     drawn = np.asarray(drawn["a"]) @ np.asarray(drawn["b"]).reshape(2000, 2, 6, 8)
     # Five standard errors of the mean.
-    assert np.all(np.abs(drawn.mean(0) - dense(arithmetic.weighted(deltas, [1, -2]))["heads"]) < 5 * drawn.std(0) / np.sqrt(2000))
-    kept = np.asarray(arithmetic.dare(deltas, [1, 0], density=0.5, key=jax.random.key(0))["heads"].arrays["a"]) != 0
+    assert np.all(
+        np.abs(drawn.mean(0) - dense(arithmetic.weighted(deltas, [1, -2]))["heads"])
+        < 5 * drawn.std(0) / np.sqrt(2000)
+    )
+    kept = (
+        np.asarray(arithmetic.dare(deltas, [1, 0], density=0.5, key=jax.random.key(0))["heads"].arrays["a"])
+        != 0
+    )
     assert np.any(kept[0] != kept[1])  # layers are drawn apart
 
 
@@ -355,46 +496,126 @@ def test_every_layer_is_a_matrix_of_its_own(rank, x64):
     together = dense(arithmetic.ties(deltas, [1.0, 0.5], density=0.4, rank=rank))["heads"]
     start = lora_jax.lorafy(shaped({"heads": (6, 8)}), "heads", method=LoRA(rank=3, alpha=4)).delta
     for layer in range(2):
-        arrays = [{"a": delta["heads"].arrays["a"][layer], "b": delta["heads"].arrays["b"][layer].reshape(3, 8)} for delta in deltas]
+        arrays = [
+            {"a": delta["heads"].arrays["a"][layer], "b": delta["heads"].arrays["b"][layer].reshape(3, 8)}
+            for delta in deltas
+        ]
         alone = [{"heads": dataclasses.replace(start["heads"], arrays=own)} for own in arrays]
         merged = dense(arithmetic.ties(alone, [1.0, 0.5], density=0.4, rank=rank))["heads"]
         np.testing.assert_allclose(together[layer], merged[0], rtol=1e-9, atol=1e-9)
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 AS_LORA_FIRST = r"Make plain ones first: `frozen, delta = lora_jax.arithmetic.as_lora\(frozen, delta\)`"
 FULL = {"w": Full()}
 ERRORS = {
     "DoRA": (lambda d: arithmetic.as_lora(*lorafied(DoRA(rank=2))), ValueError, DORA),
-    "shapes": (lambda d: arithmetic.as_lora(*jax.eval_shape(lambda: lorafied(LoRA(1)))), TypeError, r"eval_shape\(lambda frozen, delta: as_lora\(f"),
-    "another base": (lambda d: arithmetic.as_lora({"w": jnp.ones((3, 8))}, {"w": d(AdaLoRA(rank=2))["w"]}), ValueError, "this is another base"),
+    "shapes": (
+        lambda d: arithmetic.as_lora(*jax.eval_shape(lambda: lorafied(LoRA(1)))),
+        TypeError,
+        r"eval_shape\(lambda frozen, delta: as_lora\(f",
+    ),
+    "another base": (
+        lambda d: arithmetic.as_lora({"w": jnp.ones((3, 8))}, {"w": d(AdaLoRA(rank=2))["w"]}),
+        ValueError,
+        "this is another base",
+    ),
     "factors": (lambda d: arithmetic.scaled(d(), jnp.ones(2)), ValueError, r"`factor` has the shape \(2,\)"),
-    "scaled PiSSA": (lambda d: arithmetic.scaled(d(PiSSA(rank=1)), 2), ValueError, r"PiSSA adapter of 'heads' adds is not proportional.*as_lora"),
+    "scaled PiSSA": (
+        lambda d: arithmetic.scaled(d(PiSSA(rank=1)), 2),
+        ValueError,
+        r"PiSSA adapter of 'heads' adds is not proportional.*as_lora",
+    ),
     "scaled DoRA": (lambda d: arithmetic.scaled(d(DoRA(rank=1)), 2), ValueError, "DoRA has none"),
-    "scaled Delta-LoRA": (lambda d: arithmetic.scaled(d(DeltaLoRA(rank=1, delayed=True)), 2), ValueError, "DeltaLoRA adapter of 'heads'"),
-    "scaled Full": (lambda d: arithmetic.scaled(d(targets=FULL), 2), ValueError, r"`Full`\) at 'w': what it adds is its value less that of the base"),
+    "scaled Delta-LoRA": (
+        lambda d: arithmetic.scaled(d(DeltaLoRA(rank=1, delayed=True)), 2),
+        ValueError,
+        "DeltaLoRA adapter of 'heads'",
+    ),
+    "scaled Full": (
+        lambda d: arithmetic.scaled(d(targets=FULL), 2),
+        ValueError,
+        r"`Full`\) at 'w': what it adds is its value less that of the base",
+    ),
     "nothing": (lambda d: arithmetic.weighted([], []), ValueError, "`deltas` is empty"),
-    "one weight": (lambda d: arithmetic.weighted([d(), d()], [1.0]), ValueError, r"`weights` has the shape \(1,\) for 2 deltas"),
-    "containers": (lambda d: arithmetic.weighted([d(), {"w": None}], [1, 1]), ValueError, r"`deltas\[1\]` does not have the containers"),
+    "one weight": (
+        lambda d: arithmetic.weighted([d(), d()], [1.0]),
+        ValueError,
+        r"`weights` has the shape \(1,\) for 2 deltas",
+    ),
+    "containers": (
+        lambda d: arithmetic.weighted([d(), {"w": None}], [1, 1]),
+        ValueError,
+        r"`deltas\[1\]` does not have the containers",
+    ),
     "bases": (
         lambda d: arithmetic.weighted([d(axes=WHERE), d(axes={**WHERE, "w": "out in"})], [1, 1]),
         ValueError,
-        r"`deltas\[1\]` is of another base: at 'w' its weight is \(6, 8\) with axes 'out in', and that of `deltas\[0\]` \(6, 8\) with 'in out'",
+        r"`deltas\[1\]` is of another base: at 'w' its weight is \(6, 8\) with axes 'out in', and that of "
+        r"`deltas\[0\]` \(6, 8\) with 'in out'",
     ),
-    "AdaLoRA": (lambda d: arithmetic.weighted([d(), d(AdaLoRA(rank=1))], [1, 1]), ValueError, f"'heads' is AdaLoRA, .*{AS_LORA_FIRST}"),
-    "blocks": (lambda d: arithmetic.compress(d(LoRA(rank=2, blocks=[True]), targets="w"), 1), ValueError, f"LoRA with `blocks`.*{AS_LORA_FIRST}"),
-    "Full and not": (lambda d: arithmetic.weighted([d(), d(targets=FULL)], [1, 1]), ValueError, r"`deltas\[1\]` has a leaf that trained .* at 'w'"),
-    "Full": (lambda d: arithmetic.weighted([d(targets=FULL)] * 2, [1, 1]), ValueError, "weights that sum to 1"),
-    "Full and nothing": (lambda d: arithmetic.weighted([d(targets=FULL), d(targets="heads")], [0.5, 0.5]), ValueError, "where all deltas have"),
-    "Full and TIES": (lambda d: arithmetic.ties([d(targets=FULL)] * 2, [0.5, 0.5], density=0.5), ValueError, "Only with `weighted`"),
-    "stack": (lambda d: arithmetic.compress(lora_jax.stack([d(), d()]), 1), ValueError, "'heads' is a stack of several"),
-    "shapes of many": (lambda d: arithmetic.ties(jax.eval_shape(lambda: [d()]), [1], density=1), TypeError, r"lambda deltas: ties\(deltas, w"),
-    "no key": (lambda d: arithmetic.dare([d(), d()], [1, 1], density=0.5, key=None), TypeError, r"`key` is None; pass a random key"),
+    "AdaLoRA": (
+        lambda d: arithmetic.weighted([d(), d(AdaLoRA(rank=1))], [1, 1]),
+        ValueError,
+        f"'heads' is AdaLoRA, .*{AS_LORA_FIRST}",
+    ),
+    "blocks": (
+        lambda d: arithmetic.compress(d(LoRA(rank=2, blocks=[True]), targets="w"), 1),
+        ValueError,
+        f"LoRA with `blocks`.*{AS_LORA_FIRST}",
+    ),
+    "Full and not": (
+        lambda d: arithmetic.weighted([d(), d(targets=FULL)], [1, 1]),
+        ValueError,
+        r"`deltas\[1\]` has a leaf that trained .* at 'w'",
+    ),
+    "Full": (
+        lambda d: arithmetic.weighted([d(targets=FULL)] * 2, [1, 1]),
+        ValueError,
+        "weights that sum to 1",
+    ),
+    "Full and nothing": (
+        lambda d: arithmetic.weighted([d(targets=FULL), d(targets="heads")], [0.5, 0.5]),
+        ValueError,
+        "where all deltas have",
+    ),
+    "Full and TIES": (
+        lambda d: arithmetic.ties([d(targets=FULL)] * 2, [0.5, 0.5], density=0.5),
+        ValueError,
+        "Only with `weighted`",
+    ),
+    "stack": (
+        lambda d: arithmetic.compress(lora_jax.stack([d(), d()]), 1),
+        ValueError,
+        "'heads' is a stack of several",
+    ),
+    "shapes of many": (
+        lambda d: arithmetic.ties(jax.eval_shape(lambda: [d()]), [1], density=1),
+        TypeError,
+        r"lambda deltas: ties\(deltas, w",
+    ),
+    "no key": (
+        lambda d: arithmetic.dare([d(), d()], [1, 1], density=0.5, key=None),
+        TypeError,
+        r"`key` is None; pass a random key",
+    ),
     "rank": (lambda d: arithmetic.compress(d(), 0), ValueError, "`rank` is 0; it must be a positive integer"),
-    "density": (lambda d: arithmetic.ties([d(), d()], [1, 1], density=0), ValueError, "`density` is 0; it is the part"),
-    "majority": (lambda d: arithmetic.ties([d(), d()], [1, 1], density=0.5, majority="most"), ValueError, "`majority` is 'most'; pass 'total'"),
-    "ranks": (lambda d: arithmetic.ties([d(), d(LoRA(rank=5))], [1, 1], density=0.5), ValueError, "ranks 3, 5 at 'heads'.*`rank=`, for example 5"),
+    "density": (
+        lambda d: arithmetic.ties([d(), d()], [1, 1], density=0),
+        ValueError,
+        "`density` is 0; it is the part",
+    ),
+    "majority": (
+        lambda d: arithmetic.ties([d(), d()], [1, 1], density=0.5, majority="most"),
+        ValueError,
+        "`majority` is 'most'; pass 'total'",
+    ),
+    "ranks": (
+        lambda d: arithmetic.ties([d(), d(LoRA(rank=5))], [1, 1], density=0.5),
+        ValueError,
+        "ranks 3, 5 at 'heads'.*`rank=`, for example 5",
+    ),
 }
 
 
@@ -405,7 +626,7 @@ def test_errors(name):
         call(lambda *args, **options: random_delta(*args, **{"dtype": "float32", **options}))
 
 
-# --- many adapters of other methods ---------------------------------------------------------------------------------
+# --- many adapters of other methods -------------------------------------------------------------------------
 
 
 @jax.jit
@@ -415,13 +636,18 @@ def small(params, x):
 
 
 def several(method, number=3):
-    """One `frozen`, and deltas that started from different keys and were moved, but for what is fixed from one."""
+    """One `frozen`, and deltas that started from different keys and were moved, but for what is fixed
+    from one.
+    """
     params = random_like(shaped({"w": (6, 12), "layers": (3, 6, 6)}), 0)
     targets = method if isinstance(method, dict) else {"w|layers": method}
     started = jax.jit(lambda key: lora_jax.lorafy(params, targets, axes={"layers": "layer in out"}, key=key))
     frozen = started(jax.random.key(0)).frozen
     starts = [started(jax.random.key(seed)).delta for seed in range(number)]
-    return frozen, [jax.tree.map(lambda array, step: array + 0.3 * step, start, random_like(start, seed)) for seed, start in enumerate(starts)]
+    return frozen, [
+        jax.tree.map(lambda array, step: array + 0.3 * step, start, random_like(start, seed))
+        for seed, start in enumerate(starts)
+    ]
 
 
 OTHERS = [DoRA(rank=2), AdaLoRA(rank=2), VeRA(rank=5), LoRAFA(rank=2), PiSSA(rank=2), DeltaLoRA(rank=2)]
@@ -436,12 +662,16 @@ def test_one_adapter_per_example_and_no_second_compilation(method, x64):
     @jax.jit
     def batched(stacked, ids, xs):
         traced.append(1)
-        return jax.vmap(lambda delta, x: forward(lora_jax.combine(frozen, delta), x))(lora_jax.take(stacked, ids), xs)
+        return jax.vmap(lambda delta, x: forward(lora_jax.combine(frozen, delta), x))(
+            lora_jax.take(stacked, ids), xs
+        )
 
     merged, stacked = [lora_jax.merge(frozen, delta) for delta in deltas], lora_jax.stack(deltas)
     for ids in ([2, 0, 1, 2], [0, 0, 0, 0], [1, -1, 2, 1]):
         ys = batched(stacked, jnp.array(ids), xs)
-        np.testing.assert_allclose(ys, [small(merged[index], x) for index, x in zip(ids, xs, strict=True)], rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(
+            ys, [small(merged[index], x) for index, x in zip(ids, xs, strict=True)], rtol=1e-10, atol=1e-10
+        )
     assert len(traced) == 1
 
 
@@ -457,12 +687,16 @@ def test_switching_compiles_once(method, x64):
 
     stacked = lora_jax.stack(deltas)
     for index, delta in enumerate(deltas):
-        np.testing.assert_allclose(one(stacked, index), small(lora_jax.merge(frozen, delta), x), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(
+            one(stacked, index), small(lora_jax.merge(frozen, delta), x), rtol=1e-10, atol=1e-10
+        )
     assert len(traced) == 1
 
 
 def test_training_several_seeds_side_by_side(x64, relaxed_promotion):
-    """Of two methods at once. Adam's step forgets the size of a gradient, and so tells little of it; it sees every array alike."""
+    """Of two methods at once. Adam's step forgets the size of a gradient, and so tells little of it; it
+    sees every array alike.
+    """
     frozen, starts = several({"w": DoRA(rank=2), "layers": AdaLoRA(rank=2)})
     x, y = (jnp.asarray(np.random.default_rng(3).normal(size=sizes)) for sizes in ((5, 6), (5, 12)))
     forward, tx = lora_jax.adapt(small), optax.adam(0.05)
@@ -470,7 +704,9 @@ def test_training_several_seeds_side_by_side(x64, relaxed_promotion):
     def trained(delta):
         def step(state, _):
             delta, moments = state
-            loss, gradient = jax.value_and_grad(lambda delta: jnp.mean((forward(lora_jax.combine(frozen, delta), x) - y) ** 2))(delta)
+            loss, gradient = jax.value_and_grad(
+                lambda delta: jnp.mean((forward(lora_jax.combine(frozen, delta), x) - y) ** 2)
+            )(delta)
             updates, moments = tx.update(gradient, moments)
             return (optax.apply_updates(delta, updates), moments), loss
 

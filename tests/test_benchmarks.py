@@ -3,15 +3,20 @@
 import functools
 
 import pytest
+
 from benchmarks import step_cost
 from benchmarks.training_steps import Setting, training_step
-
 from lora_jax.models import GPT2Config
+
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")  # optax's bias correction counts on it
 
 # Wide against the rank and with a small vocabulary, so that what the adapters cost is not lost in rounding.
-SMALL = {"config": GPT2Config(vocab_size=64, n_positions=32, n_embd=128, n_layer=2, n_head=4), "batch": 4, "tokens": 32}
+SMALL = {
+    "config": GPT2Config(vocab_size=64, n_positions=32, n_embd=128, n_layer=2, n_head=4),
+    "batch": 4,
+    "tokens": 32,
+}
 
 
 @functools.cache
@@ -19,9 +24,14 @@ def measured(way, adapted, checkpoint=False, dtype="float32"):
     return step_cost.measure(way, Setting(adapted, checkpoint=checkpoint, dtype=dtype, **SMALL))
 
 
-@pytest.mark.parametrize("adapted, checkpoint, dtype", [("qv", False, "float32"), ("all", False, "float32"), ("all", True, "bfloat16")])
+@pytest.mark.parametrize(
+    "adapted, checkpoint, dtype",
+    [("qv", False, "float32"), ("all", False, "float32"), ("all", True, "bfloat16")],
+)
 def test_adapting_costs_what_writing_it_by_hand_costs(adapted, checkpoint, dtype):
-    """Rank 4 is a thirty-second of this width, not a 192nd: the copies of s·B weigh more here than in GPT-2 small."""
+    """Rank 4 is a thirty-second of this width, not a 192nd: the copies of s·B weigh more here than in
+    GPT-2 small.
+    """
     ours, hand = (measured(way, adapted, checkpoint, dtype) for way in ("adapt", "handwritten"))
     assert ours["flops"] <= 1.005 * hand["flops"]
     assert ours["temporary_bytes"] <= 1.03 * hand["temporary_bytes"]
@@ -40,6 +50,15 @@ def test_the_optimiser_keeps_two_moments_of_a_and_b_and_a_counter(adapted):
 
 
 def test_a_missed_bound_is_reported():
-    row = {"FLOPs / handwritten": 1.0049, "bytes / handwritten": 1.006, "FLOPs / full": 0.69, "optimizer bytes": 24, "A and B bytes": 10}
+    row = {
+        "FLOPs / handwritten": 1.0049,
+        "bytes / handwritten": 1.006,
+        "FLOPs / full": 0.69,
+        "optimizer bytes": 24,
+        "A and B bytes": 10,
+    }
     missed = step_cost.missed(Setting("qv"), row)
-    assert [line.split(": ")[1].split(" is ")[0] for line in missed] == ["bytes / handwritten", "FLOPs / full"]
+    assert [line.split(": ")[1].split(" is ")[0] for line in missed] == [
+        "bytes / handwritten",
+        "FLOPs / full",
+    ]

@@ -19,11 +19,16 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax._paths import named_leaves
-from lora_jax.checkpoint import Checkpoints, NoneIntact, State, _checksum, _storage, fingerprint
+from lora_jax.checkpoint import _checksum, _storage, Checkpoints, fingerprint, NoneIntact, State
 
 
 def state(step=3, scale=1.0):
-    delta = {"h": [{"a": scale * jnp.arange(6.0).reshape(2, 3), "b": None}, {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())}]}
+    delta = {
+        "h": [
+            {"a": scale * jnp.arange(6.0).reshape(2, 3), "b": None},
+            {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())},
+        ]
+    }
     return State(delta, optax.adamw(1e-3).init(delta), step, (1, 2), jax.random.key(7))
 
 
@@ -54,7 +59,9 @@ def test_keeps_the_newest(tmp_path):
             checkpoints.save(state(step, float(step)))
         assert checkpoints.latest() == 5
         older = checkpoints.restore(state().delta, state().opt_state, step=2)
-        with pytest.raises(ValueError, match="`step` is 1, of which .* holds no checkpoint; of these steps it does: 2, 5"):
+        with pytest.raises(
+            ValueError, match="`step` is 1, of which .* holds no checkpoint; of these steps it does: 2, 5"
+        ):
             checkpoints.restore(state().delta, state().opt_state, step=1)
     assert older.delta["h"][0]["a"][0, 1] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
@@ -74,7 +81,11 @@ def test_restores_onto_a_mesh(tmp_path):
 
 @pytest.mark.parametrize(
     "identity, message",
-    [({"base": "y", "config": "c"}, "another base"), ({"base": "x", "config": "d"}, "another config"), ({"base": "x"}, "another config")],
+    [
+        ({"base": "y", "config": "c"}, "another base"),
+        ({"base": "x", "config": "d"}, "another config"),
+        ({"base": "x"}, "another config"),
+    ],
 )
 def test_refuses_another_identity(tmp_path, identity, message):
     with Checkpoints(tmp_path, identity={"base": "x", "config": "c"}) as checkpoints:
@@ -87,8 +98,19 @@ def test_refuses_another_identity(tmp_path, identity, message):
     "delta, message",
     [
         ({"h": [{"a": jnp.zeros((2, 3))}]}, "unexpected in the checkpoint"),
-        ({"h": [{"a": jnp.zeros((2, 4))}, {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())}]}, "'h.0.a' has shape"),
-        ({"h": [{"a": jnp.zeros((2, 3)), "c": jnp.ones(1)}, {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())}]}, "'h.0.c' is missing"),
+        (
+            {"h": [{"a": jnp.zeros((2, 4))}, {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())}]},
+            "'h.0.a' has shape",
+        ),
+        (
+            {
+                "h": [
+                    {"a": jnp.zeros((2, 3)), "c": jnp.ones(1)},
+                    {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())},
+                ]
+            },
+            "'h.0.c' is missing",
+        ),
     ],
 )
 def test_refuses_other_arrays(tmp_path, delta, message):
@@ -99,7 +121,10 @@ def test_refuses_other_arrays(tmp_path, delta, message):
 
 
 def test_nothing_to_restore(tmp_path):
-    with Checkpoints(tmp_path, identity={}) as checkpoints, pytest.raises(ValueError, match="holds no checkpoint"):
+    with (
+        Checkpoints(tmp_path, identity={}) as checkpoints,
+        pytest.raises(ValueError, match="holds no checkpoint"),
+    ):
         checkpoints.restore({}, ())
 
 
@@ -116,10 +141,12 @@ def test_fingerprint_sees_everything():
     assert len({fingerprint(params), *map(fingerprint, others)}) == 6
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 # Orbax leaves the other reads of a damaged checkpoint unawaited.
-orbax_gives_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning")
+orbax_gives_up = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -158,9 +185,13 @@ def _flipped(content, draw):
 
 
 @orbax_gives_up
-@pytest.mark.parametrize("change", [_cut, _flipped, lambda content, draw: None], ids=["cut short", "a bit flipped", "gone"])
+@pytest.mark.parametrize(
+    "change", [_cut, _flipped, lambda content, draw: None], ids=["cut short", "a bit flipped", "gone"]
+)
 def test_damage_is_known_and_the_one_before_is_taken(two, tmp_path, change):
-    """Any file of the newest checkpoint: what comes back is that checkpoint, to the bit, or the one before it; never something else."""
+    """Any file of the newest checkpoint: what comes back is that checkpoint, to the bit, or the one
+    before it; never something else.
+    """
     draw, outcomes = np.random.default_rng(0), set()
     for number, file in enumerate(files_of(two / "7")):
         copied = tmp_path / str(number)
@@ -201,19 +232,30 @@ def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path):
         checkpoints.save(state(7, 9.0))
     shutil.rmtree(tmp_path / "run" / "7" / "arrays")
     shutil.copytree(tmp_path / "other" / "7" / "arrays", tmp_path / "run" / "7" / "arrays")
-    with pytest.warns(UserWarning, match="step 7 .* is damaged: its arrays do not have the checksum that they were saved with; going on from step 3"):
+    with pytest.warns(
+        UserWarning,
+        match=(
+            "step 7 .* is damaged: its arrays do not have the checksum that they were saved with; going on "
+            "from step 3"
+        ),
+    ):
         found = restored(tmp_path / "run")
     same(found.delta, state(3, 1.0).delta)
 
 
 @orbax_gives_up
 def test_any_bit_of_what_is_noted_beside_the_arrays(two, tmp_path):
-    """Of Orbax's own notes, which make arrays of the files: the state comes back to the bit, or the checkpoint before it does."""
+    """Of Orbax's own notes, which make arrays of the files: the state comes back to the bit, or the
+    checkpoint before it does.
+    """
     shutil.copytree(two, tmp_path / "run")
     file = tmp_path / "run" / "7" / "arrays" / "_METADATA"
     whole, draw = file.read_bytes(), np.random.default_rng(0)
     # What once passed for an array and was none, and some drawn.
-    changed = [whole.replace(b"jax.Array", b"jax.Qrray"), *(_flipped(whole, draw.integers(len(whole)), draw.integers(8)) for _ in range(40))]
+    changed = [
+        whole.replace(b"jax.Array", b"jax.Qrray"),
+        *(_flipped(whole, draw.integers(len(whole)), draw.integers(8)) for _ in range(40)),
+    ]
     steps = set()
     for content in changed:
         file.write_bytes(content)
@@ -233,7 +275,9 @@ def _flipped(content, place, bit):
 
 @orbax_gives_up
 def test_the_best_that_is_intact(tmp_path):
-    """The best is damaged: it is put aside, and the next best is found. Without a finite loss there is none."""
+    """The best is damaged: it is put aside, and the next best is found. Without a finite loss there is
+    none.
+    """
     with Checkpoints(tmp_path, identity={}, keep=4) as checkpoints:
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan"))):
             checkpoints.save(state(step, float(step)), loss)
@@ -274,9 +318,13 @@ def test_nothing_intact(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     for file in files_of(tmp_path / "run"):
         file.write_bytes(b"")
-    with pytest.raises(NoneIntact, match="holds no intact checkpoint .step 7: .*; step 3: .*take one from a copy"):
+    with pytest.raises(
+        NoneIntact, match="holds no intact checkpoint .step 7: .*; step 3: .*take one from a copy"
+    ):
         restored(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"], "nothing is put aside where nothing is left"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"], (
+        "nothing is put aside where nothing is left"
+    )
     with Checkpoints(tmp_path / "run", identity={"base": "x"}) as checkpoints:
         checkpoints.put_aside()
         checkpoints.save(state(3))
@@ -286,12 +334,20 @@ def test_nothing_intact(two, tmp_path):
 def test_what_is_no_damage_of_the_files(two, tmp_path, monkeypatch):
     """Too little memory, or no permission: nothing is put aside for it."""
     shutil.copytree(two, tmp_path / "run")
-    for error in (MemoryError("none left"), PermissionError(13, "not yours"), OSError(5, "the cable"), RuntimeError("RESOURCE_EXHAUSTED: 3 GB")):
+    for error in (
+        MemoryError("none left"),
+        PermissionError(13, "not yours"),
+        OSError(5, "the cable"),
+        RuntimeError("RESOURCE_EXHAUSTED: 3 GB"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(_storage, "_read", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
             with pytest.raises(type(error), match=re.escape(str(error))):
                 restored(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"] and restored(tmp_path / "run").step == 7
+    assert (
+        sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "7"]
+        and restored(tmp_path / "run").step == 7
+    )
 
 
 @orbax_gives_up
@@ -299,13 +355,16 @@ def test_a_step_that_is_asked_for_is_not_another(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     for file in files_of(tmp_path / "run" / "7" / "arrays"):
         file.unlink()
-    with Checkpoints(tmp_path / "run", identity={"base": "x"}) as checkpoints, pytest.raises(ValueError, match="holds no intact checkpoint .step 7"):
+    with (
+        Checkpoints(tmp_path / "run", identity={"base": "x"}) as checkpoints,
+        pytest.raises(ValueError, match="holds no intact checkpoint .step 7"),
+    ):
         checkpoints.restore(state().delta, state().opt_state, step=7)
 
 
-# --- the checksum -----------------------------------------------------------------------------------------------------
+# --- the checksum -------------------------------------------------------------------------------------------
 
-_DTYPES = "bool int2 uint4 int4 int8 uint8 int16 int32 uint32 float8_e4m3fn float8_e5m2 float4_e2m1fn float16 bfloat16 float32 complex64".split()
+_DTYPES = "bool int2 uint4 int4 int8 uint8 int16 int32 uint32 float8_e4m3fn float8_e5m2 float4_e2m1fn float16 bfloat16 float32 complex64".split()  # noqa: E501
 
 
 def some(dtype, shape=(16, 8)):
@@ -322,12 +381,23 @@ def test_checksum_is_the_same_wherever_the_array_is(dtype):
     """NumPy, one device, and every way to lie on two meshes, one of which has its shardings in the types."""
     array = some(dtype)
     devices = np.array(jax.devices()[:8]).reshape(2, 4)
-    meshes = [Mesh(devices, ("a", "b")), Mesh(devices, ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Explicit))]
-    specs = [PartitionSpec(), PartitionSpec("a"), PartitionSpec("b", "a"), PartitionSpec(None, "b"), PartitionSpec(("a", "b"))]
+    meshes = [
+        Mesh(devices, ("a", "b")),
+        Mesh(devices, ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Explicit)),
+    ]
+    specs = [
+        PartitionSpec(),
+        PartitionSpec("a"),
+        PartitionSpec("b", "a"),
+        PartitionSpec(None, "b"),
+        PartitionSpec(("a", "b")),
+    ]
     expected = sums(array)
     assert sums(jnp.asarray(array)) == expected
     # Each sharding compiles anew: every one for two dtypes, for the others the last.
-    for mesh, spec in [(mesh, spec) for mesh in meshes for spec in specs][0 if dtype in ("float32", "int4") else -1 :]:
+    for mesh, spec in [(mesh, spec) for mesh in meshes for spec in specs][
+        0 if dtype in ("float32", "int4") else -1 :
+    ]:
         found = _checksum.checksum(jax.device_put(array, NamedSharding(mesh, spec)))
         assert tuple(np.asarray(found).tolist()) == expected, (mesh, spec)
         assert found.sharding.is_fully_replicated
@@ -346,14 +416,20 @@ def test_checksum_of_64_bits_is_the_same_with_and_without_them(dtype):
 def test_any_word_that_changes_changes_every_sum(dtype):
     """Not only probably: for a fixed index the mixing is a bijection of the word."""
     draw = np.random.default_rng(1)
-    array = draw.integers(0, 2, 1000).astype(bool) if dtype == "bool" else np.frombuffer(draw.bytes(1000 * jnp.dtype(dtype).itemsize), jnp.dtype(dtype))
+    array = (
+        draw.integers(0, 2, 1000).astype(bool)
+        if dtype == "bool"
+        else np.frombuffer(draw.bytes(1000 * jnp.dtype(dtype).itemsize), jnp.dtype(dtype))
+    )
     before = sums(array)
     for position in draw.integers(0, 1000, 50):
         other = array.copy()
         if dtype == "bool":
             other[position] ^= True
         else:
-            other.view(np.uint8)[position * array.itemsize + draw.integers(array.itemsize)] ^= 1 << draw.integers(8)
+            other.view(np.uint8)[position * array.itemsize + draw.integers(array.itemsize)] ^= (
+                1 << draw.integers(8)
+            )
         assert all(one != two for one, two in zip(before, sums(other), strict=True)), position
 
 
@@ -363,13 +439,22 @@ def test_mixing_is_a_bijection_of_the_word():
     words = np.unique(np.r_[half, half << 16, half * 0x10001, half * 0x8001])
     for lane in _checksum._LANES:
         assert all(factor % 2 for factor in lane[2:4])
-        mixed = _checksum._mix(jnp.asarray(words), jnp.uint32(12345), jnp.uint32(6), *(jnp.uint32(constant) for constant in lane))
+        mixed = _checksum._mix(
+            jnp.asarray(words), jnp.uint32(12345), jnp.uint32(6), *(jnp.uint32(constant) for constant in lane)
+        )
         assert np.unique(np.asarray(mixed)).size == words.size
 
 
 def test_checksum_sees_order_and_zeros():
     array = np.arange(64, dtype=np.float32)
-    moved = [array[::-1], np.roll(array, 1), np.r_[array[1], array[0], array[2:]], np.r_[array, np.float32(0)], -0.0 * array, 0.0 * array]
+    moved = [
+        array[::-1],
+        np.roll(array, 1),
+        np.r_[array[1], array[0], array[2:]],
+        np.r_[array, np.float32(0)],
+        -0.0 * array,
+        0.0 * array,
+    ]
     assert len({sums(array), *map(sums, moved)}) == 7
 
 
@@ -385,19 +470,31 @@ def test_checksum_beyond_32_bits_of_index():
     """Of arrays that no machine here holds: the index is that of Python's integers, in two words."""
     draw = np.random.default_rng(0)
     for shape in [(1 << 20, 1 << 20), (3, (1 << 32) - 1), (12345, 678, 91011, 7), ((1 << 31) + 5, 6, 7)]:
-        places = [[int(draw.integers(size)) for size in shape] for _ in range(200)] + [[size - 1 for size in shape]]
-        low, high = _checksum.flat_index([jnp.array(column, jnp.uint32) for column in zip(*places, strict=True)], shape)
+        places = [[int(draw.integers(size)) for size in shape] for _ in range(200)] + [
+            [size - 1 for size in shape]
+        ]
+        low, high = _checksum.flat_index(
+            [jnp.array(column, jnp.uint32) for column in zip(*places, strict=True)], shape
+        )
         for place, one, two in zip(places, np.asarray(low).tolist(), np.asarray(high).tolist(), strict=True):
-            assert one + (two << 32) == sum(c * int(np.prod(shape[axis + 1 :], dtype=object)) for axis, c in enumerate(place))
+            assert one + (two << 32) == sum(
+                c * int(np.prod(shape[axis + 1 :], dtype=object)) for axis, c in enumerate(place)
+            )
     # A chunk that begins beyond 2**32, and one that crosses it.
     begin = (1 << 32) - 5
     crossing = np.arange(10, dtype=np.uint32)
     pieces = [
-        _checksum._sums(jnp.asarray(crossing[start:stop]), jnp.uint32((begin + start) & 0xFFFFFFFF), jnp.uint32((begin + start) >> 32))
+        _checksum._sums(
+            jnp.asarray(crossing[start:stop]),
+            jnp.uint32((begin + start) & 0xFFFFFFFF),
+            jnp.uint32((begin + start) >> 32),
+        )
         for start, stop in ((0, 10), (0, 5), (5, 10))
     ]
     assert np.array_equal(pieces[0], pieces[1] + pieces[2])
-    assert not np.array_equal(pieces[2], _checksum._sums(jnp.asarray(crossing[5:]), jnp.uint32(0), jnp.uint32(0))), "the high word counts"
+    assert not np.array_equal(
+        pieces[2], _checksum._sums(jnp.asarray(crossing[5:]), jnp.uint32(0), jnp.uint32(0))
+    ), "the high word counts"
 
 
 def test_fingerprint_compiles_once_for_each_shape():
@@ -408,7 +505,7 @@ def test_fingerprint_compiles_once_for_each_shape():
     assert _checksum._on(None)._cache_size() == before + 1
 
 
-# --- saving goes on beside training -----------------------------------------------------------------------------------
+# --- saving goes on beside training -------------------------------------------------------------------------
 
 
 def advance(tree):
@@ -416,18 +513,29 @@ def advance(tree):
 
 
 def test_what_is_written_is_the_state_at_the_save(tmp_path):
-    """The next step takes the buffers, and writes over them, while they are being saved; and it does get them."""
+    """The next step takes the buffers, and writes over them, while they are being saved; and it does get
+    them.
+    """
     devices = Mesh(np.array(jax.devices()[:2]), ("d",))
-    placed = [NamedSharding(devices, PartitionSpec("d")), NamedSharding(devices, PartitionSpec()), jax.devices()[0]]
+    placed = [
+        NamedSharding(devices, PartitionSpec("d")),
+        NamedSharding(devices, PartitionSpec()),
+        jax.devices()[0],
+    ]
     step = jax.jit(advance, donate_argnums=0)
-    delta = {str(number): jax.device_put(jnp.full((1024, 512), float(number)), where) for number, where in enumerate(placed)}
+    delta = {
+        str(number): jax.device_put(jnp.full((1024, 512), float(number)), where)
+        for number, where in enumerate(placed)
+    }
     with Checkpoints(tmp_path, identity={}, keep=4) as checkpoints:
         for done in range(1, 5):
             checkpoints.save(State(delta, (), done, (0, done), jax.random.key(0)))
             before = delta
             for _ in range(5):
                 delta = {name: step(leaf) for name, leaf in delta.items()}
-            assert all(leaf.is_deleted() for leaf in before.values()), "saving keeps the step from its donation"
+            assert all(leaf.is_deleted() for leaf in before.values()), (
+                "saving keeps the step from its donation"
+            )
         for done in range(1, 5):
             found = checkpoints.restore(delta, (), step=done)
             for number, leaf in enumerate(found.delta.values()):
@@ -436,7 +544,9 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path):
 
 def test_save_returns_before_the_checkpoint_is_complete(tmp_path, monkeypatch):
     go_on, rename = threading.Event(), os.rename
-    monkeypatch.setattr(os, "rename", lambda *paths, **options: (go_on.wait(60), rename(*paths, **options))[1])
+    monkeypatch.setattr(
+        os, "rename", lambda *paths, **options: (go_on.wait(60), rename(*paths, **options))[1]
+    )
     with Checkpoints(tmp_path, identity={}) as checkpoints:
         checkpoints.save(state(1))
         assert not (tmp_path / "1").exists()
@@ -457,14 +567,20 @@ def test_a_step_is_not_saved_twice(tmp_path):
 def test_checkpoints_of_an_older_format_are_refused(two, tmp_path, monkeypatch):
     """Not taken for damaged ones, which would be put aside."""
     monkeypatch.setattr("lora_jax.checkpoint._checkpoints._FORMAT", 3)
-    with pytest.raises(ValueError, match="checkpoints of format 2, .* reads 3: resume the run with the version"):
+    with pytest.raises(
+        ValueError, match="checkpoints of format 2, .* reads 3: resume the run with the version"
+    ):
         restored(two)
     assert sorted(path.name for path in two.iterdir()) == ["3", "7"]
 
 
 def in_a_process(script, *arguments):
     """What `script` prints, run by a Python of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
@@ -473,7 +589,9 @@ def in_a_process(script, *arguments):
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
-    """Really refused by the system, through a limit on the size of files: a line that says what to do, and nothing else is lost."""
+    """Really refused by the system, through a limit on the size of files: a line that says what to do,
+    and nothing else is lost.
+    """
     said = in_a_process(
         """
         import resource, sys, jax, numpy as np
@@ -491,13 +609,14 @@ def test_a_full_disk(tmp_path):
                 print(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         print(checkpoints.steps(), checkpoints.restore(delta, ()).step)
-        """,
+        """,  # noqa: E501
         tmp_path / "run",
     )
     assert len(said) == 4 and said[3] == "[1] 1"
     for line in said[:3]:
         assert line == (
-            f"the checkpoint of step 2 could not be written to `{tmp_path / 'run'}`: File too large. Free space, or mend that; "
+            f"the checkpoint of step 2 could not be written to `{tmp_path / 'run'}`: File too large. Free "
+            "space, or mend that; "
             "the earlier ones are intact, and the same command goes on from step 1"
         )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1"], "what the writes left is gone"
@@ -511,7 +630,9 @@ def test_a_full_disk(tmp_path):
 
 @pytest.mark.slow
 def test_killed_while_saving(tmp_path):
-    """SIGKILL at varied moments: every process that comes after finds an intact state, to the bit, and nothing damaged."""
+    """SIGKILL at varied moments: every process that comes after finds an intact state, to the bit, and
+    nothing damaged.
+    """
     said = in_a_process(
         """
         import os, signal, sys, time, warnings, jax, numpy as np
@@ -554,7 +675,7 @@ def test_killed_while_saving(tmp_path):
             assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
             unfinished += any(not name.isdecimal() for name in os.listdir(sys.argv[1]))
         print("unfinished", unfinished)
-        """,
+        """,  # noqa: E501
         tmp_path,
     )
     steps = [int(line.split()[1]) for line in said if line.startswith("restored")]
@@ -563,12 +684,14 @@ def test_killed_while_saving(tmp_path):
     delta = {str(number): jnp.zeros((512, 512)) for number in range(8)}
     with Checkpoints(tmp_path, identity={}) as checkpoints:
         found = checkpoints.restore(delta, ())
-        assert found.step >= steps[-1] and np.array_equal(found.delta["3"], np.random.default_rng([found.step, 3]).random((512, 512), np.float32))
+        assert found.step >= steps[-1] and np.array_equal(
+            found.delta["3"], np.random.default_rng([found.step, 3]).random((512, 512), np.float32)
+        )
         checkpoints.save(State(delta, (), 5000, (0, 0), found.key))
     assert all(path.name.isdecimal() for path in tmp_path.iterdir()), "what the killed have left is gone"
 
 
-# --- the best, and the mean of the last -------------------------------------------------------------------------------
+# --- the best, and the mean of the last ---------------------------------------------------------------------
 
 
 def test_keeps_the_best_beside_the_newest(tmp_path):
@@ -580,10 +703,17 @@ def test_keeps_the_best_beside_the_newest(tmp_path):
             assert checkpoints.best() == (1 if step == 1 else 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "6", "7"]
     with Checkpoints(tmp_path, identity={}, keep=2, keep_best=True) as checkpoints:
-        assert checkpoints.restore(state().delta, state().opt_state, step=checkpoints.best()).delta["h"][0]["a"][0, 1] == 2
+        assert (
+            checkpoints.restore(state().delta, state().opt_state, step=checkpoints.best()).delta["h"][0]["a"][
+                0, 1
+            ]
+            == 2
+        )
         checkpoints.save(state(8, 8.0), np.float32(0.5))
         assert (checkpoints.best(), checkpoints.latest()) == (8, 8)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "8"], "the one that was best is kept no longer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "8"], (
+        "the one that was best is kept no longer"
+    )
 
 
 def test_no_best_without_a_loss(tmp_path):
@@ -623,15 +753,31 @@ def test_the_average_is_numpys_mean(tmp_path, dtype, x64):
 
     with Checkpoints(tmp_path, identity={}, keep=3) as checkpoints:
         for step in values:
-            checkpoints.save(State(delta(step), optax.sgd(0.1, momentum=0.9).init(delta(step)["w"]), step, (0, 0), jax.random.key(0)))
+            checkpoints.save(
+                State(
+                    delta(step),
+                    optax.sgd(0.1, momentum=0.9).init(delta(step)["w"]),
+                    step,
+                    (0, 0),
+                    jax.random.key(0),
+                )
+            )
         found = checkpoints.average(jax.tree.map(jnp.zeros_like, delta(1)), last=3)
         newest = checkpoints.average(delta(1), last=1)
-        with pytest.raises(ValueError, match=r"`last` is 4, and .* holds 3 intact checkpoints: .*`Checkpoints\(..., keep=4\)` or more, which is 3"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"`last` is 4, and .* holds 3 intact checkpoints: .*`Checkpoints\(..., keep=4\)` or more, "
+                r"which is 3"
+            ),
+        ):
             checkpoints.average(delta(1), last=4)
         with pytest.raises(ValueError, match="`last` is 0"):
             checkpoints.average(delta(1), last=0)
     wide = np.promote_types(jnp.dtype(dtype), np.float32)
-    expected = np.mean([values[step].astype(wide) for step in (2, 3, 4)], axis=0, dtype=wide).astype(values[1].dtype)
+    expected = np.mean([values[step].astype(wide) for step in (2, 3, 4)], axis=0, dtype=wide).astype(
+        values[1].dtype
+    )
     assert found["w"].dtype == expected.dtype and found["w"].sharding == split
     if wide == dtype:  # NumPy may add in another order
         np.testing.assert_allclose(found["w"], expected, rtol=0, atol=8 * np.finfo(dtype).eps)

@@ -1,4 +1,6 @@
-"""Checkpoints of arrays that span processes: real ones on this machine, with two devices each and one directory for all."""
+"""Checkpoints of arrays that span processes: real ones on this machine, with two devices each and one
+directory for all.
+"""
 
 import json
 
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.checkpoint import Checkpoints, fingerprint
+
 
 # The same on every process, and in this one: what is trained, with nothing in it that repeats.
 _STATE = """
@@ -116,12 +119,14 @@ with Checkpoints(run / "kept", identity={"base": "y" if me == last else "x"}) as
     except ValueError as error:
         says["refused"] = str(error)
 print(json.dumps(says))
-"""
+"""  # noqa: E501
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, damages", [(2, "cut flipped gone read_facts read_arrays"), (4, "read_arrays")])
+@pytest.mark.parametrize(
+    "count, damages", [(2, "cut flipped gone read_facts read_arrays"), (4, "read_arrays")]
+)
 def test_processes(tmp_path, count, damages):
     printed = [json.loads(out.splitlines()[-1]) for out in processes.run(count, _TRAIN, tmp_path, damages)]
     expected = fingerprint(arrays(3))  # noqa: F821
@@ -136,10 +141,12 @@ def test_processes(tmp_path, count, damages):
             assert len(reasons) == 1 and reasons[0].endswith("going on from step 3")
         own = "" if index == count - 1 else f" (process {count - 1})"
         assert said["read_arrays"][4] == [f"its disk is gone{own}; going on from step 3"]
-        assert "holds a run with another base (saved: x, now: y)" in said["refused"] and said["refused"].endswith(own or "another directory")
+        assert "holds a run with another base (saved: x, now: y)" in said["refused"] and said[
+            "refused"
+        ].endswith(own or "another directory")
     # On this process, and on another mesh than either of theirs.
     where = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("only",)), PartitionSpec("only"))
-    blank = {name: jax.device_put(jnp.zeros(array.shape, array.dtype), where if name != "whole" and array.shape[0] % 2 == 0 else jax.devices()[0])
+    blank = {name: jax.device_put(jnp.zeros(array.shape, array.dtype), where if name != "whole" and array.shape[0] % 2 == 0 else jax.devices()[0])  # noqa: E501
              for name, array in arrays(0).items()}  # fmt: skip  # noqa: F821
     with Checkpoints(tmp_path / "kept", identity={"base": "x"}) as checkpoints:
         found = checkpoints.restore(blank, blank)

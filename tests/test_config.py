@@ -10,6 +10,7 @@ import pytest
 from experiments import config as configs
 from experiments.strict_json import build
 
+
 SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "configs").glob("*.json"))
 
 
@@ -17,7 +18,10 @@ def minimal(**changes):
     tree = {
         "name": "tiny",
         "source": {"paper": None},
-        "base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}, "tokenizer": "tok"},
+        "base": {
+            "architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16},
+            "tokenizer": "tok",
+        },
         "data": {"task": "text", "train": "a.txt", "valid": "b.txt", "seq_len": 8},
         "method": {"name": "LoRA", "rank": 2},
         "targets": ["attn/c_attn/kernel"],
@@ -43,11 +47,15 @@ def test_shipped_config_is_a_row(path):
         assert (path.parent / config.base.run).is_file()
 
 
-@pytest.mark.parametrize("name, row", [("e2e_gpt2_medium", "GPT-2 M LoRA"), ("e2e_gpt2_large", "GPT-2 L LoRA")])
+@pytest.mark.parametrize(
+    "name, row", [("e2e_gpt2_medium", "GPT-2 M LoRA"), ("e2e_gpt2_large", "GPT-2 L LoRA")]
+)
 def test_expected_scores_are_the_published_ones(name, row, data_dir):
     path = data_dir.parent / "reference" / "published.json"
     if not path.is_file():
-        pytest.skip(f"no {path}: the paper's numbers lie beside the data sets only where the project is developed")
+        pytest.skip(
+            f"no {path}: the paper's numbers lie beside the data sets only where the project is developed"
+        )
     published = json.loads(path.read_text())
     found = next(found for found in published["table3_E2E"]["rows"] if found["method"] == row)
     expected = configs.load(SHIPPED[0].parent / f"{name}.json").source.expected
@@ -57,13 +65,33 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
 @pytest.mark.parametrize(
     "change, kind, message",
     [
-        ({"train": {"steps": 4, "batch": 2, "lrr": 0.1, "lr": 1.0}}, ValueError, "unknown key `train.lrr`; did you mean `train.lr`?"),
+        (
+            {"train": {"steps": 4, "batch": 2, "lrr": 0.1, "lr": 1.0}},
+            ValueError,
+            "unknown key `train.lrr`; did you mean `train.lr`?",
+        ),
         ({"trian": {}}, ValueError, "unknown key `trian`; did you mean `train`?"),
-        ({"train": {"steps": 4, "batch": 2, "lr": "fast"}}, TypeError, '`train.lr` must be a number, got "fast" (a string)'),
-        ({"train": {"steps": 4.0, "batch": 2, "lr": 1}}, TypeError, "`train.steps` must be an integer, got 4.0 (float)"),
-        ({"train": {"steps": True, "batch": 2, "lr": 1}}, TypeError, "`train.steps` must be an integer, got true (a boolean)"),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": "fast"}},
+            TypeError,
+            '`train.lr` must be a number, got "fast" (a string)',
+        ),
+        (
+            {"train": {"steps": 4.0, "batch": 2, "lr": 1}},
+            TypeError,
+            "`train.steps` must be an integer, got 4.0 (float)",
+        ),
+        (
+            {"train": {"steps": True, "batch": 2, "lr": 1}},
+            TypeError,
+            "`train.steps` must be an integer, got true (a boolean)",
+        ),
         ({"train": {"steps": 4, "lr": 1}}, ValueError, "missing key `train.batch`"),
-        ({"base": {"path": "gpt2", "vocabulary": 300}}, ValueError, "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`"),
+        (
+            {"base": {"path": "gpt2", "vocabulary": 300}},
+            ValueError,
+            "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`",
+        ),
         (
             {"base": {"architecture": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}}},
             ValueError,
@@ -72,35 +100,116 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
         ({"train": 3}, TypeError, "`train` must be an object, got 3 (int)"),
         ({"targets": "c_attn"}, TypeError, '`targets` must be a list, got "c_attn" (a string)'),
         ({"targets": ["a", 1]}, TypeError, "`targets[1]` must be a string, got 1 (int)"),
-        ({"data": {"task": "e2"}}, ValueError, '`data.task` must be one of "e2e", "text", got "e2"; did you mean `e2e`?'),
-        ({"data": {"train": "x"}}, ValueError, '`data` lacks the key `task`, which must be one of "e2e", "text"'),
-        ({"optimizer": {"name": "adam"}}, ValueError, '`optimizer.name` must be one of "adamw", "adamw_authors", got "adam"; did you mean `adamw`?'),
+        (
+            {"data": {"task": "e2"}},
+            ValueError,
+            '`data.task` must be one of "e2e", "text", got "e2"; did you mean `e2e`?',
+        ),
+        (
+            {"data": {"train": "x"}},
+            ValueError,
+            '`data` lacks the key `task`, which must be one of "e2e", "text"',
+        ),
+        (
+            {"optimizer": {"name": "adam"}},
+            ValueError,
+            '`optimizer.name` must be one of "adamw", "adamw_authors", got "adam"; did you mean `adamw`?',
+        ),
         ({"decode": {"prompts": -1}}, ValueError, "`decode.prompts` must be at least 1, got -1"),
-        ({"train": {"steps": 1, "batch": 2, "lr": -1e-3}}, ValueError, "`train.lr` must be at least 0, got -0.001"),
-        ({"train": {"steps": 1, "batch": 2, "lr": 1e-3, "eval_batches": 0}}, ValueError, "`train.eval_batches` must be at least 1, got 0"),
+        (
+            {"train": {"steps": 1, "batch": 2, "lr": -1e-3}},
+            ValueError,
+            "`train.lr` must be at least 0, got -0.001",
+        ),
+        (
+            {"train": {"steps": 1, "batch": 2, "lr": 1e-3, "eval_batches": 0}},
+            ValueError,
+            "`train.eval_batches` must be at least 1, got 0",
+        ),
         ({"mesh": {"data": 0}}, ValueError, "`mesh.data` must be at least 1, got 0"),
         ({"optimizer": {"b2": 1.5}}, ValueError, "`optimizer.b2` must be at least 0 and below 1, got 1.5"),
         ({"optimizer": {"eps": -1}}, ValueError, "`optimizer.eps` must be at least 0, got -1"),
-        ({"data": {"task": "text", "train": "a", "valid": "b", "seq_len": 8, "max_bytes": 0}}, ValueError, "`data.max_bytes` must be at least 1, got 0"),
+        (
+            {"data": {"task": "text", "train": "a", "valid": "b", "seq_len": 8, "max_bytes": 0}},
+            ValueError,
+            "`data.max_bytes` must be at least 1, got 0",
+        ),
         ({"decode": {"beams": 0}}, ValueError, "`decode.beams` must be at least 1, got 0"),
         ({"decode": {"max_tokens": 0}}, ValueError, "`decode.max_tokens` must be at least 1, got 0"),
-        ({"decode": {"no_repeat_ngram": 0}}, ValueError, "`decode.no_repeat_ngram` must be at least 1, got 0"),
-        ({"decode": {"length_penalty": float("nan")}}, ValueError, "`decode.length_penalty` must be finite, got nan"),
+        (
+            {"decode": {"no_repeat_ngram": 0}},
+            ValueError,
+            "`decode.no_repeat_ngram` must be at least 1, got 0",
+        ),
+        (
+            {"decode": {"length_penalty": float("nan")}},
+            ValueError,
+            "`decode.length_penalty` must be finite, got nan",
+        ),
         ({"decode": {"end": "x"}}, TypeError, '`decode.end` must be a list, got "x" (a string)'),
         ({"decode": {"end": [1.5]}}, TypeError, "`decode.end[0]` must be a string, got 1.5 (float)"),
-        ({"decode": {"beams": 2, "sample": {}}}, ValueError, "`decode.sample` draws one text, and `decode.beams` is 2"),
-        ({"decode": {"sample": {"temperature": 0}}}, ValueError, "`decode.sample.temperature` must be positive, got 0.0"),
-        ({"decode": {"sample": {"top_k": 0}}}, ValueError, "`decode.sample.top_k` must be at least 1 or null, got 0"),
-        ({"decode": {"sample": {"top_p": 1.5}}}, ValueError, "`decode.sample.top_p` must be more than 0 and at most 1, or null, got 1.5"),
-        ({"method": {"name": "Lora"}}, ValueError, "`method.name` must be one of LoRA, DoRA, VeRA, LoRAFA, DyLoRA, DeltaLoRA, AdaLoRA, PiSSA, Full, got 'Lora'; did you mean `LoRA`?"),
-        ({"method": {"name": "LoRA", "ranks": 2}}, ValueError, "unknown key `method.ranks`; did you mean `method.rank`?"),
-        ({"method": {"name": "LoRA", "rank": "2"}}, TypeError, '`method.rank` must be an integer, got "2" (a string)'),
-        ({"base": {}}, ValueError, "`base` takes exactly one of `path`, `run` and `architecture`, got none of them"),
-        ({"base": {"path": "a", "run": "b"}}, ValueError, "`base` takes exactly one of `path`, `run` and `architecture`, got path, run"),
+        (
+            {"decode": {"beams": 2, "sample": {}}},
+            ValueError,
+            "`decode.sample` draws one text, and `decode.beams` is 2",
+        ),
+        (
+            {"decode": {"sample": {"temperature": 0}}},
+            ValueError,
+            "`decode.sample.temperature` must be positive, got 0.0",
+        ),
+        (
+            {"decode": {"sample": {"top_k": 0}}},
+            ValueError,
+            "`decode.sample.top_k` must be at least 1 or null, got 0",
+        ),
+        (
+            {"decode": {"sample": {"top_p": 1.5}}},
+            ValueError,
+            "`decode.sample.top_p` must be more than 0 and at most 1, or null, got 1.5",
+        ),
+        (
+            {"method": {"name": "Lora"}},
+            ValueError,
+            "`method.name` must be one of LoRA, DoRA, VeRA, LoRAFA, DyLoRA, DeltaLoRA, AdaLoRA, PiSSA, "
+            "Full, got 'Lora'; did you mean `LoRA`?",
+        ),
+        (
+            {"method": {"name": "LoRA", "ranks": 2}},
+            ValueError,
+            "unknown key `method.ranks`; did you mean `method.rank`?",
+        ),
+        (
+            {"method": {"name": "LoRA", "rank": "2"}},
+            TypeError,
+            '`method.rank` must be an integer, got "2" (a string)',
+        ),
+        (
+            {"base": {}},
+            ValueError,
+            "`base` takes exactly one of `path`, `run` and `architecture`, got none of them",
+        ),
+        (
+            {"base": {"path": "a", "run": "b"}},
+            ValueError,
+            "`base` takes exactly one of `path`, `run` and `architecture`, got path, run",
+        ),
         ({"train": {"steps": 0, "batch": 2, "lr": 1}}, ValueError, "`train.steps` must be at least 1, got 0"),
-        ({"train": {"steps": 1, "batch": 3, "lr": 1, "accumulate": 2}}, ValueError, "`train.batch` (3) must be a multiple of `train.accumulate` (2)"),
-        ({"mesh": {"data": 4}}, ValueError, "`train.batch` (2) must be a multiple of mesh.data * mesh.fsdp * train.accumulate (4)"),
-        ({"source": {"paper": None, "expected": {"BLEU": "70"}}}, TypeError, '`source.expected.BLEU` must be a number, got "70" (a string)'),
+        (
+            {"train": {"steps": 1, "batch": 3, "lr": 1, "accumulate": 2}},
+            ValueError,
+            "`train.batch` (3) must be a multiple of `train.accumulate` (2)",
+        ),
+        (
+            {"mesh": {"data": 4}},
+            ValueError,
+            "`train.batch` (2) must be a multiple of mesh.data * mesh.fsdp * train.accumulate (4)",
+        ),
+        (
+            {"source": {"paper": None, "expected": {"BLEU": "70"}}},
+            TypeError,
+            '`source.expected.BLEU` must be a number, got "70" (a string)',
+        ),
     ],
 )
 def test_refusals_name_the_key(tmp_path, change, kind, message):
@@ -111,12 +220,22 @@ def test_refusals_name_the_key(tmp_path, change, kind, message):
 
 def test_a_mean_of_more_than_are_saved(tmp_path):
     load(tmp_path, minimal(), "train.result=mean", "train.checkpoint_every=2")
-    with pytest.raises(ValueError, match='"mean" is of `train.keep_checkpoints` .2., and 4 steps with `train.checkpoint_every` 500 make fewer'):
+    with pytest.raises(
+        ValueError,
+        match='"mean" is of `train.keep_checkpoints` .2., and 4 steps with `train.checkpoint_every` 500 make fewer',  # noqa: E501
+    ):
         load(tmp_path, minimal(), "train.result=mean")
 
 
 def test_overrides(tmp_path):
-    config = load(tmp_path, minimal(), "train.lr=1e-4", "mesh.data=2", "base.tokenizer=other", "method.blocks=[true,false,true]")
+    config = load(
+        tmp_path,
+        minimal(),
+        "train.lr=1e-4",
+        "mesh.data=2",
+        "base.tokenizer=other",
+        "method.blocks=[true,false,true]",
+    )
     assert (config.train.lr, config.mesh.data, config.base.tokenizer) == (1e-4, 2, "other")
     assert configs.method_value(config.method).blocks == (True, False, True)
     for item, message in [
@@ -144,12 +263,28 @@ def test_difference_names_the_first_key():
 
 
 def test_what_is_said_beyond_the_defaults(tmp_path):
-    """Saying a default says nothing, so that a key that a later version adds changes nothing; whatever else is said, counts."""
+    """Saying a default says nothing, so that a key that a later version adds changes nothing; whatever
+    else is said, counts.
+    """
     tree = minimal()
     said = configs.but_defaults(load(tmp_path, tree))
-    assert said == {**tree, "source": {"paper": None}, "base": tree["base"], "targets": ["attn/c_attn/kernel"]}
-    assert configs.but_defaults(load(tmp_path, tree, "train.warmup=0", "mesh.data=1", "optimizer.b1=0.9")) == said
-    for override in ("train.warmup=1", "mesh.data=2", "optimizer.b1=0.8", "train.steps=5", "base.tokenizer=other"):
+    assert said == {
+        **tree,
+        "source": {"paper": None},
+        "base": tree["base"],
+        "targets": ["attn/c_attn/kernel"],
+    }
+    assert (
+        configs.but_defaults(load(tmp_path, tree, "train.warmup=0", "mesh.data=1", "optimizer.b1=0.9"))
+        == said
+    )
+    for override in (
+        "train.warmup=1",
+        "mesh.data=2",
+        "optimizer.b1=0.8",
+        "train.steps=5",
+        "base.tokenizer=other",
+    ):
         assert configs.but_defaults(load(tmp_path, tree, override)) != said
 
 

@@ -1,4 +1,6 @@
-"""`convert` through the command line: every way between PEFT, loralib and Hugging Face gives the same logits, and every refusal is one line."""
+"""`convert` through the command line: every way between PEFT, loralib and Hugging Face gives the same
+logits, and every refusal is one line.
+"""
 
 import functools
 import json
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import QUICKLY, ROBERTA, ours, random_params, some_ids
+from encoders import ours, QUICKLY, random_params, ROBERTA, some_ids
 from safetensors.numpy import load_file
 
 import lora_jax
@@ -17,14 +19,27 @@ from experiments.command_line import main
 from lora_jax.interop import hf, loralib, peft
 from lora_jax.models import GPT2, GPT2Config
 
-GPT2_CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+
+GPT2_CONFIG = GPT2Config(
+    vocab_size=61, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+)
 LORA = lora_jax.LoRA(rank=2, alpha=32)
 HEAD = {"head": "sequence_classification", "num_labels": 3}
 BLOCKS = lora_jax.LoRA(rank=2, alpha=32, blocks=(True, False, True))
 # The base's own model; how it is loaded for the adapter; what is adapted; inputs.
 CASES = {
-    "gpt2": (GPT2(GPT2_CONFIG), {}, {"attn/c_attn/kernel": BLOCKS, "c_fc/kernel": LORA}, np.arange(12).reshape(2, 6)),
-    "roberta": (ours(ROBERTA, "masked_lm"), HEAD, {"(query|value)/kernel": LORA, "classifier/.*": lora_jax.Full()}, some_ids(ROBERTA, 7)[0]),
+    "gpt2": (
+        GPT2(GPT2_CONFIG),
+        {},
+        {"attn/c_attn/kernel": BLOCKS, "c_fc/kernel": LORA},
+        np.arange(12).reshape(2, 6),
+    ),
+    "roberta": (
+        ours(ROBERTA, "masked_lm"),
+        HEAD,
+        {"(query|value)/kernel": LORA, "classifier/.*": lora_jax.Full()},
+        some_ids(ROBERTA, 7)[0],
+    ),
 }
 WAYS = [(source, to) for source in ("peft", "loralib") for to in ("hf", "peft", "loralib")]
 
@@ -70,7 +85,11 @@ class Made:
             model, params = hf.load(target)
             return apply(model, params, self.ids)
         model, params = hf.load(self.base, **self.loading)
-        split = peft.load(target, model, params) if kind == "peft" else loralib.load(target, model, params, alpha=self.alpha)
+        split = (
+            peft.load(target, model, params)
+            if kind == "peft"
+            else loralib.load(target, model, params, alpha=self.alpha)
+        )
         return apply(model, lora_jax.merge(*split), self.ids)
 
 
@@ -109,28 +128,53 @@ def test_every_way_gives_the_same_logits(made, source, to, tmp_path, capsys):
     target = tmp_path / ("out.bin" if to == "loralib" else "out")
     printed = run(capsys, *made.arguments(source, target, to))
     np.testing.assert_allclose(made.logits_of(target, to), made.logits, atol=1e-5)
-    assert f"{made.trained:,} parameters" in printed and f"base {made.base}, a " in printed and f"wrote {target}" in printed
+    assert (
+        f"{made.trained:,} parameters" in printed
+        and f"base {made.base}, a " in printed
+        and f"wrote {target}" in printed
+    )
     assert ("its lora_alpha is 32, which the file does not hold" in printed) == (to == "loralib")
     assert ("4 adapters, 4 tensors trained whole, " in printed) == (made.loading == HEAD), printed
     if to == "hf":
         assert (target / "tokenizer.json").is_file(), "the tokenizer of the base comes along"
     if to == "peft":
-        assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == ("base" if source == "peft" else str(made.base))
+        assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+            "base" if source == "peft" else str(made.base)
+        )
 
 
 def test_to_loralib_and_back_is_exact(made, tmp_path, capsys):
     run(capsys, *made.arguments("peft", tmp_path / "a.pt", "loralib"))
-    run(capsys, "convert", tmp_path / "a.pt", tmp_path / "back", "--to", "peft", "--base", made.base, "--alpha", 32)
-    first, second = (load_file(directory / "adapter_model.safetensors") for directory in (made.sources["peft"], tmp_path / "back"))
+    run(
+        capsys,
+        "convert",
+        tmp_path / "a.pt",
+        tmp_path / "back",
+        "--to",
+        "peft",
+        "--base",
+        made.base,
+        "--alpha",
+        32,
+    )
+    first, second = (
+        load_file(directory / "adapter_model.safetensors")
+        for directory in (made.sources["peft"], tmp_path / "back")
+    )
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
-    first, second = (json.loads((directory / "adapter_config.json").read_text()) for directory in (made.sources["peft"], tmp_path / "back"))
+    first, second = (
+        json.loads((directory / "adapter_config.json").read_text())
+        for directory in (made.sources["peft"], tmp_path / "back")
+    )
     assert {**first, "base_model_name_or_path": str(made.base)} == second
 
 
 def test_a_model_is_read_and_written_again(gpt2, tmp_path, capsys):
     printed = run(capsys, "convert", gpt2.base, tmp_path / "again", "--to", "hf")
     assert "read " in printed and "a GPT2 of " in printed
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (gpt2.base / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        gpt2.base / "model.safetensors"
+    ).read_bytes()
     assert (tmp_path / "again" / "tokenizer.json").is_file()
 
 
@@ -147,7 +191,9 @@ def test_an_adapter_of_the_head_alone_takes_it_from_the_embedding(tmp_path, sour
 
 
 def test_blocks_that_the_file_does_not_say(tmp_path, capsys):
-    made = Made(tmp_path, "gpt2", {"attn/c_attn/kernel": lora_jax.LoRA(rank=2, alpha=32, blocks=(True, True, False))})
+    made = Made(
+        tmp_path, "gpt2", {"attn/c_attn/kernel": lora_jax.LoRA(rank=2, alpha=32, blocks=(True, True, False))}
+    )
     run(capsys, *made.arguments("loralib", tmp_path / "out", "hf"), "--blocks", "1,1,0")
     np.testing.assert_allclose(made.logits_of(tmp_path / "out", "hf"), made.logits, atol=1e-5)
 
@@ -160,7 +206,9 @@ def test_dora_goes_to_peft_and_into_the_model_and_not_to_loralib(gpt2, tmp_path,
     run(capsys, "convert", tmp_path / "dora", tmp_path / "merged", "--to", "hf", "--base", gpt2.base)
     expected = apply(model, lora_jax.merge(frozen, delta), gpt2.ids)
     np.testing.assert_allclose(gpt2.logits_of(tmp_path / "merged", "hf"), expected, atol=1e-4)
-    assert "DoRA" in refused(capsys, "convert", tmp_path / "dora", tmp_path / "a.pt", "--to", "loralib", "--base", gpt2.base)
+    assert "DoRA" in refused(
+        capsys, "convert", tmp_path / "dora", tmp_path / "a.pt", "--to", "loralib", "--base", gpt2.base
+    )
     assert "names none" in refused(capsys, "convert", tmp_path / "dora", tmp_path / "new", "--to", "hf")
 
 
@@ -177,7 +225,14 @@ def test_what_is_refused(gpt2, tmp_path, capsys):
         "is a finished run: pass its adapter,": [tmp_path / "run", new, "--to", "hf"],
         "merged weights hold no adapter any more": [base, new, "--to", "peft"],
         "`--alpha` says what PEFT's format does not leave open": [peft_dir, new, "--to", "hf", "--alpha", 8],
-        "`--base` says what Hugging Face's format does not leave open": [base, new, "--to", "hf", "--base", base],
+        "`--base` says what Hugging Face's format does not leave open": [
+            base,
+            new,
+            "--to",
+            "hf",
+            "--base",
+            base,
+        ],
         "pass `--alpha`, the `lora_alpha`": [file, new, "--to", "hf", "--base", base],
         "a file of loralib's does not name it": [file, new, "--to", "hf", "--alpha", 32],
         "names 'base', which is no such directory, here or beside it": [moved, new, "--to", "hf"],
@@ -197,7 +252,15 @@ def test_what_is_refused(gpt2, tmp_path, capsys):
 def test_another_base_and_a_damaged_file_have_their_way_past(gpt2, tmp_path, capsys):
     model, params = hf.load(gpt2.base)
     hf.save(tmp_path / "other", model, jax.tree.map(lambda leaf: leaf + 1, params))
-    arguments = ["convert", gpt2.sources["peft"], tmp_path / "out", "--to", "hf", "--base", tmp_path / "other"]
+    arguments = [
+        "convert",
+        gpt2.sources["peft"],
+        tmp_path / "out",
+        "--to",
+        "hf",
+        "--base",
+        tmp_path / "other",
+    ]
     assert "pass `--any-base`" in refused(capsys, *arguments)
     run(capsys, *arguments, "--any-base")
     assert "--overwrite" in refused(capsys, *arguments, "--any-base")
@@ -227,8 +290,12 @@ def test_peft_loads_what_is_converted(made, torch, tmp_path, capsys):
     import transformers
 
     run(capsys, *made.arguments("loralib", tmp_path / "out", "peft"))
-    kind = transformers.AutoModelForSequenceClassification if made.loading else transformers.AutoModelForCausalLM
-    loaded = library.PeftModel.from_pretrained(kind.from_pretrained(made.base, **({"num_labels": 3} if made.loading else {})), tmp_path / "out").eval()
+    kind = (
+        transformers.AutoModelForSequenceClassification if made.loading else transformers.AutoModelForCausalLM
+    )
+    loaded = library.PeftModel.from_pretrained(
+        kind.from_pretrained(made.base, **({"num_labels": 3} if made.loading else {})), tmp_path / "out"
+    ).eval()
     with torch.no_grad():
         logits = loaded(torch.tensor(made.ids)).logits.numpy()
     np.testing.assert_allclose(logits, made.logits, atol=1e-5)

@@ -1,4 +1,6 @@
-"""How many numbers train, at the models' real sizes and from shapes alone: the papers' figures, and those of PEFT and loralib."""
+"""How many numbers train, at the models' real sizes and from shapes alone: the papers' figures, and those
+of PEFT and loralib.
+"""
 
 import functools
 
@@ -8,7 +10,8 @@ import pytest
 
 import lora_jax
 from lora_jax import AdaLoRA, DoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax.models import GPT2, DebertaV2, DebertaV2Config, GPT2Config, Roberta, RobertaConfig
+from lora_jax.models import DebertaV2, DebertaV2Config, GPT2, GPT2Config, Roberta, RobertaConfig
+
 
 IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 QUERY_VALUE = "attention/self/(query|value)(_proj)?/kernel"
@@ -21,7 +24,9 @@ def shapes(name, scan):
     if name.startswith("gpt2"):
         model = GPT2(GPT2Config.named(name), scan=scan)
     else:
-        kind, config = (Roberta, RobertaConfig) if name.startswith("roberta") else (DebertaV2, DebertaV2Config)
+        kind, config = (
+            (Roberta, RobertaConfig) if name.startswith("roberta") else (DebertaV2, DebertaV2Config)
+        )
         model = kind(config.named(name), head="sequence_classification", scan=scan)
     return model, jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
 
@@ -39,7 +44,8 @@ TABLE = [
     ("roberta-base", {QUERY_VALUE: VeRA(rank=1024)}, 43_008),
     ("roberta-base", {QUERY_VALUE: AdaLoRA(rank=12)}, 442_656),
     ("roberta-base", {QUERY_VALUE: PiSSA(rank=8)}, 294_912),
-    # loralib on query and value of the fused projection; PEFT, on all of it, trains as many numbers in another class of functions.
+    # loralib on query and value of the fused projection; PEFT, on all of it, trains as many numbers in
+    # another class of functions.
     ("gpt2-medium", {C_ATTN: LoRA(rank=4, blocks=(True, False, True))}, 393_216),
     ("gpt2-medium", {C_ATTN: LoRA(rank=4)}, 393_216),
     ("gpt2-large", {C_ATTN: LoRA(rank=4, blocks=(True, False, True))}, 737_280),
@@ -52,7 +58,12 @@ TABLE = [
 
 
 # Without `scan` every layer is traced: once for each kind of model is enough.
-ROWS = [(*row, scan) for row in TABLE for scan in (False, True) if scan or row[0] in ("roberta-base", "gpt2-medium")]
+ROWS = [
+    (*row, scan)
+    for row in TABLE
+    for scan in (False, True)
+    if scan or row[0] in ("roberta-base", "gpt2-medium")
+]
 
 
 def _id(value):
@@ -69,9 +80,19 @@ def test_counts(name, targets, trained, scan, monkeypatch):
 
 @pytest.mark.parametrize("scan", [False, True], ids=_id)
 def test_every_linear_layer(scan):
-    """The axes, and which leaves are linear, are read off the model. Its head is not among them: it is the embedding."""
+    """The axes, and which leaves are linear, are read off the model. Its head is not among them: it is
+    the embedding.
+    """
     model, _ = shapes("gpt2-medium", scan)
-    check("gpt2-medium", scan, 3_145_728, "all-linear", method=LoRA(rank=8), fn=lambda params, ids: model.apply({"params": params}, ids), args=(IDS,))
+    check(
+        "gpt2-medium",
+        scan,
+        3_145_728,
+        "all-linear",
+        method=LoRA(rank=8),
+        fn=lambda params, ids: model.apply({"params": params}, ids),
+        args=(IDS,),
+    )
 
 
 def check(name, scan, trained, targets, **options):
@@ -81,7 +102,10 @@ def check(name, scan, trained, targets, **options):
     before = allocated()
     frozen, delta = lora_jax.lorafy(params, targets, key=key, **options)
     assert lora_jax.count(delta) == trained
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((frozen, delta))) and allocated() <= before
+    assert (
+        all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((frozen, delta)))
+        and allocated() <= before
+    )
 
 
 def allocated():

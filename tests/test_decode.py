@@ -1,4 +1,5 @@
-"""Beam search, greedy decoding and drawing: against a search written with lists, against `transformers`, and against themselves.
+"""Beam search, greedy decoding and drawing: against a search written with lists, against `transformers`, and
+against themselves.
 
 The reference knows no cache, no batch and no padding: it runs every prefix anew and keeps Python lists.
 """
@@ -17,10 +18,11 @@ from experiments import decode, progress, train
 from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
 from experiments.sample import draw
 from experiments.search import search
-from experiments.tasks.examples import Prompt, padded_width
+from experiments.tasks.examples import padded_width, Prompt
 from lora_jax.interop import hf
 from lora_jax.models import stack_layers
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+
 
 MODEL = GPT2(GPT2Config(vocab_size=13, n_positions=40, n_embd=8, n_layer=2, n_head=2))
 END = (0, 5)
@@ -42,7 +44,9 @@ def _forward():
 
 def next_logits(params, sequences):
     """The logits after each sequence, by the whole forward pass over all of it."""
-    rows = np.zeros((10, MODEL.config.n_positions), np.int32)  # of one shape, whatever is asked: compiled once
+    rows = np.zeros(
+        (10, MODEL.config.n_positions), np.int32
+    )  # of one shape, whatever is asked: compiled once
     for row, sequence in zip(rows, sequences, strict=False):
         row[: len(sequence)] = sequence
     logits = np.asarray(_forward()({"params": params}, rows), np.float64)
@@ -72,7 +76,9 @@ def reference(params, prompt, section, end, seen=None):
                 seen.add("banned")
                 row[list(banned)] = -math.inf
             log_p = row - np.log(np.exp(row - row.max()).sum()) - row.max()
-            candidates += [(score + log_p[token], [*tokens, token]) for token in range(len(row)) if token not in banned]
+            candidates += [
+                (score + log_p[token], [*tokens, token]) for token in range(len(row)) if token not in banned
+            ]
         live = []
         for score, tokens in sorted(candidates, key=lambda candidate: -candidate[0])[: section.beams]:
             if tokens[-1] in end:
@@ -100,7 +106,9 @@ SECTIONS = {
     "greedy": COMMON,
     "penalty": dataclasses.replace(COMMON, beams=3, length_penalty=0.8),
     "strong penalty": dataclasses.replace(COMMON, beams=10, length_penalty=2.0, no_repeat_ngram=2),
-    "negative penalty, no token twice": dataclasses.replace(COMMON, beams=4, length_penalty=-0.3, no_repeat_ngram=1),
+    "negative penalty, no token twice": dataclasses.replace(
+        COMMON, beams=4, length_penalty=-0.3, no_repeat_ngram=1
+    ),
     "ban": dataclasses.replace(COMMON, beams=5, no_repeat_ngram=3),
     "the authors'": dataclasses.replace(COMMON, beams=10, length_penalty=0.9, no_repeat_ngram=4),
 }
@@ -130,8 +138,12 @@ def test_one_beam_is_the_likeliest_token_each_time():
 def test_a_prompt_alone_is_a_prompt_in_a_batch():
     section = SECTIONS["ban"]
     together = generated(weights(2), PROMPTS, section)
-    assert [generated(weights(2), [prompt], dataclasses.replace(section, batch=1))[0] for prompt in PROMPTS] == together
-    assert generated(weights(2), PROMPTS[::-1], section) == together[::-1], "results come in the order of the prompts"
+    assert [
+        generated(weights(2), [prompt], dataclasses.replace(section, batch=1))[0] for prompt in PROMPTS
+    ] == together
+    assert generated(weights(2), PROMPTS[::-1], section) == together[::-1], (
+        "results come in the order of the prompts"
+    )
     assert generated(weights(2), [], section) == []
 
 
@@ -175,13 +187,20 @@ def test_search_is_transformers(torch, tmp_path, beams):
     hf.save(tmp_path / "model", MODEL, weights(3))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     theirs.generation_config = transformers.GenerationConfig(
-        num_beams=beams, do_sample=False, max_new_tokens=9, length_penalty=0.0, early_stopping=False, pad_token_id=0
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=9,
+        length_penalty=0.0,
+        early_stopping=False,
+        pad_token_id=0,
     )
     width = max(map(len, PROMPTS))
     ids = np.array([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS], np.int32)
     mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS], np.int32)
     with torch.no_grad():
-        expected = theirs.generate(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())[:, width:]
+        expected = theirs.generate(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())[
+            :, width:
+        ]
     found = search(MODEL, weights(3), ids, mask, None, section=Decode(max_tokens=9, beams=beams), end=(-1,))
     np.testing.assert_array_equal(found, expected.numpy())
 
@@ -218,7 +237,9 @@ def test_draws_follow_the_distribution(section, kept):
     assert (expected > 0).sum() == kept
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
-    found = np.bincount(jax.vmap(lambda key: draw(section, key, jnp.asarray(logits)))(keys), minlength=6) / count
+    found = (
+        np.bincount(jax.vmap(lambda key: draw(section, key, jnp.asarray(logits)))(keys), minlength=6) / count
+    )
     assert not found[expected == 0].any()
     # Five standard deviations of a frequency.
     np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / count))
@@ -228,13 +249,18 @@ def test_drawing_depends_on_seed_and_place_alone():
     section = Decode(max_tokens=8, sample=Sample(temperature=1.5), batch=2)
     once = generated(weights(0), PROMPTS, section)
     assert generated(weights(0), PROMPTS, dataclasses.replace(section, batch=4)) == once
-    assert generated(weights(0), PROMPTS, dataclasses.replace(section, sample=Sample(temperature=1.5, seed=1))) != once
+    assert (
+        generated(weights(0), PROMPTS, dataclasses.replace(section, sample=Sample(temperature=1.5, seed=1)))
+        != once
+    )
     same = generated(weights(0), [PROMPTS[0]] * 6, section)
     assert len(set(map(tuple, same))) > 1, "each prompt is drawn for on its own"
 
 
 def test_drawn_sequences_follow_the_model():
-    """The second token as often as the model says, given the first: the cache and the keys of later steps are right."""
+    """The second token as often as the model says, given the first: the cache and the keys of later steps
+    are right.
+    """
     prompts = [[3, 1, 4]] * 4000
     found = generated(weights(1), prompts, Decode(max_tokens=2, sample=Sample(), batch=2000), end=(12,))
     (first,) = next_logits(weights(1), [[3, 1, 4]])
@@ -244,7 +270,9 @@ def test_drawn_sequences_follow_the_model():
         followers = [tokens[1] for tokens in found if len(tokens) == 2 and tokens[0] == token]
         expected = np.delete(filtered(second, Sample()), 12)
         frequency = np.bincount(followers, minlength=13)[:12] / len(followers)
-        np.testing.assert_allclose(frequency, expected / expected.sum(), atol=5 * np.sqrt(0.25 / len(followers)))
+        np.testing.assert_allclose(
+            frequency, expected / expected.sum(), atol=5 * np.sqrt(0.25 / len(followers))
+        )
 
 
 # From prompts to texts
@@ -265,7 +293,9 @@ class Tokenizer:
 def settings(section, **data):
     data = E2EData("e2e", "none", "none", **data)
     architecture = Base(architecture=Architecture(8, 2, 2, 40), tokenizer="none")
-    return Config("tiny", Source(None), architecture, data, {"name": "LoRA"}, ("c",), Train(1, 1, 1.0), decode=section)
+    return Config(
+        "tiny", Source(None), architecture, data, {"name": "LoRA"}, ("c",), Train(1, 1, 1.0), decode=section
+    )
 
 
 def decoder(section, prompts=PROMPTS, **data):
@@ -277,7 +307,9 @@ def test_texts_of_prompts():
     section = Decode(max_tokens=6, beams=3, end=("e",), batch=2, prompts=4)
     made, done = decoder(section), []
     assert made.end == END
-    expected = ["".join(chr(token + 96) for token in tokens) for tokens in generated(weights(0), PROMPTS[:4], section)]
+    expected = [
+        "".join(chr(token + 96) for token in tokens) for tokens in generated(weights(0), PROMPTS[:4], section)
+    ]
     assert made.texts(weights(0), tell=done.append) == expected
     assert done == [2, 4]
     assert made.texts(weights(0), 2) == expected[:2]
@@ -286,21 +318,35 @@ def test_texts_of_prompts():
 def test_long_prompts_are_refused_or_lose_their_beginning():
     section = Decode(max_tokens=6, prompts=3)
     long = [[1, 2], list(range(1, 13)) * 3, [4]]
-    with pytest.raises(ValueError, match=r"a prompt of 36 tokens and `decode.max_tokens` \(6\) exceed the model's 40 positions"):
+    with pytest.raises(
+        ValueError,
+        match=r"a prompt of 36 tokens and `decode.max_tokens` \(6\) exceed the model's 40 positions",
+    ):
         decoder(section, long)
     cut = decoder(section, long, truncate=True, seq_len=16)
     assert [prompt.ids for prompt in cut.prompts] == [(1, 2), tuple(range(3, 13)), (4,)]
-    with pytest.raises(ValueError, match=r"`decode.max_tokens` \(6\) leaves no room for a prompt in `data.seq_len` \(6\)"):
+    with pytest.raises(
+        ValueError, match=r"`decode.max_tokens` \(6\) leaves no room for a prompt in `data.seq_len` \(6\)"
+    ):
         decoder(section, truncate=True, seq_len=6)
 
 
 @pytest.mark.parametrize(
     "section, message",
     [
-        (Decode(max_tokens=1, end=("ab",)), r"`decode.end` has 'ab', which the tokenizer encodes as 2 tokens \(\[1, 2\]\)"),
+        (
+            Decode(max_tokens=1, end=("ab",)),
+            r"`decode.end` has 'ab', which the tokenizer encodes as 2 tokens \(\[1, 2\]\)",
+        ),
         (Decode(max_tokens=1, end=("",)), r"`decode.end` has '', which the tokenizer encodes as 0 tokens"),
-        (Decode(max_tokens=1, end=(13,)), "`decode.end` has the token 13, which is not in the vocabulary of 13"),
-        (Decode(max_tokens=1, beams=14), r"`decode.beams` \(14\) is more than the vocabulary has tokens \(13\)"),
+        (
+            Decode(max_tokens=1, end=(13,)),
+            "`decode.end` has the token 13, which is not in the vocabulary of 13",
+        ),
+        (
+            Decode(max_tokens=1, beams=14),
+            r"`decode.beams` \(14\) is more than the vocabulary has tokens \(13\)",
+        ),
     ],
 )
 def test_what_a_vocabulary_does_not_have(section, message):

@@ -8,8 +8,14 @@ import pytest
 
 import lora_jax
 
+
 _ROOT = Path(__file__).resolve().parent.parent
-_FILES = [file.relative_to(_ROOT) for package in ("lora_jax", "experiments") for file in sorted((_ROOT / package).rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
+_FILES = [
+    file.relative_to(_ROOT)
+    for package in ("lora_jax", "experiments")
+    for file in sorted((_ROOT / package).rglob("*.py"))
+    if ">>> " in file.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("file", _FILES, ids=str)

@@ -1,4 +1,6 @@
-"""Dropout: on the input of the low-rank path alone, and other for every leaf, use, layer and step of a loop."""
+"""Dropout: on the input of the low-rank path alone, and other for every leaf, use, layer and step of a
+loop.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax import lax
 
 import lora_jax
 from lora_jax import LoRA
+
 
 RATE, SIZE, ROWS = 0.25, 64, 8
 ONES = jnp.ones((ROWS, SIZE))
@@ -20,12 +23,23 @@ def identity_adapters(params, axes="in out"):
 
 
 def every_use(params, x):
-    """The output of each of many uses of weights: of two leaves, two uses, layers of a stack, and steps of loops."""
-    outputs = {"first": x @ params["q"], "second": x @ params["q"], "other leaf": x @ params["v"], "turned": (params["q"].T @ x.T).T}
+    """The output of each of many uses of weights: of two leaves, two uses, layers of a stack, and steps
+    of loops.
+    """
+    outputs = {
+        "first": x @ params["q"],
+        "second": x @ params["q"],
+        "other leaf": x @ params["v"],
+        "turned": (params["q"].T @ x.T).T,
+    }
     layers = lax.scan(lambda total, w: (total, x @ w), 0.0, params["stack"])[1]
     shared = lax.scan(lambda total, _: (total, x @ params["q"]), 0.0, length=3)[1]
-    outputs |= {f"layer {index}": layer for index, layer in enumerate(layers)} | {f"step {index}": step for index, step in enumerate(shared)}
-    looped = lax.fori_loop(0, 2, lambda step, out: out.at[step].set(x @ params["v"]), jnp.zeros((2, *x.shape)))
+    outputs |= {f"layer {index}": layer for index, layer in enumerate(layers)} | {
+        f"step {index}": step for index, step in enumerate(shared)
+    }
+    looped = lax.fori_loop(
+        0, 2, lambda step, out: out.at[step].set(x @ params["v"]), jnp.zeros((2, *x.shape))
+    )
     outputs |= {"loop 0": looped[0], "loop 1": looped[1], "picked": x @ params["stack"][1]}
     outputs["branch"] = lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, params["v"])
     outputs["checkpoint"] = jax.checkpoint(lambda w: x @ w)(params["v"])
@@ -35,7 +49,9 @@ def every_use(params, x):
 
 @pytest.fixture(scope="module")
 def uses():
-    """`outputs(key)` of `every_use` on weights of zero: each is its own dropout mask, over the rate of keeping."""
+    """`outputs(key)` of `every_use` on weights of zero: each is its own dropout mask, over the rate of
+    keeping.
+    """
     params = {"q": jnp.zeros((SIZE, SIZE)), "v": jnp.zeros((SIZE, SIZE)), "stack": jnp.zeros((2, SIZE, SIZE))}
     frozen, delta = identity_adapters(params, {"stack": "layer in out"})
     forward = lora_jax.adapt(every_use)
@@ -59,7 +75,9 @@ def test_every_use_has_its_own_mask(uses):
 
 def test_key(uses):
     """The same key gives the same masks, another key others, whichever kind of key it is."""
-    once, again, legacy, other = map(uses, (jax.random.key(0), jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(1)))
+    once, again, legacy, other = map(
+        uses, (jax.random.key(0), jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(1))
+    )
     jax.tree.map(np.testing.assert_array_equal, once, again)
     jax.tree.map(np.testing.assert_array_equal, once, legacy)
     assert all(np.any(a != b) for a, b in zip(once.values(), other.values(), strict=True))
@@ -69,7 +87,12 @@ CASES = {
     "dot": ((6, 4), "in out", (3, 6), lambda w, x: x @ w),
     "weight on the left": ((4, 6), "out in", (6, 3), lambda w, x: w @ x),
     "heads": ((6, 2, 3), "in out out", (3, 6), lambda w, x: jnp.einsum("td,dhk->htk", x, w)),
-    "conv": ((3, 2, 4), "in in out", (2, 5, 2), lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))),
+    "conv": (
+        (3, 2, 4),
+        "in in out",
+        (2, 5, 2),
+        lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
+    ),
 }
 
 
@@ -101,7 +124,9 @@ def test_mean_and_start(case):
 def test_gradients_see_the_same_mask(wrap, x64):
     """The backward pass, rematerialised or not, has the mask of the forward pass."""
     rng = np.random.default_rng(0)
-    w, a, b, c, x = (rng.normal(size=sizes) for sizes in ((SIZE, 4), (SIZE, 3), (3, 4), (ROWS, 4), (ROWS, SIZE)))
+    w, a, b, c, x = (
+        rng.normal(size=sizes) for sizes in ((SIZE, 4), (SIZE, 3), (3, 4), (ROWS, 4), (ROWS, SIZE))
+    )
     frozen, delta = lora_jax.lorafy({"w": jnp.asarray(w)}, "w", method=LoRA(rank=3, alpha=6, dropout=RATE))
     forward = lora_jax.adapt(wrap(lambda params, x: jnp.tanh(x @ params["w"])))
 
@@ -109,10 +134,17 @@ def test_gradients_see_the_same_mask(wrap, x64):
         delta["w"].arrays.update(arrays)
         return forward(lora_jax.combine(frozen, delta, key=jax.random.key(7)), x)
 
-    loss = lambda arrays, x: (jnp.sum(value(arrays, x) * c), value(arrays, x))  # noqa: E731
-    gradient, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))({"a": jnp.asarray(a), "b": jnp.asarray(b)}, jnp.asarray(x))
-    # The mask, read off a low-rank path that copies one input channel to the output; all channels in one `vmap`.
-    pick = jax.vmap(lambda row: value({"a": jnp.tile(row[:, None], (1, 3)), "b": jnp.ones((3, 4))}, jnp.ones((ROWS, SIZE)) * 1e-3))(jnp.eye(SIZE))
+    loss = lambda arrays, x: (jnp.sum(value(arrays, x) * c), value(arrays, x))
+    gradient, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
+        {"a": jnp.asarray(a), "b": jnp.asarray(b)}, jnp.asarray(x)
+    )
+    # The mask, read off a low-rank path that copies one input channel to the output; all channels in one
+    # `vmap`.
+    pick = jax.vmap(
+        lambda row: value(
+            {"a": jnp.tile(row[:, None], (1, 3)), "b": jnp.ones((3, 4))}, jnp.ones((ROWS, SIZE)) * 1e-3
+        )
+    )(jnp.eye(SIZE))
     quiet = np.tanh(1e-3 * w.sum(0))
     mask = (np.abs(np.asarray(pick)[:, :, 0] - quiet[0]).T > 1e-6) / (1 - RATE)
     assert abs((mask == 0).mean() - RATE) < 0.1
@@ -121,18 +153,24 @@ def test_gradients_see_the_same_mask(wrap, x64):
     cotangent = c * (1 - np.tanh(pre) ** 2)
     np.testing.assert_allclose(gradient[0]["a"], 2 * (x * mask).T @ cotangent @ b.T, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(gradient[0]["b"], 2 * ((x * mask) @ a).T @ cotangent, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(gradient[1], cotangent @ w.T + 2 * (cotangent @ b.T @ a.T) * mask, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        gradient[1], cotangent @ w.T + 2 * (cotangent @ b.T @ a.T) * mask, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_lookups_are_not_dropped():
     frozen, delta = identity_adapters({"table": jnp.zeros((SIZE, SIZE))})
-    rows = lora_jax.adapt(lambda params: params["table"][jnp.array([3, 5])])(lora_jax.combine(frozen, delta, key=jax.random.key(0)))
+    rows = lora_jax.adapt(lambda params: params["table"][jnp.array([3, 5])])(
+        lora_jax.combine(frozen, delta, key=jax.random.key(0))
+    )
     np.testing.assert_array_equal(rows, np.eye(SIZE)[[3, 5]])
 
 
 @pytest.mark.parametrize("rate, key, carried", [(0.1, True, True), (0.1, False, False), (0.0, True, False)])
 def test_key_is_carried_only_where_something_is_random(rate, key, carried):
-    tree = lora_jax.combine(*lora_jax.lorafy({"w": ONES}, "w", method=LoRA(dropout=rate)), key=jax.random.key(0) if key else None)
+    tree = lora_jax.combine(
+        *lora_jax.lorafy({"w": ONES}, "w", method=LoRA(dropout=rate)), key=jax.random.key(0) if key else None
+    )
     assert (tree["w"].key is not None) == carried
 
 

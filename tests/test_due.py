@@ -5,11 +5,20 @@ import pytest
 from experiments.config import Train
 from experiments.due import due
 
+
 _EVERY = {"log": 2, "evaluate": 3, "save": 5}
 
 
 def _after(done, *, result="last", stop=False):
-    train = Train(31, 8, 1e-3, log_every=_EVERY["log"], eval_every=_EVERY["evaluate"], checkpoint_every=_EVERY["save"], result=result)
+    train = Train(
+        31,
+        8,
+        1e-3,
+        log_every=_EVERY["log"],
+        eval_every=_EVERY["evaluate"],
+        checkpoint_every=_EVERY["save"],
+        result=result,
+    )
     return due(done, train, stop)
 
 
@@ -17,12 +26,16 @@ def _after(done, *, result="last", stop=False):
 def test_each_on_its_own_schedule(result):
     for done in range(1, 31):
         found = _after(done, result=result)
-        assert {name: getattr(found, name) for name in _EVERY} == {name: done % every == 0 for name, every in _EVERY.items()}
+        assert {name: getattr(found, name) for name in _EVERY} == {
+            name: done % every == 0 for name, every in _EVERY.items()
+        }
         assert found.any() == any(done % every == 0 for every in _EVERY.values())
         assert not (found.save and found.passing)
 
 
-@pytest.mark.parametrize("result, stop", [(result, stop) for result in ("last", "best", "mean") for stop in (False, True)])
+@pytest.mark.parametrize(
+    "result, stop", [(result, stop) for result in ("last", "best", "mean") for stop in (False, True)]
+)
 def test_the_last_step_has_everything(result, stop):
     found = _after(31, result=result, stop=stop)
     assert found.log and found.evaluate and found.save and not found.passing

@@ -1,4 +1,6 @@
-"""The E2E data set in all its forms, plain text, generated data, batches, and the order in which they are seen."""
+"""The E2E data set in all its forms, plain text, generated data, batches, and the order in which they are
+seen.
+"""
 
 import dataclasses
 import lzma
@@ -9,14 +11,18 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import config as configs
-from experiments import order
+from experiments import config as configs, order
 from experiments.base import load_tokenizer
 from experiments.config import E2EData, Generate, TextData
 from experiments.decode import end_tokens
 from experiments.tasks import e2e, examples, generate, text, tokenizer
 
-FILES = [("trainset.csv.xz", "train.txt.xz", 42061), ("devset.csv", "valid.txt", 4672), ("testset_w_refs.csv", "test.txt", 4693)]
+
+FILES = [
+    ("trainset.csv.xz", "train.txt.xz", 42061),
+    ("devset.csv", "valid.txt", 4672),
+    ("testset_w_refs.csv", "test.txt", 4693),
+]
 SMALL = Path(experiments.__file__).parent / "bases" / "small"
 CONFIGS = SMALL.parent.parent / "configs"
 SECTION = Generate(seed=1, meanings=12, held_out=4, references=3)
@@ -53,10 +59,14 @@ def test_inputs_without_references(data_dir):
 
 
 def test_through_datasets(data_dir, tmp_path):
-    """Files handed to `datasets`, a directory of files, and what `save_to_disk` leaves: the rows of our own reader."""
+    """Files handed to `datasets`, a directory of files, and what `save_to_disk` leaves: the rows of our
+    own reader.
+    """
     for kind, name in (("csv", "devset.csv"), ("text", "lora_nlg_txt/valid.txt")):
         expected = e2e.read_file(data_dir / "e2e" / name)
-        loaded = datasets.load_dataset(kind, data_files={"validation": str(data_dir / "e2e" / name)}, cache_dir=str(tmp_path / "cache"))
+        loaded = datasets.load_dataset(
+            kind, data_files={"validation": str(data_dir / "e2e" / name)}, cache_dir=str(tmp_path / "cache")
+        )
         assert e2e.rows_of(loaded["validation"], name) == expected
         loaded.save_to_disk(tmp_path / kind)
         assert e2e.read_datasets(kind, "validation", tmp_path) == expected
@@ -64,7 +74,9 @@ def test_through_datasets(data_dir, tmp_path):
     folder.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}.csv").write_text('mr,ref\n"name[A], area[riverside]","A is by the river."\n')
-    assert e2e.read_datasets("folder", "train", tmp_path) == [("name : A | area : riverside", "A is by the river.")]
+    assert e2e.read_datasets("folder", "train", tmp_path) == [
+        ("name : A | area : riverside", "A is by the river.")
+    ]
     with pytest.raises(ValueError, match="has the splits train, test, not `valid`"):
         e2e.read_datasets("folder", "valid", tmp_path)
 
@@ -72,7 +84,11 @@ def test_through_datasets(data_dir, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.txt", "one||two\nno separator\n", r"row 2: expected exactly one `\|\|` .* found 0 in 'no separator'"),
+        (
+            "a.txt",
+            "one||two\nno separator\n",
+            r"row 2: expected exactly one `\|\|` .* found 0 in 'no separator'",
+        ),
         ("a.txt", "a||b||c\n", "row 1: .* found 2"),
         ("a.csv", 'mr,ref\n"name[A]",x\n"name A",y\n', "row 3: the meaning 'name A' is not of the form"),
         ("a.csv", "x,y\n1,2\n", "has the columns x, y; expected mr,ref"),
@@ -98,7 +114,9 @@ def test_missing_empty_and_without_references(tmp_path):
 
 
 def test_ids_of_the_first_example(gpt2_tokenizer, data_dir):
-    """enc(context) + [50256], enc(" " + completion) + [50256]; the ids were computed by hand from the published vocabulary."""
+    """enc(context) + [50256], enc(" " + completion) + [50256]; the ids were computed by hand from the
+    published vocabulary.
+    """
     (pair,) = e2e.encode(e2e.read_file(data_dir / "e2e" / "lora_nlg_txt" / "valid.txt")[:1], gpt2_tokenizer)
     pieces = [gpt2_tokenizer.convert_ids_to_tokens(ids) for ids in pair]
     assert pieces[0][:6] == ["name", "Ġ:", "ĠAl", "iment", "um", "Ġ|"] and pieces[0][-1] == "<|endoftext|>"
@@ -107,7 +125,9 @@ def test_ids_of_the_first_example(gpt2_tokenizer, data_dir):
 
 
 def test_batch_is_the_authors():
-    """Padded with 0, targets one to the left, the mask from len(context) - 1 for each token of the completion."""
+    """Padded with 0, targets one to the left, the mask from len(context) - 1 for each token of the
+    completion.
+    """
     data = examples.Examples([([5, 6, 9], [7, 8, 9]), ([5, 9], [7, 9])], seq_len=8)
     batch = data.batch(np.array([0, 1]))
     assert batch["input_ids"].tolist() == [[5, 6, 9, 7, 8, 9, 0, 0], [5, 9, 7, 9, 0, 0, 0, 0]]
@@ -118,7 +138,10 @@ def test_batch_is_the_authors():
 def test_a_batch_is_as_wide_as_its_longest_example():
     """To the next power of two: what is cut off is padding."""
     pairs = [([5] * 10, [7] * 10), ([5] * 2, [7] * 3), ([5] * 30, [7] * 10)]
-    data, wide = examples.Examples(pairs, seq_len=48), examples.Examples([*pairs, ([5] * 40, [7] * 8)], seq_len=48)
+    data, wide = (
+        examples.Examples(pairs, seq_len=48),
+        examples.Examples([*pairs, ([5] * 40, [7] * 8)], seq_len=48),
+    )
     for rows, width in (([1], 16), ([0, 1], 32), ([1, 2], 48), ([0, 1, 2], 48)):
         narrow, whole = data.batch(np.array(rows)), wide.batch(np.array([*rows, 3]))
         for name, array in narrow.items():
@@ -128,7 +151,9 @@ def test_a_batch_is_as_wide_as_its_longest_example():
 
 @pytest.mark.parametrize("seq_len, mask", [(5, [0, 0, 1, 1, 0]), (3, [0, 0, 0]), (2, [0, 0])])
 def test_truncation_is_the_authors(seq_len, mask):
-    """Inputs lose their end, n = kept inputs - len(context) tokens are counted, and the label of the last kept input is known."""
+    """Inputs lose their end, n = kept inputs - len(context) tokens are counted, and the label of the last
+    kept input is known.
+    """
     batch = examples.Examples([([5, 6, 9], [7, 8, 9])], seq_len).batch(np.array([0]))
     assert batch["input_ids"].tolist() == [[5, 6, 9, 7, 8, 9][:seq_len]]
     assert batch["labels"].tolist() == [[6, 9, 7, 8, 9][:seq_len]]
@@ -137,10 +162,15 @@ def test_truncation_is_the_authors(seq_len, mask):
 
 def test_too_long_is_refused_by_name(generated, small_tokenizer):
     section = E2EData("e2e", "train.txt", "valid.txt", seq_len=10)
-    with pytest.raises(ValueError, match=r"example 1 of `train.txt` \('name : .*'\) has \d+ tokens, more than `data.seq_len` \(10\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"example 1 of `train.txt` \('name : .*'\) has \d+ tokens, more than `data.seq_len` \(10\)",
+    ):
         e2e.prepare(section, e2e.read(section, generated), small_tokenizer)
     section = E2EData("e2e", "train.txt", "valid.txt", seq_len=10, truncate=True)
-    assert e2e.prepare(section, e2e.read(section, generated), small_tokenizer).train.batch(np.array([0]))["input_ids"].shape == (1, 10)
+    assert e2e.prepare(section, e2e.read(section, generated), small_tokenizer).train.batch(np.array([0]))[
+        "input_ids"
+    ].shape == (1, 10)
 
 
 def test_prompts_are_grouped_by_context(generated, small_tokenizer):
@@ -149,7 +179,9 @@ def test_prompts_are_grouped_by_context(generated, small_tokenizer):
     assert len(splits.train) == 5
     assert len(splits.prompts) == SECTION.held_out
     first = splits.prompts[0]
-    assert small_tokenizer.decode(first.ids[:-1]) == first.text and first.ids[-1] == small_tokenizer.eos_token_id
+    assert (
+        small_tokenizer.decode(first.ids[:-1]) == first.text and first.ids[-1] == small_tokenizer.eos_token_id
+    )
     assert 1 <= len(first.references) <= SECTION.references
 
 
@@ -157,7 +189,10 @@ def test_generated_data(generated, tmp_path):
     again = generate.write(SECTION, tmp_path / "again")
     for name in ("train.txt", "valid.txt", "test.txt"):
         assert (again / name).read_bytes() == (generated / name).read_bytes(), "a function of its section"
-    meanings = [{context for context, _ in e2e.read_file(generated / f"{split}.txt")} for split in ("train", "valid", "test")]
+    meanings = [
+        {context for context, _ in e2e.read_file(generated / f"{split}.txt")}
+        for split in ("train", "valid", "test")
+    ]
     assert [len(found) for found in meanings] == [12, 4, 4]
     assert len(set.union(*meanings)) == 20, "no meaning is in two files"
     with pytest.raises(ValueError, match="another `generate` section"):
@@ -191,10 +226,19 @@ def test_text_is_packed(small_tokenizer, tmp_path, suffix):
 
 def test_text_of_several_files(generated, tmp_path):
     for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(f"The text of {name}, which is long enough for a block of it.\n")
+        (tmp_path / f"{name}.txt").write_text(
+            f"The text of {name}, which is long enough for a block of it.\n"
+        )
     section = TextData("text", ("one.txt", "two.txt"), "one.txt", 4)
-    assert text.read(section, tmp_path)["train"] == [f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")]
-    assert configs.build(TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4}) == section
+    assert text.read(section, tmp_path)["train"] == [
+        f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")
+    ]
+    assert (
+        configs.build(
+            TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4}
+        )
+        == section
+    )
 
 
 def test_a_tokenizer_is_found_again_or_refused(tmp_path):
@@ -206,7 +250,9 @@ def test_a_tokenizer_is_found_again_or_refused(tmp_path):
     for other in (([*documents, "five"], 260), (documents, 259)):
         with pytest.raises(ValueError, match="holds a tokenizer of another size or text"):
             tokenizer.train(*other, directory)
-    with pytest.raises(ValueError, match="a vocabulary of 4096 tokens was asked for, and the training text gives 2"):
+    with pytest.raises(
+        ValueError, match="a vocabulary of 4096 tokens was asked for, and the training text gives 2"
+    ):
         tokenizer.train(documents, 4096, tmp_path / "large")
     assert not (tmp_path / "large").exists()
 
@@ -224,7 +270,12 @@ def test_text_refusals(small_tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff\xfe\xff\xfe")
     (tmp_path / "a.zst").write_bytes(b"not zstd")
-    for name, message in [("empty.txt", "is empty"), ("bytes.txt", "not UTF-8"), ("a.zst", "cannot be read"), ("a.pdf", "no data file")]:
+    for name, message in [
+        ("empty.txt", "is empty"),
+        ("bytes.txt", "not UTF-8"),
+        ("a.zst", "cannot be read"),
+        ("a.pdf", "no data file"),
+    ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             text.read(TextData("text", name, name, 8), tmp_path)
     section = TextData("text", "short.txt", "short.txt", 8)
@@ -236,22 +287,34 @@ def test_text_refusals(small_tokenizer, tmp_path):
 def test_order_is_a_function_of_seed_and_step(count, batch):
     steps = order.batches_per_epoch(count, batch)
     assert steps == -(-count // batch)
-    epochs = [np.concatenate([order.indices(7, epoch * steps + n, count, batch) for n in range(steps)]) for epoch in range(2)]
+    epochs = [
+        np.concatenate([order.indices(7, epoch * steps + n, count, batch) for n in range(steps)])
+        for epoch in range(2)
+    ]
     for drawn in epochs:
-        assert sorted(drawn[:count]) == list(range(count)), "each example once, then draws that fill the last batch"
+        assert sorted(drawn[:count]) == list(range(count)), (
+            "each example once, then draws that fill the last batch"
+        )
         assert len(drawn) == steps * batch and drawn.max() < count
     backwards = [order.indices(7, step, count, batch).tolist() for step in reversed(range(2 * steps))]
     assert backwards[::-1] == [order.indices(7, step, count, batch).tolist() for step in range(2 * steps)]
     assert order.indices(7, 0, 1000, 8).tolist() != order.indices(8, 0, 1000, 8).tolist()
-    assert order.indices(7, 0, 1000, 8).tolist() != order.indices(7, 125, 1000, 8).tolist(), "another epoch, another order"
+    assert order.indices(7, 0, 1000, 8).tolist() != order.indices(7, 125, 1000, 8).tolist(), (
+        "another epoch, another order"
+    )
 
 
 @pytest.mark.slow
 def test_all_of_e2e_fits_the_small_base(small_tokenizer, data_dir):
-    """`data.seq_len` of the small rows holds every example, decoding has room, and 5,258 batches of 8 make an epoch, as published."""
+    """`data.seq_len` of the small rows holds every example, decoding has room, and 5,258 batches of 8
+    make an epoch, as published.
+    """
     config = configs.load(CONFIGS / "e2e_small_lora.json")
     splits = e2e.prepare(config.data, e2e.read(config.data, data_dir), small_tokenizer)
     assert order.batches_per_epoch(len(splits.train), config.train.batch) == config.train.steps == 5258
     assert len(splits.prompts) == 630
     assert max(len(prompt.ids) for prompt in splits.prompts) + config.decode.max_tokens <= config.data.seq_len
-    assert end_tokens(config.decode, small_tokenizer) == (small_tokenizer.eos_token_id, *small_tokenizer.encode("\n\n"))
+    assert end_tokens(config.decode, small_tokenizer) == (
+        small_tokenizer.eos_token_id,
+        *small_tokenizer.encode("\n\n"),
+    )

@@ -1,4 +1,6 @@
-"""RoBERTa and DeBERTa against `transformers`' PyTorch models on the same random weights, and against themselves."""
+"""RoBERTa and DeBERTa against `transformers`' PyTorch models on the same random weights, and against
+themselves.
+"""
 
 import encoders
 import jax
@@ -6,10 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from encoders import DEBERTA, QUICKLY, ROBERTA, SCALED, apply, changed, from_torch, ours, run_theirs, some_ids, theirs
+from encoders import (
+    apply,
+    changed,
+    DEBERTA,
+    from_torch,
+    ours,
+    QUICKLY,
+    ROBERTA,
+    run_theirs,
+    SCALED,
+    some_ids,
+    theirs,
+)
 
-from lora_jax.models import HEADS, DebertaV2, DebertaV2Config, Roberta, RobertaConfig, stack_layers, unstack_layers
+from lora_jax.models import (
+    DebertaV2,
+    DebertaV2Config,
+    HEADS,
+    Roberta,
+    RobertaConfig,
+    stack_layers,
+    unstack_layers,
+)
 from lora_jax.models.deberta import distance_rows
+
 
 BOTH = {"roberta": ROBERTA, "deberta": DEBERTA, "deberta v3": SCALED["deberta-v3-base"]}
 VARIANTS = [{}, {"scan": True, "checkpoint": True}]
@@ -24,7 +47,7 @@ def equal_at_tokens(found, expected, mask, atol=1e-5):
     np.testing.assert_allclose(pick(found), pick(expected), atol=atol, rtol=0)
 
 
-# -- PyTorch's results ------------------------------------------------------------------------------------------------
+# -- PyTorch's results ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
@@ -87,12 +110,20 @@ _DEBERTA_CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("config, change", [(ROBERTA, c) for c in _ROBERTA_CHANGES] + [(DEBERTA, c) for c in _DEBERTA_CHANGES], ids=lambda v: str(v) if isinstance(v, dict) else v.family)
+@pytest.mark.parametrize(
+    "config, change",
+    [(ROBERTA, c) for c in _ROBERTA_CHANGES] + [(DEBERTA, c) for c in _DEBERTA_CHANGES],
+    ids=lambda v: str(v) if isinstance(v, dict) else v.family,
+)
 def test_every_flag_that_changes_the_computation_is_honoured(torch, config, change):
     config = changed(config, **change)
     reference = theirs(torch, config, "masked_lm")
     ids, mask = some_ids(config, 12, "right")
-    types = np.arange(ids.size).reshape(ids.shape) % config.type_vocab_size if config.type_vocab_size > 1 else None
+    types = (
+        np.arange(ids.size).reshape(ids.shape) % config.type_vocab_size
+        if config.type_vocab_size > 1
+        else None
+    )
     found = apply(ours(config, "masked_lm"), from_torch(torch, reference), ids, mask, token_type_ids=types)
     equal_at_tokens(found, run_theirs(torch, reference, ids, mask, token_type_ids=types), mask)
 
@@ -102,10 +133,16 @@ def test_the_poolers_activation_is_honoured(torch, activation):
     config = changed(DEBERTA, pooler_hidden_act=activation)
     reference = theirs(torch, config, "sequence_classification")
     ids, _ = some_ids(config, 6)
-    equal_at_tokens(apply(ours(config, "sequence_classification"), from_torch(torch, reference), ids), run_theirs(torch, reference, ids), None)
+    equal_at_tokens(
+        apply(ours(config, "sequence_classification"), from_torch(torch, reference), ids),
+        run_theirs(torch, reference, ids),
+        None,
+    )
 
 
-@pytest.mark.parametrize("config", [ROBERTA, changed(DEBERTA, position_biased_input=True)], ids=lambda c: c.family)
+@pytest.mark.parametrize(
+    "config", [ROBERTA, changed(DEBERTA, position_biased_input=True)], ids=lambda c: c.family
+)
 def test_positions_may_be_given(torch, config):
     reference = theirs(torch, config, "masked_lm")
     ids, _ = some_ids(config, 7)
@@ -128,25 +165,37 @@ def test_any_number_of_labels(torch, name, labels):
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 6, 23, 24, 25, 40])
 def test_lengths_around_the_borders_of_buckets(torch, tokens):
-    """8 buckets: distances up to 4 are exact, beyond 23 are one. A model without absolute positions takes any length."""
+    """8 buckets: distances up to 4 are exact, beyond 23 are one. A model without absolute positions takes
+    any length.
+    """
     reference = theirs(torch, DEBERTA, "masked_lm")
     ids, mask = some_ids(DEBERTA, tokens, "right" if tokens > 3 else "none")
-    equal_at_tokens(apply(ours(DEBERTA, "masked_lm"), from_torch(torch, reference), ids, mask), run_theirs(torch, reference, ids, mask), mask)
+    equal_at_tokens(
+        apply(ours(DEBERTA, "masked_lm"), from_torch(torch, reference), ids, mask),
+        run_theirs(torch, reference, ids, mask),
+        mask,
+    )
 
 
-@pytest.mark.parametrize("buckets, furthest", [(256, 512), (8, 24), (2, 8), (3, 9), (32, 128), (64, 512), (256, 1024)])
+@pytest.mark.parametrize(
+    "buckets, furthest", [(256, 512), (8, 24), (2, 8), (3, 9), (32, 128), (64, 512), (256, 1024)]
+)
 def test_distances_fall_into_pytorchs_buckets(torch, buckets, furthest):
     from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
     config = changed(DEBERTA, position_buckets=buckets, max_relative_positions=furthest)
-    expected = build_relative_position(torch.zeros(1, 1200, 1), torch.zeros(1, 1200, 1), buckets, furthest)[0].numpy()
+    expected = build_relative_position(torch.zeros(1, 1200, 1), torch.zeros(1, 1200, 1), buckets, furthest)[
+        0
+    ].numpy()
     rows = distance_rows(config, 1200)
     np.testing.assert_array_equal(rows, np.clip(expected + buckets, 0, 2 * buckets - 1))
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_gradients_are_pytorchs(torch, name):
-    """Of the cross entropy of a masked-LM head, with respect to every parameter; PyTorch leaves the padding's rows out."""
+    """Of the cross entropy of a masked-LM head, with respect to every parameter; PyTorch leaves the
+    padding's rows out.
+    """
     config = BOTH[name]
     reference = theirs(torch, config, "masked_lm")
     ids, mask = some_ids(config, 9, "right")
@@ -160,14 +209,20 @@ def test_gradients_are_pytorchs(torch, name):
         return jnp.sum(each * mask) / mask.sum()
 
     with jax.numpy_dtype_promotion("standard"):
-        found = jax.jit(jax.grad(loss), compiler_options=QUICKLY)(stack_layers(from_torch(torch, reference), "encoder/layer"))
+        found = jax.jit(jax.grad(loss), compiler_options=QUICKLY)(
+            stack_layers(from_torch(torch, reference), "encoder/layer")
+        )
     found = unstack_layers(found, "encoder/layer")
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     assert largest > 0.1
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         mine = np.array(_at(found, path))
-        if path[-1].key == "embedding" and path[-2].key in ("position_embeddings", "word_embeddings") and config.pad_token_id is not None:
+        if (
+            path[-1].key == "embedding"
+            and path[-2].key in ("position_embeddings", "word_embeddings")
+            and config.pad_token_id is not None
+        ):
             mine, leaf = (np.delete(array, config.pad_token_id, 0) for array in (mine, np.asarray(leaf)))
         np.testing.assert_allclose(mine, leaf, atol=1e-4, rtol=0, err_msg=jax.tree_util.keystr(path))
 
@@ -185,10 +240,12 @@ def test_float64_agrees_with_pytorchs_double(torch, x64, name):
     ids, mask = some_ids(config, 9, "left")
     found = apply(ours(config, "masked_lm"), from_torch(torch, reference), ids, mask)
     # PyTorch's DeBERTa takes the root of its scale in float32, whatever the model's dtype.
-    equal_at_tokens(found, run_theirs(torch, reference, ids, mask), mask, atol=1e-11 if name == "roberta" else 1e-7)
+    equal_at_tokens(
+        found, run_theirs(torch, reference, ids, mask), mask, atol=1e-11 if name == "roberta" else 1e-7
+    )
 
 
-# -- themselves -------------------------------------------------------------------------------------------------------
+# -- themselves ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
@@ -209,7 +266,9 @@ def test_bfloat16_is_near_and_logits_are_float32(config):
 def test_attention_is_jaxs_own(config, monkeypatch):
     """So that fused kernels apply: one call a layer, and of the model's choice of them."""
     calls, own = [], jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kwargs: calls.append(kwargs) or own(*args, **kwargs))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **kwargs: calls.append(kwargs) or own(*args, **kwargs)
+    )
     model = ours(config, "features", implementation="xla")
     jax.eval_shape(model.apply, {"params": encoders.random_params(model)}, some_ids(config, 5)[0])
     used = calls[-config.num_hidden_layers :]
@@ -232,14 +291,20 @@ def test_dropout_needs_a_key_and_is_as_often_as_it_says(config):
     model = ours(config, "sequence_classification")
     params = encoders.random_params(model)
     ids, mask = some_ids(config, 10, "right")
-    draw = jax.jit(lambda key: model.apply({"params": params}, ids, mask, deterministic=False, rngs={"dropout": key}))
+    draw = jax.jit(
+        lambda key: model.apply({"params": params}, ids, mask, deterministic=False, rngs={"dropout": key})
+    )
     first, again, other = (draw(jax.random.key(n)) for n in (0, 0, 1))
     assert (first == again).all() and not np.allclose(first, other)
     assert not np.allclose(first, apply(model, params, ids, mask))
     with pytest.raises(Exception, match="dropout"):
         model.apply({"params": params}, ids, mask, deterministic=False)
-    still = ours(changed(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), "sequence_classification")
-    without = still.apply({"params": params}, ids, mask, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    still = ours(
+        changed(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), "sequence_classification"
+    )
+    without = still.apply(
+        {"params": params}, ids, mask, deterministic=False, rngs={"dropout": jax.random.key(0)}
+    )
     np.testing.assert_allclose(without, apply(model, params, ids, mask), atol=1e-5)
 
 
@@ -251,17 +316,30 @@ def test_the_size_of_a_scanned_program_does_not_depend_on_depth():
         model = DebertaV2(config, head="sequence_classification", scan=True, checkpoint=True)
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
         ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
-        gradient = jax.jit(jax.grad(lambda params, ids: model.apply({"params": params}, ids, ids).sum()))  # noqa: B023
+        gradient = jax.jit(jax.grad(lambda params, ids: model.apply({"params": params}, ids, ids).sum()))
         sizes.append(len(gradient.lower(params, ids).as_text().splitlines()))
     assert sizes[0] == sizes[1]
     # The published 1.5 billion, with this head's 2 labels and the pooler.
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(1.57e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name, millions", [("roberta-base", 124.6), ("roberta-large", 355.4), ("deberta-v3-base", 184.4), ("deberta-v3-small", 141.9), ("deberta-v3-xsmall", 70.8)])
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("roberta-base", 124.6),
+        ("roberta-large", 355.4),
+        ("deberta-v3-base", 184.4),
+        ("deberta-v3-small", 141.9),
+        ("deberta-v3-xsmall", 70.8),
+    ],
+)
 def test_published_sizes(name, millions):
     kind, config = (Roberta, RobertaConfig) if name.startswith("roberta") else (DebertaV2, DebertaV2Config)
-    shapes = jax.eval_shape(kind(config.named(name), head="sequence_classification").init, jax.random.key(0), jnp.zeros((1, 1), int))
+    shapes = jax.eval_shape(
+        kind(config.named(name), head="sequence_classification").init,
+        jax.random.key(0),
+        jnp.zeros((1, 1), int),
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
@@ -269,7 +347,9 @@ def test_published_sizes(name, millions):
 @pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
 @pytest.mark.parametrize("head", ["masked_lm", "sequence_classification"])
 def test_a_small_task_is_learned(config, head, relaxed_promotion):
-    """Which of two halves of the vocabulary the second token is from; or the token that a mask hides, which the first one names."""
+    """Which of two halves of the vocabulary the second token is from; or the token that a mask hides,
+    which the first one names.
+    """
     config = changed(config, vocab_size=24)
     model = ours(config, head, scan=True)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
@@ -287,7 +367,9 @@ def test_a_small_task_is_learned(config, head, relaxed_promotion):
     def loss_fn(params, ids, labels):
         logits = model.apply({"params": params}, ids)
         logits = logits[:, 3] if head == "masked_lm" else logits
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits.argmax(-1) == labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (
+            logits.argmax(-1) == labels
+        ).mean()
 
     @jax.jit
     def step(params, state, ids, labels):
@@ -302,7 +384,7 @@ def test_a_small_task_is_learned(config, head, relaxed_promotion):
     assert np.mean(accuracies[:5]) < 0.8 and np.mean(accuracies[-20:]) > 0.95
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
+# -- bad input -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import DEBERTA, ROBERTA, SCALED, apply, changed, named_class, ours, run_theirs, some_ids, theirs
+from encoders import apply, changed, DEBERTA, named_class, ours, ROBERTA, run_theirs, SCALED, some_ids, theirs
 from formation import formed
 from safetensors.numpy import load_file, save_file
 
@@ -16,11 +16,19 @@ from lora_jax import LoRA
 from lora_jax.interop import hf
 from lora_jax.models import HEADS, RobertaConfig, stack_layers
 
+
 CONFIGS = {
     "roberta": ROBERTA,
     "roberta untied": changed(ROBERTA, tie_word_embeddings=False, labels=("bad", "fair", "good")),
     "deberta": DEBERTA,
-    "deberta untied": changed(DEBERTA, tie_word_embeddings=False, share_att_key=False, type_vocab_size=2, position_biased_input=True, embedding_size=20),
+    "deberta untied": changed(
+        DEBERTA,
+        tie_word_embeddings=False,
+        share_att_key=False,
+        type_vocab_size=2,
+        position_biased_input=True,
+        embedding_size=20,
+    ),
     "deberta v3": SCALED["deberta-v3-base"],
 }
 QUERY_VALUE = ["attention/self/(query|value)(_proj)?/kernel"]
@@ -31,7 +39,7 @@ def equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-# -- directories ------------------------------------------------------------------------------------------------------
+# -- directories ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["", "scan"])
@@ -46,7 +54,9 @@ def test_round_trip_is_exact(tmp_path, name, scan):
         loaded, again = hf.load(tmp_path / head, scan=scan)
         assert loaded == model
         equal(again, params)
-        assert json.loads((tmp_path / head / "config.json").read_text())["architectures"] == [named_class(CONFIGS[name], head)]
+        assert json.loads((tmp_path / head / "config.json").read_text())["architectures"] == [
+            named_class(CONFIGS[name], head)
+        ]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -61,7 +71,9 @@ def test_pytorch_loads_what_we_save(torch, tmp_path, name, head):
     model = ours(config, head, scan=True)
     params = encoders.random_params(model)
     hf.save(tmp_path, model, params)
-    loaded, report = getattr(transformers, named_class(config, head)).from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = getattr(transformers, named_class(config, head)).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert tuple(loaded.config.id2label.values()) == config.labels
     ids, mask = some_ids(config, 8, "right")
@@ -95,15 +107,21 @@ def test_untie_gives_the_decoder_its_own_leaf(torch, tmp_path, name):
     ids, _ = some_ids(config, 6)
     np.testing.assert_allclose(apply(untied, apart, ids), apply(model, params, ids), atol=1e-6)
     hf.save(tmp_path / "untied", untied, apart)
-    loaded, report = getattr(transformers, named_class(config, "masked_lm")).from_pretrained(tmp_path / "untied", output_loading_info=True)
+    loaded, report = getattr(transformers, named_class(config, "masked_lm")).from_pretrained(
+        tmp_path / "untied", output_loading_info=True
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    np.testing.assert_allclose(run_theirs(torch, loaded.eval(), ids).detach().numpy(), apply(model, params, ids), atol=1e-5)
+    np.testing.assert_allclose(
+        run_theirs(torch, loaded.eval(), ids).detach().numpy(), apply(model, params, ids), atol=1e-5
+    )
 
 
 def test_a_head_that_is_always_tied_cannot_be_untied(tmp_path):
     model = ours(SCALED["deberta-v3-base"], "masked_lm")
     hf.save(tmp_path, model, encoders.random_params(model))
-    with pytest.raises(ValueError, match="`tie`='untie' was passed for .*, whose head is the embedding by definition"):
+    with pytest.raises(
+        ValueError, match="`tie`='untie' was passed for .*, whose head is the embedding by definition"
+    ):
         hf.load(tmp_path, tie="untie")
 
 
@@ -118,8 +136,14 @@ def pretrained(tmp_path):
         tensors = load_file(tmp_path / "model.safetensors")
         width = config.hidden_size
         if isinstance(config, RobertaConfig):
-            tensors |= {"roberta.pooler.dense.weight": np.ones((width, width), np.float32), "roberta.pooler.dense.bias": np.ones(width, np.float32)}
-            tensors |= {"roberta.embeddings.position_ids": np.arange(26)[None], "lm_head.decoder.bias": tensors["lm_head.bias"]}
+            tensors |= {
+                "roberta.pooler.dense.weight": np.ones((width, width), np.float32),
+                "roberta.pooler.dense.bias": np.ones(width, np.float32),
+            }
+            tensors |= {
+                "roberta.embeddings.position_ids": np.arange(26)[None],
+                "lm_head.decoder.bias": tensors["lm_head.bias"],
+            }
         else:
             tensors |= {"deberta.embeddings.position_embeddings.weight": np.ones((24, width), np.float32)}
             tensors |= {"mask_predictions.dense.weight": np.ones((width, width), np.float32)}
@@ -141,9 +165,15 @@ def test_published_files_load_with_what_they_carry_along(pretrained, name):
 def test_a_new_head_on_a_pretrained_encoder(pretrained, name):
     """The encoder is the file's; the head is drawn, whole, from the key."""
     directory, _, pretrained_params = pretrained(CONFIGS[name])
-    draw = lambda n, **options: hf.load(directory, head="sequence_classification", num_labels=3, key=jax.random.key(n), **options)
+    draw = lambda n, **options: hf.load(
+        directory, head="sequence_classification", num_labels=3, key=jax.random.key(n), **options
+    )
     model, params = draw(0)
-    assert model.head == "sequence_classification" and model.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert model.head == "sequence_classification" and model.config.labels == (
+        "LABEL_0",
+        "LABEL_1",
+        "LABEL_2",
+    )
     for room in ("embeddings", "encoder"):
         equal(params[room], pretrained_params[room])
     ids, _ = some_ids(CONFIGS[name], 6)
@@ -158,7 +188,9 @@ def test_a_new_head_on_a_pretrained_encoder(pretrained, name):
     equal(hf.load(directory)[1], params)
     other, drawn = hf.load(directory, head="sequence_classification", num_labels=5, key=jax.random.key(7))
     assert other.config.num_labels == 5 and apply(other, drawn, ids).shape == (3, 5)
-    assert not set(np.ravel(jax.tree.leaves(drawn["classifier"])[-1])) & set(np.ravel(jax.tree.leaves(params["classifier"])[-1]))
+    assert not set(np.ravel(jax.tree.leaves(drawn["classifier"])[-1])) & set(
+        np.ravel(jax.tree.leaves(params["classifier"])[-1])
+    )
 
 
 @pytest.mark.parametrize("name", ["roberta", "deberta"])
@@ -166,13 +198,19 @@ def test_an_encoder_must_be_whole_whatever_the_head(pretrained, name):
     directory, _, _ = pretrained(CONFIGS[name])
     tensors = load_file(directory / "model.safetensors")
     victim = next(name for name in tensors if "layer.1.output.dense.weight" in name)
-    for change, message in [(None, f"'{victim}' is missing"), (np.zeros((2, 2), np.float32), f"'{victim}' has shape .2, 2.")]:
+    for change, message in [
+        (None, f"'{victim}' is missing"),
+        (np.zeros((2, 2), np.float32), f"'{victim}' has shape .2, 2."),
+    ]:
         broken = {key: value for key, value in {**tensors, victim: change}.items() if value is not None}
         save_file(broken, directory / "model.safetensors")
         with pytest.raises(ValueError, match=message):
             hf.load(directory, head="token_classification")
     prefix = victim.partition(".")[0]
-    save_file({**tensors, f"{prefix}.encoder.layer.1.extra": np.zeros(1, np.float32)}, directory / "model.safetensors")
+    save_file(
+        {**tensors, f"{prefix}.encoder.layer.1.extra": np.zeros(1, np.float32)},
+        directory / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=f"'{prefix}.encoder.layer.1.extra' is unexpected"):
         hf.load(directory, head="token_classification")
 
@@ -185,7 +223,11 @@ def test_the_configs_own_head_must_be_whole_even_when_it_is_asked_for(tmp_path, 
     tensors = load_file(tmp_path / "model.safetensors")
     victim = next(key for key in tensors if key.startswith("classifier."))
     save_file({key: value for key, value in tensors.items() if key != victim}, tmp_path / "model.safetensors")
-    for arguments in ({}, {"head": "sequence_classification"}, {"head": "sequence_classification", "num_labels": 2}):
+    for arguments in (
+        {},
+        {"head": "sequence_classification"},
+        {"head": "sequence_classification", "num_labels": 2},
+    ):
         with pytest.raises(ValueError, match=f"'{victim}' is missing"):
             hf.load(tmp_path, **arguments)
     hf.load(tmp_path, head="sequence_classification", num_labels=4)
@@ -203,20 +245,32 @@ def test_what_cannot_be_read_is_named(pretrained, tmp_path):
     settings = json.loads((directory / "config.json").read_text())
 
     def refused(message, arguments=None, **changes):
-        (directory / "config.json").write_text(json.dumps({key: value for key, value in {**settings, **changes}.items() if value is not None}))
+        (directory / "config.json").write_text(
+            json.dumps({key: value for key, value in {**settings, **changes}.items() if value is not None})
+        )
         with pytest.raises(ValueError, match=message):
             hf.load(directory, **arguments or {})
 
-    refused("`architectures`=.'RobertaForMultipleChoice'. in config.json is not supported", architectures=["RobertaForMultipleChoice"])
-    refused("does not name one class in `architectures`; pass `head=`, one of .'features'", architectures=None)
+    refused(
+        "`architectures`=.'RobertaForMultipleChoice'. in config.json is not supported",
+        architectures=["RobertaForMultipleChoice"],
+    )
+    refused(
+        "does not name one class in `architectures`; pass `head=`, one of .'features'", architectures=None
+    )
     refused("`head`='sentiment' must be one of", {"head": "sentiment"})
     refused("`num_labels`=3 goes with `head`", {"num_labels": 3})
     refused("'classifier.dense.weight' is missing", architectures=["RobertaForSequenceClassification"])
     refused("`is_decoder`=True in config.json is not supported", is_decoder=True)
     (directory / "config.json").write_text(json.dumps(settings))
     tensors = load_file(directory / "model.safetensors")
-    save_file({**tensors, "lm_head.decoder.bias": tensors["lm_head.bias"] + 1}, directory / "model.safetensors")
-    with pytest.raises(ValueError, match="'lm_head.decoder.bias' that differs from its 'lm_head.bias', though its config.json ties them"):
+    save_file(
+        {**tensors, "lm_head.decoder.bias": tensors["lm_head.bias"] + 1}, directory / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError,
+        match="'lm_head.decoder.bias' that differs from its 'lm_head.bias', though its config.json ties them",
+    ):
         hf.load(directory)
 
 
@@ -225,25 +279,35 @@ def test_gpt2_has_no_labels_and_one_head(tmp_path):
 
     model = GPT2(GPT2Config(vocab_size=11, n_positions=4, n_embd=4, n_layer=1, n_head=1))
     hf.save(tmp_path, model, model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"])
-    with pytest.raises(ValueError, match="`num_labels`=2 was passed for GPT-2, which has no head with labels"):
+    with pytest.raises(
+        ValueError, match="`num_labels`=2 was passed for GPT-2, which has no head with labels"
+    ):
         hf.load(tmp_path, num_labels=2)
     with pytest.raises(ValueError, match="`head`='masked_lm' was passed for 'gpt2', which has one head"):
         hf.load(tmp_path, head="masked_lm")
 
 
-# -- LoRA -------------------------------------------------------------------------------------------------------------
+# -- LoRA ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan+checkpoint"])
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA, changed(DEBERTA, share_att_key=False)], ids=["roberta", "deberta", "deberta own keys"])
+@pytest.mark.parametrize(
+    "config",
+    [ROBERTA, DEBERTA, changed(DEBERTA, share_att_key=False)],
+    ids=["roberta", "deberta", "deberta own keys"],
+)
 def test_adapted_is_merged_and_nothing_is_formed(config, scan, x64):
-    """With every matrix of the encoder adapted, the projections of distances and the convolution among them."""
+    """With every matrix of the encoder adapted, the projections of distances and the convolution among
+    them.
+    """
     config = changed(config, hidden_size=20, intermediate_size=28, vocab_size=53)
     model = ours(config, "sequence_classification", scan=scan, checkpoint=scan, param_dtype=jnp.float64)
     params = encoders.random_params(model)
     ids, mask = some_ids(config, 7, "right", batch=2)
     targets = ["encoder/.*/kernel", "word_embeddings/embedding"]
-    frozen, delta = lora_jax.lorafy(params, targets, method=LoRA(rank=2, alpha=3), fn=lambda p: model.apply({"params": p}, ids, mask))
+    frozen, delta = lora_jax.lorafy(
+        params, targets, method=LoRA(rank=2, alpha=3), fn=lambda p: model.apply({"params": p}, ids, mask)
+    )
     rng = np.random.default_rng(1)
     delta = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), delta)
     forward = lora_jax.adapt(model.apply)
@@ -255,13 +319,24 @@ def test_adapted_is_merged_and_nothing_is_formed(config, scan, x64):
         adapted = jax.value_and_grad(lambda d: loss(forward, lora_jax.combine(frozen, d)))(delta)
         return adapted, jax.value_and_grad(lambda d: loss(model.apply, lora_jax.merge(frozen, d)))(delta)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *jax.jit(both, compiler_options=encoders.QUICKLY)(delta))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11),
+        *jax.jit(both, compiler_options=encoders.QUICKLY)(delta),
+    )
     leaves, treedef = jax.tree.flatten(frozen)
     named = lora_jax._paths.named_leaves(frozen)
-    gradient = jax.make_jaxpr(lambda leaves, d: jax.grad(lambda d: loss(forward, lora_jax.combine(jax.tree.unflatten(treedef, leaves), d)))(d))
+    gradient = jax.make_jaxpr(
+        lambda leaves, d: jax.grad(
+            lambda d: loss(forward, lora_jax.combine(jax.tree.unflatten(treedef, leaves), d))
+        )(d)
+    )
     jaxpr, adapted = gradient(leaves, delta), 0
     for index, (path, leaf) in enumerate(named):
-        if path.startswith("encoder/") and path.endswith("kernel") or path.endswith("word_embeddings/embedding"):
+        if (
+            path.startswith("encoder/")
+            and path.endswith("kernel")
+            or path.endswith("word_embeddings/embedding")
+        ):
             layers = config.num_hidden_layers if scan and "/layer/" in path else 1
             for size in {leaf.size, leaf.size // layers}:
                 assert not formed(jaxpr, [index], size), path

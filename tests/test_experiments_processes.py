@@ -1,4 +1,6 @@
-"""One run on several processes with real collectives: what one process computes, each file written once, and nothing lost when one of them ends."""
+"""One run on several processes with real collectives: what one process computes, each file written once,
+and nothing lost when one of them ends.
+"""
 
 import json
 import os
@@ -12,12 +14,13 @@ import numpy as np
 import processes
 import pytest
 import test_experiments_train as train_tests
-from benchmarks.ports import free_port, is_free
 from safetensors.numpy import load_file
 
+from benchmarks.ports import free_port, is_free
 from experiments import train
 from experiments.command_line import main
 from experiments.config import Mesh
+
 
 CONFIG = {
     "name": "several",
@@ -27,7 +30,16 @@ CONFIG = {
     "data": {"task": "e2e", "train": "train.txt", "valid": "valid.txt", "test": "test.txt", "seq_len": 144},
     "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1},
     "targets": ["attn/c_attn/kernel"],
-    "train": {"steps": 120, "batch": 8, "accumulate": 2, "lr": 0.01, "log_every": 1, "eval_every": 60, "eval_batches": 2, "checkpoint_every": 7},
+    "train": {
+        "steps": 120,
+        "batch": 8,
+        "accumulate": 2,
+        "lr": 0.01,
+        "log_every": 1,
+        "eval_every": 60,
+        "eval_batches": 2,
+        "checkpoint_every": 7,
+    },
     "mesh": {"data": 2, "fsdp": 2},
     "decode": {"max_tokens": 4, "prompts": 4, "shown": 1},
 }
@@ -52,13 +64,24 @@ def root(tmp_path_factory):
 
 
 def command(root, workdir, *more):
-    return [sys.executable, "-m", "experiments", "run", str(root / "config.json"), "--workdir", str(root / workdir), *more]
+    return [
+        sys.executable,
+        "-m",
+        "experiments",
+        "run",
+        str(root / "config.json"),
+        "--workdir",
+        str(root / workdir),
+        *more,
+    ]
 
 
 def start(root, workdir, *more, count=2):
     """The same command line, but for its last word, in each of `count` processes."""
     told = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
-    return processes.start([command(root, workdir, *more, *told, str(index)) for index in range(count)], devices=4 // count)
+    return processes.start(
+        [command(root, workdir, *more, *told, str(index)) for index in range(count)], devices=4 // count
+    )
 
 
 def succeed(started):
@@ -74,9 +97,13 @@ def steps_of(directory):
 
 
 def assert_alike(directory, other):
-    """The numbers of every step, to float32 rounding; tokens and rates, and so the examples of each step, exactly."""
+    """The numbers of every step, to float32 rounding; tokens and rates, and so the examples of each step,
+    exactly.
+    """
     ours, theirs = steps_of(directory), steps_of(other)
-    assert [(line["step"], line.get("tokens"), line.get("lr")) for line in ours] == [(line["step"], line.get("tokens"), line.get("lr")) for line in theirs]
+    assert [(line["step"], line.get("tokens"), line.get("lr")) for line in ours] == [
+        (line["step"], line.get("tokens"), line.get("lr")) for line in theirs
+    ]
     for name in ("loss", "valid_loss", "gradient_norm"):
         found, expected = ([line[name] for line in lines if name in line] for lines in (ours, theirs))
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
@@ -102,28 +129,45 @@ def wait_until(condition, started):
 
 @pytest.fixture(scope="module")
 def two(root):
-    """The run of two processes with two devices each, and what they printed. SLURM started them: nothing on the command line says that there are two."""
+    """The run of two processes with two devices each, and what they printed. SLURM started them: nothing
+    on the command line says that there are two.
+    """
     job = next(job for job in range(1, 4096) if is_free(61440 + job))  # the port that JAX makes of it
-    every = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    every = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
     tasks = [{**every, "SLURM_PROCID": str(index)} for index in range(2)]
-    return root / "two", succeed([processes.start([command(root, "two")], devices=2, environment=task)[0] for task in tasks])
+    return root / "two", succeed(
+        [processes.start([command(root, "two")], devices=2, environment=task)[0] for task in tasks]
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(root, two):
     directory, (first, second) = two
     assert_alike(directory, root / "one")
-    names = lambda directory: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if "checkpoints" not in path.parts)  # noqa: E731
+    names = lambda directory: sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if "checkpoints" not in path.parts
+    )
     assert names(directory) == names(root / "one"), "each file is there, and nothing else"
     assert "2 processes with 4 devices" in first and "finished, see" in first
     # Gloo's threads write their lines piece by piece, and so into one another's.
-    pieces = r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s"
+    pieces = (
+        r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : "
+        r"|\s"
+    )
     assert not re.sub(pieces, "", second), "one of them speaks"
 
 
 @pytest.mark.slow
 def test_four_processes_train_what_one_does():
-    """Three steps on a mesh of 2 x 2 x 2, of which each process has two devices: every batch, loss and adapter is that of one process with eight."""
+    """Three steps on a mesh of 2 x 2 x 2, of which each process has two devices: every batch, loss and
+    adapter is that of one process with eight.
+    """
     script = """
     import json
     sys.path.insert(0, sys.argv[1])
@@ -139,8 +183,11 @@ def test_four_processes_train_what_one_does():
     losses, state, _ = steps(settings)
     found = {"batch": {name: whole(array).tolist() for name, array in batch.items()}, "rows": sorted(rows), "losses": losses}
     print("found", json.dumps({**found, "delta": [whole(leaf).tolist() for leaf in jax.tree.leaves(state.delta)]}))
-    """
-    found = [json.loads(text.split("found ", 1)[1]) for text in processes.run(4, script, processes.REPOSITORY / "tests")]
+    """  # noqa: E501
+    found = [
+        json.loads(text.split("found ", 1)[1])
+        for text in processes.run(4, script, processes.REPOSITORY / "tests")
+    ]
     settings = train_tests.config(mesh=Mesh(2, 2, 2), accumulate=2)
     losses, state, _ = train_tests.steps(settings)
     expected = train_tests.examples().batch(np.arange(8))
@@ -155,15 +202,21 @@ def test_four_processes_train_what_one_does():
 
 @pytest.mark.slow
 def test_killed_and_asked_to_stop_it_ends_bit_for_bit(root, two):
-    """One process is killed: the other does not hang. One is told to stop: both stop after the same step, saved. Then it ends as if nothing had been."""
+    """One process is killed: the other does not hang. One is told to stop: both stop after the same step,
+    saved. Then it ends as if nothing had been.
+    """
     started = start(root, "stopped")
     wait_for(root / "stopped", 8, started)
-    wait_until(lambda: (root / "stopped" / "checkpoints" / "7").is_dir(), started)  # it is written while training goes on
+    wait_until(
+        lambda: (root / "stopped" / "checkpoints" / "7").is_dir(), started
+    )  # it is written while training goes on
     started[1].kill()
     codes = [code for code, _, _ in processes.finish(started, timeout=180)]
     assert codes[0] != 0 and codes[1] == -signal.SIGKILL
 
-    kept = max(int(entry.name) for entry in (root / "stopped" / "checkpoints").iterdir() if entry.name.isdecimal())
+    kept = max(
+        int(entry.name) for entry in (root / "stopped" / "checkpoints").iterdir() if entry.name.isdecimal()
+    )
     told = (root / "stopped" / "metrics.jsonl").stat().st_ino
     started = start(root, "stopped")
     # Each start writes a file of its own, from the checkpoint on; the old one may know of later steps.
@@ -220,15 +273,22 @@ def test_what_one_finds_all_learn():
         texts = processes.run(2, script, f"{directory}/shared", f"{directory}/own")
     first, second = (json.loads(text.split("found ", 1)[1]) for text in texts)
     assert first[0] == second[0] == {"index": 0, "text": "x" * 100} and (first[1], second[1]) == (True, False)
-    assert first[2] == ["FileNotFoundError", "no such thing"] and second[2] == ["StoppedElsewhere", "FileNotFoundError: no such thing"]
+    assert first[2] == ["FileNotFoundError", "no such thing"] and second[2] == [
+        "StoppedElsewhere",
+        "FileNotFoundError: no such thing",
+    ]
     assert first[3] == second[3] == []
     assert first[4] == second[4] == [True, False, False]
-    assert all("process 0 writes there, and process 1 does not see it" in found[5] for found in (first, second))
+    assert all(
+        "process 0 writes there, and process 1 does not see it" in found[5] for found in (first, second)
+    )
 
 
 @pytest.mark.slow
 def test_an_error_ends_all(root, tmp_path):
-    """One that only the first meets, at the directory: each process ends with a failure, and the first says why."""
+    """One that only the first meets, at the directory: each process ends with a failure, and the first
+    says why.
+    """
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("chapter one")
     ended = processes.finish(start(root, tmp_path / "other"))
@@ -260,7 +320,10 @@ def test_an_mpirun_of_which_jax_learns_nothing(tmp_path, capsys, monkeypatch):
 
 def test_an_idle_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"takes 2 devices, and the 2 processes have 8, of which none may be idle: set `mesh.data` to 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"takes 2 devices, and the 2 processes have 8, of which none may be idle: set `mesh.data` to 4",
+    ):
         train.make_mesh(Mesh(1, 2, 1))
 
 

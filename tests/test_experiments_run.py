@@ -1,4 +1,6 @@
-"""Whole runs through the command line on a tiny model: what they leave, resuming bit for bit, and every kind of bad input."""
+"""Whole runs through the command line on a tiny model: what they leave, resuming bit for bit, and every
+kind of bad input.
+"""
 
 import json
 import os
@@ -12,11 +14,11 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments import config as configs
-from experiments import train
+from experiments import config as configs, train
 from experiments.command_line import main
 from experiments.run import run
 from lora_jax.interop import hf, loralib, peft
+
 
 GENERATE = {"seed": 0, "meanings": 12, "held_out": 4, "references": 2}
 BASE = {
@@ -37,15 +39,34 @@ LORA = {
     "data": {"task": "e2e", "train": "train.txt", "valid": "valid.txt", "test": "test.txt", "seq_len": 144},
     "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1, "blocks": [True, False, True]},
     "targets": ["attn/c_attn/kernel"],
-    "train": {"steps": 8, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 1, "eval_every": 4, "eval_batches": 1, "checkpoint_every": 3},
-    "decode": {"max_tokens": 4, "shown": 2, "beams": 3, "length_penalty": 0.9, "no_repeat_ngram": 2, "end": ["\n"], "before": True},
+    "train": {
+        "steps": 8,
+        "batch": 4,
+        "lr": 0.01,
+        "warmup": 1,
+        "log_every": 1,
+        "eval_every": 4,
+        "eval_batches": 1,
+        "checkpoint_every": 3,
+    },
+    "decode": {
+        "max_tokens": 4,
+        "shown": 2,
+        "beams": 3,
+        "length_penalty": 0.9,
+        "no_repeat_ngram": 2,
+        "end": ["\n"],
+        "before": True,
+    },
     "compare_full": True,
 }
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay strict."""
+    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
+    strict.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -61,10 +82,20 @@ def root(tmp_path_factory):
 
 
 def test_a_tokenizer_of_its_own(root, tmp_path):
-    """`base.vocabulary`: trained on the training text, carried along in the export, and kept by a second start."""
+    """`base.vocabulary`: trained on the training text, carried along in the export, and kept by a second
+    start.
+    """
     tree = {**BASE, "base": {"architecture": BASE["base"]["architecture"], "vocabulary": 300}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    arguments = ["run", "--config", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "run"), "--set", "train.steps=2"]
+    arguments = [
+        "run",
+        "--config",
+        str(tmp_path / "config.json"),
+        "--workdir",
+        str(tmp_path / "run"),
+        "--set",
+        "train.steps=2",
+    ]
     assert main(arguments) == 0
     model, _ = hf.load(tmp_path / "run" / "merged")
     assert model.config.vocab_size == 300
@@ -75,7 +106,9 @@ def test_a_tokenizer_of_its_own(root, tmp_path):
 
 
 def snapshot(directory):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()
+    }
 
 
 def numbers_of(directory):
@@ -120,8 +153,19 @@ class _AskedAt:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6, 8])
 def test_sigterm_saves_and_the_same_command_goes_on(root, tmp_path, step, capsys, monkeypatch):
-    """At a step that would have been evaluated, and at one that would not: the run ends as the uninterrupted one, told step by step."""
-    command = ["run", str(root / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "parts"), "--set", f"base.workdir={root / 'done' / 'base'}"]
+    """At a step that would have been evaluated, and at one that would not: the run ends as the
+    uninterrupted one, told step by step.
+    """
+    command = [
+        "run",
+        str(root / "tiny.json"),
+        "--data",
+        str(root),
+        "--workdir",
+        str(tmp_path / "parts"),
+        "--set",
+        f"base.workdir={root / 'done' / 'base'}",
+    ]
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         _AskedAt(patch, step)
@@ -144,15 +188,30 @@ def test_sigterm_saves_and_the_same_command_goes_on(root, tmp_path, step, capsys
 def test_sigterm_while_the_base_is_made_stops_both(root, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         _AskedAt(patch, 1)
-        assert main(["run", str(root / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "run")]) == 0
+        assert (
+            main(["run", str(root / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "run")])
+            == 0
+        )
     assert "stopped after step 1, as asked" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "base" / "checkpoints" / "1").is_dir()
+    assert (
+        not (tmp_path / "run" / "checkpoints").exists()
+        and (tmp_path / "run" / "base" / "checkpoints" / "1").is_dir()
+    )
 
 
 def test_a_finished_work_directory(root):
     done = root / "done"
     names = {path.name for path in done.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "adapter", "merged", "predictions.txt", "report.md", "figures"} <= names
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "merged",
+        "predictions.txt",
+        "report.md",
+        "figures",
+    } <= names
     assert not {name for name in names if name.endswith(".tmp")}
     assert json.loads((done / "config.json").read_text()) == configs.to_json(configs.load(root / "tiny.json"))
     assert len((done / "predictions.txt").read_text().splitlines()) == GENERATE["held_out"]
@@ -177,7 +236,11 @@ def test_the_adapter_beside_the_merged_model(root):
     done = root / "done"
     file = done / "adapter" / "adapter_model.safetensors"
     facts, page = json.loads((done / "report.json").read_text()), (done / "report.md").read_text()
-    assert facts["adapter"] == {"bytes": file.stat().st_size, "merged_bytes": (done / "merged" / "model.safetensors").stat().st_size, "missing": None}
+    assert facts["adapter"] == {
+        "bytes": file.stat().st_size,
+        "merged_bytes": (done / "merged" / "model.safetensors").stat().st_size,
+        "missing": None,
+    }
     assert "`adapter/` is what was trained, in PEFT's format: a file of " in page
     named = json.loads((done / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == "base/merged"
@@ -220,7 +283,9 @@ def test_the_base_stays_and_the_merged_model_moves(root):
     assert moved["h"]["0"]["attn"]["c_attn"].pop("kernel")
     assert not any(jax.tree.leaves(moved))
     width = base["h"]["0"]["attn"]["c_attn"]["kernel"].shape[0]
-    difference = np.asarray(merged["h"]["0"]["attn"]["c_attn"]["kernel"] - base["h"]["0"]["attn"]["c_attn"]["kernel"])
+    difference = np.asarray(
+        merged["h"]["0"]["attn"]["c_attn"]["kernel"] - base["h"]["0"]["attn"]["c_attn"]["kernel"]
+    )
     assert not difference[:, width : 2 * width].any(), "the key block is not adapted"
 
 
@@ -234,7 +299,9 @@ def test_again_is_already_finished(root, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 5])
 def test_resume_is_bit_for_bit(root, tmp_path, stop, capsys):
-    """Stopped before the first checkpoint or between two, the run ends with the adapter of the uninterrupted one, `done`."""
+    """Stopped before the first checkpoint or between two, the run ends with the adapter of the
+    uninterrupted one, `done`.
+    """
     config = configs.load(root / "tiny.json", [f"base.workdir={root / 'done' / 'base'}"])
     run(config, root / "tiny.json", root, tmp_path / "parts", stop_after=stop)
     assert not (tmp_path / "parts" / "report.md").exists()
@@ -248,12 +315,18 @@ def test_resume_is_bit_for_bit(root, tmp_path, stop, capsys):
 
 @pytest.mark.slow
 def test_another_mesh_goes_on(root, tmp_path, capsys):
-    """Begun on one device and ended on four: the numbers of `done`, to float32 rounding, and the directory says which mesh was the last."""
+    """Begun on one device and ended on four: the numbers of `done`, to float32 rounding, and the
+    directory says which mesh was the last.
+    """
     file, base = root / "tiny.json", [f"base.workdir={root / 'done' / 'base'}"]
     run(configs.load(file, base), file, root, tmp_path / "run", stop_after=5)
     run(configs.load(file, [*base, "mesh.data=2", "mesh.tensor=2"]), file, root, tmp_path / "run")
     assert "resuming after step 3" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mesh"] == {
+        "data": 2,
+        "fsdp": 1,
+        "tensor": 2,
+    }
     close(hf.load(tmp_path / "run" / "merged")[1], hf.load(root / "done" / "merged")[1])
     for found, expected in zip(numbers_of(tmp_path / "run"), numbers_of(root / "done"), strict=True):
         assert found.keys() == expected.keys()
@@ -261,12 +334,19 @@ def test_another_mesh_goes_on(root, tmp_path, capsys):
 
 
 def test_export_and_report(root, tmp_path, capsys, monkeypatch):
-    assert main(["export", "--workdir", str(root / "done"), "--to", str(tmp_path / "out"), "--format", "hf"]) == 0
+    assert (
+        main(["export", "--workdir", str(root / "done"), "--to", str(tmp_path / "out"), "--format", "hf"])
+        == 0
+    )
     exported, merged = (hf.load(directory)[1] for directory in (tmp_path / "out", root / "done" / "merged"))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, exported, merged)))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert "not empty" in refused(capsys, monkeypatch, "export", "--workdir", root / "done", "--to", tmp_path / "out", "--format", "hf")
-    assert "no finished run" in refused(capsys, monkeypatch, "export", "--workdir", tmp_path, "--to", tmp_path / "new", "--format", "hf")
+    assert "not empty" in refused(
+        capsys, monkeypatch, "export", "--workdir", root / "done", "--to", tmp_path / "out", "--format", "hf"
+    )
+    assert "no finished run" in refused(
+        capsys, monkeypatch, "export", "--workdir", tmp_path, "--to", tmp_path / "new", "--format", "hf"
+    )
     runs = [str(root / "done"), str(root / "done" / "base")]
     assert main(["report", *runs, "--figure", str(tmp_path / "losses.png")]) == 0
     table = capsys.readouterr().out
@@ -282,21 +362,44 @@ def test_export_of_the_adapter(root, tmp_path, capsys, monkeypatch):
     assert main([*map(str, arguments), "peft", "--to", str(tmp_path / "adapter")]) == 0
     close(lora_jax.merge(*peft.load(tmp_path / "adapter", model, params)), merged)
     assert main([*map(str, arguments), "loralib", "--to", str(tmp_path / "adapter.pt")]) == 0
-    assert f"wrote {tmp_path / 'adapter.pt'}; its lora_alpha is 4, which the file does not hold" in capsys.readouterr().out
+    assert (
+        f"wrote {tmp_path / 'adapter.pt'}; its lora_alpha is 4, which the file does not hold"
+        in capsys.readouterr().out
+    )
     close(lora_jax.merge(*loralib.load(tmp_path / "adapter.pt", model, params, alpha=4)), merged)
-    assert main(["convert", str(done / "adapter"), str(tmp_path / "again"), "--to", "hf"]) == 0, "the base is found beside it"
+    assert main(["convert", str(done / "adapter"), str(tmp_path / "again"), "--to", "hf"]) == 0, (
+        "the base is found beside it"
+    )
     close(hf.load(tmp_path / "again")[1], merged)
 
-    assert "nothing is overwritten" in refused(capsys, monkeypatch, *arguments, "loralib", "--to", tmp_path / "adapter.pt")
-    assert "must be a file .pt or .bin" in refused(capsys, monkeypatch, *arguments, "loralib", "--to", tmp_path / "new")
-    assert "is a finished run: pass its adapter" in refused(capsys, monkeypatch, "convert", done, tmp_path / "new", "--to", "hf")
-    line = refused(capsys, monkeypatch, "export", "--workdir", done / "base", "--format", "peft", "--to", tmp_path / "new")
+    assert "nothing is overwritten" in refused(
+        capsys, monkeypatch, *arguments, "loralib", "--to", tmp_path / "adapter.pt"
+    )
+    assert "must be a file .pt or .bin" in refused(
+        capsys, monkeypatch, *arguments, "loralib", "--to", tmp_path / "new"
+    )
+    assert "is a finished run: pass its adapter" in refused(
+        capsys, monkeypatch, "convert", done, tmp_path / "new", "--to", "hf"
+    )
+    line = refused(
+        capsys,
+        monkeypatch,
+        "export",
+        "--workdir",
+        done / "base",
+        "--format",
+        "peft",
+        "--to",
+        tmp_path / "new",
+    )
     assert "has no adapter/: the method is Full" in line
     old = tmp_path / "old"
     old.mkdir()
     (old / "report.md").write_text("")
     (old / "report.json").write_text("{}")
-    line = refused(capsys, monkeypatch, "export", "--workdir", old, "--format", "loralib", "--to", tmp_path / "new.pt")
+    line = refused(
+        capsys, monkeypatch, "export", "--workdir", old, "--format", "loralib", "--to", tmp_path / "new.pt"
+    )
     assert "has no adapter/: it was finished by a version that wrote none" in line
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.pt").exists()
 
@@ -304,7 +407,9 @@ def test_export_of_the_adapter(root, tmp_path, capsys, monkeypatch):
 def test_pytorch_reads_the_export(root, torch):
     import transformers
 
-    model, report = transformers.GPT2LMHeadModel.from_pretrained(root / "done" / "merged", output_loading_info=True)
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(
+        root / "done" / "merged", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ours, params = hf.load(root / "done" / "merged")
     ids = np.arange(12)[None]
@@ -321,9 +426,18 @@ BAD_ARGUMENTS = {
     "empty data": (["--set", "data.train=empty.txt"], "the data set `empty.txt` is empty"),
     "no separator": (["--set", "data.valid=bare.txt"], "row 2: expected exactly one `||`"),
     "too long for seq_len": (["--set", "data.seq_len=20"], "more than `data.seq_len` (20)"),
-    "too long for the model": (["--set", "data.seq_len=500"], "`data.seq_len` (500) is longer than the model, which has 160 positions"),
-    "too long to decode": (["--set", "decode.max_tokens=150"], "`decode.max_tokens` (150) exceed the model's 160 positions"),
-    "end of two tokens": (["--set", 'decode.end=["no one"]'], "`decode.end` has 'no one', which the tokenizer encodes as"),
+    "too long for the model": (
+        ["--set", "data.seq_len=500"],
+        "`data.seq_len` (500) is longer than the model, which has 160 positions",
+    ),
+    "too long to decode": (
+        ["--set", "decode.max_tokens=150"],
+        "`decode.max_tokens` (150) exceed the model's 160 positions",
+    ),
+    "end of two tokens": (
+        ["--set", 'decode.end=["no one"]'],
+        "`decode.end` has 'no one', which the tokenizer encodes as",
+    ),
     "missing base": (["--set", 'base={"path": "/absent"}'], "`base.path`: no directory"),
     "unreachable hub": (["--set", 'base={"path": "gpt2-medium"}'], "the hub does not give it"),
     "truncated safetensors": (["--set", 'base={"path": "truncated"}'], "model.safetensors"),
@@ -347,7 +461,9 @@ def inputs(root):
     truncated.mkdir()
     for path in (root / "done" / "base" / "merged").iterdir():
         content = path.read_bytes()
-        (truncated / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+        (truncated / path.name).write_bytes(
+            content[: len(content) // 2] if path.suffix == ".safetensors" else content
+        )
     tree = {**LORA, "base": {"path": str(root / "done" / "base" / "merged")}, "generate": None}
     (root / "plain.json").write_text(json.dumps(tree))
     return inputs
@@ -357,18 +473,31 @@ def inputs(root):
 def test_bad_input_is_one_line(root, inputs, tmp_path, capsys, monkeypatch, case):
     arguments, message = BAD_ARGUMENTS[case]
     config = [] if "--config" in arguments else ["--config", root / "plain.json"]
-    line = refused(capsys, monkeypatch, "run", *config, "--data", inputs, "--workdir", tmp_path / "work", *arguments)
+    line = refused(
+        capsys, monkeypatch, "run", *config, "--data", inputs, "--workdir", tmp_path / "work", *arguments
+    )
     assert message in line
     assert not (tmp_path / "work").exists(), "nothing was written"
 
 
 def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({**LORA, "base": {"path": "./bases/tiny"}, "compare_full": False}))
-    arguments = ["run", str(tmp_path / "config.json"), "--data", str(root), "--workdir", str(tmp_path / "run")]
+    (tmp_path / "config.json").write_text(
+        json.dumps({**LORA, "base": {"path": "./bases/tiny"}, "compare_full": False})
+    )
+    arguments = [
+        "run",
+        str(tmp_path / "config.json"),
+        "--data",
+        str(root),
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     line = refused(capsys, monkeypatch, *arguments)
     assert f"no directory `{tmp_path / 'bases' / 'tiny'}`" in line
     shutil.copytree(root / "done" / "base" / "merged", tmp_path / "bases" / "tiny")
-    run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1)
+    run(
+        configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1
+    )
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
@@ -380,8 +509,12 @@ def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
         ("method.rank=9", "`rank` is 9, above min(in, out) = 8"),
     ],
 )
-def test_what_a_base_would_not_fit_is_found_before_it_is_trained(root, tmp_path, capsys, monkeypatch, override, message):
-    line = refused(capsys, monkeypatch, "run", root / "tiny.json", "--workdir", tmp_path / "work", "--set", override)
+def test_what_a_base_would_not_fit_is_found_before_it_is_trained(
+    root, tmp_path, capsys, monkeypatch, override, message
+):
+    line = refused(
+        capsys, monkeypatch, "run", root / "tiny.json", "--workdir", tmp_path / "work", "--set", override
+    )
     assert message in line
     assert not (tmp_path / "work").exists(), "nothing was written"
 
@@ -391,8 +524,12 @@ def test_what_a_crash_leaves(root, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "tokenizer.tmp").mkdir(parents=True)
     tree = {**BASE, "base": {"architecture": BASE["base"]["architecture"], "vocabulary": 300}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1)
-    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file() and not (tmp_path / "run" / "tokenizer.tmp").exists()
+    run(
+        configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1
+    )
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file() and not (
+        tmp_path / "run" / "tokenizer.tmp"
+    ).exists()
     (tmp_path / "run" / "config.json").write_text("")
     line = refused(capsys, monkeypatch, "run", tmp_path / "config.json", "--workdir", tmp_path / "run")
     assert f"`{tmp_path / 'run' / 'config.json'}` is not valid JSON" in line
@@ -400,7 +537,9 @@ def test_what_a_crash_leaves(root, tmp_path, capsys, monkeypatch):
 
 def test_another_config_is_refused(root, capsys, monkeypatch):
     before = snapshot(root / "done")
-    line = refused(capsys, monkeypatch, "run", root / "tiny.json", "--workdir", root / "done", "--set", "train.lr=0.5")
+    line = refused(
+        capsys, monkeypatch, "run", root / "tiny.json", "--workdir", root / "done", "--set", "train.lr=0.5"
+    )
     assert "holds a run of another config: `train.lr` was 0.01 and is now 0.5" in line
     assert snapshot(root / "done") == before
 
@@ -441,10 +580,18 @@ def test_a_directory_of_something_else_is_refused(root, tmp_path, capsys, monkey
 def test_the_command_line_itself(root, capsys, monkeypatch):
     assert "takes one config" in refused(capsys, monkeypatch, "run")
     assert "takes one config" in refused(capsys, monkeypatch, "run", "a.json", "--config", "b.json")
-    assert "invalid choice" in refused(capsys, monkeypatch, "export", "--workdir", "a", "--to", "b", "--format", "onnx")
+    assert "invalid choice" in refused(
+        capsys, monkeypatch, "export", "--workdir", "a", "--to", "b", "--format", "onnx"
+    )
     assert "unrecognized arguments" in refused(capsys, monkeypatch, "run", "a.json", "--worckdir", "x")
     assert "required" in refused(capsys, monkeypatch)
-    for arguments in (["--help"], ["run", "--help"], ["export", "--help"], ["convert", "--help"], ["report", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["run", "--help"],
+        ["export", "--help"],
+        ["convert", "--help"],
+        ["report", "--help"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0

@@ -1,4 +1,6 @@
-"""Loss, schedule and the training step: against definitions written out by hand, and against themselves on other meshes."""
+"""Loss, schedule and the training step: against definitions written out by hand, and against themselves
+on other meshes.
+"""
 
 import dataclasses
 import functools
@@ -10,36 +12,61 @@ import optax
 import pytest
 
 import lora_jax
-from experiments import loss as losses
-from experiments import finish, optimizer, train
-from experiments.config import METHODS, Architecture, Base, Budget, Config, Mesh, Optimizer, Source, TextData, Train, method_value
-from experiments.progress import Record, read_metrics
+from experiments import finish, loss as losses, optimizer, train
+from experiments.config import (
+    Architecture,
+    Base,
+    Budget,
+    Config,
+    Mesh,
+    method_value,
+    METHODS,
+    Optimizer,
+    Source,
+    TextData,
+    Train,
+)
+from experiments.progress import read_metrics, Record
 from experiments.tasks.examples import Examples, Splits
 from lora_jax._paths import named_leaves
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+
 
 LORA = {"name": "LoRA", "rank": 2, "alpha": 4, "init": "kaiming", "blocks": [True, False, True]}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay strict."""
+    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
+    strict.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
-def config(method=LORA, targets=("attn/c_attn/kernel",), mesh=Mesh(), clip=None, name="adamw", rules=(), quantize=None, **settings):
+def config(
+    method=LORA,
+    targets=("attn/c_attn/kernel",),
+    mesh=Mesh(),
+    clip=None,
+    name="adamw",
+    rules=(),
+    quantize=None,
+    **settings,
+):
     section = Train(**{"steps": 6, "batch": 8, "lr": 1e-2, "warmup": 2, "label_smoothing": 0.1, **settings})
     architecture = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="none")
     data = TextData("text", "none", "none", 12)
     rule = Optimizer(name, weight_decay=0.01, clip=clip, **dict(rules))
-    return Config("tiny", Source(None), architecture, data, method, targets, section, rule, mesh, quantize=quantize)
+    return Config(
+        "tiny", Source(None), architecture, data, method, targets, section, rule, mesh, quantize=quantize
+    )
 
 
 def examples(count=24, seq_len=12):
     random = np.random.default_rng(0)
-    draw = lambda low, high: random.integers(1, 31, size=random.integers(low, high)).tolist()  # noqa: E731
+    draw = lambda low, high: random.integers(1, 31, size=random.integers(low, high)).tolist()
     return Examples([(draw(2, 5), draw(2, 7)) for _ in range(count)], seq_len)
 
 
@@ -56,19 +83,29 @@ def started(settings):
     params = weights()
     mesh = train.make_mesh(settings.mesh)
     params, specs = train.place(mesh, params, MODEL.partition_rules)
-    frozen, delta = lora_jax.lorafy(params, list(settings.targets), method=method_value(settings.method), key=jax.random.key(1))
+    frozen, delta = lora_jax.lorafy(
+        params, list(settings.targets), method=method_value(settings.method), key=jax.random.key(1)
+    )
     trainer = train.Trainer.create(settings, mesh, MODEL.apply, frozen, delta, specs)
     return trainer, trainer.start(delta, specs, jax.random.key(2))
 
 
 def steps(settings, count=3, quickly=False):
-    """Losses of `count` steps, and the state after them. `quickly`: compiled with little care, which takes a third less time."""
+    """Losses of `count` steps, and the state after them. `quickly`: compiled with little care, which
+    takes a third less time.
+    """
     trainer, state = started(settings)
     step, data, found = trainer.compiled_step(state), examples(), []
     for number in range(count):
         indices = np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data)
         batch = trainer.device_batch(data, indices, settings.train.accumulate)
-        arguments = (state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number))
+        arguments = (
+            state.delta,
+            state.opt_state,
+            trainer.frozen,
+            batch,
+            jax.random.fold_in(state.key, number),
+        )
         if quickly and number == 0:
             step = step.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
         delta, opt_state, numbers = step(*arguments)
@@ -78,7 +115,9 @@ def steps(settings, count=3, quickly=False):
 
 
 def close(left, right, tolerance=1e-6):
-    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=tolerance, rtol=tolerance), left, right)
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, atol=tolerance, rtol=tolerance), left, right
+    )
 
 
 def test_loss_is_the_definition():
@@ -92,10 +131,14 @@ def test_loss_is_the_definition():
             -(1 - smoothing) * log_p[b, t, labels[b, t]] - smoothing * log_p[b, t].mean()
             for b in range(2) for t in range(5) if mask[b, t]
         ]  # fmt: skip
-        total, count = losses.masked_sum(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(mask), smoothing)
+        total, count = losses.masked_sum(
+            jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(mask), smoothing
+        )
         np.testing.assert_allclose(losses.mean(total, count), sum(terms) / (3 + 1e-4), rtol=1e-5)
     assert losses.token_losses(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(labels)).dtype == jnp.float32
-    assert losses.mean(*losses.masked_sum(jnp.asarray(logits), jnp.asarray(labels), jnp.zeros((2, 5)))) == 0, "nothing counted is no NaN"
+    assert (
+        losses.mean(*losses.masked_sum(jnp.asarray(logits), jnp.asarray(labels), jnp.zeros((2, 5)))) == 0
+    ), "nothing counted is no NaN"
 
 
 def test_schedule_starts_at_zero_and_ends_at_zero():
@@ -115,7 +158,9 @@ def test_the_first_step_changes_nothing():
 
 
 def test_a_step_is_optax_on_the_plain_loss():
-    """Two steps of the trainer against the same two written directly, with merged weights and no adapters' transform."""
+    """Two steps of the trainer against the same two written directly, with merged weights and no
+    adapters' transform.
+    """
     settings = config()
     _, state = on_one_device()
     trainer, first = started(settings)
@@ -148,14 +193,20 @@ def on_one_device(full=False):
     return steps(config({"name": "Full"}, (".*",)) if full else config())[:2]
 
 
-@pytest.mark.parametrize("full, shape", [(False, (2, 1, 1)), (False, (1, 2, 1)), (False, (1, 1, 2)), (False, (2, 2, 2)), (True, (2, 2, 2))], ids=str)
+@pytest.mark.parametrize(
+    "full, shape",
+    [(False, (2, 1, 1)), (False, (1, 2, 1)), (False, (1, 1, 2)), (False, (2, 2, 2)), (True, (2, 2, 2))],
+    ids=str,
+)
 def test_every_mesh_gives_the_same_adapter(full, shape):
     whole, state = on_one_device(full)
     method, targets = ({"name": "Full"}, (".*",)) if full else (LORA, ("attn/c_attn/kernel",))
     spread, other, _ = steps(config(method, targets, Mesh(*shape)))
     np.testing.assert_allclose(whole, spread, rtol=1e-5)
     close(state.delta, jax.device_get(other.delta), 2e-5)
-    halved = [leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state)]
+    halved = [
+        leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state)
+    ]
     # With `blocks`, B stays whole, so only fsdp splits anything of LoRA's.
     assert any(halved) == (full or shape[1] > 1), "the moments are split as their arrays are"
 
@@ -166,11 +217,15 @@ def test_the_authors_optimizer_on_a_mesh():
     spread, other, _ = steps(config(name="adamw_authors", mesh=Mesh(2, 2, 2)))
     np.testing.assert_allclose(whole, spread, rtol=1e-5)
     close(state.delta, jax.device_get(other.delta), 2e-5)
-    assert any(leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state))
+    assert any(
+        leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state)
+    )
 
 
 def test_the_base_outlives_full_fine_tuning():
-    """Donated buffers are the run's own copies: the base is needed at the end, for what it says before training."""
+    """Donated buffers are the run's own copies: the base is needed at the end, for what it says before
+    training.
+    """
     _, state, _ = steps(config({"name": "Full"}, (".*",)), 1)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((weights(), state.delta)))
 
@@ -181,7 +236,9 @@ def test_one_compilation_and_donated_buffers():
     old = jax.tree.leaves((state.delta, state.opt_state))
     for number in range(3):
         batch = trainer.device_batch(data, np.arange(8))
-        delta, opt_state, _ = step(state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number))
+        delta, opt_state, _ = step(
+            state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number)
+        )
         state = state._replace(delta=delta, opt_state=opt_state)
     assert step._cache_size() == 1
     assert all(leaf.is_deleted() for leaf in old)
@@ -194,9 +251,14 @@ def test_dropout_depends_on_seed_and_step_alone():
     # At the start B is 0, and what is dropped before it makes no difference.
     delta = jax.tree.map(jnp.ones_like, state.delta)
     batch = jax.tree.map(lambda array: array[0], trainer.device_batch(examples(), np.arange(8)))
-    keyed = [float(trainer.loss(delta, trainer.frozen, batch, jax.random.fold_in(state.key, step))[0]) for step in (0, 1)]
+    keyed = [
+        float(trainer.loss(delta, trainer.frozen, batch, jax.random.fold_in(state.key, step))[0])
+        for step in (0, 1)
+    ]
     assert keyed[0] != keyed[1]
-    assert trainer.loss(delta, trainer.frozen, batch)[0] == trainer.loss(delta, trainer.frozen, batch)[0], "no key, no dropout"
+    assert trainer.loss(delta, trainer.frozen, batch)[0] == trainer.loss(delta, trainer.frozen, batch)[0], (
+        "no key, no dropout"
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2)])
@@ -207,7 +269,14 @@ def test_dropout_is_the_same_on_every_mesh(shape):
     for mesh in (Mesh(), Mesh(*shape)):
         trainer, state = started(config(settings, mesh=mesh))
         batch = jax.tree.map(lambda array: array[0], trainer.device_batch(examples(), np.arange(8)))
-        found.append(jax.jit(trainer.loss)(jax.tree.map(jnp.ones_like, state.delta), trainer.frozen, batch, jax.random.fold_in(state.key, 0))[0])
+        found.append(
+            jax.jit(trainer.loss)(
+                jax.tree.map(jnp.ones_like, state.delta),
+                trainer.frozen,
+                batch,
+                jax.random.fold_in(state.key, 0),
+            )[0]
+        )
     np.testing.assert_allclose(*map(float, found), rtol=1e-6)
 
 
@@ -228,25 +297,48 @@ def test_evaluation_counts_every_example_once():
     arrays = jax.tree.map(jnp.asarray, data.batch(np.arange(21)))
     total, count = trainer.loss(state.delta, trainer.frozen, arrays)
     np.testing.assert_allclose(found, losses.mean(total, count), rtol=1e-6)
-    limited = dataclasses.replace(trainer.config, train=dataclasses.replace(trainer.config.train, eval_batches=1))
+    limited = dataclasses.replace(
+        trainer.config, train=dataclasses.replace(trainer.config.train, eval_batches=1)
+    )
     arrays = jax.tree.map(lambda array: array[:8], arrays)
     expected = losses.mean(*trainer.loss(state.delta, trainer.frozen, arrays))
-    np.testing.assert_allclose(dataclasses.replace(trainer, config=limited).evaluate(compiled, state.delta, data), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        dataclasses.replace(trainer, config=limited).evaluate(compiled, state.delta, data),
+        expected,
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("result", ["last", "best", "mean"])
 def test_what_of_a_run_is_exported(tmp_path, result):
-    """With a rate that is far too high, so that the first evaluation is the best: what is exported has the loss of that step, or is the mean."""
-    settings = config({**LORA}, steps=8, lr=30.0, warmup=0, eval_every=2, checkpoint_every=4, keep_checkpoints=2, result=result)
+    """With a rate that is far too high, so that the first evaluation is the best: what is exported has
+    the loss of that step, or is the mean.
+    """
+    settings = config(
+        {**LORA},
+        steps=8,
+        lr=30.0,
+        warmup=0,
+        eval_every=2,
+        checkpoint_every=4,
+        keep_checkpoints=2,
+        result=result,
+    )
     trainer, state = started(settings)
     splits = Splits(examples(), examples(count=24))
-    with Checkpoints(tmp_path / "checkpoints", identity={}, keep=2, keep_best=result == "best") as checkpoints:
+    with Checkpoints(
+        tmp_path / "checkpoints", identity={}, keep=2, keep_best=result == "best"
+    ) as checkpoints:
         with Record(tmp_path, "run", 8, 0) as record:
             state = trainer.fit(state, splits, checkpoints, record)
         words, delta = finish.chosen(checkpoints, state, settings.train)
         saved = checkpoints.steps()
         deltas = [checkpoints.restore(state.delta, state.opt_state, step=step).delta for step in saved]
-    losses_of = {line["step"]: line["valid_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "valid_loss" in line}
+    losses_of = {
+        line["step"]: line["valid_loss"]
+        for line in read_metrics(tmp_path / "metrics.jsonl")
+        if "valid_loss" in line
+    }
     assert list(losses_of) == [0, 2, 4, 6, 8]
     best = min((2, 4, 6, 8), key=losses_of.get)
     assert best < 6, "the rate is too low for this test"
@@ -267,7 +359,7 @@ def test_a_mesh_larger_than_the_machine():
         train.make_mesh(Mesh(4, 4, 1))
 
 
-# --- other methods --------------------------------------------------------------------------------------------------------
+# --- other methods ------------------------------------------------------------------------------------------
 
 RULES = {
     "AdaLoRA": {"adalora": Budget(target_rank=1, final_steps=1, orthogonality=0.1)},
@@ -288,7 +380,10 @@ def test_every_method_trains_and_every_mesh_gives_the_same(name):
     spread, other, _ = steps(row(name, mesh=Mesh(2, 2, 2)), 3)
     close(alone, spread)
     close(state.delta, jax.device_get(other.delta))
-    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(started(row(name, mesh=Mesh(2, 2, 2)))[0].frozen))
+    assert all(
+        len(leaf.sharding.device_set) == 8
+        for leaf in jax.tree.leaves(started(row(name, mesh=Mesh(2, 2, 2)))[0].frozen)
+    )
 
 
 @functools.cache
@@ -297,12 +392,20 @@ def of_one_device(name, quantize=None):
 
 
 # All ways of giving eight devices to the axes, but for the one above.
-MESHES = [(data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if data * fsdp <= 8 and (data, fsdp) != (2, 2)]
+MESHES = [
+    (data, fsdp, 8 // data // fsdp)
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    if data * fsdp <= 8 and (data, fsdp) != (2, 2)
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name, quantize", [*((name, None) for name in METHODS), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")])
+@pytest.mark.parametrize(
+    "name, quantize",
+    [*((name, None) for name in METHODS), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")],
+)
 def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
     alone, state = of_one_device(name, quantize)
     spread, other, _ = steps(row(name, quantize=quantize, mesh=Mesh(*shape)), 3, quickly=True)
@@ -312,7 +415,9 @@ def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "Full"])
 def test_a_quantised_base_trains(name):
-    settings = row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("bias",), quantize="nf4")
+    settings = (
+        row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("bias",), quantize="nf4")
+    )
     trainer, _ = started(settings)
     packed = [leaf for leaf in jax.tree.leaves(trainer.frozen) if leaf.dtype == jnp.uint8]
     assert len(packed) >= 4, "the matrices of the layer"
@@ -321,7 +426,10 @@ def test_a_quantised_base_trains(name):
     spread, other, _ = steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)), 4)
     close(losses, spread)
     # But for the bias of the keys, whose gradient is nothing but rounding, which Adam makes large.
-    compared = lambda delta: {path: np.delete(leaf, np.s_[8:16]) if path.endswith("c_attn/bias") else leaf for path, leaf in named_leaves(jax.device_get(delta))}  # noqa: E731
+    compared = lambda delta: {
+        path: np.delete(leaf, np.s_[8:16]) if path.endswith("c_attn/bias") else leaf
+        for path, leaf in named_leaves(jax.device_get(delta))
+    }
     close(compared(state.delta), compared(other.delta))
 
 
@@ -330,16 +438,28 @@ def test_the_budget_is_spent():
     settings = row("AdaLoRA", steps=5)
     _, state, _ = steps(settings, 5)
     assert sum(int(np.sum(left)) for left in lora_jax.optim.ranks(state.delta).values()) == 3
-    free = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, adalora=Budget(target_rank=1, final_steps=1, orthogonality=0.0)))
+    free = dataclasses.replace(
+        settings,
+        optimizer=dataclasses.replace(
+            settings.optimizer, adalora=Budget(target_rank=1, final_steps=1, orthogonality=0.0)
+        ),
+    )
     _, other, _ = steps(free, 2)
     _, state, _ = steps(settings, 2)
-    assert any(not np.allclose(one, two) for one, two in zip(jax.tree.leaves(state.delta), jax.tree.leaves(other.delta), strict=True))
+    assert any(
+        not np.allclose(one, two)
+        for one, two in zip(jax.tree.leaves(state.delta), jax.tree.leaves(other.delta), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     "method, rules, message",
     [
-        (LORA, {"adalora": Budget(1)}, "`optimizer.adalora` is for the method AdaLoRA, and `method.name` is LoRA"),
+        (
+            LORA,
+            {"adalora": Budget(1)},
+            "`optimizer.adalora` is for the method AdaLoRA, and `method.name` is LoRA",
+        ),
         (LORA, {"lorafa": True}, "`optimizer.lorafa` is for the method LoRAFA, and `method.name` is LoRA"),
         (ROWS["AdaLoRA"], {}, "`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`"),
         ({"name": "DeltaLoRA", "delayed": True}, {}, "`method.delayed` waits for `start_delta`"),

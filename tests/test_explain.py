@@ -8,17 +8,25 @@ from jax import lax
 import lora_jax
 from lora_jax import LoRA
 
+
 SHAPE = jax.ShapeDtypeStruct
 
 
 def _combined(shapes, targets, rank=2, **options):
-    frozen, delta = lora_jax.lorafy({name: SHAPE(shape, jnp.float32) for name, shape in shapes.items()}, targets, method=LoRA(rank=rank), **options)
+    frozen, delta = lora_jax.lorafy(
+        {name: SHAPE(shape, jnp.float32) for name, shape in shapes.items()},
+        targets,
+        method=LoRA(rank=rank),
+        **options,
+    )
     return lora_jax.combine(frozen, delta)
 
 
 def test_table():
     """From shapes alone."""
-    params = _combined({"kernel": (3, 4), "table": (5, 3), "bias": (4,), "spare": (3, 4)}, ["kernel", "table", "spare"])
+    params = _combined(
+        {"kernel": (3, 4), "table": (5, 3), "bias": (4,), "spare": (3, 4)}, ["kernel", "table", "spare"]
+    )
 
     def model(params, indices):
         return params["table"][indices] @ params["kernel"] + params["bias"][None]
@@ -37,7 +45,7 @@ def test_table():
 def test_flops_are_the_compilers():
     shapes = {"kernel": (32, 48)}
     params, x = _combined(shapes, "kernel", rank=4), SHAPE((16, 32), jnp.float32)
-    fn = lambda params, x: x @ params["kernel"]  # noqa: E731
+    fn = lambda params, x: x @ params["kernel"]
     (use,) = lora_jax.explain(fn, params, x).uses
 
     def compiled(fn, *args):
@@ -49,7 +57,9 @@ def test_flops_are_the_compilers():
 
 
 def test_scan_counts_every_step():
-    params = _combined({"stack": (3, 4, 4), "shared": (4, 4)}, ["stack", "shared"], axes={"stack": "layer in out"})
+    params = _combined(
+        {"stack": (3, 4, 4), "shared": (4, 4)}, ["stack", "shared"], axes={"stack": "layer in out"}
+    )
 
     def model(params, x):
         def step(x, layer):
@@ -58,13 +68,17 @@ def test_scan_counts_every_step():
         return lax.scan(step, x, params["stack"])[0]
 
     explanation = lora_jax.explain(model, params, SHAPE((2, 4), jnp.float32))
-    assert {use.path: use.flops[0] for use in explanation.uses} == dict.fromkeys(("stack", "shared"), 6 * 2 * 2 * 4 * 4)
+    assert {use.path: use.flops[0] for use in explanation.uses} == dict.fromkeys(
+        ("stack", "shared"), 6 * 2 * 2 * 4 * 4
+    )
 
 
 def test_repeated_call_counts_every_call():
     block = jax.jit(lambda w, x: x @ w)
     params = _combined({"w": (4, 4)}, "w")
-    explanation = lora_jax.explain(lambda params, x: block(params["w"], block(params["w"], x)), params, SHAPE((2, 4), jnp.float32))
+    explanation = lora_jax.explain(
+        lambda params, x: block(params["w"], block(params["w"], x)), params, SHAPE((2, 4), jnp.float32)
+    )
     assert [use.flops[0] for use in explanation.uses] == [2 * 2 * 4 * 4] * 2
 
 
@@ -83,18 +97,28 @@ def test_tied_embedding_is_contradictory():
 
 def test_joined_weights_are_one_use_each():
     params = _combined({"q": (4, 4), "k": (4, 4)}, ["q", "k"])
-    joined = lambda params, x: x @ jnp.concatenate([params["q"], params["k"]], axis=1)  # noqa: E731
+    joined = lambda params, x: x @ jnp.concatenate([params["q"], params["k"]], axis=1)
     uses = lora_jax.explain(joined, params, SHAPE((2, 4), jnp.float32)).uses
-    assert [(use.path, use.how, use.flops[0]) for use in uses] == [("q", "low-rank", 2 * 2 * 4 * 8), ("k", "low-rank", 0)]
+    assert [(use.path, use.how, use.flops[0]) for use in uses] == [
+        ("q", "low-rank", 2 * 2 * 4 * 8),
+        ("k", "low-rank", 0),
+    ]
 
 
 def test_a_returned_weight_is_formed():
     explanation = lora_jax.explain(lambda params: params["w"].T, _combined({"w": (3, 4)}, "w"))
-    assert [(use.operation, use.how, use.source) for use in explanation.formed] == [("return", "formed", "the result of `fn`")]
+    assert [(use.operation, use.how, use.source) for use in explanation.formed] == [
+        ("return", "formed", "the result of `fn`")
+    ]
     assert not explanation.unused
 
 
 def test_scalar_arguments_stay_static():
     params = _combined({"w": (4, 4)}, "w")
-    explanation = lora_jax.explain(lambda params, x, power: (x @ params["w"]) ** (power if power > 1 else 1), params, SHAPE((2, 4), jnp.float32), 2)
+    explanation = lora_jax.explain(
+        lambda params, x, power: (x @ params["w"]) ** (power if power > 1 else 1),
+        params,
+        SHAPE((2, 4), jnp.float32),
+        2,
+    )
     assert len(explanation.uses) == 1 and not explanation.unused

@@ -1,4 +1,6 @@
-"""Unmodified models of Flax linen, Flax NNX and Equinox, adapted by "all-linear" with their axes read off the function."""
+"""Unmodified models of Flax linen, Flax NNX and Equinox, adapted by "all-linear" with their axes read off
+the function.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from formation import formed
 import lora_jax
 from lora_jax import LoRA
 from lora_jax._nodes import Adapter
+
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -37,7 +40,7 @@ def _numbers(*shape):
 _TOKENS = jnp.array([[3, 1, 4], [1, 5, 9]])
 
 
-# --- Flax linen -----------------------------------------------------------------------------------------------------------
+# --- Flax linen ---------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -54,7 +57,13 @@ class Attention(nn.Module):
 
 
 ATTENTION = {"heads": "in out out", "merge": "in in out"} | {
-    f"attention/{name}": axes for name, axes in {"query": "in out out", "key": "in out out", "value": "in out out", "out": "in in out"}.items()
+    f"attention/{name}": axes
+    for name, axes in {
+        "query": "in out out",
+        "key": "in out out",
+        "value": "in out out",
+        "out": "in in out",
+    }.items()
 }
 
 
@@ -75,7 +84,12 @@ class Block(nn.Module):
 class Layers(nn.Module):
     @nn.compact
     def __call__(self, x):
-        scanned = nn.scan(nn.remat(Block, prevent_cse=False), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        scanned = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
         return scanned(name="layers")(x, None)[0]
 
 
@@ -101,7 +115,12 @@ class Recurrent(nn.Module):
 
 def _linen(module, linear, *inputs):
     params = module.init(jax.random.key(0), *inputs)["params"]
-    return Model(params, lambda params, *inputs: module.apply({"params": params}, *inputs), inputs, {f"{path}/kernel": axes for path, axes in linear.items()})
+    return Model(
+        params,
+        lambda params, *inputs: module.apply({"params": params}, *inputs),
+        inputs,
+        {f"{path}/kernel": axes for path, axes in linear.items()},
+    )
 
 
 def _decoding():
@@ -112,11 +131,13 @@ def _decoding():
     def step(params, x):
         return module.apply({"params": params, "cache": variables["cache"]}, x, mutable=["cache"])
 
-    linear = {f"{name}/kernel": "in out out" for name in ("query", "key", "value")} | {"out/kernel": "in in out"}
+    linear = {f"{name}/kernel": "in out out" for name in ("query", "key", "value")} | {
+        "out/kernel": "in in out"
+    }
     return Model(variables["params"], step, (_numbers(2, 1, 8),), linear)
 
 
-# --- Flax NNX ---------------------------------------------------------------------------------------------------------------
+# --- Flax NNX -----------------------------------------------------------------------------------------------
 
 
 class Transformer(nnx.Module):
@@ -152,7 +173,9 @@ class NnxImages(nnx.Module):
 
 def _nnx_state():
     graph, params, rest = nnx.split(Transformer(nnx.Rngs(0)), nnx.Param, ...)
-    return Model(params, lambda params, tokens: nnx.merge(graph, params, rest)(tokens), (_TOKENS,), TRANSFORMER)
+    return Model(
+        params, lambda params, tokens: nnx.merge(graph, params, rest)(tokens), (_TOKENS,), TRANSFORMER
+    )
 
 
 def _nnx_module():
@@ -161,13 +184,18 @@ def _nnx_module():
     return Model(NnxImages(nnx.Rngs(0)), lambda module, x: module(x), (_numbers(2, 5, 5, 3),), linear)
 
 
-# --- Equinox ----------------------------------------------------------------------------------------------------------------
+# --- Equinox ------------------------------------------------------------------------------------------------
 
 
 def _equinox_mlp():
     """Weights stored (out, in), and leaves that are functions."""
     linear = {f"layers/{index}/weight": "out in" for index in range(3)}
-    return Model(eqx.nn.MLP(5, 3, 8, 2, key=jax.random.key(0)), lambda mlp, x: jax.vmap(mlp)(x), (_numbers(4, 5),), linear)
+    return Model(
+        eqx.nn.MLP(5, 3, 8, 2, key=jax.random.key(0)),
+        lambda mlp, x: jax.vmap(mlp)(x),
+        (_numbers(4, 5),),
+        linear,
+    )
 
 
 def _equinox_attention():
@@ -183,13 +211,23 @@ def _equinox_attention():
         x = jax.vmap(model["norm"])(jax.vmap(model["embed"])(tokens))
         return jax.vmap(model["head"])(x + model["attention"](x, x, x))
 
-    linear = {f"attention/{name}_proj/weight": "out in" for name in ("query", "key", "value", "output")} | {"head/weight": "out in"}
-    return Model(model, lambda model, tokens: jax.vmap(one, in_axes=(None, 0))(model, tokens), (_TOKENS,), linear)
+    linear = {f"attention/{name}_proj/weight": "out in" for name in ("query", "key", "value", "output")} | {
+        "head/weight": "out in"
+    }
+    return Model(
+        model, lambda model, tokens: jax.vmap(one, in_axes=(None, 0))(model, tokens), (_TOKENS,), linear
+    )
 
 
 def _equinox_images():
     keys = jax.random.split(jax.random.key(0), 2)
-    model = eqx.nn.Sequential([eqx.nn.Conv2d(3, 4, 3, key=keys[0]), eqx.nn.Lambda(jax.nn.relu), eqx.nn.Conv2d(4, 6, 3, groups=2, key=keys[1])])
+    model = eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(3, 4, 3, key=keys[0]),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Conv2d(4, 6, 3, groups=2, key=keys[1]),
+        ]
+    )
     linear = {f"layers/{index}/weight": "out in in in" for index in (0, 2)}
     return Model(model, lambda model, x: jax.vmap(model)(x), (_numbers(2, 3, 6, 6),), linear)
 
@@ -204,16 +242,26 @@ def _equinox_recurrent():
 
 
 MODELS = {
-    "linen tied embedding": lambda: _linen(Tied(), {"dense": "in out"} | {f"block/{path}": axes for path, axes in ATTENTION.items()}, _TOKENS),
+    "linen tied embedding": lambda: _linen(
+        Tied(), {"dense": "in out"} | {f"block/{path}": axes for path, axes in ATTENTION.items()}, _TOKENS
+    ),
     "linen scan and remat": lambda: _linen(
         Layers(),
-        {"layers/dense": "layer in out"} | {f"layers/attention/{path}": f"layer {axes}" for path, axes in ATTENTION.items()},
+        {"layers/dense": "layer in out"}
+        | {f"layers/attention/{path}": f"layer {axes}" for path, axes in ATTENTION.items()},
         _numbers(2, 3, 8),
     ),
     "linen convolutions": lambda: _linen(
-        Images(), {name: "in in in out" for name in ("strided", "depthwise", "grouped", "transposed")} | {"head": "in out"}, _numbers(2, 6, 6, 3)
+        Images(),
+        {name: "in in in out" for name in ("strided", "depthwise", "grouped", "transposed")}
+        | {"head": "in out"},
+        _numbers(2, 6, 6, 3),
     ),
-    "linen joined LSTM": lambda: _linen(Recurrent(), {f"OptimizedLSTMCell_0/{side}{gate}": "in out" for side in "ih" for gate in "ifgo"}, _numbers(2, 4, 5)),
+    "linen joined LSTM": lambda: _linen(
+        Recurrent(),
+        {f"OptimizedLSTMCell_0/{side}{gate}": "in out" for side in "ih" for gate in "ifgo"},
+        _numbers(2, 4, 5),
+    ),
     "linen decoding": _decoding,
     "nnx state": _nnx_state,
     "nnx module": _nnx_module,
@@ -230,8 +278,14 @@ def _arrays(tree):
 
 def _adapt(model):
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), model.inputs)
-    frozen, delta = lora_jax.lorafy(model.params, "all-linear", method=LoRA(rank=1, alpha=1), fn=model.fn, args=shapes)
-    adapters = [leaf for leaf in jax.tree.leaves(delta, is_leaf=lambda leaf: isinstance(leaf, Adapter)) if isinstance(leaf, Adapter)]
+    frozen, delta = lora_jax.lorafy(
+        model.params, "all-linear", method=LoRA(rank=1, alpha=1), fn=model.fn, args=shapes
+    )
+    adapters = [
+        leaf
+        for leaf in jax.tree.leaves(delta, is_leaf=lambda leaf: isinstance(leaf, Adapter))
+        if isinstance(leaf, Adapter)
+    ]
     assert {adapter.spec.path: " ".join(adapter.spec.axes) for adapter in adapters} == model.linear
     rng = np.random.default_rng(3)
     delta = jax.tree.map(lambda array: jnp.asarray(0.3 * rng.normal(size=array.shape), array.dtype), delta)
@@ -248,7 +302,9 @@ def test_equal_to_merged(name):
     def of(fn, join):
         def loss(delta):
             outputs = _arrays(fn(join(frozen, delta), *model.inputs))
-            return sum(jnp.sum(jnp.sin(output)) for output in outputs if jnp.issubdtype(output.dtype, jnp.floating)), outputs
+            return sum(
+                jnp.sum(jnp.sin(output)) for output in outputs if jnp.issubdtype(output.dtype, jnp.floating)
+            ), outputs
 
         return jax.grad(loss, has_aux=True)
 
@@ -266,7 +322,11 @@ def test_equal_to_merged(name):
         leaves = list(flat)
         for position, array in zip(positions, arrays, strict=True):
             leaves[position] = array
-        return _arrays(lora_jax.adapt(model.fn)(lora_jax.combine(jax.tree.unflatten(treedef, leaves), delta), *model.inputs))
+        return _arrays(
+            lora_jax.adapt(model.fn)(
+                lora_jax.combine(jax.tree.unflatten(treedef, leaves), delta), *model.inputs
+            )
+        )
 
     jaxpr = jax.make_jaxpr(forward)(*weights)
     largest = max(weight.size for weight in weights)
@@ -274,7 +334,7 @@ def test_equal_to_merged(name):
 
 
 def _paired(frozen, delta):
-    is_leaf = lambda leaf: leaf is None or isinstance(leaf, Adapter)  # noqa: E731
+    is_leaf = lambda leaf: leaf is None or isinstance(leaf, Adapter)
     return jax.tree.leaves(frozen, is_leaf=is_leaf), jax.tree.leaves(delta, is_leaf=is_leaf)
 
 
@@ -282,11 +342,16 @@ def test_bfloat16():
     """A bfloat16 model with float32 A and B: as near to the merged one as its own rounding."""
     module = Attention(dtype=jnp.bfloat16)
     model = _linen(module, ATTENTION, _numbers(2, 3, 8).astype(jnp.bfloat16))
-    model = dataclasses.replace(model, params=jax.tree.map(lambda array: array.astype(jnp.bfloat16), model.params))
+    model = dataclasses.replace(
+        model, params=jax.tree.map(lambda array: array.astype(jnp.bfloat16), model.params)
+    )
     frozen, delta = _adapt(model)
     assert {array.dtype for array in jax.tree.leaves(delta)} == {jnp.dtype(jnp.float32)}
     adapted, merged = jax.jit(
-        lambda delta: (lora_jax.adapt(model.fn)(lora_jax.combine(frozen, delta), *model.inputs), model.fn(lora_jax.merge(frozen, delta), *model.inputs))
+        lambda delta: (
+            lora_jax.adapt(model.fn)(lora_jax.combine(frozen, delta), *model.inputs),
+            model.fn(lora_jax.merge(frozen, delta), *model.inputs),
+        )
     )(delta)
     assert adapted.dtype == merged.dtype == jnp.bfloat16
     adapted, merged = (np.asarray(array, np.float32) for array in (adapted, merged))

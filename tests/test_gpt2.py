@@ -1,4 +1,6 @@
-"""GPT-2 against `transformers`' PyTorch model on the same random weights and real tokens, and against itself."""
+"""GPT-2 against `transformers`' PyTorch model on the same random weights and real tokens, and against
+itself.
+"""
 
 import dataclasses
 import functools
@@ -11,6 +13,7 @@ from flax import traverse_util
 
 from lora_jax.models import GPT2, GPT2Config, stack_layers, unstack_layers
 
+
 TINY = GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4)
 SMALL_VOCABULARY = dataclasses.replace(TINY, vocab_size=101, bos_token_id=0, eos_token_id=None)
 TEXTS = ["name : The Eagle | Type : coffee shop || The Eagle is a", "A coffee shop near the river"]
@@ -20,7 +23,9 @@ VARIANTS = [dict(), dict(scan=True), dict(scan=True, checkpoint=True)]
 @pytest.fixture(scope="module")
 def tokens(data_dir):
     """Two texts of unequal length, in GPT-2's own tokens."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install tokenizers")
+    tokenizers = pytest.importorskip(
+        "tokenizers", reason="tokenizers is not installed: pip install tokenizers"
+    )
     tokenizer = tokenizers.Tokenizer.from_file(str(data_dir / "gpt2_bpe" / "tokenizer.json"))
     rows = [tokenizer.encode(text).ids for text in TEXTS]
     assert len(rows[0]) > len(rows[1]) + 2
@@ -40,7 +45,9 @@ def padded(rows, side):
 
 def apply(model, params, *args, **kwargs):
     """`model.apply` compiled as a whole, which is quicker than compiling each operation."""
-    return jax.jit(model.apply, static_argnames=("last_only", "deterministic"))({"params": params}, *args, **kwargs)
+    return jax.jit(model.apply, static_argnames=("last_only", "deterministic"))(
+        {"params": params}, *args, **kwargs
+    )
 
 
 def torch_model(torch, config):
@@ -75,7 +82,9 @@ def tensor(torch, array):
 
 
 def random_params(config, seed=0):
-    """A model and NumPy parameters with nothing at 0 or 1, where two wrongs could cancel; nothing is compiled."""
+    """A model and NumPy parameters with nothing at 0 or 1, where two wrongs could cancel; nothing is
+    compiled.
+    """
     model, draw = GPT2(config), np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     return model, jax.tree.map(lambda leaf: draw.normal(0.05, 0.15, leaf.shape).astype(np.float32), shapes)
@@ -99,17 +108,23 @@ def test_logits_are_pytorchs(torch, tokens, case, variant):
     arguments = dict(attention_mask=mask, position_ids=positions)
     ours = apply(GPT2(TINY, **variant), params, ids, **arguments)
     with torch.no_grad():
-        expected = theirs(tensor(torch, ids), **{k: tensor(torch, v) for k, v in arguments.items()}).logits.numpy()
+        expected = theirs(
+            tensor(torch, ids), **{k: tensor(torch, v) for k, v in arguments.items()}
+        ).logits.numpy()
 
     assert ours.shape == (*ids.shape, TINY.vocab_size) and ours.dtype == jnp.float32
-    # What stands at padding is nobody's business: the two libraries differ there in how they fill an empty softmax.
+    # What stands at padding is nobody's business: the two libraries differ there in how they fill an empty
+    # softmax.
     real = np.ones_like(ids, bool) if mask is None else mask.astype(bool)
     np.testing.assert_allclose(ours[real], expected[real], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     "change",
-    [dict(activation_function=name) for name in ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu"]]
+    [
+        dict(activation_function=name)
+        for name in ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu"]
+    ]
     + [dict(activation_function=name) for name in ["relu", "silu", "swish", "tanh"]]
     + [
         dict(layer_norm_epsilon=0.1),
@@ -151,7 +166,9 @@ def test_gradients_are_pytorchs(torch, variant):
     params = from_torch(theirs)
     ids, mask = some_ids((2, 9)), np.array([[1] * 9, [1] * 6 + [0] * 3])
     labels = np.where(mask == 1, np.asarray(ids), -100)
-    theirs(tensor(torch, ids), attention_mask=tensor(torch, mask), labels=tensor(torch, labels)).loss.backward()
+    theirs(
+        tensor(torch, ids), attention_mask=tensor(torch, mask), labels=tensor(torch, labels)
+    ).loss.backward()
     # PyTorch keeps gradients beside the values; put them in their place, and they have names and layout too.
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -166,7 +183,9 @@ def test_gradients_are_pytorchs(torch, variant):
     ours = jax.jit(jax.grad(loss))(stack_layers(params) if variant.get("scan") else params)
     ours = unstack_layers(ours) if variant.get("scan") else ours
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=0), ours, expected)
-    assert max(abs(leaf).max() for leaf in jax.tree.leaves(ours)) > 1e-2  # or the tolerance would prove nothing
+    assert (
+        max(abs(leaf).max() for leaf in jax.tree.leaves(ours)) > 1e-2
+    )  # or the tolerance would prove nothing
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -174,7 +193,12 @@ def test_greedy_decoding_is_pytorchs(torch, tokens, scan):
     ids, mask = padded(tokens, "left")
     theirs = torch_model(torch, TINY)
     expected = theirs.generate(
-        tensor(torch, ids), attention_mask=tensor(torch, mask), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        tensor(torch, ids),
+        attention_mask=tensor(torch, mask),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     ).numpy()[:, ids.shape[1] :]
 
     params = from_torch(theirs)
@@ -215,7 +239,9 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(scan, side):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_alternatives_share_the_slots_of_a_row(scan):
-    """Three beams of two prompts, two tokens each, the second token's parents out of order: every one is a sequence of its own."""
+    """Three beams of two prompts, two tokens each, the second token's parents out of order: every one is
+    a sequence of its own.
+    """
     model, params = random_params(SMALL_VOCABULARY)
     model, params = model.clone(scan=scan), stack_layers(params) if scan else params
     ids, mask = some_ids((2, 5)), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -250,7 +276,12 @@ def test_last_only_is_the_last_column():
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
     "name, expected",
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
 )
 def test_published_sizes(name, expected, scan):
     model = GPT2(GPT2Config.named(name), scan=scan)
@@ -319,7 +350,9 @@ def test_dropout_is_drawn_from_its_key_and_off_by_default(scan):
     ids = some_ids((2, 9))
 
     def runs(**rates):
-        config = dataclasses.replace(SMALL_VOCABULARY, **{"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **rates})
+        config = dataclasses.replace(
+            SMALL_VOCABULARY, **{"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **rates}
+        )
         train = jax.jit(functools.partial(model.clone(config=config).apply, deterministic=False))
         return [train({"params": params}, ids, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 0, 1)]
 
@@ -349,7 +382,9 @@ def test_layouts_are_each_others_inverse():
     stacked = stack_layers(params)
     expected = jax.eval_shape(model.clone(scan=True).init, jax.random.key(0), some_ids((1, 1)))["params"]
     assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, expected)
-    np.testing.assert_array_equal(stacked["h"]["mlp"]["c_fc"]["kernel"][10], params["h"]["10"]["mlp"]["c_fc"]["kernel"])
+    np.testing.assert_array_equal(
+        stacked["h"]["mlp"]["c_fc"]["kernel"][10], params["h"]["10"]["mlp"]["c_fc"]["kernel"]
+    )
     jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
 
     with pytest.raises(ValueError, match="stacked already"):
@@ -385,10 +420,12 @@ def test_configs_that_cannot_be_are_refused_by_name(settings, error, message):
 
 
 def test_configs_take_what_directories_hold():
-    idle = dict(n_ctx=1024, task_specific_params={"text-generation": {}}, _name_or_path="x", add_cross_attention=False)
-    assert GPT2Config.from_hf({**idle, "n_layer": 24, "eos_token_id": [1, 2], "resid_pdrop": 0}) == GPT2Config(
-        n_layer=24, eos_token_id=(1, 2), resid_pdrop=0
+    idle = dict(
+        n_ctx=1024, task_specific_params={"text-generation": {}}, _name_or_path="x", add_cross_attention=False
     )
+    assert GPT2Config.from_hf(
+        {**idle, "n_layer": 24, "eos_token_id": [1, 2], "resid_pdrop": 0}
+    ) == GPT2Config(n_layer=24, eos_token_id=(1, 2), resid_pdrop=0)
     config = GPT2Config.named("gpt2-xl", n_inner=17, eos_token_id=(3,))
     assert GPT2Config.from_hf(config.to_hf()) == config
     with pytest.raises(ValueError, match="'gpt3'.*'gpt2-xl'"):

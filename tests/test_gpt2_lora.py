@@ -1,4 +1,6 @@
-"""GPT-2 and LoRA together: the adapted model, unrolled, scanned and rematerialised, and the merged one in PyTorch."""
+"""GPT-2 and LoRA together: the adapted model, unrolled, scanned and rematerialised, and the merged one in
+PyTorch.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +13,26 @@ from lora_jax import LoRA
 from lora_jax.interop import hf
 from lora_jax.models import GPT2, GPT2Config, stack_layers
 
+
 # No activation has as many elements as a weight.
 CONFIG = GPT2Config(vocab_size=53, n_positions=16, n_embd=12, n_layer=3, n_head=2)
 IDS = jnp.arange(14).reshape(2, 7) * 3 % 53
-EVERYTHING = ("wte/embedding", "wpe/embedding", "attn/c_attn/kernel", "attn/c_proj/kernel", "mlp/c_fc/kernel", "mlp/c_proj/kernel")
+EVERYTHING = (
+    "wte/embedding",
+    "wpe/embedding",
+    "attn/c_attn/kernel",
+    "attn/c_proj/kernel",
+    "mlp/c_fc/kernel",
+    "mlp/c_proj/kernel",
+)
 
 
 def _randomised(tree, seed=0):
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(treedef, [jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
+    return jax.tree.unflatten(
+        treedef, [jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    )
 
 
 def _adapted(model, params, targets, method):
@@ -49,7 +61,11 @@ def test_adapted_is_merged_and_nothing_is_formed(which, scan, checkpoint, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *jax.jit(both)(delta))
     leaves, treedef = jax.tree.flatten(frozen)
     paths = [path for path, _ in lora_jax._paths.named_leaves(frozen)]
-    gradient = jax.make_jaxpr(lambda leaves, d: jax.grad(lambda d: loss(forward, lora_jax.combine(jax.tree.unflatten(treedef, leaves), d)))(d))
+    gradient = jax.make_jaxpr(
+        lambda leaves, d: jax.grad(
+            lambda d: loss(forward, lora_jax.combine(jax.tree.unflatten(treedef, leaves), d))
+        )(d)
+    )
     jaxpr = gradient(leaves, delta)
     for index, path in enumerate(paths):
         if any(path.endswith(target) for target in targets):
@@ -64,7 +80,10 @@ def test_the_layouts_agree(x64):
     frozen, delta = _adapted(unrolled, params, EVERYTHING[2:3], LoRA(rank=2))
     merged = lora_jax.merge(frozen, delta)
     stacked_frozen, stacked_delta = _adapted(scanned, stack_layers(params), EVERYTHING[2:3], LoRA(rank=2))
-    arrays = {name: jnp.stack([delta["h"][str(i)]["attn"]["c_attn"]["kernel"].arrays[name] for i in range(3)]) for name in ("a", "b")}
+    arrays = {
+        name: jnp.stack([delta["h"][str(i)]["attn"]["c_attn"]["kernel"].arrays[name] for i in range(3)])
+        for name in ("a", "b")
+    }
     stacked_delta["h"]["attn"]["c_attn"]["kernel"].arrays.update(arrays)
     out = lora_jax.adapt(scanned.apply)({"params": lora_jax.combine(stacked_frozen, stacked_delta)}, IDS)
     np.testing.assert_allclose(out, unrolled.apply({"params": merged}, IDS), rtol=1e-12, atol=1e-12)
@@ -72,8 +91,11 @@ def test_the_layouts_agree(x64):
 
 def test_bfloat16_base_with_float32_adapters():
     model = GPT2(CONFIG, param_dtype=jnp.bfloat16)
-    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2, alpha=2))
-    # Adapters of about 0.4 of the weights' size. Ones that outweigh them make the model itself ill-conditioned.
+    frozen, delta = _adapted(
+        model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2, alpha=2)
+    )
+    # Adapters of about 0.4 of the weights' size. Ones that outweigh them make the model itself
+    # ill-conditioned.
     delta = jax.tree.map(lambda array: 0.25 * array, delta)
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(jnp.float32)}
     exact_frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
@@ -88,23 +110,33 @@ def test_bfloat16_base_with_float32_adapters():
     assert float(jnp.abs(adapted - merged).max() / jnp.abs(exact).max()) < 2**-6
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=3, alpha=16), LoRA(rank=3, alpha=16, rs=True)], ids=["alpha / rank", "rsLoRA"])
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=3, alpha=16), LoRA(rank=3, alpha=16, rs=True)], ids=["alpha / rank", "rsLoRA"]
+)
 def test_the_scale_is_not_rounded_to_bfloat16(method):
     """Rounding errors of single elements average out over many; that of a scale, up to 2^-9, would not."""
     draw = np.random.default_rng(1).normal
     frozen, delta = lora_jax.lorafy({"w": jnp.zeros((64, 512), jnp.bfloat16)}, "w", method=method)
-    delta = jax.tree.map(lambda array: jnp.asarray(draw(size=array.shape), jnp.bfloat16).astype(array.dtype), delta)
+    delta = jax.tree.map(
+        lambda array: jnp.asarray(draw(size=array.shape), jnp.bfloat16).astype(array.dtype), delta
+    )
     x = jnp.asarray(draw(size=(512, 64)), jnp.bfloat16)
-    ours = lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(frozen, delta), x).astype(jnp.float32)
+    ours = lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(frozen, delta), x).astype(
+        jnp.float32
+    )
     a, b = (delta["w"].arrays[name] for name in "ab")
     exact = method.scale * (x.astype(jnp.float32) @ a) @ b
     assert abs(float(jnp.vdot(ours, exact) / jnp.vdot(exact, exact)) - 1) < 3e-4
 
 
 def test_decoding_with_a_cache():
-    """Prefill, then token by token, with adapters: the same logits as the full forward pass of the merged model."""
+    """Prefill, then token by token, with adapters: the same logits as the full forward pass of the merged
+    model.
+    """
     model = GPT2(CONFIG)
-    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2))
+    frozen, delta = _adapted(
+        model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2)
+    )
     step = jax.jit(lora_jax.adapt(model.apply))
     variables = {"params": lora_jax.combine(frozen, delta)}
     logits, cache = step(variables, IDS[:, :4], cache=model.init_cache(2, 8))
@@ -121,9 +153,13 @@ def test_the_merged_export_is_pytorchs(scan, tmp_path, torch):
     import transformers
 
     model = GPT2(CONFIG, scan=scan)
-    frozen, delta = _adapted(model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2))
+    frozen, delta = _adapted(
+        model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2)
+    )
     hf.save(tmp_path / "merged", model, lora_jax.merge(frozen, delta))
-    loaded, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    loaded, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     with torch.no_grad():
         theirs = loaded(torch.tensor(np.asarray(IDS))).logits.numpy()

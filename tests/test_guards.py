@@ -1,4 +1,6 @@
-"""Guards of a run: a loss or a gradient that is no number changes nothing and is kept for inspection, and what takes no part is named."""
+"""Guards of a run: a loss or a gradient that is no number changes nothing and is kept for inspection, and
+what takes no part is named.
+"""
 
 import json
 import math
@@ -13,28 +15,31 @@ import lora_jax
 from experiments import guards, order, train
 from experiments.config import Architecture, Base, Config, Source, TextData, Train
 from experiments.guards import Guards, NotFinite
-from experiments.progress import Record, read_metrics
+from experiments.progress import read_metrics, Record
 from experiments.step import step_of
 from experiments.tasks.examples import Blocks, Splits
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+
 
 MODEL = GPT2(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay strict."""
+    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
+    strict.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
-# --- the step ---------------------------------------------------------------------------------------------------------
+# --- the step -----------------------------------------------------------------------------------------------
 
 
 def step_on(x, state=None, **options):
     """One step of w * x on the numbers `x`, one part each; NaN and infinity come from the data."""
-    loss = lambda delta, frozen, piece, key: (jnp.sum(delta["w"] * piece["x"]), jnp.float32(1))  # noqa: E731
+    loss = lambda delta, frozen, piece, key: (jnp.sum(delta["w"] * piece["x"]), jnp.float32(1))
     tx = optax.adam(0.1)
     delta = {"w": jnp.ones(2), "unused": jnp.ones(3)}
     delta, opt_state = state or (delta, tx.init(delta))
@@ -52,9 +57,11 @@ def test_a_step_that_is_not_finite_changes_nothing(x):
 
 def test_a_gradient_that_is_not_finite_under_a_loss_that_is():
     """The square root of 0, whose slope is infinite: the loss alone would say nothing."""
-    loss = lambda delta, frozen, piece, key: (jnp.sum(jnp.sqrt(delta["w"])), jnp.float32(1))  # noqa: E731
+    loss = lambda delta, frozen, piece, key: (jnp.sum(jnp.sqrt(delta["w"])), jnp.float32(1))
     delta = {"w": jnp.zeros(2)}
-    found, _, numbers = step_of(loss, optax.sgd(0.1))(delta, optax.sgd(0.1).init(delta), None, {"x": jnp.ones((1, 1))}, jax.random.key(0))
+    found, _, numbers = step_of(loss, optax.sgd(0.1))(
+        delta, optax.sgd(0.1).init(delta), None, {"x": jnp.ones((1, 1))}, jax.random.key(0)
+    )
     assert math.isfinite(numbers["loss"]) and not numbers["finite"] and not np.isfinite(numbers["largest"][0])
     np.testing.assert_array_equal(found["w"], 0)
 
@@ -73,7 +80,7 @@ def test_numbers_of_a_sound_step():
     assert (np.asarray(delta["w"]) < 1).all() and (np.asarray(delta["unused"]) == 1).all()
 
 
-# --- the watch --------------------------------------------------------------------------------------------------------
+# --- the watch ----------------------------------------------------------------------------------------------
 
 
 def numbers(finite=True, largest=(1.0, 1.0), loss=2.0):
@@ -82,7 +89,7 @@ def numbers(finite=True, largest=(1.0, 1.0), loss=2.0):
 
 def guards_of(tmp_path, skip=False, delta=None):
     said = []
-    batch = lambda step: (np.array([step, 7]), {"input_ids": np.full((2, 3), step)})  # noqa: E731
+    batch = lambda step: (np.array([step, 7]), {"input_ids": np.full((2, 3), step)})
     delta = {"one": {"a": 0.0, "b": 0.0}} if delta is None else delta
     return Guards(delta, tmp_path, batch, skip=skip, say=lambda step, text: said.append((step, text))), said
 
@@ -91,12 +98,18 @@ def test_the_first_step_that_is_not_finite_is_named_and_kept(tmp_path):
     watch, _ = guards_of(tmp_path)
     for step in (1, 2, 3, 4):
         watch.add(step, numbers(finite=step < 3, loss=2.0 if step < 3 else math.nan))
-    with pytest.raises(NotFinite, match=r"step 3: the loss is nan.*step_3.npz.*`train.lr`.*`optimizer.clip`.*\"skip\""):
+    with pytest.raises(
+        NotFinite, match=r"step 3: the loss is nan.*step_3.npz.*`train.lr`.*`optimizer.clip`.*\"skip\""
+    ):
         watch.check()
     kept = np.load(tmp_path / "not_finite" / "step_3.npz")
     assert kept["examples"].tolist() == [3, 7] and (kept["input_ids"] == 3).all()
     facts = json.loads((tmp_path / "not_finite" / "step_3.json").read_text())
-    assert facts["loss"] == "nan" and facts["largest absolute gradient"] == {"one/a": "1.0", "one/b": "1.0"} and facts["examples"] == [3, 7]
+    assert (
+        facts["loss"] == "nan"
+        and facts["largest absolute gradient"] == {"one/a": "1.0", "one/b": "1.0"}
+        and facts["examples"] == [3, 7]
+    )
 
 
 def test_the_gradient_at_fault_is_named(tmp_path):
@@ -113,10 +126,16 @@ def test_skipping_says_so_and_ends_when_nothing_comes_right(tmp_path):
         watch.add(step, bad)
     watch.add(guards.MOST_SKIPPED, numbers())
     watch.check()
-    assert watch.skipped == guards.MOST_SKIPPED - 1 == len(said) and said[0][0] == 1 and "step 1 was skipped: the loss is inf" in said[0][1]
+    assert (
+        watch.skipped == guards.MOST_SKIPPED - 1 == len(said)
+        and said[0][0] == 1
+        and "step 1 was skipped: the loss is inf" in said[0][1]
+    )
     for step in range(20, 20 + guards.MOST_SKIPPED):
         watch.add(step, bad)
-    with pytest.raises(NotFinite, match=f"step 29: the loss is inf, as in the {guards.MOST_SKIPPED - 1} steps before it"):
+    with pytest.raises(
+        NotFinite, match=f"step 29: the loss is inf, as in the {guards.MOST_SKIPPED - 1} steps before it"
+    ):
         watch.check()
 
 
@@ -127,15 +146,27 @@ def test_a_run_that_goes_on_remembers_what_was_skipped(tmp_path):
     for step in (2, *range(11, 20)):
         watch.add(step, bad)
     watch.check()
-    assert guards.not_finite_steps(tmp_path, 17) == [2, *range(11, 18)] and guards.not_finite_steps(tmp_path / "none", 17) == []
-    again = Guards({"one": {"a": 0.0, "b": 0.0}}, tmp_path, lambda step: (np.array([step]), {}), skip=True, say=lambda *_: None, before=guards.not_finite_steps(tmp_path, 19))
+    assert (
+        guards.not_finite_steps(tmp_path, 17) == [2, *range(11, 18)]
+        and guards.not_finite_steps(tmp_path / "none", 17) == []
+    )
+    again = Guards(
+        {"one": {"a": 0.0, "b": 0.0}},
+        tmp_path,
+        lambda step: (np.array([step]), {}),
+        skip=True,
+        say=lambda *_: None,
+        before=guards.not_finite_steps(tmp_path, 19),
+    )
     assert again.skipped == 10
     again.add(20, bad)
     with pytest.raises(NotFinite, match="step 20: the loss is inf, as in the 9 steps before it"):
         again.check()
 
 
-@pytest.mark.parametrize("largest, names", [([0, 1, 0, 0], "'two'"), ([1, 0, 0, 0.5], None), ([0, 0, 0, 0], "'one', 'two'")])
+@pytest.mark.parametrize(
+    "largest, names", [([0, 1, 0, 0], "'two'"), ([1, 0, 0, 0.5], None), ([0, 0, 0, 0], "'one', 'two'")]
+)
 def test_an_adapter_without_a_gradient_is_reported_once(tmp_path, largest, names):
     """Of its two arrays one may have none: B's is there while A's is not."""
     watch, said = guards_of(tmp_path, delta={"one": {"a": 0.0, "b": 0.0}, "two": {"a": 0.0, "b": 0.0}})
@@ -146,23 +177,36 @@ def test_an_adapter_without_a_gradient_is_reported_once(tmp_path, largest, names
     assert names is None or f"zero everywhere for {names} (of 2)" in said[0][1]
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------------------
 
 
 def run(tmp_path, apply=MODEL.apply, steps=6, **settings):
-    """Trains a tiny model on 40 blocks, of which step 4 sees a poisoned one where `apply` is `poisoned`; returns the last state."""
+    """Trains a tiny model on 40 blocks, of which step 4 sees a poisoned one where `apply` is `poisoned`;
+    returns the last state.
+    """
     tokens = np.arange(40 * 8 + 1) % 31
     tokens[8 * order.indices(0, 3, 40, 4)[1]] = 31
     splits = Splits(Blocks(tokens, 8), Blocks(tokens[:65], 8))
     made = Train(steps=steps, batch=4, lr=0.01, log_every=2, eval_every=6, checkpoint_every=6, **settings)
     base, data = Base(architecture=Architecture(8, 2, 2, 8), tokenizer="none"), TextData("text", "", "", 8)
-    config = Config("guarded", Source(None), base, data, {"name": "LoRA", "rank": 2}, ("attn/c_attn/kernel",), made)
+    config = Config(
+        "guarded", Source(None), base, data, {"name": "LoRA", "rank": 2}, ("attn/c_attn/kernel",), made
+    )
     mesh = train.make_mesh(config.mesh)
-    params, specs = train.place(mesh, jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], MODEL.partition_rules)
-    frozen, delta = lora_jax.lorafy(params, list(config.targets), method=lora_jax.LoRA(rank=2), key=jax.random.key(1))
+    params, specs = train.place(
+        mesh,
+        jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"],
+        MODEL.partition_rules,
+    )
+    frozen, delta = lora_jax.lorafy(
+        params, list(config.targets), method=lora_jax.LoRA(rank=2), key=jax.random.key(1)
+    )
     trainer = train.Trainer.create(config, mesh, apply, frozen, delta, specs)
     state = trainer.start(delta, specs, jax.random.key(2))
-    with Checkpoints(tmp_path / "checkpoints", identity={}) as checkpoints, Record(tmp_path, "guarded", steps, 0) as record:
+    with (
+        Checkpoints(tmp_path / "checkpoints", identity={}) as checkpoints,
+        Record(tmp_path, "guarded", steps, 0) as record,
+    ):
         return trainer.fit(state, splits, checkpoints, record)
 
 
@@ -176,7 +220,9 @@ def test_a_run_stops_with_the_batch_saved(tmp_path):
     with pytest.raises(NotFinite, match=r"step 4: the loss is nan"):
         run(tmp_path, poisoned)
     kept = np.load(tmp_path / "not_finite" / "step_4.npz")
-    assert (kept["input_ids"] == 31).any() and kept["examples"].tolist() == order.indices(0, 3, 40, 4).tolist()
+    assert (kept["input_ids"] == 31).any() and kept["examples"].tolist() == order.indices(
+        0, 3, 40, 4
+    ).tolist()
     assert not (tmp_path / "checkpoints").exists(), "nothing of it is saved"
 
 
@@ -190,13 +236,21 @@ def test_a_run_skips_the_step_and_goes_on(tmp_path, capsys):
     notes = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "note" in line]
     assert [line["step"] for line in notes] == [4]
     rates = [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if "lr" in line]
-    np.testing.assert_allclose(rates, [0.01 * (1 - taken / 6) for taken in (1, 2, 4)], rtol=1e-6, err_msg="the rate of the update that was taken")
+    np.testing.assert_allclose(
+        rates,
+        [0.01 * (1 - taken / 6) for taken in (1, 2, 4)],
+        rtol=1e-6,
+        err_msg="the rate of the update that was taken",
+    )
 
 
 def test_a_run_reports_layers_that_are_not_used(tmp_path, capsys):
     def cut(params, ids):
         """The second layer sees its weights as constants."""
-        held = {name: jax.lax.stop_gradient(value) if name == "h" else value for name, value in params["params"].items()}
+        held = {
+            name: jax.lax.stop_gradient(value) if name == "h" else value
+            for name, value in params["params"].items()
+        }
         held["h"] = {"0": params["params"]["h"]["0"], "1": held["h"]["1"]}
         return MODEL.apply({"params": held}, ids)
 

@@ -1,4 +1,6 @@
-"""Hugging Face directories: read and written without loss, accepted by PyTorch, refused where they are not whole."""
+"""Hugging Face directories: read and written without loss, accepted by PyTorch, refused where they are
+not whole.
+"""
 
 import dataclasses
 import json
@@ -17,8 +19,16 @@ from lora_jax import DoRA, Full, LoRA, PiSSA, VeRA
 from lora_jax.interop import _safetensors, hf
 from lora_jax.models import GPT2, GPT2Config, stack_layers, unstack_layers
 
+
 CONFIG = GPT2Config(
-    vocab_size=101, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    vocab_size=101,
+    n_positions=16,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
 )
 MODEL = GPT2(CONFIG)
 UNTIED = GPT2(dataclasses.replace(CONFIG, tie_word_embeddings=False))
@@ -64,13 +74,20 @@ def configure(dir, **changes):
 # Without loss
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, jnp.bfloat16, np.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("shard_bytes", [10**9, 5000], ids=["whole", "shards"])
 @pytest.mark.parametrize("model", [MODEL, UNTIED], ids=["tied", "untied"])
 def test_round_trip_is_exact(tmp_path, model, scan, shard_bytes, dtype):
     params = random_params(model, dtype)
-    hf.save(tmp_path / "a", model.clone(scan=scan), stack_layers(params) if scan else params, shard_bytes=shard_bytes)
+    hf.save(
+        tmp_path / "a",
+        model.clone(scan=scan),
+        stack_layers(params) if scan else params,
+        shard_bytes=shard_bytes,
+    )
     loaded, found = hf.load(tmp_path / "a", scan=not scan)
     assert loaded == model.clone(scan=not scan, param_dtype=loaded.param_dtype)
     assert jnp.dtype(loaded.param_dtype) == dtype
@@ -128,12 +145,19 @@ def test_pytorch_loads_what_we_save(torch, tmp_path, model, scan, shard_bytes):
     import transformers
 
     params = random_params(model)
-    hf.save(tmp_path / "a", model.clone(scan=scan), stack_layers(params) if scan else params, shard_bytes=shard_bytes)
+    hf.save(
+        tmp_path / "a",
+        model.clone(scan=scan),
+        stack_layers(params) if scan else params,
+        shard_bytes=shard_bytes,
+    )
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "a", output_loading_info=True, attn_implementation="eager"
     )
     assert isinstance(theirs, transformers.GPT2LMHeadModel)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), report
+    assert not any(
+        report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    ), report
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(logits_of(model, params), expected, atol=1e-5, rtol=0)
@@ -145,7 +169,9 @@ def test_pytorch_loads_what_we_save(torch, tmp_path, model, scan, shard_bytes):
 def test_we_load_what_pytorch_saves(torch, tmp_path, tied, head, shard):
     import transformers
 
-    settings = transformers.GPT2Config(**{**CONFIG.to_hf(), "tie_word_embeddings": tied}, attn_implementation="eager")
+    settings = transformers.GPT2Config(
+        **{**CONFIG.to_hf(), "tie_word_embeddings": tied}, attn_implementation="eager"
+    )
     theirs = transformers.GPT2LMHeadModel(settings).eval()
     sizes = {} if shard is None else {"max_shard_size": shard}
     (theirs if head == "GPT2LMHeadModel" else theirs.transformer).save_pretrained(tmp_path / "a", **sizes)
@@ -165,7 +191,9 @@ def test_the_tokenizer_is_carried_along(data_dir, tmp_path):
     hf.save(tmp_path / "a", MODEL, random_params(MODEL), source=source)
     found = {file.name for file in (tmp_path / "a").iterdir()}
     assert found == {"config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"}
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install transformers"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
     assert tokenizer.decode(tokenizer("The Eagle is a coffee shop").input_ids) == "The Eagle is a coffee shop"
 
@@ -257,27 +285,45 @@ BIAS = "transformer.h.1.mlp.c_fc.bias"
     "damage, message",
     [
         (drop(BIAS), f"'{BIAS}' is missing"),
-        (put("transformer.h.1.extra.weight", np.ones(3, np.float32)), "'transformer.h.1.extra.weight' is unexpected"),
-        (put("transformer.h.2.ln_1.bias", np.ones(16, np.float32)), "'transformer.h.2.ln_1.bias' is unexpected"),
+        (
+            put("transformer.h.1.extra.weight", np.ones(3, np.float32)),
+            "'transformer.h.1.extra.weight' is unexpected",
+        ),
+        (
+            put("transformer.h.2.ln_1.bias", np.ones(16, np.float32)),
+            "'transformer.h.2.ln_1.bias' is unexpected",
+        ),
         (put("wte.weight", np.ones((101, 16), np.float32)), "one tensor under two names.*'wte.weight'"),
         (put(BIAS, np.ones(65, np.float32)), rf"'{BIAS}' has shape \(65,\) and must have \(64,\)"),
         (put("lm_head.weight", np.ones((101, 16), np.float32)), "'lm_head.weight' that differs"),
         (put(BIAS, np.ones(64, np.int32)), f"'{BIAS}' has dtype I32"),
-        (rename(BIAS, "transformer.h.1.mlp.c_fc.bais"), f"'{BIAS}' is missing .is it 'transformer.h.1.mlp.c_fc.bais'"),
+        (
+            rename(BIAS, "transformer.h.1.mlp.c_fc.bais"),
+            f"'{BIAS}' is missing .is it 'transformer.h.1.mlp.c_fc.bais'",
+        ),
         (cut(-1), "model.safetensors is not a complete safetensors file"),
         (cut(100), "model.safetensors is not a complete safetensors file"),
         (cut(0), "model.safetensors is not a complete safetensors file"),
-        (write("model.safetensors", "not tensors at all"), "model.safetensors is not a complete safetensors file"),
+        (
+            write("model.safetensors", "not tensors at all"),
+            "model.safetensors is not a complete safetensors file",
+        ),
         (remove("model.safetensors"), "neither model.safetensors nor .*found there: .'config.json'"),
         (remove("config.json"), "config.json is missing; found there: .'model.safetensors'"),
         (shutil.rmtree, "config.json is missing; found there: no such directory"),
         (write("config.json", '{"n_layer":'), "config.json is not JSON"),
         (write("config.json", "[]"), "config.json holds a JSON list"),
         (lambda dir: configure(dir, model_type="mamba"), "`model_type`='mamba'.*supported are .*'gpt2'"),
-        (lambda dir: configure(dir, architectures=["GPT2ForSequenceClassification"]), "'GPT2ForSequenceClassification'"),
+        (
+            lambda dir: configure(dir, architectures=["GPT2ForSequenceClassification"]),
+            "'GPT2ForSequenceClassification'",
+        ),
         (lambda dir: configure(dir, add_cross_attention=True), "`add_cross_attention`=True"),
         (lambda dir: configure(dir, n_layer=3), "'transformer.h.2.attn.c_attn.bias' is missing.*and 4 more"),
-        (lambda dir: configure(dir, n_positions=8), r"wpe.weight' has shape \(16, 16\) and must have \(8, 16\)"),
+        (
+            lambda dir: configure(dir, n_positions=8),
+            r"wpe.weight' has shape \(16, 16\) and must have \(8, 16\)",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_directory_is_named(saved, damage, message):
@@ -300,7 +346,10 @@ def point(name, shard=None):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (point(BIAS, "model-00099-of-00099.safetensors"), "names the file 'model-00099-of-00099.safetensors'"),
+        (
+            point(BIAS, "model-00099-of-00099.safetensors"),
+            "names the file 'model-00099-of-00099.safetensors'",
+        ),
         (point(BIAS, "../outside.safetensors"), "names the file '../outside.safetensors'"),
         (point(BIAS), f"holds '{BIAS}', which .* does not place there"),
         (point("a.new.name"), "lists 'a.new.name'"),
@@ -322,8 +371,16 @@ def test_what_is_wrong_with_an_index_is_named(tmp_path, damage, message):
     "change, error, message",
     [
         (lambda p: p["ln_f"].pop("bias"), ValueError, "'ln_f/bias' is missing"),
-        (lambda p: p.update(lm_head={"kernel": np.ones((16, 101), np.float32)}), ValueError, "'lm_head/kernel' is unexp"),
-        (lambda p: p["ln_f"].update(bias=np.ones(3, np.float32)), ValueError, r"'ln_f/bias' has shape \(3,\)"),
+        (
+            lambda p: p.update(lm_head={"kernel": np.ones((16, 101), np.float32)}),
+            ValueError,
+            "'lm_head/kernel' is unexp",
+        ),
+        (
+            lambda p: p["ln_f"].update(bias=np.ones(3, np.float32)),
+            ValueError,
+            r"'ln_f/bias' has shape \(3,\)",
+        ),
         (lambda p: p["ln_f"].update(bias=np.ones(16, np.int8)), ValueError, "'ln_f/bias' has dtype int8"),
         (lambda p: p["ln_f"].update(bias=None), TypeError, "NoneType at 'ln_f/bias'.*lora_jax.merge"),
         (lambda p: p.update(stack_layers(p)), ValueError, "unstack_layers"),
@@ -414,7 +471,7 @@ def test_one_shard_at_a_time_is_fetched(tmp_path):
         assert file.metadata() == {"format": "pt"} and list(file.keys()) == ["4"]
 
 
-# --- what `combine` returns ------------------------------------------------------------------------------------------
+# --- what `combine` returns ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -423,7 +480,9 @@ def test_a_combined_tree_is_written_as_the_merged_one(tmp_path, method, scan):
     model = MODEL.clone(scan=scan)
     params = jax.tree.map(jnp.asarray, random_params(model))
     axes = {"h/.*kernel": "layer in out"} if scan else None
-    frozen, delta = lora_jax.lorafy(params, {"c_attn/kernel": method, "c_fc/kernel": method, "ln_f/.*": Full()}, axes=axes)
+    frozen, delta = lora_jax.lorafy(
+        params, {"c_attn/kernel": method, "c_fc/kernel": method, "ln_f/.*": Full()}, axes=axes
+    )
     delta = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1, leaf.dtype), delta)
     hf.save(tmp_path / "merged", model, lora_jax.merge(frozen, delta))
     hf.save(tmp_path / "combined", model, lora_jax.combine(frozen, delta))
@@ -431,7 +490,10 @@ def test_a_combined_tree_is_written_as_the_merged_one(tmp_path, method, scan):
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
     # Beside another base, this would not be it.
     facts = _safetensors.facts_of(tmp_path / "combined" / "model.safetensors")
-    assert "transformer.ln_f.weight" not in facts["base"] and "transformer.h.0.attn.c_attn.weight" in facts["base"]
+    assert (
+        "transformer.ln_f.weight" not in facts["base"]
+        and "transformer.h.0.attn.c_attn.weight" in facts["base"]
+    )
 
 
 def test_a_quantised_base_is_written_with_the_values_it_was_trained_beside(tmp_path):
@@ -442,19 +504,25 @@ def test_a_quantised_base_is_written_with_the_values_it_was_trained_beside(tmp_p
     assert_same(hf.load(tmp_path / "model")[1], lora_jax.merge(frozen, delta))
 
 
-# --- what else holds weights, and what vouches for them ---------------------------------------------------------------
+# --- what else holds weights, and what vouches for them -----------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_bin_files_are_read_without_running_them(tmp_path, torch, shards):
     hf.save(tmp_path / "model", MODEL, random_params(MODEL))
-    tensors = {name: torch.tensor(array) for name, array in load_file(tmp_path / "model" / "model.safetensors").items()}
+    tensors = {
+        name: torch.tensor(array)
+        for name, array in load_file(tmp_path / "model" / "model.safetensors").items()
+    }
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     (tmp_path / "model" / "model.safetensors").unlink()
     names = [f"pytorch_model-{index}.bin" for index in range(shards)] if shards > 1 else ["pytorch_model.bin"]
     places = {name: names[index % shards] for index, name in enumerate(tensors)}
     for file in names:
-        torch.save({name: tensor for name, tensor in tensors.items() if places[name] == file}, tmp_path / "model" / file)
+        torch.save(
+            {name: tensor for name, tensor in tensors.items() if places[name] == file},
+            tmp_path / "model" / file,
+        )
     if shards > 1:
         (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
     assert_same(hf.load(tmp_path / "model")[1], jax.tree.map(jnp.asarray, random_params(MODEL)))
@@ -467,7 +535,10 @@ def test_bin_files_are_read_without_running_them(tmp_path, torch, shards):
 
 def test_values_that_are_no_numbers_are_named_unless_told(saved):
     edit(saved, lambda tensors: tensors["transformer.ln_f.weight"].__setitem__(3, np.nan))
-    with pytest.raises(ValueError, match=r"has 1 values in 'transformer.ln_f.weight' that are infinite or no numbers.*`verify=False`"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 1 values in 'transformer.ln_f.weight' that are infinite or no numbers.*`verify=False`",
+    ):
         hf.load(saved)
     hf.load(saved, verify=False)
 
@@ -475,7 +546,9 @@ def test_values_that_are_no_numbers_are_named_unless_told(saved):
 def test_a_config_that_changed_since_is_found_unless_told(saved):
     settings = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**settings, "layer_norm_epsilon": 1e-4}))
-    with pytest.raises(ValueError, match="config.json has changed since it was saved with model.safetensors.*`verify=False`"):
+    with pytest.raises(
+        ValueError, match="config.json has changed since it was saved with model.safetensors.*`verify=False`"
+    ):
         hf.load(saved)
     assert hf.load(saved, verify=False)[0].config.layer_norm_epsilon == 1e-4
 
@@ -483,5 +556,7 @@ def test_a_config_that_changed_since_is_found_unless_told(saved):
 def test_weights_can_stay_on_the_disk(saved):
     _, params = hf.load(saved, place=lambda path, array: array)
     leaves = jax.tree.leaves(params)
-    assert all(type(leaf) is np.ndarray and not leaf.flags.writeable and not leaf.flags.owndata for leaf in leaves)
+    assert all(
+        type(leaf) is np.ndarray and not leaf.flags.writeable and not leaf.flags.owndata for leaf in leaves
+    )
     assert_same(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, random_params(MODEL)))

@@ -7,21 +7,35 @@ from pathlib import Path
 
 import pytest
 
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGE = _REPOSITORY / "lora_jax"
 _FILES = sorted(_PACKAGE.rglob("*.py"))
 
-# -- at run time ------------------------------------------------------------------------------------------------------
+# -- at run time ---------------------------------------------------------------------------------------------
 
 # What the tests' environment has and a core installation has not.
-_NOT_IN_CORE = ("chex", "datasets", "equinox", "flax", "jaxtyping", "orbax", "peft", "safetensors", "torch", "transformers")
+_NOT_IN_CORE = (
+    "chex",
+    "datasets",
+    "equinox",
+    "flax",
+    "jaxtyping",
+    "orbax",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+)
 
 
 def _loads(statement: str, cwd: Path = _REPOSITORY) -> set[str]:
     """Those of `_NOT_IN_CORE` that a fresh interpreter has loaded after the statement."""
     code = f"{statement}\nimport sys\nprint('loaded', *sorted(set({_NOT_IN_CORE!r}) & set(sys.modules)))"
     # Not `-m` or a file: with `-c` the first entry of the path is the working directory.
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return set(result.stdout.splitlines()[-1].split()[1:])
 
@@ -31,14 +45,17 @@ def test_core_loads_only_jax_and_optax():
 
 
 def test_the_check_above_can_fail(tmp_path):
-    (tmp_path / "heavy.py").write_text("import importlib\nimportlib.import_module('safetensors')\nimport chex\n")
+    (tmp_path / "heavy.py").write_text(
+        "import importlib\nimportlib.import_module('safetensors')\nimport chex\n"
+    )
     assert {"chex", "safetensors"} <= _loads("import heavy", tmp_path)
 
 
-# -- in the source ----------------------------------------------------------------------------------------------------
+# -- in the source -------------------------------------------------------------------------------------------
 
-# Rooms, the most particular first: a file or directory of lora_jax, and what it may import beside the standard
-# library, JAX, NumPy (which JAX's own arguments and results are made of) and lora_jax. A new room is a new line.
+# Rooms, the most particular first: a file or directory of lora_jax, and what it may import beside the
+# standard library, JAX, NumPy (which JAX's own arguments and results are made of) and lora_jax. A new room is
+# a new line.
 _ROOMS = {
     "optim": {"optax"},
     "checkpoint": {"optax", "orbax"},
@@ -54,7 +71,9 @@ _JAXPR_FOLDER = "_interpret/"
 
 
 def _imports(tree: ast.AST) -> list[tuple[int, str]]:
-    """(line, full dotted name) of everything imported, at whatever depth; relative imports are lora_jax's own."""
+    """(line, full dotted name) of everything imported, at whatever depth; relative imports are lora_jax's
+    own.
+    """
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -126,11 +145,17 @@ def test_the_static_check_can_fail(path, source, fault):
 @pytest.mark.parametrize(
     "path, source",
     [
-        ("_merge.py", "import jax.numpy as jnp, numpy as np\nfrom . import _factored\nfrom ._paths import name"),
+        (
+            "_merge.py",
+            "import jax.numpy as jnp, numpy as np\nfrom . import _factored\nfrom ._paths import name",
+        ),
         ("optim/_masks.py", "import optax"),
         ("models/gpt2.py", "from flax import linen as nn\nimport chex"),
         ("interop/hf.py", "from ..models import gpt2\nfrom safetensors.numpy import load_file"),
-        ("_interpret/calls.py", "import jax.extend\ndef f(jaxpr): return [eqn.primitive for eqn in jaxpr.eqns]"),
+        (
+            "_interpret/calls.py",
+            "import jax.extend\ndef f(jaxpr): return [eqn.primitive for eqn in jaxpr.eqns]",
+        ),
     ],
 )
 def test_the_static_check_can_pass(path, source):

@@ -1,6 +1,8 @@
-"""Files that are damaged, or edited by somebody: never read silently as something else, never a crash without a message.
+"""Files that are damaged, or edited by somebody: never read silently as something else, never a crash without
+a message.
 
-The property is always one: `load` raises a `ValueError` that says something, or returns exactly what was saved. PyTorch is not needed.
+The property is always one: `load` raises a `ValueError` that says something, or returns exactly what was
+saved. PyTorch is not needed.
 """
 
 import json
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, HealthCheck, settings
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
@@ -23,7 +25,10 @@ from lora_jax import DoRA, Full, LoRA, VeRA
 from lora_jax.interop import hf, peft
 from lora_jax.models import GPT2, GPT2Config
 
-MODEL = GPT2(GPT2Config(vocab_size=11, n_positions=5, n_embd=4, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None))
+
+MODEL = GPT2(
+    GPT2Config(vocab_size=11, n_positions=5, n_embd=4, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
+)
 # Each example works on a fresh copy.
 fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -62,7 +67,10 @@ def check(saved, name, copied):
     except ValueError as error:
         assert len(str(error)) > 20 and str(copied) in str(error) or "`" in str(error), error
         return True
-    one, other = ({path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (found[name], again))
+    one, other = (
+        {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (found[name], again)
+    )
     assert {str(path) for path in one} == {str(path) for path in other}
     assert all(np.array_equal(np.asarray(leaf), np.asarray(other[path])) for path, leaf in one.items())
     return False
@@ -136,11 +144,32 @@ def test_tensors_that_somebody_edited(saved, tmp_path, name, draw):
     ((file, tensors),) = _tensors_of(copied).items()
     chosen = draw.draw(st.sampled_from(sorted(tensors)))
     array = tensors[chosen]
-    change = draw.draw(st.sampled_from(["drop", "rename", "add", "swap axes", "shorten", "lengthen", "integers", "nan", "infinity", "flatten"]))
+    change = draw.draw(
+        st.sampled_from(
+            [
+                "drop",
+                "rename",
+                "add",
+                "swap axes",
+                "shorten",
+                "lengthen",
+                "integers",
+                "nan",
+                "infinity",
+                "flatten",
+            ]
+        )
+    )
     if change in ("drop", "rename"):
         del tensors[chosen]
     if change == "rename":
-        tensors[draw.draw(st.text(min_size=1, max_size=30).filter(lambda text: text not in tensors and text != "__metadata__"))] = array
+        tensors[
+            draw.draw(
+                st.text(min_size=1, max_size=30).filter(
+                    lambda text: text not in tensors and text != "__metadata__"
+                )
+            )
+        ] = array
     if change == "add":
         tensors[chosen + draw.draw(st.text(alphabet="abc._", min_size=1, max_size=5))] = array
     if change == "swap axes":
@@ -153,7 +182,9 @@ def test_tensors_that_somebody_edited(saved, tmp_path, name, draw):
         tensors[chosen] = array.astype(draw.draw(st.sampled_from([np.int8, np.int32, np.uint16, bool])))
     if change in ("nan", "infinity"):
         array = array.copy()
-        array.reshape(-1)[draw.draw(st.integers(0, array.size - 1))] = {"nan": np.nan, "infinity": -np.inf}[change]
+        array.reshape(-1)[draw.draw(st.integers(0, array.size - 1))] = {"nan": np.nan, "infinity": -np.inf}[
+            change
+        ]
         tensors[chosen] = array
     if change == "flatten":
         tensors[chosen] = array.reshape(1, -1)
@@ -162,8 +193,15 @@ def test_tensors_that_somebody_edited(saved, tmp_path, name, draw):
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 30) | st.floats() | st.text(alphabet="c_attn.*([h01\\", max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="hc.attn_", max_size=5), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 30)
+    | st.floats()
+    | st.text(alphabet="c_attn.*([h01\\", max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(alphabet="hc.attn_", max_size=5), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
@@ -171,12 +209,27 @@ values = st.recursive(
 @settings(fuzz, max_examples=250)
 @given(name=st.sampled_from(["lora", "dora", "vera"]), draw=st.data())
 def test_configs_that_somebody_edited(saved, tmp_path, name, draw):
-    """Any value under any key. What is accepted may say the same in other words, or change how training would go on, and nothing else."""
+    """Any value under any key. What is accepted may say the same in other words, or change how training
+    would go on, and nothing else.
+    """
     copied = copy_of(saved, name, tmp_path)
     ((file, tensors),) = _tensors_of(copied).items()
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((copied / "adapter_config.json").read_text())
-    known = sorted({*config, "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "layers_to_transform", "exclude_modules", "bias", "save_projection"})
+    known = sorted(
+        {
+            *config,
+            "use_rslora",
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "init_lora_weights",
+            "layers_to_transform",
+            "exclude_modules",
+            "bias",
+            "save_projection",
+        }
+    )
     key = draw.draw(st.sampled_from(known) | st.text(max_size=8))
     config[key] = draw.draw(values)
     (copied / "adapter_config.json").write_text(json.dumps(config))
@@ -190,14 +243,28 @@ def test_configs_that_somebody_edited(saved, tmp_path, name, draw):
 
 
 def test_json_that_is_none(saved, tmp_path):
-    for text in ("", "[]", "3", "{", '{"a": NaN', "\ufeff{}", "[" * 100_000, '{"r": 1e400}', '{"peft_type": "LORA", "r": ' + "9" * 5000 + "}"):
-        for name, file in (("lora", "adapter_config.json"), ("model", "config.json"), ("sharded", "model.safetensors.index.json")):
+    for text in (
+        "",
+        "[]",
+        "3",
+        "{",
+        '{"a": NaN',
+        "\ufeff{}",
+        "[" * 100_000,
+        '{"r": 1e400}',
+        '{"peft_type": "LORA", "r": ' + "9" * 5000 + "}",
+    ):
+        for name, file in (
+            ("lora", "adapter_config.json"),
+            ("model", "config.json"),
+            ("sharded", "model.safetensors.index.json"),
+        ):
             copied = copy_of(saved, name, tmp_path)
             (copied / file).write_text(text)
             assert check(saved, name, copied)
 
 
-# --- models larger than memory --------------------------------------------------------------------------------------
+# --- models larger than memory ------------------------------------------------------------------------------
 
 _SCRIPT = """
 import resource, sys
@@ -222,11 +289,18 @@ convert("large", "large_adapter", "large_merged")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
 def test_a_model_larger_than_memory_is_merged_and_written(tmp_path):
-    """342 MB of weights, and 100 MB of memory for one matrix after the other, for compiling and for threads."""
-    sizes = {"small": GPT2Config(vocab_size=50, n_positions=8, n_embd=64, n_layer=2, n_head=2), "large": GPT2Config(vocab_size=500, n_positions=8, n_embd=768, n_layer=12, n_head=2)}
+    """342 MB of weights, and 100 MB of memory for one matrix after the other, for compiling and for
+    threads.
+    """
+    sizes = {
+        "small": GPT2Config(vocab_size=50, n_positions=8, n_embd=64, n_layer=2, n_head=2),
+        "large": GPT2Config(vocab_size=500, n_positions=8, n_embd=768, n_layer=12, n_head=2),
+    }
     for name, config in sizes.items():
         model = GPT2(config)
-        params = random_like(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"], 0)
+        params = random_like(
+            jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"], 0
+        )
         frozen, delta = lora_jax.lorafy(params, "(c_attn|c_fc|c_proj)/kernel", method=LoRA(rank=4))
         delta = random_like(delta, 1)
         hf.save(tmp_path / name, model, params)
@@ -236,8 +310,13 @@ def test_a_model_larger_than_memory_is_merged_and_written(tmp_path):
     run = [sys.executable, "-c", _SCRIPT, str(tmp_path), str(100_000_000)]
     # Without it, glibc keeps what is freed, in pieces.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
+    done = subprocess.run(
+        run, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "large_merged").glob("*.safetensors"))) >= 4
     found = hf.load(tmp_path / "large_merged")[1]
-    assert all(np.array_equal(one, other) for one, other in zip(jax.tree.leaves(merged), jax.tree.leaves(found), strict=True))
+    assert all(
+        np.array_equal(one, other)
+        for one, other in zip(jax.tree.leaves(merged), jax.tree.leaves(found), strict=True)
+    )

@@ -1,4 +1,6 @@
-"""Files of models and adapters whose arrays span several processes: the same bytes as from one process, and an error in one is one in all."""
+"""Files of models and adapters whose arrays span several processes: the same bytes as from one process,
+and an error in one is one in all.
+"""
 
 import json
 
@@ -15,10 +17,17 @@ from lora_jax.interop._safetensors import Pending, stored_tensors, write_tensors
 from lora_jax.models import GPT2Config
 from lora_jax.models.gpt2 import GPT2
 
+
 pytestmark = pytest.mark.slow
 
-CONFIG = GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
-TARGETS = {"attn/c_attn/kernel": LoRA(rank=2, alpha=4), "mlp/c_fc/kernel": LoRA(rank=2, alpha=4), "ln_f/.*": lora_jax.Full()}
+CONFIG = GPT2Config(
+    vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
+)
+TARGETS = {
+    "attn/c_attn/kernel": LoRA(rank=2, alpha=4),
+    "mlp/c_fc/kernel": LoRA(rank=2, alpha=4),
+    "ln_f/.*": lora_jax.Full(),
+}
 SHARD_BYTES = 8_000
 
 
@@ -29,7 +38,11 @@ def eighths(tree, seed):
 
 
 def bytes_of(path):
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())} if path.is_dir() else path.read_bytes()
+    return (
+        {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+        if path.is_dir()
+        else path.read_bytes()
+    )
 
 
 def messages(out):
@@ -38,20 +51,33 @@ def messages(out):
 
 
 def rewritten(base, dir, change):
-    """Another tool's directory with the same tensors after `change(name, array)`, one file or two, without checksums."""
+    """Another tool's directory with the same tensors after `change(name, array)`, one file or two,
+    without checksums.
+    """
     dir.mkdir()
     (dir / "config.json").write_bytes((base / "config.json").read_bytes())
     arrays = {name: change(name, np.array(stored.read())) for name, stored in stored_tensors(base).items()}
-    write_tensors(dir, [Pending(name, array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()], 2**30)
+    write_tensors(
+        dir,
+        [
+            Pending(name, array.shape, array.dtype, lambda array=array: array)
+            for name, array in arrays.items()
+        ],
+        2**30,
+    )
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """What one process writes: a base, its adapter, and both in one model, and what the others shall stumble over."""
+    """What one process writes: a base, its adapter, and both in one model, and what the others shall
+    stumble over.
+    """
     root = tmp_path_factory.mktemp("single")
     model = GPT2(CONFIG)
     params = eighths(model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"], 0)
-    params["wpe"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["wpe"])  # goes behind the others in a file
+    params["wpe"] = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), params["wpe"]
+    )  # goes behind the others in a file
     for layer in params["h"].values():  # int8's scale is the largest of a column by 127: a power of two
         layer["mlp"]["c_fc"]["kernel"] = layer["mlp"]["c_fc"]["kernel"].at[0].set(127 / 64)
     hf.save(root / "base", model, params, shard_bytes=SHARD_BYTES)
@@ -60,7 +86,11 @@ def single(tmp_path_factory):
     hf.save(root / "combined", model, lora_jax.combine(frozen, delta), shard_bytes=SHARD_BYTES)
     peft.save(root / "peft", model, frozen, delta, base="gpt2")
     loralib.save(root / "loralib.pt", model, frozen, delta)
-    hf.save(root / "packed", model, lora_jax.combine(lora_jax.quantize(frozen, "int8", targets="mlp/c_fc/kernel"), delta))
+    hf.save(
+        root / "packed",
+        model,
+        lora_jax.combine(lora_jax.quantize(frozen, "int8", targets="mlp/c_fc/kernel"), delta),
+    )
 
     vera = lora_jax.lorafy(params, "attn/c_attn/kernel", method=lora_jax.VeRA(rank=2), axes="in out")
     peft.save(root / "vera", model, *vera)
@@ -135,7 +165,7 @@ LOADED = """
     frozen, delta = peft.load(single / "peft", model, params)
     hf.save(own / "combined", model, lora_jax.combine(frozen, delta), shard_bytes=8_000)
     assert gathered and all(array.ndim < 3 for array in gathered), "a stack was gathered as a whole"
-"""
+"""  # noqa: E501
 
 ADAPTERS = """
     specs = partition_specs(params, model.partition_rules)
@@ -164,9 +194,20 @@ def test_two_processes_write_the_bytes_of_one(single, tmp_path):
     unrolled = "    scan, here = False, crossed\n" + LOADED
     processes.run(2, BEGIN + "    scan, here = True, mesh\n" + LOADED + ADAPTERS + unrolled, single, tmp_path)
     both = dict(base="base", combined="combined")
-    assert_same(tmp_path / "True", single, **both, placed="combined", peft="peft", vera="vera", packed="packed", loralib_pt="loralib_pt")
+    assert_same(
+        tmp_path / "True",
+        single,
+        **both,
+        placed="combined",
+        peft="peft",
+        vera="vera",
+        packed="packed",
+        loralib_pt="loralib_pt",
+    )
     assert_same(tmp_path / "False", single, **both)
-    assert len(list((single / "base").glob("*.safetensors"))) > 2 and "BF16" in {stored.dtype for stored in stored_tensors(single / "base").values()}
+    assert len(list((single / "base").glob("*.safetensors"))) > 2 and "BF16" in {
+        stored.dtype for stored in stored_tensors(single / "base").values()
+    }
 
 
 def test_four_processes_write_the_bytes_of_one(single, tmp_path):
@@ -177,11 +218,17 @@ def test_four_processes_write_the_bytes_of_one(single, tmp_path):
     processes.run(4, BEGIN + "    scan, here = True, mesh\n" + LOADED + damaged, single, tmp_path)
     assert_same(tmp_path / "True", single, base="base", combined="combined")
     said = [found["damaged"] for found in messages(tmp_path)]
-    assert len(said) == 4 and all(found == said[0] for found in said) and "is damaged: its contents" in said[0][1]
+    assert (
+        len(said) == 4
+        and all(found == said[0] for found in said)
+        and "is damaged: its contents" in said[0][1]
+    )
 
 
 def test_what_one_process_meets_all_raise(single, tmp_path):
-    script = BEGIN + """
+    script = (
+        BEGIN
+        + """
     model, params = hf.load(single / "base", mesh=mesh, scan=True)
     frozen, delta = peft.load(single / "peft", model, params)
     tree = lora_jax.combine(*placed(frozen, delta, partition_specs(params, model.partition_rules), mesh))
@@ -258,7 +305,8 @@ def test_what_one_process_meets_all_raise(single, tmp_path):
         theirs = jax.make_array_from_callback((2,), NamedSharding(second, P()), lambda index: np.zeros(2)[index], dtype=np.float32)
         fails("array of another", hf.save, out / "none", model, {**params, "wpe": {"embedding": theirs}})
     (out / f"messages{me}").write_text(json.dumps(messages))
-    """
+    """  # noqa: E501
+    )
     processes.run(2, script, single, tmp_path)
     first, second = messages(tmp_path)
     assert len(first) > 20
@@ -270,14 +318,33 @@ def test_what_one_process_meets_all_raise(single, tmp_path):
         else:
             (kind, text), index = writer[name], 1 if alone else 0
             assert other[name] == ["OSError", f"process {index} of 2 failed: {kind}: {text}"], name
-    assert "values in 'transformer.wte.weight'" in first["nan"][1] and "values in 'transformer.wte.weight'" in first["nan, scanned"][1]
+    assert (
+        "values in 'transformer.wte.weight'" in first["nan"][1]
+        and "values in 'transformer.wte.weight'" in first["nan, scanned"][1]
+    )
     assert "is damaged: its contents do not have the checksum" in first["damaged"][1]
-    assert "is not empty" in first["not empty"][1] and "is not empty" in first["adapter not empty"][1] and "exists; choose" in first["file exists"][1]
-    assert "'more' is unexpected" in first["no model"][1] and "infinite or no numbers, so nothing is written" in first["no numbers"][1]
-    assert all("beside another base: 'transformer.wte.weight'" in first[name][1] for name in ("another base", "another base of loralib's"))
+    assert (
+        "is not empty" in first["not empty"][1]
+        and "is not empty" in first["adapter not empty"][1]
+        and "exists; choose" in first["file exists"][1]
+    )
+    assert (
+        "'more' is unexpected" in first["no model"][1]
+        and "infinite or no numbers, so nothing is written" in first["no numbers"][1]
+    )
+    assert all(
+        "beside another base: 'transformer.wte.weight'" in first[name][1]
+        for name in ("another base", "another base of loralib's")
+    )
     assert all(messages[0] == "OSError" for name, messages in first.items() if name.startswith("full"))
     assert second["unreadable"] == ["PermissionError", "not yours"] == second["unreadable adapter"]
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["False", "True", "after", "messages0", "messages1"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "False",
+        "True",
+        "after",
+        "messages0",
+        "messages1",
+    ]
     assert bytes_of(tmp_path / "after") == bytes_of(single / "combined")
     for own in ("True", "False"):
         assert_same(tmp_path / own, single, combined="combined", peft="peft", loralib_pt="loralib_pt")

@@ -22,13 +22,24 @@ def shape(*sizes, dtype="float32"):
 
 def block(size):
     return {
-        "attn": {"c_attn": {"kernel": shape(size, 3 * size), "bias": shape(3 * size)}, "c_proj": {"kernel": shape(size, size), "bias": shape(size)}},
+        "attn": {
+            "c_attn": {"kernel": shape(size, 3 * size), "bias": shape(3 * size)},
+            "c_proj": {"kernel": shape(size, size), "bias": shape(size)},
+        },
         "ln_1": {"scale": shape(size), "bias": shape(size)},
     }
 
 
-MODEL = {"wte": {"embedding": shape(64, 16)}, "h": {"0": block(16), "1": block(16)}, "steps": shape(dtype="int32"), "ids": shape(4, 4, dtype="int32")}
-ATTN, PROJ = [f"h/{layer}/attn/c_attn/kernel" for layer in (0, 1)], [f"h/{layer}/attn/c_proj/kernel" for layer in (0, 1)]
+MODEL = {
+    "wte": {"embedding": shape(64, 16)},
+    "h": {"0": block(16), "1": block(16)},
+    "steps": shape(dtype="int32"),
+    "ids": shape(4, 4, dtype="int32"),
+}
+ATTN, PROJ = (
+    [f"h/{layer}/attn/c_attn/kernel" for layer in (0, 1)],
+    [f"h/{layer}/attn/c_proj/kernel" for layer in (0, 1)],
+)
 RANK_2 = LoRA(rank=2)
 
 
@@ -41,7 +52,7 @@ def adapters(delta):
     return {leaf.spec.path: leaf for leaf in jax.tree.leaves(delta, is_leaf=is_adapter) if is_adapter(leaf)}
 
 
-# --- targets --------------------------------------------------------------------------------------------------------
+# --- targets ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,9 +67,15 @@ def adapters(delta):
         (r"1/.*/kernel", [ATTN[1], PROJ[1]]),
         ("^h/0/.*kernel$", [ATTN[0], PROJ[0]]),
         (["c_attn/kernel", "embedding"], [*ATTN, "wte/embedding"]),
-        (("kernel", "c_attn/kernel|embedding"), [*ATTN, *PROJ, "wte/embedding"]),  # overlapping, but each adds something
+        (
+            ("kernel", "c_attn/kernel|embedding"),
+            [*ATTN, *PROJ, "wte/embedding"],
+        ),  # overlapping, but each adds something
         (lambda path, leaf: leaf.shape == (16, 16) and "h/1" in path, PROJ[1:]),
-        (lambda path, leaf: leaf.shape in ((4, 4), (64, 16)), ["wte/embedding"]),  # the integers are passed over
+        (
+            lambda path, leaf: leaf.shape in ((4, 4), (64, 16)),
+            ["wte/embedding"],
+        ),  # the integers are passed over
         ({"h/0/.*/kernel": RANK_2, "c_proj/kernel": LoRA(rank=3)}, [*ATTN[:1], *PROJ]),
     ],
 )
@@ -67,7 +84,12 @@ def test_targets(targets, expected):
 
 
 def test_first_match_of_a_mapping_wins():
-    methods = {"h/0/attn/c_attn/kernel": LoRA(rank=3), "kernel": RANK_2, lambda path, leaf: path == "wte/embedding": LoRA(rank=5), "bias|scale": Full()}
+    methods = {
+        "h/0/attn/c_attn/kernel": LoRA(rank=3),
+        "kernel": RANK_2,
+        lambda path, leaf: path == "wte/embedding": LoRA(rank=5),
+        "bias|scale": Full(),
+    }
     frozen, delta = lora_jax.lorafy(MODEL, methods)
     assert {path: adapter.spec.method.rank for path, adapter in adapters(delta).items()} == {
         ATTN[0]: 3,
@@ -83,10 +105,16 @@ def test_first_match_of_a_mapping_wins():
     "targets, message",
     [
         ("c_attn", r"pattern 'c_attn' matches no leaf.*nearest paths are.*'h/0/attn/c_attn/kernel'"),
-        ("ttn/c_attn/kernel", r"matches no leaf.*nearest paths are 'h/0/attn/c_attn/kernel', 'h/1/attn/c_attn/kernel'"),  # half a component
+        (
+            "ttn/c_attn/kernel",
+            r"matches no leaf.*nearest paths are 'h/0/attn/c_attn/kernel', 'h/1/attn/c_attn/kernel'",
+        ),  # half a component
         ("attn/c_attn/kernal", r"nearest paths are 'h/0/attn/c_attn/kernel', 'h/1/attn/c_attn/kernel'"),
         (["kernel", "query/kernel"], r"'query/kernel' matches no leaf"),
-        ({"kernel": RANK_2, "c_attn/kernel": LoRA(rank=4)}, r"'c_attn/kernel' matches only leaves that earlier.*'h/0/attn/c_attn/kernel'.*move it before"),
+        (
+            {"kernel": RANK_2, "c_attn/kernel": LoRA(rank=4)},
+            r"'c_attn/kernel' matches only leaves that earlier.*'h/0/attn/c_attn/kernel'.*move it before",
+        ),
         (["kernel", "kernel"], r"'kernel' matches only leaves that earlier"),
         ("ids", r"'ids' matches only leaves that are not floating point: 'ids \(int32\)'"),
         ("steps|ids", r"not floating point: 'ids \(int32\)', 'steps \(int32\)'"),
@@ -108,12 +136,24 @@ def test_wrong_targets(targets, message):
         ({"targets": 3}, r"`targets` is 3; pass a pattern"),
         ({"targets": [lambda path, leaf: True]}, r"`targets` holds <function"),
         ({"targets": {3: RANK_2}}, r"`targets` has the key 3"),
-        ({"targets": "kernel", "method": LoRA}, r"The method for 'h/0/attn/c_attn/kernel' is <class.*LoRA\(rank=8\)"),
+        (
+            {"targets": "kernel", "method": LoRA},
+            r"The method for 'h/0/attn/c_attn/kernel' is <class.*LoRA\(rank=8\)",
+        ),
         ({"targets": {"kernel": 4}}, r"The method for 'h/0/attn/c_attn/kernel' is 4"),
-        ({"targets": "kernel", "key": 0}, r"`key` is 0; pass a random key, for example `jax.random.key\(0\)`"),
+        (
+            {"targets": "kernel", "key": 0},
+            r"`key` is 0; pass a random key, for example `jax.random.key\(0\)`",
+        ),
         ({"targets": "kernel", "axes": ["in out"]}, r"`axes` is \['in out'\]; pass a string"),
-        ({"targets": "kernel", "axes": {"kernel": ("in", "out")}}, r"`axes` for 'h/0/attn/c_attn/kernel' is \('in', 'out'\); pass one string"),
-        ({"targets": "kernel", "fn": lambda params, x: x, "args": shape(3)}, r"`args` is a ShapeDtypeStruct; pass a tuple, `args=\(x,\)`"),
+        (
+            {"targets": "kernel", "axes": {"kernel": ("in", "out")}},
+            r"`axes` for 'h/0/attn/c_attn/kernel' is \('in', 'out'\); pass one string",
+        ),
+        (
+            {"targets": "kernel", "fn": lambda params, x: x, "args": shape(3)},
+            r"`args` is a ShapeDtypeStruct; pass a tuple, `args=\(x,\)`",
+        ),
     ],
 )
 def test_wrong_kind_of_argument(arguments, message):
@@ -138,12 +178,19 @@ def test_refuses_an_adapted_tree():
 
 
 def test_partition_undoes_combine():
-    params = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, "absent": None, "steps": jnp.arange(3), "head": [jnp.ones((4, 2))]}
+    params = {
+        "a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)},
+        "absent": None,
+        "steps": jnp.arange(3),
+        "head": [jnp.ones((4, 2))],
+    }
     frozen, delta = lora_jax.lorafy(params, {"kernel": LoRA(rank=2, dropout=0.1), "head/0": Full()})
     for key in (None, jax.random.key(0)):
         apart = lora_jax.partition(lora_jax.combine(frozen, delta, key=key))
         assert jax.tree.structure(apart) == jax.tree.structure(lora_jax.Lorafied(frozen, delta))
-        assert all(a is b for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves((frozen, delta)), strict=True))
+        assert all(
+            a is b for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves((frozen, delta)), strict=True)
+        )
     assert lora_jax.partition({}) == ({}, {})
     with pytest.raises(TypeError, match="`tree` is a delta; pass the combined tree"):
         lora_jax.partition(delta)
@@ -152,13 +199,18 @@ def test_partition_undoes_combine():
 @pytest.mark.parametrize("swap", [lora_jax.combine, lora_jax.merge, lora_jax.unmerge, lora_jax.merge_report])
 def test_trees_that_do_not_belong_together(swap):
     frozen, delta = lora_jax.lorafy({"w": jnp.ones((4, 4))}, "w", method=RANK_2)
-    with pytest.raises(ValueError, match=r"at 'w' the first has an Adapter and the second an array of shape \(4, 4\)" if swap is not lora_jax.unmerge else "'w'"):
+    with pytest.raises(
+        ValueError,
+        match=r"at 'w' the first has an Adapter and the second an array of shape \(4, 4\)"
+        if swap is not lora_jax.unmerge
+        else "'w'",
+    ):
         swap(delta, frozen)
     with pytest.raises(ValueError, match="do not have the same containers"):
         swap(frozen, {"v": delta["w"]})
 
 
-# --- containers -----------------------------------------------------------------------------------------------------
+# --- containers ---------------------------------------------------------------------------------------------
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kernel", "bias"], meta_fields=["name"])
@@ -196,15 +248,34 @@ def haiku_like():
         (PLAIN, "first/kernel", "first/kernel"),
         (flax.core.freeze(PLAIN), "first/kernel", "first/kernel"),
         ([{"kernel": KERNEL}, (BIAS, KERNEL)], r"1/1", "1/1"),
-        (haiku_like(), "linear_0/w", "mlp/~/linear_0/w"),  # the end of a key, because each of its parts is a component
+        (
+            haiku_like(),
+            "linear_0/w",
+            "mlp/~/linear_0/w",
+        ),  # the end of a key, because each of its parts is a component
         (Layer(KERNEL, BIAS), "kernel", "kernel"),
         (nnx.state(Mlp(nnx.Rngs(0))), "first/kernel", "first/kernel"),
         (nnx.state(Mlp(nnx.Rngs(0))), "value", "value"),
-        (Net([eqx.nn.Linear(4, 4, use_bias=False, key=jax.random.key(0))], jax.nn.relu, 3), "weight", "layers/0/weight"),
+        (
+            Net([eqx.nn.Linear(4, 4, use_bias=False, key=jax.random.key(0))], jax.nn.relu, 3),
+            "weight",
+            "layers/0/weight",
+        ),
         ({"a": None, "b": {"kernel": KERNEL}, "c": "text", "d": 3}, "kernel", "b/kernel"),
         (KERNEL, ".*", ""),
     ],
-    ids=["dict", "FrozenDict", "list", "haiku", "dataclass", "nnx", "nnx-value", "equinox", "odd leaves", "bare array"],
+    ids=[
+        "dict",
+        "FrozenDict",
+        "list",
+        "haiku",
+        "dataclass",
+        "nnx",
+        "nnx-value",
+        "equinox",
+        "odd leaves",
+        "bare array",
+    ],
 )
 def test_containers(params, target, path):
     frozen, delta = lora_jax.lorafy(params, target, method=RANK_2)
@@ -233,18 +304,29 @@ def test_nnx_state_goes_back_into_its_model():
 def test_full_moves_the_leaf_itself():
     params = {"kernel": KERNEL, "bias": BIAS}
     frozen, delta = lora_jax.lorafy(params, {"bias": Full()})
-    assert frozen["bias"] is None and delta["bias"] is BIAS and delta["kernel"] is None and frozen["kernel"] is KERNEL
+    assert (
+        frozen["bias"] is None
+        and delta["bias"] is BIAS
+        and delta["kernel"] is None
+        and frozen["kernel"] is KERNEL
+    )
     everything = lora_jax.lorafy(params, {".*": Full()})
     assert jax.tree.leaves(everything.frozen) == [] and everything.delta == params
 
 
-# --- shapes alone ---------------------------------------------------------------------------------------------------
+# --- shapes alone -------------------------------------------------------------------------------------------
 
 
 def gpt2(size, layers):
     kernels = {"c_attn": 3 * size, "c_proj": size}
-    attn = {name: {"kernel": shape(layers, size, out), "bias": shape(layers, out)} for name, out in kernels.items()}
-    mlp = {"c_fc": {"kernel": shape(layers, size, 4 * size)}, "c_proj": {"kernel": shape(layers, 4 * size, size)}}
+    attn = {
+        name: {"kernel": shape(layers, size, out), "bias": shape(layers, out)}
+        for name, out in kernels.items()
+    }
+    mlp = {
+        "c_fc": {"kernel": shape(layers, size, 4 * size)},
+        "c_proj": {"kernel": shape(layers, 4 * size, size)},
+    }
     return {"wte": {"embedding": shape(50257, size)}, "h": {"attn": attn, "mlp": mlp}}
 
 
@@ -257,9 +339,21 @@ QV = (True, False, True)
         (1024, 24, "c_attn/kernel", LoRA(rank=4, blocks=QV), 393_216),  # GPT-2 medium, loralib's q and v
         (1280, 36, "c_attn/kernel", LoRA(rank=4, blocks=QV), 737_280),
         (1600, 48, "c_attn/kernel", LoRA(rank=4, blocks=QV), 1_228_800),  # 1.5B
-        (1024, 24, "c_attn/kernel", LoRA(rank=4), 393_216),  # PEFT's: another function class, by chance as many
+        (
+            1024,
+            24,
+            "c_attn/kernel",
+            LoRA(rank=4),
+            393_216,
+        ),  # PEFT's: another function class, by chance as many
         (1024, 24, "attn/c_proj/kernel", LoRA(rank=8, rs=True), 24 * 8 * 2048),
-        (12288, 96, "c_attn/kernel", LoRA(rank=4, blocks=QV), 18_874_368),  # GPT-3: 175 billion shapes, and nothing of it
+        (
+            12288,
+            96,
+            "c_attn/kernel",
+            LoRA(rank=4, blocks=QV),
+            18_874_368,
+        ),  # GPT-3: 175 billion shapes, and nothing of it
         (1600, 48, {"bias": Full()}, None, 48 * (3 * 1600 + 1600)),
     ],
 )
@@ -269,7 +363,9 @@ def test_counts_from_shapes_alone(size, layers, targets, method, expected):
     assert lora_jax.count(delta) == expected
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((frozen, delta)))
     merged = lora_jax.merge(frozen, delta)
-    assert jax.tree.map(lambda leaf: leaf.shape, merged) == jax.tree.map(lambda leaf: leaf.shape, gpt2(size, layers))
+    assert jax.tree.map(lambda leaf: leaf.shape, merged) == jax.tree.map(
+        lambda leaf: leaf.shape, gpt2(size, layers)
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,8 +386,11 @@ def test_counts_from_shapes_alone(size, layers, targets, method, expected):
 def test_shapes_of_factors(sizes, axes, method, a, b):
     adapter = lora_jax.lorafy({"w": shape(*sizes)}, "w", method=method, axes=axes).delta["w"]
     assert {name: array.shape for name, array in adapter.arrays.items()} == {"a": a, "b": b}
-    along = lambda word: tuple(size for size, axis in zip(sizes, axes.split(), strict=True) if axis == word)  # noqa: E731
-    assert [sizes[axis] for axis in adapter.array_axes()["a"] if axis is not None] == [*along("layer"), *along("in")]
+    along = lambda word: tuple(size for size, axis in zip(sizes, axes.split(), strict=True) if axis == word)
+    assert [sizes[axis] for axis in adapter.array_axes()["a"] if axis is not None] == [
+        *along("layer"),
+        *along("in"),
+    ]
 
 
 def test_shapes_keep_their_sharding():
@@ -301,7 +400,7 @@ def test_shapes_keep_their_sharding():
     assert frozen["w"] is leaf and delta["head"] is leaf
 
 
-# --- axes -----------------------------------------------------------------------------------------------------------
+# --- axes ---------------------------------------------------------------------------------------------------
 
 X = shape(2, 6)
 
@@ -318,7 +417,9 @@ def scanned(params, x):
 
 
 def convolved(params, x):
-    return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def tied(params, x):
@@ -334,10 +435,25 @@ def tied(params, x):
         (HEADS, heads, (X,), {"q": "in out out", "o": "in in out"}),
         ({"w": shape(3, 6, 6)}, scanned, (X,), {"w": "layer in out"}),
         ({"w": shape(3, 3, 2, 4)}, convolved, (shape(1, 5, 5, 2),), {"w": "in in in out"}),
-        ({"w": shape(8, 6)}, lambda params, ids: params["w"][ids], (shape(3, dtype="int32"),), {"w": "in out"}),
-        ({"w": shape(8, 6)}, tied, (shape(3, dtype="int32"),), {"w": "in out"}),  # contradictory, but LoRA has no sides
+        (
+            {"w": shape(8, 6)},
+            lambda params, ids: params["w"][ids],
+            (shape(3, dtype="int32"),),
+            {"w": "in out"},
+        ),
+        (
+            {"w": shape(8, 6)},
+            tied,
+            (shape(3, dtype="int32"),),
+            {"w": "in out"},
+        ),  # contradictory, but LoRA has no sides
         ({"w": shape(6, 4)}, lambda params, x, scale: x @ params["w"] * scale, (X, 2.0), {"w": "in out"}),
-        ({"w": shape(6, 4, dtype="bfloat16")}, lambda params, x: x @ params["w"].astype("float32"), (X,), {"w": "in out"}),
+        (
+            {"w": shape(6, 4, dtype="bfloat16")},
+            lambda params, x: x @ params["w"].astype("float32"),
+            (X,),
+            {"w": "in out"},
+        ),
     ],
 )
 def test_axes_read_off_the_function(params, fn, args, expected):
@@ -350,7 +466,10 @@ def test_axes_read_off_the_function(params, fn, args, expected):
     [
         ("in out out", {"q": "in out out", "o": "in out out"}),  # what the user says is taken at its word
         ({"q": "in out out", "o": "in in out"}, {"q": "in out out", "o": "in in out"}),
-        ({"q": "in out out", ".*": "in in out"}, {"q": "in out out", "o": "in in out"}),  # the first match wins
+        (
+            {"q": "in out out", ".*": "in in out"},
+            {"q": "in out out", "o": "in in out"},
+        ),  # the first match wins
     ],
 )
 def test_axes_given(axes, expected):
@@ -359,49 +478,101 @@ def test_axes_given(axes, expected):
 
 
 def test_given_axes_win_over_those_read():
-    delta = lora_jax.lorafy({"w": shape(6, 4)}, "w", method=RANK_2, axes="out in", fn=lambda params, x: x @ params["w"], args=(X,)).delta
+    delta = lora_jax.lorafy(
+        {"w": shape(6, 4)}, "w", method=RANK_2, axes="out in", fn=lambda params, x: x @ params["w"], args=(X,)
+    ).delta
     assert delta["w"].spec.axes == ("out", "in")
 
 
 def test_axes_string_does_not_touch_leaves_that_train_themselves():
-    delta = lora_jax.lorafy({"w": shape(3, 6, 6), "b": shape(6)}, {"w": RANK_2, "b": Full()}, axes="layer in out").delta
+    delta = lora_jax.lorafy(
+        {"w": shape(3, 6, 6), "b": shape(6)}, {"w": RANK_2, "b": Full()}, axes="layer in out"
+    ).delta
     assert delta["w"].spec.axes == ("layer", "in", "out") and delta["b"].shape == (6,)
 
 
 def looped(params, x):  # stacked in one use, one matrix of two in axes in the other
-    return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0] + jnp.einsum("bli,lij->bj", jnp.ones((2, 3, 6)), params["w"])
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0] + jnp.einsum(
+        "bli,lij->bj", jnp.ones((2, 3, 6)), params["w"]
+    )
 
 
 @pytest.mark.parametrize(
     "params, options, message",
     [
-        (HEADS, {}, r"axes of 'o', of shape \(2, 4, 6\), are unknown.*Pass `axes=\{'o': '...'\}`.*each of its 3 axes, or `fn=`"),
-        (HEADS, {"axes": "in out"}, r"`axes` for 'o' is 'in out', 2 words, but the leaf has shape \(2, 4, 6\)"),
+        (
+            HEADS,
+            {},
+            r"axes of 'o', of shape \(2, 4, 6\), are unknown.*Pass `axes=\{'o': '...'\}`.*each of its 3 "
+            r"axes, or `fn=`",
+        ),
+        (
+            HEADS,
+            {"axes": "in out"},
+            r"`axes` for 'o' is 'in out', 2 words, but the leaf has shape \(2, 4, 6\)",
+        ),
         (HEADS, {"axes": "in out heads"}, r"'heads' is not one of 'in', 'out', 'layer'"),
         (HEADS, {"axes": "layer out out"}, r"at least one 'in' and one 'out'"),
         (HEADS, {"axes": {"k": "in out out"}}, r"`axes` pattern 'k' matches no leaf. The nearest paths are"),
-        ({"w": shape(6)}, {}, r"'w', of shape \(6,\): fewer than two axes have no low-rank form.*`targets=\{'w': Full\(\)"),
-        ({"w": shape(6, 6)}, {"fn": lambda params, x: x + params["w"][:1], "args": (X,)}, r"axes of 'w'.*cannot be read off `fn`, which does not contract with it as"),
-        ({"w": shape(6, 6)}, {"fn": lambda params, x: x, "args": (X,)}, r"'w', of shape \(6, 6\), but `fn` never contracts with it: `fn` does not use it.*`Full\(\)`"),
+        (
+            {"w": shape(6)},
+            {},
+            r"'w', of shape \(6,\): fewer than two axes have no low-rank form.*`targets=\{'w': Full\(\)",
+        ),
+        (
+            {"w": shape(6, 6)},
+            {"fn": lambda params, x: x + params["w"][:1], "args": (X,)},
+            r"axes of 'w'.*cannot be read off `fn`, which does not contract with it as",
+        ),
+        (
+            {"w": shape(6, 6)},
+            {"fn": lambda params, x: x, "args": (X,)},
+            r"'w', of shape \(6, 6\), but `fn` never contracts with it: `fn` does not use it.*`Full\(\)`",
+        ),
         (
             {"w": shape(6, 6)},
             {"fn": lambda params, x: x @ (params["w"] * jnp.tri(6)), "args": (X,)},
-            r"'w', of shape \(6, 6\), but `fn` never contracts with it: it goes into `mul` at .*test_lorafy.py.*what is contracted later is another array",
+            r"'w', of shape \(6, 6\), but `fn` never contracts with it: it goes into `mul` at "
+            r".*test_lorafy.py.*what is contracted later is another array",
         ),
-        ({"w": shape(2, 6)}, {"fn": lambda params, x: x + params["w"], "args": (X,)}, r"'w', of shape \(2, 6\), but `fn` never contracts"),
-        ({"w": shape(2, 6)}, {"fn": lambda params, x: x + params["w"], "args": (X,), "axes": "in out"}, r"`fn` never contracts"),
-        ({"w": shape(3, 6, 6)}, {"fn": looped, "args": (X,)}, r"`fn` uses 'w', of shape \(3, 6, 6\), in contradictory ways"),
+        (
+            {"w": shape(2, 6)},
+            {"fn": lambda params, x: x + params["w"], "args": (X,)},
+            r"'w', of shape \(2, 6\), but `fn` never contracts",
+        ),
+        (
+            {"w": shape(2, 6)},
+            {"fn": lambda params, x: x + params["w"], "args": (X,), "axes": "in out"},
+            r"`fn` never contracts",
+        ),
+        (
+            {"w": shape(3, 6, 6)},
+            {"fn": looped, "args": (X,)},
+            r"`fn` uses 'w', of shape \(3, 6, 6\), in contradictory ways",
+        ),
         (
             {"w": shape(8, 6)},
             {"fn": tied, "args": (shape(3, dtype="int32"),), "method": LoRA(rank=2, blocks=(True, False))},
             r"`fn` uses 'w'.*in contradictory ways",
         ),
-        ({"w": shape(6, 4)}, {"method": LoRA(rank=5)}, r"`rank` is 5, above min\(in, out\) = 4 of 'w', of shape \(6, 4\) with axes 'in out'"),
+        (
+            {"w": shape(6, 4)},
+            {"method": LoRA(rank=5)},
+            r"`rank` is 5, above min\(in, out\) = 4 of 'w', of shape \(6, 4\) with axes 'in out'",
+        ),
         ({"w": shape(9, 6, 4)}, {"method": LoRA(rank=5), "axes": "layer in out"}, r"min\(in, out\) = 4"),
         ({"w": shape(6, 2, 4)}, {"method": LoRA(rank=7), "axes": "in out out"}, r"min\(in, out\) = 6"),
         ({"w": shape(6, 12)}, {"method": LoRA(rank=5, blocks=QV)}, r"min\(in, out\) = 4"),
-        ({"w": shape(6, 10)}, {"method": LoRA(rank=2, blocks=QV)}, r"3 entries, which do not divide the out axis of 'w', of size 10"),
-        ({"w": shape(6, 3, 4)}, {"method": LoRA(rank=2, blocks=QV), "axes": "in out out"}, r"exactly one out axis, and 'w' has the axes 'in out out'"),
+        (
+            {"w": shape(6, 10)},
+            {"method": LoRA(rank=2, blocks=QV)},
+            r"3 entries, which do not divide the out axis of 'w', of size 10",
+        ),
+        (
+            {"w": shape(6, 3, 4)},
+            {"method": LoRA(rank=2, blocks=QV), "axes": "in out out"},
+            r"exactly one out axis, and 'w' has the axes 'in out out'",
+        ),
     ],
 )
 def test_axes_errors(params, options, message):
@@ -432,7 +603,7 @@ def test_wrong_methods(options, message):
         LoRA(**options)
 
 
-# --- all-linear -----------------------------------------------------------------------------------------------------
+# --- all-linear ---------------------------------------------------------------------------------------------
 
 
 def model(params, ids, x):
@@ -459,7 +630,10 @@ LINEAR_ARGS = (shape(3, dtype="int32"), shape(3, 6))
     "targets, expected",
     [
         ("all-linear", ["attn/o", "attn/q", "kernel"]),
-        (["all-linear", "tied"], ["attn/o", "attn/q", "kernel", "tied"]),  # tied to a lookup: only where it is named
+        (
+            ["all-linear", "tied"],
+            ["attn/o", "attn/q", "kernel", "tied"],
+        ),  # tied to a lookup: only where it is named
         ({"all-linear": RANK_2, "table": LoRA(rank=3)}, ["attn/o", "attn/q", "kernel", "table"]),
     ],
 )
@@ -469,7 +643,9 @@ def test_all_linear(targets, expected):
 
 
 def test_all_linear_beside_full():
-    delta = lora_jax.lorafy(LINEAR, {"all-linear": RANK_2, "bias|scale": Full()}, fn=model, args=LINEAR_ARGS).delta
+    delta = lora_jax.lorafy(
+        LINEAR, {"all-linear": RANK_2, "bias|scale": Full()}, fn=model, args=LINEAR_ARGS
+    ).delta
     assert delta["bias"] == LINEAR["bias"] and delta["scale"] == LINEAR["scale"] and delta["table"] is None
 
 
@@ -478,7 +654,7 @@ def test_all_linear_of_nothing():
         lora_jax.lorafy(LINEAR, "all-linear", fn=lambda params, x: x, args=(X,))
 
 
-# --- what adapters start as -----------------------------------------------------------------------------------------
+# --- what adapters start as ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -494,9 +670,13 @@ def test_all_linear_of_nothing():
     ],
 )
 def test_dtypes(weight, dtype, expected, x64):
-    for leaf in (shape(4, 4, dtype=weight), np.ones((4, 4), jnp.dtype(weight)))[: 2 if weight != expected else 1]:
+    for leaf in (shape(4, 4, dtype=weight), np.ones((4, 4), jnp.dtype(weight)))[
+        : 2 if weight != expected else 1
+    ]:
         frozen, delta = lora_jax.lorafy({"w": leaf}, "w", method=LoRA(rank=2, dtype=dtype))
-        assert {array.dtype.name for array in delta["w"].arrays.values()} == {expected} and frozen["w"] is leaf
+        assert {array.dtype.name for array in delta["w"].arrays.values()} == {expected} and frozen[
+            "w"
+        ] is leaf
 
 
 def test_numpy_weights():
@@ -543,7 +723,9 @@ PAIR = {"q": jnp.ones((4, 4)), "v": jnp.ones((4, 4)), "o": jnp.ones((4, 6))}
 
 
 def same(a, b):
-    return a.spec.path == b.spec.path and all(np.array_equal(a.arrays[name], b.arrays[name]) for name in a.arrays)
+    return a.spec.path == b.spec.path and all(
+        np.array_equal(a.arrays[name], b.arrays[name]) for name in a.arrays
+    )
 
 
 def test_keys_come_from_paths():
@@ -557,7 +739,8 @@ def test_keys_come_from_paths():
 
 def test_key():
     default, zero, legacy, other = (
-        lora_jax.lorafy(PAIR, "q", method=RANK_2, key=key).delta["q"] for key in (None, jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(1))
+        lora_jax.lorafy(PAIR, "q", method=RANK_2, key=key).delta["q"]
+        for key in (None, jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(1))
     )
     assert same(default, zero) and same(zero, legacy) and not same(default, other)
 

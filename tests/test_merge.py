@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lora_jax
 from lora_jax import Full, LoRA
@@ -15,10 +14,17 @@ from lora_jax import Full, LoRA
 def adapted(sizes, axes="in out", method=LoRA(rank=2), dtype="float64", seed=0):
     """`(params, frozen, delta)` with random weights, A and B, of which none is computed by JAX."""
     rng = np.random.default_rng(seed)
-    params = {"w": jnp.asarray(rng.normal(size=sizes), dtype), "other": jnp.asarray(rng.normal(size=3), dtype)}
+    params = {
+        "w": jnp.asarray(rng.normal(size=sizes), dtype),
+        "other": jnp.asarray(rng.normal(size=3), dtype),
+    }
     shapes = jax.eval_shape(lambda params: params, params)
     delta = lora_jax.lorafy(shapes, "w", method=method, axes=axes).delta
-    return params, dict(params), jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape), array.dtype), delta)
+    return (
+        params,
+        dict(params),
+        jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape), array.dtype), delta),
+    )
 
 
 def factors(delta):
@@ -55,10 +61,16 @@ def test_merge_and_unmerge(sizes, axes, method, product, scale, x64):
 
 @pytest.mark.parametrize(
     "blocks, axes, covered",
-    [((True, False, True), "in out", [(0, 4), (8, 12)]), ((False, True), "in out", [(6, 12)]), ((True, False, True), "out in", [(0, 4), (8, 12)])],
+    [
+        ((True, False, True), "in out", [(0, 4), (8, 12)]),
+        ((False, True), "in out", [(6, 12)]),
+        ((True, False, True), "out in", [(0, 4), (8, 12)]),
+    ],
 )
 def test_blocks(blocks, axes, covered, x64):
-    params, frozen, delta = adapted((6, 12) if axes == "in out" else (12, 6), axes, LoRA(rank=2, alpha=3, blocks=blocks))
+    params, frozen, delta = adapted(
+        (6, 12) if axes == "in out" else (12, 6), axes, LoRA(rank=2, alpha=3, blocks=blocks)
+    )
     merged = lora_jax.merge(frozen, delta)
     turned = np.asarray if axes == "in out" else np.transpose
     expected = turned(np.array(params["w"])).copy()
@@ -70,12 +82,16 @@ def test_blocks(blocks, axes, covered, x64):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_are_rounded_once(dtype):
-    """The sum in float32, then one cast. Numbers of few bits make the sum exact, so that equality can be demanded."""
+    """The sum in float32, then one cast. Numbers of few bits make the sum exact, so that equality can be
+    demanded.
+    """
     rng, narrow = np.random.default_rng(0), jnp.dtype(dtype)
     _, _, delta = adapted((64, 64), method=LoRA(rank=2, alpha=2), dtype="float32")
     weight = (np.round(rng.uniform(-4, 4, (64, 64)) * 4096) / 4096).astype(narrow)
     frozen = {"w": jnp.asarray(weight), "other": jnp.ones(3, dtype)}
-    delta = jax.tree.map(lambda array: jnp.asarray(rng.integers(-127, 128, array.shape) / 256, "float32"), delta)
+    delta = jax.tree.map(
+        lambda array: jnp.asarray(rng.integers(-127, 128, array.shape) / 256, "float32"), delta
+    )
     update = np.einsum("ir,ro->io", *factors(delta))
     expected = (weight.astype(np.float64) + update).astype(np.float32).astype(narrow)
     merged = lora_jax.merge(frozen, delta)["w"]
@@ -83,7 +99,9 @@ def test_narrow_weights_are_rounded_once(dtype):
     np.testing.assert_array_equal(np.asarray(merged), expected)
     assert np.any(weight + update.astype(narrow) != expected), "rounding the update first would not show here"
     # Unmerging is off by what the two casts round away: half a unit in the last place each.
-    unit = float(jnp.finfo(dtype).eps) * np.maximum(np.abs(expected.astype(np.float64)), np.abs(weight.astype(np.float64)))
+    unit = float(jnp.finfo(dtype).eps) * np.maximum(
+        np.abs(expected.astype(np.float64)), np.abs(weight.astype(np.float64))
+    )
     back = lora_jax.unmerge({**frozen, "w": merged}, delta)["w"]
     drift = np.abs(np.asarray(back, np.float64) - weight.astype(np.float64))
     assert np.all(drift <= unit) and np.any(drift > 0)
@@ -93,9 +111,15 @@ def test_shardings():
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
     specs = {"w": P("fsdp", "tensor"), "whole": P()}
-    params = {name: jax.device_put(np.asarray(rng.normal(size=(8, 8)), np.float32), NamedSharding(mesh, spec)) for name, spec in specs.items()}
+    params = {
+        name: jax.device_put(np.asarray(rng.normal(size=(8, 8)), np.float32), NamedSharding(mesh, spec))
+        for name, spec in specs.items()
+    }
     params["one"] = jax.device_put(np.ones((8, 8), np.float32), jax.devices()[3])
-    frozen, delta = params, lora_jax.lorafy(jax.eval_shape(lambda params: params, params), ".*", method=LoRA(rank=2)).delta
+    frozen, delta = (
+        params,
+        lora_jax.lorafy(jax.eval_shape(lambda params: params, params), ".*", method=LoRA(rank=2)).delta,
+    )
     delta = jax.tree.map(lambda array: np.ones(array.shape, np.float32), delta)
     for tree in (lora_jax.merge(frozen, delta), lora_jax.unmerge(frozen, delta)):
         for name, weight in params.items():
@@ -106,10 +130,12 @@ def test_shardings():
 def test_under_jit_and_grad(x64):
     params, frozen, delta = adapted((6, 10), method=LoRA(rank=4, alpha=3))
     cotangent = np.random.default_rng(1).normal(size=(6, 10))
-    loss = lambda delta, frozen: jnp.sum(lora_jax.merge(frozen, delta)["w"] * cotangent)  # noqa: E731
+    loss = lambda delta, frozen: jnp.sum(lora_jax.merge(frozen, delta)["w"] * cotangent)
     value, gradient = jax.jit(jax.value_and_grad(loss))(delta, frozen)
     a, b = factors(delta)
-    np.testing.assert_allclose(value, np.sum((np.asarray(params["w"]) + 0.75 * a @ b) * cotangent), rtol=1e-12)
+    np.testing.assert_allclose(
+        value, np.sum((np.asarray(params["w"]) + 0.75 * a @ b) * cotangent), rtol=1e-12
+    )
     np.testing.assert_allclose(gradient["w"].arrays["a"], 0.75 * cotangent @ b.T, rtol=1e-12)
     np.testing.assert_allclose(gradient["w"].arrays["b"], 0.75 * a.T @ cotangent, rtol=1e-12)
 
@@ -146,7 +172,9 @@ def test_errors():
 
 def test_leaves_of_equal_shape_share_a_compilation(monkeypatch):
     traced, canonical = [], LoRA.canonical
-    monkeypatch.setattr(LoRA, "canonical", lambda self, *rest: (traced.append(rest[3].path), canonical(self, *rest))[1])
+    monkeypatch.setattr(
+        LoRA, "canonical", lambda self, *rest: (traced.append(rest[3].path), canonical(self, *rest))[1]
+    )
     params = {name: jnp.ones((5, 5)) for name in "abc"}
     frozen, delta = lora_jax.lorafy(params, ".*", method=LoRA(rank=1, alpha=1.2345))
     lora_jax.merge(frozen, delta)
@@ -155,7 +183,7 @@ def test_leaves_of_equal_shape_share_a_compilation(monkeypatch):
     assert len(traced) == 2
 
 
-# --- what rounding costs --------------------------------------------------------------------------------------------
+# --- what rounding costs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("b_scale, known", [(0.1, 0.002), (0.01, 0.011), (0.001, 0.115)])
@@ -183,13 +211,16 @@ def test_report_is_a_table():
     frozen, delta = lora_jax.lorafy(params, {"w|half": LoRA(rank=1), "b": Full()})
     delta["half"].arrays["b"] = jnp.full((1, 4), 1e-5)  # far below what bfloat16 can add to 1
     report = lora_jax.merge_report(frozen, delta)
-    assert [(leaf.path, leaf.dtype, leaf.lost > 0.99) for leaf in report] == [("half", "bfloat16", True), ("w", "float32", False)]
+    assert [(leaf.path, leaf.dtype, leaf.lost > 0.99) for leaf in report] == [
+        ("half", "bfloat16", True),
+        ("w", "float32", False),
+    ]
     lines = str(report).splitlines()
     assert lines[0].split() == ["leaf", "dtype", "|W|", "|ΔW|", "ΔW", "lost"]
     assert lines[2].split()[0] == "half" and lines[2].endswith("100.00%") and lines[3].endswith("0.00%")
 
 
-# --- counting -------------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------------------------
 
 
 def test_summary(capsys):

@@ -1,4 +1,6 @@
-"""The E2E scorer's metrics: against the official implementations' numbers, small cases by hand, and what must not change a score."""
+"""The E2E scorer's metrics: against the official implementations' numbers, small cases by hand, and what
+must not change a score.
+"""
 
 import importlib
 import json
@@ -11,11 +13,11 @@ from pathlib import Path
 
 import oracle_e2e
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from experiments.command_line import main
 from experiments.metrics import bleu, cider, files, meteor, mteval, nist, ptb, rouge, score_e2e
+
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _GOLDEN = json.loads(oracle_e2e.GOLDEN.read_text("utf-8"))
@@ -33,12 +35,14 @@ def _words(*texts):
     return [text.split() for text in texts]
 
 
-# -- against the official implementations -----------------------------------------------------------------------------
+# -- against the official implementations --------------------------------------------------------------------
 
 
 def test_own_sentences_score_as_officially(no_java):
     scores = score_e2e(_OWN["references"], _OWN["hypotheses"])
-    assert [scores[name] for name in _PYTHON] == pytest.approx([_OWN["scores"][name] for name in _PYTHON], rel=1e-12)
+    assert [scores[name] for name in _PYTHON] == pytest.approx(
+        [_OWN["scores"][name] for name in _PYTHON], rel=1e-12
+    )
 
 
 @pytest.mark.slow
@@ -48,7 +52,9 @@ def test_e2e_test_set_scores_as_officially(name, data_dir, no_java):
     systems = oracle_e2e.systems(oracle_e2e.read(data_dir / "e2e" / "testset_w_refs.csv"))
     references, hypotheses = next((groups, outputs) for known, groups, outputs in systems if known == name)
     scores, golden = score_e2e(references, hypotheses), _GOLDEN["testset_w_refs"][name]
-    assert [scores[metric] for metric in _PYTHON] == pytest.approx([golden[metric] for metric in _PYTHON], rel=1e-12)
+    assert [scores[metric] for metric in _PYTHON] == pytest.approx(
+        [golden[metric] for metric in _PYTHON], rel=1e-12
+    )
 
 
 def test_meteor_scores_as_officially():
@@ -58,7 +64,7 @@ def test_meteor_scores_as_officially():
     assert scores["METEOR"] == pytest.approx(_OWN["scores"]["METEOR"], rel=1e-12)
 
 
-# -- tokens -----------------------------------------------------------------------------------------------------------
+# -- tokens --------------------------------------------------------------------------------------------------
 
 
 # Each right side is what Stanford's tokenizer answers, without the punctuation that the scorer removes.
@@ -69,16 +75,28 @@ def test_meteor_scores_as_officially():
         ("They’re ‘good’ and you’ll “love” it…", "they 're good and you 'll love it"),
         ("£20-25 £20-£25 20–25 £1,000.50 20£", "# 20-25 # 20 # 25 20 25 # 1,000.50 20 #"),
         ("(good) [well] {so}", "-lrb- good -rrb- -lsb- well -rsb- -lcb- so -rcb-"),
-        ("family-friendly kid - friendly non- friendly a--b", "family-friendly kid friendly non friendly a b"),
-        ("near St. John's, Chesterton Rd. No. 5, no. Etc. at 5 p.m.", "near st. john 's chesterton rd. no. 5 no etc. at 5 p.m."),
+        (
+            "family-friendly kid - friendly non- friendly a--b",
+            "family-friendly kid friendly non friendly a b",
+        ),
+        (
+            "near St. John's, Chesterton Rd. No. 5, no. Etc. at 5 p.m.",
+            "near st. john 's chesterton rd. no. 5 no etc. at 5 p.m.",
+        ),
         ("food., city center., 5.30pm 3.5/5, 5/5", "food. city center. 5.30 pm 3.5 / 5 5/5"),
         ("pub.The food,cheap French,family-friendly", "pub.the food cheap french,family-friendly"),
-        ("hors d'oeuvres, O'Neil rock'n'roll Y'all 'til 'tis '90s", "hors d'oeuvres o'neil rock 'n' roll y' all 'til 't is '90s"),
+        (
+            "hors d'oeuvres, O'Neil rock'n'roll Y'all 'til 'tis '90s",
+            "hors d'oeuvres o'neil rock 'n' roll y' all 'til 't is '90s",
+        ),
         ("We cannot: gonna, wanna", "we can not gon na wan na"),
         ("great!! what?! well! really... 20% & B&B b&b", "great !! what ?! well really 20 % & b&b b & b"),
         ("Café crème naïve €5 $5 US$5 ½ 1 1/2", "café crème naïve $ 5 $ 5 us$ 5 1/2 1\xa01/2"),
         ("menu A. The best. Menu A. the best. 20 L.", "menu a the best menu a. the best 20 l."),
-        ("a😀b <b>x</b> &amp; a/b/c café/bar :) #one @two", "a b <b> x </b> & a/b/c café / bar :-rrb- #one @two"),
+        (
+            "a😀b <b>x</b> &amp; a/b/c café/bar :) #one @two",
+            "a b <b> x </b> & a/b/c café / bar :-rrb- #one @two",
+        ),
         ("", ""),
         ("...", ""),
     ],
@@ -88,15 +106,25 @@ def test_treebank_tokens(text, tokens):
 
 
 def test_a_line_is_read_with_the_next():
-    """As the official tokenizer does, which reads all lines as one text: `no.` is an abbreviation before a digit."""
-    assert ptb.tokenize(["Children: no.", "5 stars", "no.", "", "5"]) == [["children", "no."], ["5", "stars"], ["no"], [], ["5"]]
+    """As the official tokenizer does, which reads all lines as one text: `no.` is an abbreviation before
+    a digit.
+    """
+    assert ptb.tokenize(["Children: no.", "5 stars", "no.", "", "5"]) == [
+        ["children", "no."],
+        ["5", "stars"],
+        ["no"],
+        [],
+        ["5"],
+    ]
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=4))
 def test_treebank_tokens_keep_to_their_lines(lines):
     found = ptb.tokenize(lines)
     assert len(found) == len(lines)
-    assert all(token and not token.isspace() and token not in ptb.REMOVED for tokens in found for token in tokens)
+    assert all(
+        token and not token.isspace() and token not in ptb.REMOVED for tokens in found for token in tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +140,7 @@ def test_mteval_tokens(text, tokens):
     assert mteval.tokenize(text) == tokens.split()
 
 
-# -- by hand ----------------------------------------------------------------------------------------------------------
+# -- by hand -------------------------------------------------------------------------------------------------
 
 
 def test_bleu_by_hand():
@@ -130,7 +158,9 @@ def test_bleu_takes_the_shorter_of_two_equally_near_references():
 def test_bleu_clips_repeated_words():
     hits = 2  # `the` is twice in one reference and once in the other: seven of them count twice
     expected = (hits / 7 * 1e-15 / 6 * 1e-15 / 5 * 1e-15 / 4) ** 0.25
-    assert bleu.score([_words("the cat is on the mat", "there is the cat x")], _words(" ".join(["the"] * 7))) == pytest.approx(expected, rel=1e-9, abs=0)
+    assert bleu.score(
+        [_words("the cat is on the mat", "there is the cat x")], _words(" ".join(["the"] * 7))
+    ) == pytest.approx(expected, rel=1e-9, abs=0)
 
 
 def test_nist_by_hand():
@@ -156,8 +186,11 @@ def test_rouge_by_hand():
 
 
 def test_cider_by_hand():
-    # Input 1: orders 1 to 3 are equal, and there is none of order 4. Input 2: of two words that tell anything one is right.
-    assert cider.score([_words("a cheap pub"), _words("a nice hotel")], _words("a cheap pub", "a bad hotel")) == pytest.approx(10 * (0.75 + 0.125) / 2)
+    # Input 1: orders 1 to 3 are equal, and there is none of order 4. Input 2: of two words that tell anything
+    # one is right.
+    assert cider.score(
+        [_words("a cheap pub"), _words("a nice hotel")], _words("a cheap pub", "a bad hotel")
+    ) == pytest.approx(10 * (0.75 + 0.125) / 2)
     # `two` twice counts once, and the length differs by one.
     longer = cider.score([_words("one two"), _words("x")], _words("one two two", "x"))
     cosines = (1 + 1) / math.sqrt(2 * 5), 1 / math.sqrt(2)
@@ -173,7 +206,7 @@ def test_longest_common_subsequence(first, second):
     assert rouge._lcs(first, second) == table[-1][-1]
 
 
-# -- what must and must not change a score ----------------------------------------------------------------------------
+# -- what must and must not change a score -------------------------------------------------------------------
 
 
 def test_a_reference_scores_perfectly(no_java):
@@ -184,7 +217,9 @@ def test_a_reference_scores_perfectly(no_java):
 def test_order_does_not_matter(no_java):
     expected = score_e2e(_OWN["references"], _OWN["hypotheses"])
     references = [group[::-1] for group in _OWN["references"]][::-1]
-    assert score_e2e(references, _OWN["hypotheses"][::-1]) == {name: value and pytest.approx(value) for name, value in expected.items()}
+    assert score_e2e(references, _OWN["hypotheses"][::-1]) == {
+        name: value and pytest.approx(value) for name, value in expected.items()
+    }
 
 
 def test_worse_outputs_score_worse(no_java):
@@ -205,7 +240,7 @@ def test_every_hypothesis_needs_references(references, hypotheses):
         score_e2e(references, hypotheses)
 
 
-# -- METEOR, which is another's program -------------------------------------------------------------------------------
+# -- METEOR, which is another's program ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -241,7 +276,10 @@ def test_meteor_asks_for_each_input_and_then_for_all(program):
 def test_meteor_that_stops_is_null_and_says_why(program, capsys):
     program("sys.exit('Error: not enough memory')")
     assert score_e2e([["a"]], ["a"])["METEOR"] is None
-    assert capsys.readouterr().err == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory)\n"
+    assert (
+        capsys.readouterr().err
+        == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory)\n"
+    )
 
 
 def test_meteor_without_its_jar_names_the_extra(program, monkeypatch):
@@ -253,7 +291,7 @@ def test_meteor_without_its_jar_names_the_extra(program, monkeypatch):
         meteor.score([_words("a")], _words("a"))
 
 
-# -- files and the command line ---------------------------------------------------------------------------------------
+# -- files and the command line ------------------------------------------------------------------------------
 
 
 def _write(directory, references, hypotheses):
@@ -306,14 +344,19 @@ def test_score_prints_json(tmp_path, capsys, no_java):
     scores = json.loads(said.out)
     assert list(scores) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
     assert scores["METEOR"] is None
-    assert {name: round(scores[name], 4) for name in _PYTHON} == {name: round(_OWN["scores"][name], 4) for name in _PYTHON}
+    assert {name: round(scores[name], 4) for name in _PYTHON} == {
+        name: round(_OWN["scores"][name], 4) for name in _PYTHON
+    }
     assert said.err.startswith("METEOR is null: it needs java") and said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "arguments, error",
     [
-        (["e2", "--refs", "r", "--hyps", "h"], "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n"),
+        (
+            ["e2", "--refs", "r", "--hyps", "h"],
+            "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n",
+        ),
         (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`\n"),
     ],
 )
@@ -328,10 +371,15 @@ def test_score_has_help(capsys):
     assert leaving.value.code == 0 and "--refs FILE --hyps FILE" in " ".join(capsys.readouterr().out.split())
 
 
-# -- the code ---------------------------------------------------------------------------------------------------------
+# -- the code ------------------------------------------------------------------------------------------------
 
 
 def test_scoring_loads_the_standard_library_only():
-    code = "import sys, experiments.metrics, experiments.metrics.files\nprint(*{name.partition('.')[0] for name in sys.modules})"
-    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, experiments.metrics, experiments.metrics.files\nprint(*{name.partition('.')[0] for name "
+        "in sys.modules})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert set(result.stdout.split()) <= set(sys.stdlib_module_names) | {"__main__", "experiments"}

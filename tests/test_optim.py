@@ -1,6 +1,7 @@
 """Training as users write it with optax: `tx.init(delta)`, or masks on one combined tree.
 
-The tests that run Adam ask for JAX's default promotion: its bias correction raises a float to an integer step.
+The tests that run Adam ask for JAX's default promotion: its bias correction raises a float to an integer
+step.
 """
 
 import jax
@@ -13,6 +14,7 @@ import lora_jax
 from lora_jax import Full, LoRA
 from lora_jax.optim import labels, only_trainable, trainable_mask
 
+
 XOR_X = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 XOR_Y = jnp.array([[0.0], [1.0], [1.0], [0.0]])
 TARGETS = {"kernel": LoRA(rank=2, alpha=4), "out/bias": Full()}
@@ -20,8 +22,11 @@ TARGETS = {"kernel": LoRA(rank=2, alpha=4), "out/bias": Full()}
 
 def network():
     rng = np.random.default_rng(0)
-    normal = lambda *sizes: jnp.asarray(rng.normal(size=sizes), "float32")  # noqa: E731
-    return {"hidden": {"kernel": normal(2, 16), "bias": normal(16)}, "out": {"kernel": normal(16, 2), "bias": jnp.zeros(1)}}
+    normal = lambda *sizes: jnp.asarray(rng.normal(size=sizes), "float32")
+    return {
+        "hidden": {"kernel": normal(2, 16), "bias": normal(16)},
+        "out": {"kernel": normal(16, 2), "bias": jnp.zeros(1)},
+    }
 
 
 def model(params, x):
@@ -79,7 +84,8 @@ def test_training_the_delta(relaxed_promotion):
         delta, state, value, gradient = step(delta, state, frozen)
         gradients.append(gradient)
     assert value < 1e-4
-    # B starts at zero: it gets a gradient at the first step, and A, whose gradient passes through B, at the second.
+    # B starts at zero: it gets a gradient at the first step, and A, whose gradient passes through B, at the
+    # second.
     for layer in ("hidden", "out"):
         first, second = (gradient[layer]["kernel"].arrays for gradient in gradients[:2])
         assert np.any(first["b"]) and not np.any(first["a"]) and np.any(second["a"])
@@ -102,7 +108,9 @@ def run(tx, tree, steps):
 
 
 def test_training_one_combined_tree(relaxed_promotion):
-    """The mask form, with a weight decay that would move whatever it sees: the same adapters, the same base."""
+    """The mask form, with a weight decay that would move whatever it sees: the same adapters, the same
+    base.
+    """
     frozen, delta = lora_jax.lorafy(network(), TARGETS)
     tree, tx = lora_jax.combine(frozen, delta), optax.adamw(0.05, weight_decay=0.5)
     after = run(only_trainable(tx), tree, 10)
@@ -143,16 +151,23 @@ def test_dropout_in_the_mask_form(relaxed_promotion):
     ids=["bare", "masked"],
 )
 def test_what_moves_the_base(wrap, relaxed_promotion):
-    """Why `only_trainable` is there: the decay moves it, and `optax.masked` alone passes its gradient through."""
+    """Why `only_trainable` is there: the decay moves it, and `optax.masked` alone passes its gradient
+    through.
+    """
     tree = lora_jax.combine(*lora_jax.lorafy(network(), TARGETS))
     after = run(wrap(optax.adamw(0.05, weight_decay=0.5)), tree, 1)
     assert all(np.any(a != b) for a, b in zip(frozen_of(after), frozen_of(tree), strict=True))
 
 
 def test_labels_and_mask():
-    frozen, delta = lora_jax.lorafy({**network(), "absent": None}, {"hidden/kernel": LoRA(rank=2, dropout=0.1), "out/bias": Full()})
+    frozen, delta = lora_jax.lorafy(
+        {**network(), "absent": None}, {"hidden/kernel": LoRA(rank=2, dropout=0.1), "out/bias": Full()}
+    )
     tree = lora_jax.combine(frozen, delta, key=jax.random.key(0))
-    named = {jax.tree_util.keystr(path): label for path, label in jax.tree_util.tree_flatten_with_path(labels(tree))[0]}
+    named = {
+        jax.tree_util.keystr(path): label
+        for path, label in jax.tree_util.tree_flatten_with_path(labels(tree))[0]
+    }
     assert named == {
         "['hidden']['bias']": "frozen",
         "['hidden']['kernel'].frozen": "frozen",
@@ -162,15 +177,25 @@ def test_labels_and_mask():
         "['out']['bias'].value": "trainable",
         "['out']['kernel']": "frozen",
     }
-    assert jax.tree.structure(labels(tree)) == jax.tree.structure(trainable_mask(tree)) == jax.tree.structure(tree)
+    assert (
+        jax.tree.structure(labels(tree))
+        == jax.tree.structure(trainable_mask(tree))
+        == jax.tree.structure(tree)
+    )
     assert jax.tree.map(lambda label: label == "trainable", labels(tree)) == trainable_mask(tree)
 
 
 def test_state_only_where_something_trains():
     tree = lora_jax.combine(*lora_jax.lorafy(network(), "hidden/kernel", method=LoRA(rank=2)))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(only_trainable(optax.adam(1.0)).init(tree))[0]]
+    paths = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(only_trainable(optax.adam(1.0)).init(tree))[0]
+    ]
     assert len(paths) == 5 and sum(path.endswith("count") for path in paths) == 1
-    assert sorted(path[-len(".adapter['a']") :] for path in paths if "adapter" in path) == [".adapter['a']"] * 2 + [".adapter['b']"] * 2
+    assert (
+        sorted(path[-len(".adapter['a']") :] for path in paths if "adapter" in path)
+        == [".adapter['a']"] * 2 + [".adapter['b']"] * 2
+    )
 
 
 def test_masks_are_for_combined_trees():

@@ -1,4 +1,6 @@
-"""The authors' AdamW: against its definition in float64, and against PyTorch taking the same steps on the same loss."""
+"""The authors' AdamW: against its definition in float64, and against PyTorch taking the same steps on the
+same loss.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import loss as losses
-from experiments import optimizer
+from experiments import loss as losses, optimizer
 from experiments.config import Optimizer, Train
+
 
 STEPS = 20
 TRAIN = Train(steps=STEPS, batch=1, lr=1e-2, warmup=5, label_smoothing=0.1)
@@ -17,7 +19,9 @@ SECTION = Optimizer("adamw_authors", b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.
 
 @pytest.fixture(autouse=True, scope="module")
 def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay strict."""
+    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
+    strict.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -63,23 +67,31 @@ def test_authors_adamw_is_its_definition(size):
 def test_what_decays_is_the_updated_weight():
     """One update u of a weight p by hand: (p + u)(1 - lr wd), not p + u - lr wd p."""
     train = Train(steps=2, batch=1, lr=0.5)
-    (found,) = followed(Optimizer("adamw_authors", eps=0.0, weight_decay=0.2), jnp.array([3.0]), [jnp.array([7.0])], train)
+    (found,) = followed(
+        Optimizer("adamw_authors", eps=0.0, weight_decay=0.2), jnp.array([3.0]), [jnp.array([7.0])], train
+    )
     np.testing.assert_allclose(found, (3 - 0.5) * (1 - 0.5 * 0.2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999, 0.9999999])
 def test_the_moments_are_corrected_to_float32_accuracy(decay):
-    """With epsilon 0 and equal gradients every step is the sign of the gradient, however slowly the moments fill."""
+    """With epsilon 0 and equal gradients every step is the sign of the gradient, however slowly the
+    moments fill.
+    """
     train = Train(steps=10**6, batch=1, lr=1.0)
     gradient = jnp.array([2.0, -3.0])
-    found = followed(Optimizer("adamw_authors", b1=decay, b2=decay, eps=0.0), jnp.zeros(2), [gradient] * 3, train)
+    found = followed(
+        Optimizer("adamw_authors", b1=decay, b2=decay, eps=0.0), jnp.zeros(2), [gradient] * 3, train
+    )
     np.testing.assert_allclose(found[-1], -3 * np.sign(gradient), rtol=1e-5)
 
 
 def test_twenty_steps_are_pytorchs(torch):
-    """Loss, gradient, schedule and update of a two-layer network of tokens, as the authors' PyTorch code defines them."""
+    """Loss, gradient, schedule and update of a two-layer network of tokens, as the authors' PyTorch code
+    defines them.
+    """
     random = np.random.default_rng(1)
-    draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)
     start = {"a": draw(7, 5), "b": draw(5, 11)}
     xs, labels = draw(STEPS, 2, 6, 7), random.integers(11, size=(STEPS, 2, 6))
     masks = (random.random((STEPS, 2, 6)) < 0.6).astype(np.float32)

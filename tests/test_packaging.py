@@ -1,4 +1,6 @@
-"""What a stranger meets first: the wheel, the two commands, and that the README tells the truth about both."""
+"""What a stranger meets first: the wheel, the two commands, and that the README tells the truth about
+both.
+"""
 
 import ast
 import email
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from hatchling import build
 
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PROJECT = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 _EXTRAS = _PROJECT["optional-dependencies"]
@@ -24,7 +27,7 @@ def _distribution(requirement: str) -> str:
     return re.match(r"[\w.-]+", requirement).group()
 
 
-# -- the wheel --------------------------------------------------------------------------------------------------------
+# -- the wheel -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,14 @@ def test_metadata(metadata):
     assert metadata["Name"] == "lora_jax"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"models", "experiments", "meteor", "cuda", "torch", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "models",
+        "experiments",
+        "meteor",
+        "cuda",
+        "torch",
+        "test",
+    }
 
 
 def test_wheel_holds_the_library_and_nothing_else(wheel):
@@ -80,12 +90,14 @@ def test_tests_install_everything_but_torch():
     assert not {"torch", "peft", "accelerate"} & set(closure("test"))
 
 
-# -- the commands -----------------------------------------------------------------------------------------------------
+# -- the commands --------------------------------------------------------------------------------------------
 
 
 def _make(*words: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(["make", *words], cwd=_REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["make", *words], cwd=_REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("target", ["help", "demo", "test", "test-fast", "clean"])
@@ -119,7 +131,7 @@ def test_ci_is_executable():
     assert os.access(_REPOSITORY / ".ci" / "run", os.X_OK)
 
 
-# -- the README -------------------------------------------------------------------------------------------------------
+# -- the README ----------------------------------------------------------------------------------------------
 
 
 def _blocks(*languages: str) -> list[str]:
@@ -128,15 +140,27 @@ def _blocks(*languages: str) -> list[str]:
 
 
 def _commands() -> list[list[str]]:
-    """The shell commands of the README as words: its fenced blocks, and what stands in backticks within a line."""
-    lines = [line.removeprefix("$ ") for block in _blocks("bash", "console", "sh", "shell") for line in block.replace("\\\n", " ").splitlines()]
+    """The shell commands of the README as words: its fenced blocks, and what stands in backticks within a
+    line.
+    """
+    lines = [
+        line.removeprefix("$ ")
+        for block in _blocks("bash", "console", "sh", "shell")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
     prose = re.sub(r"^```.*?^```", "", _README, flags=re.MULTILINE | re.DOTALL)
     lines += re.findall(r"`((?:make|pip|python) [^`]+)`", prose)
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def test_readme_names_make_targets_that_exist():
-    targets = {word for words in _commands() if words[0] == "make" for word in words[1:] if "=" not in word and word[0] != "-"}
+    targets = {
+        word
+        for words in _commands()
+        if words[0] == "make"
+        for word in words[1:]
+        if "=" not in word and word[0] != "-"
+    }
     assert {"demo", "test"} <= targets
     for target in targets:
         assert _make("--dry-run", target).returncode == 0, target
@@ -144,12 +168,21 @@ def test_readme_names_make_targets_that_exist():
 
 def test_readme_names_extras_that_exist():
     installs = [word for words in _commands() if "pip" in words for word in words]
-    extras = {extra for word in installs for group in re.findall(r"\[([\w,-]+)\]$", word) for extra in group.split(",")}
+    extras = {
+        extra
+        for word in installs
+        for group in re.findall(r"\[([\w,-]+)\]$", word)
+        for extra in group.split(",")
+    }
     assert extras <= set(_EXTRAS) | {"cuda12"}  # the last is JAX's own
 
 
 def test_readme_names_commands_that_exist():
-    experiments = {words[words.index("experiments") + 1] for words in _commands() if words[1:3] == ["-m", "experiments"] and len(words) > 3}
+    experiments = {
+        words[words.index("experiments") + 1]
+        for words in _commands()
+        if words[1:3] == ["-m", "experiments"] and len(words) > 3
+    }
     for command in sorted(experiments):
         words = [sys.executable, "-m", "experiments", command, "--help"]
         result = subprocess.run(words, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
@@ -157,7 +190,9 @@ def test_readme_names_commands_that_exist():
 
 
 def test_readme_names_files_that_exist():
-    links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", _README) if "://" not in target]
+    links = [
+        target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", _README) if "://" not in target
+    ]
     words = [word for words in _commands() for word in words]
     words += re.findall(r"`([^`\s]+)`", _README)
     rooms = ("benchmarks/", "docs/", "experiments/", "lora_jax/", "notebooks/", "tests/", ".ci/")

@@ -1,8 +1,9 @@
-"""Every method that PEFT has too, against PEFT, in float64: logits, merged weights, and the gradient of all that trains.
+"""Every method that PEFT has too, against PEFT, in float64: logits, merged weights, and the gradient of all
+that trains.
 
-GPT-2 stands here for `Conv1D`, fused projections, mixed shapes and layers one by one; RoBERTa for `Linear`, stacked layers and a
-head that trains beside the adapters. Adapters are random everywhere, DoRA's lengths, AdaLoRA's spectrum and VeRA's vectors included:
-at the start most of them do nothing, and would prove as much.
+GPT-2 stands here for `Conv1D`, fused projections, mixed shapes and layers one by one; RoBERTa for `Linear`,
+stacked layers and a head that trains beside the adapters. Adapters are random everywhere, DoRA's lengths,
+AdaLoRA's spectrum and VeRA's vectors included: at the start most of them do nothing, and would prove as much.
 """
 
 import copy
@@ -19,15 +20,23 @@ from flax import traverse_util
 
 import lora_jax
 from lora_jax import AdaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, Fixed, Shared, is_node
+from lora_jax._nodes import Adapter, Fixed, is_node, Shared
 from lora_jax.interop import hf
 from lora_jax.models import GPT2Config
+
 
 # PEFT asks transformers for it under the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SIZES = dict(vocab_size=29, n_positions=9, n_embd=12, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
-ROBERTA = encoders.changed(encoders.ROBERTA, vocab_size=31, hidden_size=12, intermediate_size=20, num_attention_heads=2, labels=("a", "b", "c"))
+ROBERTA = encoders.changed(
+    encoders.ROBERTA,
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=20,
+    num_attention_heads=2,
+    labels=("a", "b", "c"),
+)
 IDS = np.random.default_rng(0).integers(2, 29, (3, 7))
 LABELS = np.random.default_rng(1).integers(0, 3, IDS.shape)
 
@@ -70,9 +79,16 @@ def base(torch, tmp_path_factory):
     def make(name, tie="share"):
         if name == "gpt2":
             theirs, prefix, labels = _gpt2(torch), "transformer.", LABELS
-            modules, kernels = ("c_attn", "c_proj", "c_fc"), "attn/c_attn/kernel|(attn|mlp)/c_proj/kernel|mlp/c_fc/kernel"
+            modules, kernels = (
+                ("c_attn", "c_proj", "c_fc"),
+                "attn/c_attn/kernel|(attn|mlp)/c_proj/kernel|mlp/c_fc/kernel",
+            )
         else:
-            theirs, prefix, labels = encoders.theirs(torch, ROBERTA, "sequence_classification"), "roberta.", LABELS[:, 0]
+            theirs, prefix, labels = (
+                encoders.theirs(torch, ROBERTA, "sequence_classification"),
+                "roberta.",
+                LABELS[:, 0],
+            )
             modules, kernels = ("query", "value", "dense"), "layer/.*(query|value|dense)/kernel"
         directory = tmp_path_factory.mktemp(name)
         copy.deepcopy(theirs).double().save_pretrained(directory)
@@ -99,7 +115,7 @@ def _disturb(torch, parameters, scale):
             parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
-# --- from PEFT's model to our trees ---------------------------------------------------------------------------------
+# --- from PEFT's model to our trees -------------------------------------------------------------------------
 
 # Its layers hold one of each kind, by adapter.
 _KINDS = {
@@ -115,17 +131,25 @@ def _modules(base, theirs, path):
     """PyTorch's module of a leaf of ours, or, if that is stacked, those of all layers."""
     path = path.rpartition("/")[0].replace("/", ".")
     path = path if path.startswith("classifier") else base.prefix + path
-    names = [path.replace("layer.", f"layer.{i}.", 1) for i in range(ROBERTA.num_hidden_layers)] if base.scan else [path]
+    names = (
+        [path.replace("layer.", f"layer.{i}.", 1) for i in range(ROBERTA.num_hidden_layers)]
+        if base.scan
+        else [path]
+    )
     return [theirs.base_model.model.get_submodule(name) for name in dict.fromkeys(names)]
 
 
 def _array(base, theirs, name, path, read=lambda tensor: tensor):
-    """Our array `name` of the adapter at `path`, or the leaf itself if that is None. PEFT's matrices are ours transposed."""
+    """Our array `name` of the adapter at `path`, or the leaf itself if that is None. PEFT's matrices are
+    ours transposed.
+    """
 
     def of(module):
         if name is None:
             return module.weight if path.endswith("kernel") else module.bias
-        item = next(kinds["default"] for kind in _KINDS[name] if "default" in (kinds := getattr(module, kind, {})))
+        item = next(
+            kinds["default"] for kind in _KINDS[name] if "default" in (kinds := getattr(module, kind, {}))
+        )
         return getattr(item, "weight", item)
 
     arrays = [read(of(module)).detach().numpy().T for module in _modules(base, theirs, path)]
@@ -138,14 +162,19 @@ def from_peft(base, theirs, delta, read=lambda tensor: tensor):
     def node(path, leaf):
         if not isinstance(leaf, Adapter):
             return None if leaf is None else _array(base, theirs, None, path, read)
-        arrays = {name: _array(base, theirs, name, path, read).reshape(array.shape) for name, array in leaf.arrays.items()}
+        arrays = {
+            name: _array(base, theirs, name, path, read).reshape(array.shape)
+            for name, array in leaf.arrays.items()
+        }
         return dataclasses.replace(leaf, arrays=arrays)
 
     return mapped(node, delta)
 
 
 def _fixed_from_peft(base, theirs, started, frozen):
-    """What a method keeps beside the weight: LoRA-FA's A, and PiSSA's start. What follows from the weight or a seed stays ours."""
+    """What a method keeps beside the weight: LoRA-FA's A, and PiSSA's start. What follows from the weight
+    or a seed stays ours.
+    """
 
     def node(path, leaf):
         if not isinstance(leaf, Fixed):
@@ -162,21 +191,30 @@ def flat(tree):
 
 
 def mapped(node, tree):
-    return traverse_util.unflatten_dict({path: node(path, leaf) for path, leaf in flat(tree).items()}, sep="/")
+    return traverse_util.unflatten_dict(
+        {path: node(path, leaf) for path, leaf in flat(tree).items()}, sep="/"
+    )
 
 
 def adapters(delta):
     return {path: leaf for path, leaf in flat(delta).items() if isinstance(leaf, Adapter)}
 
 
-# --- the two sides --------------------------------------------------------------------------------------------------
+# --- the two sides ------------------------------------------------------------------------------------------
 
 
 def with_peft(peft, base, kind, **settings):
     """PEFT's model at its start, in float64."""
     task = "SEQ_CLS" if base.scan else "CAUSAL_LM"
-    settings = {"target_modules": list(base.modules), "fan_in_fan_out": not base.scan, "task_type": task, **settings}
-    model = peft.get_peft_model(copy.deepcopy(base.torch), getattr(peft, kind)(**settings), autocast_adapter_dtype=False)
+    settings = {
+        "target_modules": list(base.modules),
+        "fan_in_fan_out": not base.scan,
+        "task_type": task,
+        **settings,
+    }
+    model = peft.get_peft_model(
+        copy.deepcopy(base.torch), getattr(peft, kind)(**settings), autocast_adapter_dtype=False
+    )
     return model.eval().double()
 
 
@@ -237,7 +275,9 @@ def close(found, expected, tolerance, where=""):
 
 def all_close(found, expected, tolerance):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
         close(one, other, tolerance, jax.tree_util.keystr(path))
 
 
@@ -254,7 +294,7 @@ def agree(torch, base, pair, their_merged, but=()):
     all_close(merged, their_merged, 1e-12)
 
 
-# --- the methods ----------------------------------------------------------------------------------------------------
+# --- the methods --------------------------------------------------------------------------------------------
 
 # No two of the numbers that could be taken for each other are equal.
 LORA = dict(r=3, lora_alpha=5)
@@ -262,9 +302,21 @@ METHODS = {
     "LoRA": (LoRA(rank=3, alpha=5), "LoraConfig", LORA),
     "rsLoRA": (LoRA(rank=3, alpha=5, rs=True), "LoraConfig", dict(LORA, use_rslora=True)),
     "DoRA": (DoRA(rank=3, alpha=5), "LoraConfig", dict(LORA, use_dora=True)),
-    "rank-stabilised DoRA": (DoRA(rank=3, alpha=5, rs=True), "LoraConfig", dict(LORA, use_dora=True, use_rslora=True)),
-    "VeRA": (VeRA(rank=50, seed=3, d_initial=0.3), "VeraConfig", dict(r=50, projection_prng_key=3, d_initial=0.3)),  # of more than full rank
-    "AdaLoRA": (AdaLoRA(rank=3, alpha=5), "AdaLoraConfig", dict(init_r=3, target_r=2, lora_alpha=5, total_step=10)),
+    "rank-stabilised DoRA": (
+        DoRA(rank=3, alpha=5, rs=True),
+        "LoraConfig",
+        dict(LORA, use_dora=True, use_rslora=True),
+    ),
+    "VeRA": (
+        VeRA(rank=50, seed=3, d_initial=0.3),
+        "VeraConfig",
+        dict(r=50, projection_prng_key=3, d_initial=0.3),
+    ),  # of more than full rank
+    "AdaLoRA": (
+        AdaLoRA(rank=3, alpha=5),
+        "AdaLoraConfig",
+        dict(init_r=3, target_r=2, lora_alpha=5, total_step=10),
+    ),
     # An optimiser there: what it computes is LoRA, and so is B's gradient.
     "LoRA-FA": (LoRAFA(rank=3, alpha=5), "LoraConfig", LORA),
 }
@@ -286,9 +338,11 @@ def test_methods_are_pefts(torch, peft, base, name, row, tmp_path, x64):
 
 @pytest.mark.parametrize("name, rs", [("gpt2", False), ("gpt2", True), ("roberta", False)])
 def test_pissa_is_pefts(torch, peft, base, name, rs, tmp_path, x64):
-    """PEFT decomposes in float32 and rounds the residual there: what its model computes at the start is, to that, the base.
+    """PEFT decomposes in float32 and rounds the residual there: what its model computes at the start is, to
+    that, the base.
 
-    From there on it is exact. The signs of singular vectors are anybody's; A·B is not, to float32 and the gaps between singular values.
+    From there on it is exact. The signs of singular vectors are anybody's; A·B is not, to float32 and the
+    gaps between singular values.
     """
     base, method = base(name), PiSSA(rank=3, alpha=5, rs=rs)
     started = with_peft(peft, base, "LoraConfig", **LORA, init_lora_weights="pissa", use_rslora=rs)
@@ -305,7 +359,11 @@ def test_pissa_is_pefts(torch, peft, base, name, rs, tmp_path, x64):
 
 def test_ranks_and_numerators_by_pattern_are_pefts(torch, peft, base, tmp_path, x64):
     base = base("gpt2")
-    patterns = {"attn/c_attn/kernel": LoRA(rank=4, alpha=3), "h/1/mlp/c_fc/kernel": LoRA(rank=2, alpha=7), base.kernels: LoRA(rank=3, alpha=5)}
+    patterns = {
+        "attn/c_attn/kernel": LoRA(rank=4, alpha=3),
+        "h/1/mlp/c_fc/kernel": LoRA(rank=2, alpha=7),
+        base.kernels: LoRA(rank=3, alpha=5),
+    }
     rest = dict(rank_pattern={"c_attn": 4, "h.1.mlp.c_fc": 2}, alpha_pattern={"c_attn": 3, "h.1.mlp.c_fc": 7})
     pair = paired(torch, base, patterns, with_peft(peft, base, "LoraConfig", **LORA, **rest))
     agree(torch, base, pair, merged_by_peft(base, pair.theirs, tmp_path))
@@ -313,7 +371,9 @@ def test_ranks_and_numerators_by_pattern_are_pefts(torch, peft, base, tmp_path, 
 
 @pytest.mark.parametrize("row", ["LoRA", "DoRA"])
 def test_adapted_embeddings_are_pefts(torch, peft, base, row, tmp_path, x64):
-    """Of tokens and of positions. The head of this GPT-2 is its embedding: PEFT adapts the lookup alone, so here they are apart."""
+    """Of tokens and of positions. The head of this GPT-2 is its embedding: PEFT adapts the lookup alone,
+    so here they are apart.
+    """
     base, (method, kind, settings) = base("gpt2", tie="untie"), METHODS[row]
     started = with_peft(peft, base, kind, **settings, target_modules=["wte", "wpe", "c_attn"])
     pair = paired(torch, base, {"(wte|wpe)/embedding|c_attn/kernel": method}, started)
@@ -322,9 +382,13 @@ def test_adapted_embeddings_are_pefts(torch, peft, base, row, tmp_path, x64):
 
 
 def test_dylora_is_pefts_lora_of_whatever_rank(torch, peft, base, x64):
-    """Of its own, without a key, and of a lower one that it is truncated to: PEFT's three ranks are the first of six."""
+    """Of its own, without a key, and of a lower one that it is truncated to: PEFT's three ranks are the
+    first of six.
+    """
     base = base("gpt2")
-    pair = paired(torch, base, targets(base, LoRA(rank=3, alpha=5)), with_peft(peft, base, "LoraConfig", **LORA))
+    pair = paired(
+        torch, base, targets(base, LoRA(rank=3, alpha=5)), with_peft(peft, base, "LoraConfig", **LORA)
+    )
     whole = lora_jax.lorafy(base.params, targets(base, DyLoRA(rank=3, alpha=5))).delta
     longer = lora_jax.lorafy(base.params, targets(base, DyLoRA(rank=6, alpha=5))).delta
     for path, three in adapters(pair.delta).items():
@@ -344,12 +408,16 @@ def test_dylora_is_pefts_lora_of_whatever_rank(torch, peft, base, x64):
 def test_veras_projections_are_pefts_bit_for_bit(peft, base, name, seed, rank):
     """As large as the largest of mixed shapes, from the seed alone."""
     base = base(name)
-    settings = dict(r=rank, projection_prng_key=seed, target_modules=list(base.modules), fan_in_fan_out=not base.scan)
+    settings = dict(
+        r=rank, projection_prng_key=seed, target_modules=list(base.modules), fan_in_fan_out=not base.scan
+    )
     theirs = peft.get_peft_model(copy.deepcopy(base.torch), peft.VeraConfig(**settings)).base_model
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), base.params)
     frozen, _ = lora_jax.lorafy(params, base.kernels, method=VeRA(rank=rank, seed=seed), axes=base.axes)
     nodes = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if isinstance(leaf, Fixed)]
-    (owner,) = [node for node in nodes if not isinstance(node.arrays["shared_a"], Shared)]  # the others refer to it
+    (owner,) = [
+        node for node in nodes if not isinstance(node.arrays["shared_a"], Shared)
+    ]  # the others refer to it
     for shared, tensor in (("shared_a", theirs.vera_A["default"]), ("shared_b", theirs.vera_B["default"])):
         found, expected = np.asarray(owner.arrays[shared]), tensor.numpy().T
         assert found.dtype == expected.dtype == np.float32

@@ -1,4 +1,6 @@
-"""Being told to stop, in one process: the first signal is noted, the second ends it as ever. Several: `test_experiments_processes`."""
+"""Being told to stop, in one process: the first signal is noted, the second ends it as ever. Several:
+`test_experiments_processes`.
+"""
 
 import os
 import signal

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax._formats import FORMATS, NF4, Int8, from_bitsandbytes
-from lora_jax._formats import _DYNAMIC as DYNAMIC
+from lora_jax._formats import _DYNAMIC as DYNAMIC, FORMATS, from_bitsandbytes, Int8, NF4
+
 
 PLAIN = NF4(double=False)
 # Appendix E of the paper, of more digits than float32 has.
 QUANTILES = np.array(
     """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
     -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
-    0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0""".split(),
+    0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0""".split(),  # noqa: E501
     np.float32,
 )
 SHAPES = [(64,), (5,), (1, 1), (), (3, 7), (32, 64), (96, 80), (3, 5, 67)]
@@ -73,10 +73,13 @@ def assert_same_arrays(actual, expected):
         assert_same(actual[name], expected[name])
 
 
-# --- NF4 against NumPy ----------------------------------------------------------------------------------------------
+# --- NF4 against NumPy --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, dtype", [*[(shape, "float32") for shape in SHAPES], ((3, 5, 67), "bfloat16"), ((96, 80), "float16")])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*[(shape, "float32") for shape in SHAPES], ((3, 5, 67), "bfloat16"), ((96, 80), "float16")],
+)
 def test_nf4_bytes_and_values(shape, dtype):
     weight = normal(shape, dtype)
     codes, absmax = quantised(weight)
@@ -94,7 +97,11 @@ def test_nf4_codes_at_the_midpoints():
     absmax = rng.uniform(0.5, 2, (4096, 1)).astype(np.float32)
     weight = absmax * rng.choice(middles, (4096, 64))
     for _ in range(2):
-        weight = np.where(rng.random(weight.shape) < 0.4, np.nextafter(weight, rng.choice([-9, 9], weight.shape).astype(np.float32)), weight)
+        weight = np.where(
+            rng.random(weight.shape) < 0.4,
+            np.nextafter(weight, rng.choice([-9, 9], weight.shape).astype(np.float32)),
+            weight,
+        )
     weight[:, :1] = absmax
     codes, _ = quantised(weight)
     # Neither a division in place of the product nor the other side passes.
@@ -108,7 +115,11 @@ def test_nf4_codes_at_the_midpoints():
 def test_the_map_of_absmax():
     """That of bitsandbytes 0.50.2 on a machine with AVX2, which is not at hand everywhere."""
     values = DYNAMIC
-    assert len(set(values.tolist())) == 256 and (np.diff(values) > 0).all() and zlib.crc32(values.astype("<f4").tobytes()) == 0x1b137aeb
+    assert (
+        len(set(values.tolist())) == 256
+        and (np.diff(values) > 0).all()
+        and zlib.crc32(values.astype("<f4").tobytes()) == 0x1B137AEB
+    )
     assert_same(-values[:127], values[-2:127:-1])  # but for 0 and 1, which has no negative
 
 
@@ -125,12 +136,18 @@ def test_nf4_block_sizes(block, nested_block):
     plain = NF4(block, double=False)
     arrays = plain.pack(jnp.asarray(weight), 0)
     assert_same_arrays(arrays, {"codes": packed(codes), "absmax": absmax})
-    assert_same(plain.unpack(arrays, weight.shape, "float32"), unpacked(arrays, weight.shape, "float32", block))
+    assert_same(
+        plain.unpack(arrays, weight.shape, "float32"), unpacked(arrays, weight.shape, "float32", block)
+    )
     arrays = NF4(block, nested_block).pack(jnp.asarray(weight), 0)
     blocks = -(-3500 // block)
-    assert arrays["absmax"].shape == (blocks,) and arrays["nested_absmax"].shape == (-(-blocks // nested_block),)
+    assert arrays["absmax"].shape == (blocks,) and arrays["nested_absmax"].shape == (
+        -(-blocks // nested_block),
+    )
     expected = QUANTILES[codes] * np.repeat(unpacked_absmax(arrays, nested_block), block)[:3500]
-    assert_same(NF4(block, nested_block).unpack(arrays, weight.shape, "float32"), expected.reshape(weight.shape))
+    assert_same(
+        NF4(block, nested_block).unpack(arrays, weight.shape, "float32"), expected.reshape(weight.shape)
+    )
 
 
 def test_nf4_quantises_the_absmax_to_the_nearest():
@@ -161,7 +178,9 @@ def test_nf4_error_bound(format, dtype):
     used = unpacked_absmax(arrays) if format.double else absmax
     assert (used == absmax).all() != format.double
     bound = np.diff(QUANTILES).max() / 2 * absmax + np.abs(used - absmax)
-    error = np.abs(np.asarray(format.unpack(arrays, weight.shape, "float32"), np.float64) - weight.astype(np.float64)).reshape(-1, 64)
+    error = np.abs(
+        np.asarray(format.unpack(arrays, weight.shape, "float32"), np.float64) - weight.astype(np.float64)
+    ).reshape(-1, 64)
     assert (error <= 1.000001 * bound[:, None]).all()
     assert (error.max(-1) > 0.5 * bound).mean() > 0.5
 
@@ -173,13 +192,19 @@ def test_nf4_of_zeros_is_zero(format):
     weight[4] = np.float32(1e-40)  # whose inverse is infinite
     weight[5] = np.float32(1e-37) * normal(64)
     result = np.asarray(format.unpack(format.pack(jnp.asarray(weight), 0), weight.shape, "float32"))
-    assert np.isfinite(result).all() and (result[3] == 0).all() and (np.abs(result[5]) < (2e-36 if format is PLAIN else 0.1)).all()
+    assert (
+        np.isfinite(result).all()
+        and (result[3] == 0).all()
+        and (np.abs(result[5]) < (2e-36 if format is PLAIN else 0.1)).all()
+    )
     zeros = np.zeros((5, 13), np.float32)
     assert_same(format.unpack(format.pack(jnp.asarray(zeros), 0), zeros.shape, "float32"), zeros)
 
 
 def test_nf4_packs_what_it_has_unpacked_to_the_same():
-    """Each block's absmax is among its values. Quantised doubly, the absmax that is packed again is another."""
+    """Each block's absmax is among its values. Quantised doubly, the absmax that is packed again is
+    another.
+    """
     weight = normal((96, 80))
     arrays = PLAIN.pack(jnp.asarray(weight), 0)
     assert_same_arrays(PLAIN.pack(PLAIN.unpack(arrays, weight.shape, "float32"), 0), arrays)
@@ -201,11 +226,14 @@ def test_the_dtype_that_jax_would_store(format):
     assert format.unpack(arrays, (3, 4), "float64").dtype == jnp.float32
 
 
-# --- int8 against NumPy ---------------------------------------------------------------------------------------------
+# --- int8 against NumPy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, stack", [((64, 32), 0), ((7,), 0), ((3, 5, 9), 0), ((3, 5, 9), 1), ((3, 5, 9), 2), ((2, 3, 4, 5), 1)])
+@pytest.mark.parametrize(
+    "shape, stack",
+    [((64, 32), 0), ((7,), 0), ((3, 5, 9), 0), ((3, 5, 9), 1), ((3, 5, 9), 2), ((2, 3, 4, 5), 1)],
+)
 def test_int8(shape, stack, dtype):
     weight = normal(shape, dtype) * np.exp(normal(shape[-1:], dtype))
     own = shape[stack:]
@@ -213,7 +241,9 @@ def test_int8(shape, stack, dtype):
     exact = weight.astype(np.float32)
     scale = np.abs(exact).max(axis=tuple(range(stack, len(shape) - 1)), keepdims=True) * np.float32(1 / 127)
     assert scale.shape == (*shape[:stack], *[1] * (len(own) - 1), shape[-1])
-    assert_same_arrays(arrays, {"codes": np.round(exact * (np.float32(1) / scale)).astype(np.int8), "scale": scale})
+    assert_same_arrays(
+        arrays, {"codes": np.round(exact * (np.float32(1) / scale)).astype(np.int8), "scale": scale}
+    )
     values = np.float64(arrays["codes"]) * scale
     assert (np.abs(values - weight.astype(np.float64)) <= 0.50001 * scale).all()
     index = (-1,) * stack
@@ -239,9 +269,11 @@ def test_int8_of_zeros_is_zero():
     assert (result[:, 1:3] == 0).all() and (result[:, [0, 3]] != 0).any(0).all()
 
 
-# --- every format ---------------------------------------------------------------------------------------------------
+# --- every format -------------------------------------------------------------------------------------------
 
-EVERY = pytest.mark.parametrize("format", [NF4(), PLAIN, NF4(32, 5), Int8()], ids=["nf4", "plain", "small", "int8"])
+EVERY = pytest.mark.parametrize(
+    "format", [NF4(), PLAIN, NF4(32, 5), Int8()], ids=["nf4", "plain", "small", "int8"]
+)
 
 
 @EVERY
@@ -252,7 +284,7 @@ def test_a_layer_of_a_stack_is_packed_as_alone(format, shape, stack):
     for index in np.ndindex(shape[:stack]):
         layer = {name: array[index] for name, array in arrays.items()}
         assert_same_arrays(layer, format.pack(weight[index], 0))
-    unpack = lambda arrays: format.unpack(arrays, shape[stack:], "float32")  # noqa: E731
+    unpack = lambda arrays: format.unpack(arrays, shape[stack:], "float32")
     values = unpack
     for _ in range(stack):
         values = jax.vmap(values)
@@ -267,7 +299,9 @@ def test_compiled_with_what_is_around_it(format, dtype):
     values = format.unpack(arrays, weight.shape, dtype)
     scale = jnp.asarray(4, dtype)  # a power of 2, by which nothing is rounded
     assert_same_arrays(jax.jit(lambda weight: format.pack(weight / scale * scale, 0))(weight), arrays)
-    assert_same(jax.jit(lambda arrays: format.unpack(arrays, weight.shape, dtype) * scale)(arrays), values * scale)
+    assert_same(
+        jax.jit(lambda arrays: format.unpack(arrays, weight.shape, dtype) * scale)(arrays), values * scale
+    )
 
 
 @pytest.mark.parametrize("format", [NF4(), Int8()], ids=["nf4", "int8"])
@@ -290,13 +324,18 @@ def test_odd_shapes(data):
     weight = normal(shape, seed=data.draw(st.integers(0, 99))) * np.float32(magnitude)
     weight[np.random.default_rng(0).random(shape) < data.draw(st.sampled_from([0, 0.9]))] = 0
     arrays = format.pack(jnp.asarray(weight), stack)
-    abstract = jax.eval_shape(lambda weight: format.pack(weight, stack), jax.ShapeDtypeStruct(shape, "float32"))
-    assert jax.tree.map(lambda array: (array.shape, array.dtype), arrays) == jax.tree.map(lambda array: (array.shape, array.dtype), abstract)
+    abstract = jax.eval_shape(
+        lambda weight: format.pack(weight, stack), jax.ShapeDtypeStruct(shape, "float32")
+    )
+    assert jax.tree.map(lambda array: (array.shape, array.dtype), arrays) == jax.tree.map(
+        lambda array: (array.shape, array.dtype), abstract
+    )
     for index in np.ndindex(shape[:stack]):
         layer, own = {name: array[index] for name, array in arrays.items()}, weight[index]
         values = np.asarray(format.unpack(layer, own.shape, "float32"))
         assert values.shape == own.shape and np.isfinite(values).all() and (values[own == 0] == 0).all()
-        # The coarsest of the formats keeps a number to a sixth of the largest, plus 1 % for a second quantisation.
+        # The coarsest of the formats keeps a number to a sixth of the largest, plus 1 % for a second
+        # quantisation.
         assert np.abs(values - own).max() <= 0.17 * np.abs(own).max(initial=0)
         if isinstance(format, NF4):
             assert_same(layer["codes"], packed(quantised(own, format.block)[0]))
@@ -313,9 +352,15 @@ def test_shapes_allocate_nothing(format):
     assert all(array.shape[0] == 64 for array in arrays.values()) and len(jax.live_arrays()) == before
 
 
-@pytest.mark.parametrize("format, bits", [(NF4(), 4 + 8 / 64 + 32 / (64 * 256)), (PLAIN, 4.5), (Int8(), 8)], ids=["nf4", "plain", "int8"])
+@pytest.mark.parametrize(
+    "format, bits",
+    [(NF4(), 4 + 8 / 64 + 32 / (64 * 256)), (PLAIN, 4.5), (Int8(), 8)],
+    ids=["nf4", "plain", "int8"],
+)
 def test_bits_per_parameter(format, bits):
-    arrays = jax.eval_shape(lambda weight: format.pack(weight, 0), jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16))
+    arrays = jax.eval_shape(
+        lambda weight: format.pack(weight, 0), jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16)
+    )
     total = sum(8 * array.dtype.itemsize * array.size for array in arrays.values())
     assert bits <= total / 8192**2 < bits + 0.005
     assert bits == 8 or round(total / 8192**2, 3) == round(bits, 3)
@@ -329,7 +374,9 @@ def test_what_is_not_finite(format, bad):
     with pytest.raises(ValueError, match="`weight` has a value that is NaN, infinite or beyond 2\\*\\*126"):
         format.pack(jnp.asarray(weight), 0)
     if bad != 3e38:
-        values = format.unpack(jax.jit(lambda weight: format.pack(weight, 0))(weight), weight.shape, "float32")
+        values = format.unpack(
+            jax.jit(lambda weight: format.pack(weight, 0))(weight), weight.shape, "float32"
+        )
         shared = values[:, 5] if format == Int8() else values[3, 4:6]
         assert not np.isfinite(shared).any()
 
@@ -342,10 +389,15 @@ def test_bfloat16_beyond_float16_is_in_range():
         Int8().pack(jnp.full((2, 2), np.inf, jnp.float16), 0)
 
 
-@pytest.mark.parametrize("weight, stack", [(np.zeros((2, 0), np.float32), 0), (np.zeros((2, 3), np.int8), 0), (np.zeros((2, 3), np.float32), 3)])
+@pytest.mark.parametrize(
+    "weight, stack",
+    [(np.zeros((2, 0), np.float32), 0), (np.zeros((2, 3), np.int8), 0), (np.zeros((2, 3), np.float32), 3)],
+)
 @EVERY
 def test_what_is_no_weight(format, weight, stack):
-    with pytest.raises(ValueError, match=f"`weight` has shape .* and dtype {weight.dtype}, of which {stack} stacked axes"):
+    with pytest.raises(
+        ValueError, match=f"`weight` has shape .* and dtype {weight.dtype}, of which {stack} stacked axes"
+    ):
         format.pack(weight, stack)
 
 
@@ -355,27 +407,44 @@ def test_int8_needs_an_axis_of_its_own():
 
 
 def test_formats_are_values():
-    assert FORMATS == {"nf4": NF4(), "int8": Int8()} and hash(NF4()) == hash(NF4(64, 256, True)) and NF4() != PLAIN
+    assert (
+        FORMATS == {"nf4": NF4(), "int8": Int8()}
+        and hash(NF4()) == hash(NF4(64, 256, True))
+        and NF4() != PLAIN
+    )
 
 
-@pytest.mark.parametrize("options", [{"block": 0}, {"block": 63}, {"block": 64.0}, {"block": True}, {"nested_block": -1}])
+@pytest.mark.parametrize(
+    "options", [{"block": 0}, {"block": 63}, {"block": 64.0}, {"block": True}, {"nested_block": -1}]
+)
 def test_block_sizes_that_are_none(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be a positive .*integer"):
         NF4(**options)
 
 
-# --- what bitsandbytes stores ---------------------------------------------------------------------------------------
+# --- what bitsandbytes stores -------------------------------------------------------------------------------
 
 
 def stored(weight, double=True, block=64, name="weight"):
     """What is in bitsandbytes' file of `weight`."""
     arrays = NF4(block, double=double).pack(jnp.asarray(weight), 0)
     state = {"quant_type": "nf4", "blocksize": block, "dtype": str(weight.dtype), "shape": list(weight.shape)}
-    tensors = {name: np.asarray(arrays["codes"])[:, None], f"{name}.absmax": np.asarray(arrays["absmax"]), f"{name}.quant_map": QUANTILES}
+    tensors = {
+        name: np.asarray(arrays["codes"])[:, None],
+        f"{name}.absmax": np.asarray(arrays["absmax"]),
+        f"{name}.quant_map": QUANTILES,
+    }
     if double:
-        tensors |= {f"{name}.nested_absmax": np.asarray(arrays["nested_absmax"]), f"{name}.nested_quant_map": DYNAMIC}
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(arrays["nested_offset"])}
+        tensors |= {
+            f"{name}.nested_absmax": np.asarray(arrays["nested_absmax"]),
+            f"{name}.nested_quant_map": DYNAMIC,
+        }
+        state |= {
+            "nested_blocksize": 256,
+            "nested_dtype": "float32",
+            "nested_offset": float(arrays["nested_offset"]),
+        }
     return tensors | {f"{name}.quant_state.bitsandbytes__nf4": json_bytes(state)}, arrays
 
 
@@ -420,7 +489,16 @@ def field(name, value):
 
 
 BAD = [
-    *[(key, without(key)) for key in ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")],
+    *[
+        (key, without(key))
+        for key in (
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+        )
+    ],
     ("weight", replaced("weight", lambda array: array[:-1])),
     ("weight", replaced("weight", lambda array: array[:, 0])),
     ("weight", replaced("weight", lambda array: array.reshape(-1, 2).view(np.float16))),
@@ -432,7 +510,18 @@ BAD = [
     *[
         ("weight.quant_state.bitsandbytes__nf4", field(name, value))
         for name, value in [
-            *[(name, None) for name in ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")],
+            *[
+                (name, None)
+                for name in (
+                    "quant_type",
+                    "blocksize",
+                    "dtype",
+                    "shape",
+                    "nested_blocksize",
+                    "nested_dtype",
+                    "nested_offset",
+                )
+            ],
             ("quant_type", "fp4"),
             ("dtype", "int8"),
             ("nested_dtype", "float16"),
@@ -468,12 +557,15 @@ def test_from_bitsandbytes_without_a_readable_state():
         from_bitsandbytes({**tensors, "weight.quant_state.bitsandbytes__fp4": state})
 
 
-# --- bitsandbytes ---------------------------------------------------------------------------------------------------
+# --- bitsandbytes -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bnb(torch):
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'lora_jax[torch]' (on Linux), or bitsandbytes")
+    return pytest.importorskip(
+        "bitsandbytes",
+        reason="bitsandbytes is not installed: pip install 'lora_jax[torch]' (on Linux), or bitsandbytes",
+    )
 
 
 @pytest.fixture
@@ -482,18 +574,28 @@ def bnb_stored(torch, bnb):
 
     def store(weight, double, block=64):
         tensor = torch.from_numpy(weight.astype(np.float32)).to(getattr(torch, str(weight.dtype)))
-        with torch.compiler.set_stance("force_eager"):  # odd sizes are compiled, for seconds, with a C compiler
-            codes, state = bnb.functional.quantize_4bit(tensor, blocksize=block, compress_statistics=double, quant_type="nf4")
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # odd sizes are compiled, for seconds, with a C compiler
+            codes, state = bnb.functional.quantize_4bit(
+                tensor, blocksize=block, compress_statistics=double, quant_type="nf4"
+            )
             values = bnb.functional.dequantize_4bit(codes, state)
-        parts = {"weight": codes} | {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
-        return {key: part.numpy() for key, part in parts.items()}, values.to(torch.float32).numpy().astype(weight.dtype)
+        parts = {"weight": codes} | {
+            f"weight.{key}": part for key, part in state.as_dict(packed=True).items()
+        }
+        return {key: part.numpy() for key, part in parts.items()}, values.to(torch.float32).numpy().astype(
+            weight.dtype
+        )
 
     return store
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
-@pytest.mark.parametrize("shape, block", [((256, 512), 64), ((70, 90), 64), ((33, 7), 64), ((70, 90), 32), ((128, 130), 4096)])
+@pytest.mark.parametrize(
+    "shape, block", [((256, 512), 64), ((70, 90), 64), ((33, 7), 64), ((70, 90), 32), ((128, 130), 4096)]
+)
 def test_values_are_those_of_bitsandbytes(bnb_stored, shape, block, double, dtype):
     weight = normal(shape, dtype) * np.exp(normal((shape[0], 1), dtype))
     tensors, values = bnb_stored(weight, double, block)
@@ -510,15 +612,21 @@ def test_bytes_are_those_of_bitsandbytes(bnb_stored, shape, dtype):
     tensors, _ = bnb_stored(weight, double=False)
     arrays = PLAIN.pack(jnp.asarray(weight), 0)
     assert_same_arrays(arrays, from_bitsandbytes(tensors)[1])
-    # bitsandbytes searches the map in another way, which does not always find the nearest: one code in hundreds.
+    # bitsandbytes searches the map in another way, which does not always find the nearest: one code in
+    # hundreds.
     tensors, _ = bnb_stored(weight, double=True)
-    ours, theirs = (jax.tree.map(np.asarray, arrays) for arrays in (NF4().pack(jnp.asarray(weight), 0), from_bitsandbytes(tensors)[1]))
+    ours, theirs = (
+        jax.tree.map(np.asarray, arrays)
+        for arrays in (NF4().pack(jnp.asarray(weight), 0), from_bitsandbytes(tensors)[1])
+    )
     assert_same(ours["codes"], theirs["codes"])
     np.testing.assert_allclose(ours["nested_offset"], theirs["nested_offset"], rtol=1e-6)
     np.testing.assert_allclose(ours["nested_absmax"], theirs["nested_absmax"], rtol=1e-5, atol=1e-6)
     assert (ours["absmax"] != theirs["absmax"]).sum() <= 1 + 0.01 * ours["absmax"].size
     # The widest gap between the map's values is 0.0142.
-    assert np.abs(unpacked_absmax(ours) - unpacked_absmax(theirs)).max() <= 0.0143 * ours["nested_absmax"].max()
+    assert (
+        np.abs(unpacked_absmax(ours) - unpacked_absmax(theirs)).max() <= 0.0143 * ours["nested_absmax"].max()
+    )
 
 
 def test_maps_are_those_of_bitsandbytes(torch, bnb):
@@ -532,8 +640,11 @@ def test_maps_are_those_of_bitsandbytes(torch, bnb):
 
 
 def test_a_layer_as_bitsandbytes_saves_it(torch, bnb):
-    # 128 in features: with a multiple of 32 that is none of the block, the AVX-512 kernel of 0.50.2 takes other blocks' absmax.
-    layer = bnb.nn.Linear4bit(128, 40, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+    # 128 in features: with a multiple of 32 that is none of the block, the AVX-512 kernel of 0.50.2 takes
+    # other blocks' absmax.
+    layer = bnb.nn.Linear4bit(
+        128, 40, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True
+    )
     layer.load_state_dict({"weight": torch.from_numpy(normal((40, 128)))})
     layer = layer.to("cpu")
     tensors = {f"layer.{key}": tensor.numpy() for key, tensor in layer.state_dict().items()}

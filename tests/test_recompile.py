@@ -1,4 +1,6 @@
-"""What must not happen: a second compilation across steps, keys and adapters, and a cast that nobody asked for."""
+"""What must not happen: a second compilation across steps, keys and adapters, and a cast that nobody
+asked for.
+"""
 
 import dataclasses
 
@@ -12,12 +14,15 @@ import pytest
 import lora_jax
 from lora_jax import Full, LoRA
 
+
 PARAMS = {"w": jnp.ones((8, 8)), "head": jnp.ones((8, 8)), "b": jnp.ones(8)}
 TX = optax.sgd(1e-3, momentum=0.9)
 
 
 def trained(**method):
-    return lora_jax.lorafy(PARAMS, {"w": LoRA(**{"rank": 2, "dropout": 0.1, **method}), "b": Full()}, key=jax.random.key(1))
+    return lora_jax.lorafy(
+        PARAMS, {"w": LoRA(**{"rank": 2, "dropout": 0.1, **method}), "b": Full()}, key=jax.random.key(1)
+    )
 
 
 @pytest.fixture
@@ -28,7 +33,9 @@ def step():
     @jax.jit
     def step(delta, state, frozen, x, key):
         step.traced += 1
-        gradient = jax.grad(lambda delta: jnp.sum(forward(lora_jax.combine(frozen, delta, key=key), x)))(delta)
+        gradient = jax.grad(lambda delta: jnp.sum(forward(lora_jax.combine(frozen, delta, key=key), x)))(
+            delta
+        )
         updates, state = TX.update(gradient, state)
         return optax.apply_updates(delta, updates), state
 
@@ -49,7 +56,9 @@ def test_one_compilation(step):
     delta = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), delta)
     step(delta, TX.init(delta), frozen, x, jax.random.key(9))
     # `[...]` and `...` name the same: what is equal compiles once.
-    frozen, delta = lora_jax.lorafy(PARAMS, {lambda path, leaf: path == "w": LoRA(rank=2, dropout=0.1, alpha=16.0), "^b$": Full()})
+    frozen, delta = lora_jax.lorafy(
+        PARAMS, {lambda path, leaf: path == "w": LoRA(rank=2, dropout=0.1, alpha=16.0), "^b$": Full()}
+    )
     step(delta, TX.init(delta), frozen, x, jax.random.key(9))
     assert step.traced == 1
     # The scale is static: another one is another program. (And so the counter counts.)
@@ -71,7 +80,12 @@ def test_static_metadata_is_hashable(one, other):
     assert one == other and hash(one) == hash(other)
     assert LoRA(rank=2) != LoRA(rank=3)
     shape = {"w": jax.ShapeDtypeStruct((8, 8), "float32")}
-    deltas = [lora_jax.lorafy(shape, {"w": method if isinstance(method, Full) else dataclasses.replace(method, rank=1)}).delta for method in (one, other)]
+    deltas = [
+        lora_jax.lorafy(
+            shape, {"w": method if isinstance(method, Full) else dataclasses.replace(method, rank=1)}
+        ).delta
+        for method in (one, other)
+    ]
     structures = [jax.tree.structure(delta) for delta in deltas]
     assert structures[0] == structures[1] and hash(structures[0]) == hash(structures[1])
 
@@ -84,8 +98,16 @@ def test_scale_and_rank_are_no_leaves():
 def equations(jaxpr):
     """Every equation that computes something, at any depth."""
     for eqn in jaxpr.eqns:
-        inner = [value for entry in eqn.params.values() for value in (entry if isinstance(entry, tuple | list) else [entry])]
-        inner = [getattr(value, "jaxpr", value) for value in inner if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
+        inner = [
+            value
+            for entry in eqn.params.values()
+            for value in (entry if isinstance(entry, tuple | list) else [entry])
+        ]
+        inner = [
+            getattr(value, "jaxpr", value)
+            for value in inner
+            if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+        ]
         for sub in inner:
             yield from equations(sub)
         if not inner:
@@ -105,11 +127,20 @@ def equations(jaxpr):
 )
 @pytest.mark.parametrize("axes", ["in out", "out in"])
 def test_dtypes(base, factors, expected, axes, x64):
-    """Activations and products in the dtype of the model, gradients in that of A and B, nothing of the weight's size cast."""
+    """Activations and products in the dtype of the model, gradients in that of A and B, nothing of the
+    weight's size cast.
+    """
     params = {"w": jnp.ones((7, 5), base), "table": jnp.ones((7, 5), base)}
     x = jnp.ones((2, 7 if axes == "in out" else 5), base)
-    frozen, delta = lora_jax.lorafy(params, ".*", method=LoRA(rank=2, dtype=factors, dropout=0.1), axes={"w": axes, "table": "in out"})
-    forward = lora_jax.adapt(lambda params, x: (x @ (params["w"] if axes == "in out" else params["w"].T), params["table"][jnp.array([0, 3])]))
+    frozen, delta = lora_jax.lorafy(
+        params, ".*", method=LoRA(rank=2, dtype=factors, dropout=0.1), axes={"w": axes, "table": "in out"}
+    )
+    forward = lora_jax.adapt(
+        lambda params, x: (
+            x @ (params["w"] if axes == "in out" else params["w"].T),
+            params["table"][jnp.array([0, 3])],
+        )
+    )
 
     def loss(delta, x):
         outputs = forward(lora_jax.combine(frozen, delta, key=jax.random.key(0)), x)
@@ -121,5 +152,7 @@ def test_dtypes(base, factors, expected, axes, x64):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(by_delta)} == {expected} and by_x.dtype == base
     found = list(equations(jax.make_jaxpr(differentiate)(delta, x).jaxpr))
     assert not [eqn for eqn in found for var in eqn.outvars if var.aval.size == 35 and var.aval.dtype != base]
-    operands = {atom.aval.dtype.name for eqn in found if eqn.primitive.name == "dot_general" for atom in eqn.invars}
+    operands = {
+        atom.aval.dtype.name for eqn in found if eqn.primitive.name == "dot_general" for atom in eqn.invars
+    }
     assert operands == {base}

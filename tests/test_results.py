@@ -1,4 +1,6 @@
-"""What is committed under `experiments/`: the base keeps to its card, and the results are those of the files beside them."""
+"""What is committed under `experiments/`: the base keeps to its card, and the results are those of the
+files beside them.
+"""
 
 import json
 import re
@@ -12,6 +14,7 @@ from experiments.base import load_tokenizer
 from experiments.command_line import main
 from experiments.metrics import score_e2e
 from lora_jax.interop import hf
+
 
 _EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 _SMALL = _EXPERIMENTS / "bases" / "small"
@@ -49,16 +52,26 @@ def test_every_result_can_be_tabled(capsys):
 @pytest.mark.parametrize("run", _RUNS)
 def test_a_result_belongs_to_a_config_that_ships(run):
     kept = json.loads((_E2E / run / "config.json").read_text("utf-8"))
-    assert configs.with_defaults(kept) == configs.to_json(configs.load(_EXPERIMENTS / "configs" / f"{kept['name']}.json"))
+    assert configs.with_defaults(kept) == configs.to_json(
+        configs.load(_EXPERIMENTS / "configs" / f"{kept['name']}.json")
+    )
     facts, page = _facts(run), (_E2E / run / "report.md").read_text("utf-8")
-    assert len((_E2E / run / "predictions.txt").read_text("utf-8").splitlines()) == facts["examples"]["test"] == 630
+    assert (
+        len((_E2E / run / "predictions.txt").read_text("utf-8").splitlines())
+        == facts["examples"]["test"]
+        == 630
+    )
     assert f"| this run | {100 * facts['scores']['after']['BLEU']:.2f} |" in page
 
 
 def test_the_runs_are_comparable_and_lora_learns():
-    """One base, one order of the same data, as many steps; LoRA is at least ten points of BLEU above the base."""
+    """One base, one order of the same data, as many steps; LoRA is at least ten points of BLEU above the
+    base.
+    """
     facts = {run: _facts(run) for run in _RUNS}
-    shared = [(f["base"]["fingerprint"], f["data"], f["numbers"]["steps"], f["commit"]) for f in facts.values()]
+    shared = [
+        (f["base"]["fingerprint"], f["data"], f["numbers"]["steps"], f["commit"]) for f in facts.values()
+    ]
     assert len(set(shared)) == 1
     assert facts["lora"]["numbers"]["steps"] >= 5000
     scores = facts["lora"]["scores"]
@@ -66,7 +79,9 @@ def test_the_runs_are_comparable_and_lora_learns():
 
 
 def _references(path):
-    """The wordings of each meaning, meanings in the order of their first line: written apart from the pipeline's own."""
+    """The wordings of each meaning, meanings in the order of their first line: written apart from the
+    pipeline's own.
+    """
     groups = {}
     for line in path.read_text("utf-8").splitlines():
         meaning, wording = line.split("||")
@@ -75,7 +90,10 @@ def _references(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run, when, file", [(run, "after", "predictions.txt") for run in _RUNS] + [("lora", "before", "predictions_before.txt")])
+@pytest.mark.parametrize(
+    "run, when, file",
+    [(run, "after", "predictions.txt") for run in _RUNS] + [("lora", "before", "predictions_before.txt")],
+)
 def test_committed_predictions_score_as_committed(run, when, file, data_dir):
     """METEOR is compared where its package and java are, as it was computed."""
     references = _references(data_dir / "e2e" / "lora_nlg_txt" / "test.txt")

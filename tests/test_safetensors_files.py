@@ -16,11 +16,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.interop import _safetensors, hf
-from lora_jax.interop._safetensors import Pending, digest, facts_of, stored_tensors, write_tensors
+from lora_jax.interop._safetensors import digest, facts_of, Pending, stored_tensors, write_tensors
 
-FACTS = {"rank": 4, "beside": {"config.json": "0" * 64}, "name": "Ünïcode \"and\" quotes"}
+
+FACTS = {"rank": 4, "beside": {"config.json": "0" * 64}, "name": 'Ünïcode "and" quotes'}
 DTYPES = [
-    *(np.dtype(name) for name in ("bool", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8")),
+    *(
+        np.dtype(name)
+        for name in ("bool", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8")
+    ),
     *(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2)),
 ]
 SHAPES = [(), (1,), (3, 5), (0, 2), (7, 1, 3)]
@@ -36,7 +40,9 @@ def some_tensors():
 
 
 def pending(tensors):
-    return [Pending(name, array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()]
+    return [
+        Pending(name, array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()
+    ]
 
 
 def write(dir, tensors, shard_bytes=10**9, **options):
@@ -79,7 +85,13 @@ def test_every_dtype_and_shape_comes_back(tmp_path, shard_bytes, facts):
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 3
     if facts is not None and len(files) > 1:
-        facts = {**facts, "beside": {**facts["beside"], "model.safetensors.index.json": digest(tmp_path / "model.safetensors.index.json")}}
+        facts = {
+            **facts,
+            "beside": {
+                **facts["beside"],
+                "model.safetensors.index.json": digest(tmp_path / "model.safetensors.index.json"),
+            },
+        }
     assert all(facts_of(file) == facts for file in files)
 
 
@@ -179,7 +191,9 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
         alive.append(weakref.ref(array))
         return array
 
-    write_tensors(tmp_path, [Pending(str(i), (10,), np.dtype(np.float32), fetch) for i in range(5)], 80, facts={})
+    write_tensors(
+        tmp_path, [Pending(str(i), (10,), np.dtype(np.float32), fetch) for i in range(5)], 80, facts={}
+    )
     assert written == [1, 1, 2, 2, 3], "tensors are fetched when their own file is open, not before"
     with safe_open(tmp_path / "model-00003-of-00003.safetensors", framework="np") as file:
         assert list(file.keys()) == ["4"]
@@ -191,7 +205,18 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
 def test_loaded_parameters_do_not_live_in_the_file(tmp_path, scan):
     from lora_jax.models import GPT2, GPT2Config
 
-    model = GPT2(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    model = GPT2(
+        GPT2Config(
+            vocab_size=64,
+            n_positions=16,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
     params = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     hf.save(tmp_path / "a", model, params)
     file = tmp_path / "a" / "model.safetensors"
@@ -213,7 +238,7 @@ def test_loaded_parameters_do_not_live_in_the_file(tmp_path, scan):
 def test_no_flipped_bit_passes(tmp_path):
     """Every bit of a file, one at a time: in its length, names, digits, padding and data."""
     tensors = {"ab": np.array([1, 2], np.float32), "c": np.array([3], np.int8), "e": np.zeros(0, np.int8)}
-    file = write(tmp_path, tensors, facts={"r": "a\\\"b"})
+    file = write(tmp_path, tensors, facts={"r": 'a\\"b'})
     content = file.read_bytes()
     assert b"  " in content, "this file has no padding to flip"
     passed = []
@@ -229,7 +254,7 @@ def test_no_flipped_bit_passes(tmp_path):
                 passed.append(bit)
             os.pwrite(stream.fileno(), content[place : place + 1], place)
     assert passed == []
-    assert file.read_bytes() == content and facts_of(file) == {"r": "a\\\"b"}
+    assert file.read_bytes() == content and facts_of(file) == {"r": 'a\\"b'}
 
 
 def test_a_name_that_one_bit_makes_the_metadata_is_no_way_round(tmp_path):
@@ -338,7 +363,10 @@ def test_a_file_that_shrank_since_its_header_was_read_is_refused(tmp_path):
         stored.read()
 
 
-@pytest.mark.parametrize("gone, message", [("lora_jax", "a checksum of lora_jax and no facts"), ("sha256", "facts of lora_jax and no checksum")])
+@pytest.mark.parametrize(
+    "gone, message",
+    [("lora_jax", "a checksum of lora_jax and no facts"), ("sha256", "facts of lora_jax and no checksum")],
+)
 @pytest.mark.parametrize("verify", [True, False])
 def test_half_a_mark_is_damage(tmp_path, gone, message, verify):
     tensors = {"a": np.ones(2, np.float32)}
@@ -357,7 +385,9 @@ def test_a_change_on_purpose_is_said_to_be_one(tmp_path):
     with safe_open(file, framework="np") as opened:
         metadata = opened.metadata()
     save_file({"a": tensors["a"] + 1}, file, metadata=metadata)
-    with pytest.raises(ValueError, match="model.safetensors is damaged: its contents do not have the checksum.*verify=False"):
+    with pytest.raises(
+        ValueError, match="model.safetensors is damaged: its contents do not have the checksum.*verify=False"
+    ):
         facts_of(file)
     assert facts_of(file, verify=False) == FACTS
     for facts, message in (("[1]", "a JSON list"), ("{", "are not JSON"), ("[" * 100_000, "are not JSON")):
@@ -380,19 +410,30 @@ def test_the_digest_is_of_the_whole_file(tmp_path):
 @pytest.mark.parametrize(
     "tensors, facts, message",
     [
-        ([("a", (2,), "f4", np.ones(3, "f4"))], None, r"'a' was announced as float32 of shape \(2,\) and came as float32 of shape \(3,\)"),
+        (
+            [("a", (2,), "f4", np.ones(3, "f4"))],
+            None,
+            r"'a' was announced as float32 of shape \(2,\) and came as float32 of shape \(3,\)",
+        ),
         ([("a", (2,), "f4", np.ones(2, "f8"))], None, r"'a' was announced as float32 .* came as float64"),
         ([("a", (2,), ">f4", np.ones(2, ">f4"))], None, "'a' has dtype .*>f4"),
         ([("a", (2,), "O", np.ones(2, "O"))], None, "'a' has dtype"),
         ([("a", (2,), "f4", np.ones(2, "f4"))] * 2, None, "the name 'a' twice"),
-        ([("__metadata__", (2,), "f4", np.ones(2, "f4"))], None, "'__metadata__' which the format keeps for itself"),
+        (
+            [("__metadata__", (2,), "f4", np.ones(2, "f4"))],
+            None,
+            "'__metadata__' which the format keeps for itself",
+        ),
         ([("a\ud800", (2,), "f4", np.ones(2, "f4"))], None, "is not Unicode text"),
         ([], {"a": {1, 2}}, "`facts`=.* cannot be written as JSON"),
         ([], {"a": float("nan")}, "`facts`=.* cannot be written as JSON"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, tensors, facts, message):
-    tensors = [Pending(name, shape, np.dtype(dtype), lambda array=array: array) for name, shape, dtype, array in tensors]
+    tensors = [
+        Pending(name, shape, np.dtype(dtype), lambda array=array: array)
+        for name, shape, dtype, array in tensors
+    ]
     with pytest.raises(ValueError, match=message):
         write_tensors(tmp_path, tensors, 10**9, facts=facts)
 

@@ -10,9 +10,14 @@ import pytest
 import lora_jax
 from lora_jax import Full, LoRA
 
+
 PARAMS = {"w": (6, 12), "layers": (3, 6, 6), "b": (12,)}
 AXES = {"w": "in out", "layers": "layer in out"}
-RANKS = [LoRA(rank=2, alpha=3), LoRA(rank=4, alpha=-5, rs=True, init="kaiming"), LoRA(rank=1, alpha=7, dtype="float64")]
+RANKS = [
+    LoRA(rank=2, alpha=3),
+    LoRA(rank=4, alpha=-5, rs=True, init="kaiming"),
+    LoRA(rank=1, alpha=7, dtype="float64"),
+]
 
 
 def base():
@@ -26,20 +31,26 @@ def adapters(methods, params):
     shapes = jax.eval_shape(lambda params: params, params)
     for method in methods:
         delta = lora_jax.lorafy(shapes, {"w|layers": method, "b": Full()}, axes=AXES).delta
-        found.append(jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape), array.dtype), delta))
+        found.append(
+            jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape), array.dtype), delta)
+        )
     return {**params, "b": None}, found
 
 
 @pytest.mark.parametrize("blocks", [None, (True, False, True)])
 def test_each_is_what_it_was(blocks, x64):
     params = base() if blocks is None else {**base(), "layers": jnp.ones((3, 6, 12))}
-    methods = [LoRA(rank=m.rank, alpha=m.alpha, rs=m.rs, init=m.init, dtype=m.dtype, blocks=blocks) for m in RANKS]
+    methods = [
+        LoRA(rank=m.rank, alpha=m.alpha, rs=m.rs, init=m.init, dtype=m.dtype, blocks=blocks) for m in RANKS
+    ]
     _, deltas = adapters(methods, params)
     stacked = lora_jax.stack(deltas)
     number = [] if blocks is None else [2]
     assert stacked["layers"].arrays["a"].shape == (3, 3, *number, 6, 4) and stacked["b"].shape == (3, 12)
     assert stacked["w"].spec.method.scale == 1
-    assert not np.any(stacked["w"].arrays["a"][0, ..., 2:]) and not np.any(stacked["w"].arrays["b"][2, ..., 1:, :])
+    assert not np.any(stacked["w"].arrays["a"][0, ..., 2:]) and not np.any(
+        stacked["w"].arrays["b"][2, ..., 1:, :]
+    )
     for index, (method, delta) in enumerate(zip(methods, deltas, strict=True)):
         np.testing.assert_array_equal(stacked["b"][index], delta["b"])
         for name in ("w", "layers"):
@@ -90,12 +101,19 @@ def test_one_adapter_per_example(x64):
     forward = lora_jax.adapt(plain)
 
     def batched(stacked, ids, xs):
-        return jax.vmap(lambda delta, x: forward(lora_jax.combine(frozen, delta), x))(lora_jax.take(stacked, ids), xs)
+        return jax.vmap(lambda delta, x: forward(lora_jax.combine(frozen, delta), x))(
+            lora_jax.take(stacked, ids), xs
+        )
 
     ys = jax.jit(batched)(stacked, ids, xs)
     for index, x, y in zip(ids, xs, ys, strict=True):
-        np.testing.assert_allclose(y, plain(lora_jax.merge(frozen, deltas[int(index)]), x), rtol=1e-11, atol=1e-11)
-    shapes = [[atom.aval.shape for atom in eqn.invars] for eqn in dots(jax.make_jaxpr(batched)(stacked, ids, xs).jaxpr)]
+        np.testing.assert_allclose(
+            y, plain(lora_jax.merge(frozen, deltas[int(index)]), x), rtol=1e-11, atol=1e-11
+        )
+    shapes = [
+        [atom.aval.shape for atom in eqn.invars]
+        for eqn in dots(jax.make_jaxpr(batched)(stacked, ids, xs).jaxpr)
+    ]
     for weight in ((6, 12), (6, 6)):
         assert sum(weight in operands for operands in shapes) == 1, shapes
         assert not any((4, *weight) in operands for operands in shapes)
@@ -104,15 +122,24 @@ def test_one_adapter_per_example(x64):
 def test_training_several_side_by_side(relaxed_promotion):
     params = {"w": base()["w"].astype("float32"), "b": base()["b"].astype("float32")}
     methods = [LoRA(rank=2, alpha=3), LoRA(rank=2, alpha=9)]
-    deltas = [lora_jax.lorafy(params, {"w": method, "b": Full()}, key=jax.random.key(seed)).delta for seed, method in enumerate(methods)]
+    deltas = [
+        lora_jax.lorafy(params, {"w": method, "b": Full()}, key=jax.random.key(seed)).delta
+        for seed, method in enumerate(methods)
+    ]
     frozen = lora_jax.lorafy(params, {"w": methods[0], "b": Full()}).frozen
-    rates = jnp.array([1e-2, 1e-1])  # B carries the scale after `stack`, so the adapters learn at rates of their own
-    x, y = (jnp.asarray(np.random.default_rng(3).normal(size=sizes), "float32") for sizes in ((5, 6), (5, 12)))
+    rates = jnp.array(
+        [1e-2, 1e-1]
+    )  # B carries the scale after `stack`, so the adapters learn at rates of their own
+    x, y = (
+        jnp.asarray(np.random.default_rng(3).normal(size=sizes), "float32") for sizes in ((5, 6), (5, 12))
+    )
     forward = lora_jax.adapt(lambda params, x: x @ params["w"] + params["b"][None])
     tx = optax.adam(1.0)
 
     def step(delta, state, rate):
-        gradient = jax.grad(lambda delta: jnp.mean((forward(lora_jax.combine(frozen, delta), x) - y) ** 2))(delta)
+        gradient = jax.grad(lambda delta: jnp.mean((forward(lora_jax.combine(frozen, delta), x) - y) ** 2))(
+            delta
+        )
         updates, state = tx.update(gradient, state)
         return optax.apply_updates(delta, jax.tree.map(lambda update: rate * update, updates)), state
 
@@ -124,7 +151,11 @@ def test_training_several_side_by_side(relaxed_promotion):
     for _ in range(3):
         together, states = several(together, states, rates)
         alone = [single(*pair, rate) for pair, rate in zip(alone, rates, strict=True)]
-    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, np.stack(b), rtol=1e-4, atol=1e-6), together, *(delta for delta, _ in alone))
+    jax.tree.map(
+        lambda a, *b: np.testing.assert_allclose(a, np.stack(b), rtol=1e-4, atol=1e-6),
+        together,
+        *(delta for delta, _ in alone),
+    )
     assert np.all(np.abs(together["w"].arrays["b"] - stacked["w"].arrays["b"]).max((1, 2)) > 1e-3)
 
 
@@ -139,10 +170,22 @@ def delta_of(targets, method=None, axes=None):
         (lambda: {"w": None}, r"`deltas\[1\]` does not have the containers of `deltas\[0\]`"),
         (lambda: delta_of("v"), r"do not target the same leaves: at 'v' they have nothing, an adapter"),
         (lambda: delta_of({"w": Full()}), r"at 'w' they have an adapter, an array of shape \(4, 4\)"),
-        (lambda: delta_of("w", LoRA(rank=2, dropout=0.1)), r"`deltas\[1\]` differs from `deltas\[0\]` at 'w'.*dropout=0.1"),
-        (lambda: delta_of("w", LoRA(rank=2, blocks=(True, True))), r"differs from `deltas\[0\]` at 'w'.*blocks=\(True, True\)"),
-        (lambda: delta_of("w", LoRA(rank=2, dtype="bfloat16")), r"differs from `deltas\[0\]` at 'w'.*bfloat16"),
-        (lambda: delta_of("w", axes="out in"), r"differs from `deltas\[0\]` at 'w'.*'out', 'in'"),  # same shapes: would be wrong in silence
+        (
+            lambda: delta_of("w", LoRA(rank=2, dropout=0.1)),
+            r"`deltas\[1\]` differs from `deltas\[0\]` at 'w'.*dropout=0.1",
+        ),
+        (
+            lambda: delta_of("w", LoRA(rank=2, blocks=(True, True))),
+            r"differs from `deltas\[0\]` at 'w'.*blocks=\(True, True\)",
+        ),
+        (
+            lambda: delta_of("w", LoRA(rank=2, dtype="bfloat16")),
+            r"differs from `deltas\[0\]` at 'w'.*bfloat16",
+        ),
+        (
+            lambda: delta_of("w", axes="out in"),
+            r"differs from `deltas\[0\]` at 'w'.*'out', 'in'",
+        ),  # same shapes: would be wrong in silence
     ],
 )
 def test_stack_errors(other, message):

@@ -1,4 +1,6 @@
-"""PyTorch's files: read and written as PyTorch does it, no code in them ever run, and no bit that changes unnoticed."""
+"""PyTorch's files: read and written as PyTorch does it, no code in them ever run, and no bit that changes
+unnoticed.
+"""
 
 import argparse
 import collections
@@ -19,6 +21,7 @@ import pytest
 from lora_jax.interop import _torch_files, _torch_pickle
 from lora_jax.interop._torch_files import facts_of, read, write
 
+
 FACTS = {"rank": 4, "beside": {"config.json": "0" * 64}, "name": "Ünïcode"}
 DTYPES = [np.dtype(name) for name in ("f4", "f8", "f2", jnp.bfloat16, "i8", "i4", "i2", "i1", "u1", bool)]
 SHAPES = [(), (1,), (3, 5), (0, 2), (2, 0), (7, 1, 3)]
@@ -26,7 +29,11 @@ SHAPES = [(), (1,), (3, 5), (0, 2), (2, 0), (7, 1, 3)]
 
 def some_tensors():
     draw = np.random.default_rng(0)
-    tensors = {f"{dtype.name}.{shape}": np.asarray(draw.normal(0, 3, shape)).astype(dtype) for dtype in DTYPES for shape in SHAPES}
+    tensors = {
+        f"{dtype.name}.{shape}": np.asarray(draw.normal(0, 3, shape)).astype(dtype)
+        for dtype in DTYPES
+        for shape in SHAPES
+    }
     return {**tensors, "ünï": np.arange(300, dtype=np.float32), "transposed": np.arange(6.0).reshape(2, 3).T}
 
 
@@ -40,16 +47,26 @@ def assert_same(found, expected):
         tensor = expected.detach().contiguous()
         assert isinstance(found, np.ndarray) and found.shape == tuple(tensor.shape)
         assert found.dtype.name == str(tensor.dtype).removeprefix("torch.")
-        plain = tensor.reshape(-1).view(dtype=__import__("torch").uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+        plain = (
+            tensor.reshape(-1).view(dtype=__import__("torch").uint8).numpy()
+            if tensor.numel()
+            else np.zeros(0, np.uint8)
+        )
         assert bytes_of(found) == plain.tobytes()
     elif isinstance(expected, np.ndarray):
-        assert found.dtype == expected.dtype and found.shape == expected.shape and bytes_of(found) == bytes_of(expected)
+        assert (
+            found.dtype == expected.dtype
+            and found.shape == expected.shape
+            and bytes_of(found) == bytes_of(expected)
+        )
     elif isinstance(expected, dict):
         assert isinstance(found, dict) and list(found) == list(expected)
         for key in expected:
             assert_same(found[key], expected[key])
     elif isinstance(expected, list | tuple):
-        assert isinstance(found, type(expected) if type(expected) is list else tuple) and len(found) == len(expected)
+        assert isinstance(found, type(expected) if type(expected) is list else tuple) and len(found) == len(
+            expected
+        )
         for a, b in zip(found, expected, strict=True):
             assert_same(a, b)
     else:
@@ -59,7 +76,9 @@ def assert_same(found, expected):
 # With PyTorch
 
 
-@pytest.mark.parametrize("options", [{"weights_only": True}, {"weights_only": True, "mmap": True}, {"weights_only": False}])
+@pytest.mark.parametrize(
+    "options", [{"weights_only": True}, {"weights_only": True, "mmap": True}, {"weights_only": False}]
+)
 def test_pytorch_reads_what_we_write(torch, tmp_path, options):
     tensors = some_tensors()
     write(tmp_path / "a.bin", tensors, facts=FACTS)
@@ -72,7 +91,9 @@ def test_pytorch_reads_what_we_write(torch, tmp_path, options):
 
 def test_a_module_loads_what_we_write(torch, tmp_path):
     module = torch.nn.Linear(3, 2)
-    write(tmp_path / "a.bin", {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}, facts={})
+    write(
+        tmp_path / "a.bin", {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}, facts={}
+    )
     module.load_state_dict(torch.load(tmp_path / "a.bin", weights_only=True))
     assert module(torch.ones(3)).tolist() == [3, 3]
 
@@ -86,17 +107,52 @@ def contents_of_pytorch(torch):
     optimizer = torch.optim.AdamW(module[1].parameters())
     module(torch.ones(2, 3)).sum().backward()
     optimizer.step()
-    dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+    dtypes = [
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ]
     return {
-        "plain": {f"{dtype}": torch.tensor([0, 1, 2.5, -3] if dtype.is_floating_point else [0, 1, 1, 0]).to(dtype) for dtype in dtypes},
+        "plain": {
+            f"{dtype}": torch.tensor([0, 1, 2.5, -3] if dtype.is_floating_point else [0, 1, 1, 0]).to(dtype)
+            for dtype in dtypes
+        },
         "ordered": collections.OrderedDict(b=base, a=torch.tensor(2.0), empty=torch.zeros(0, 3)),
         "state dict, with _metadata": module.state_dict(),
-        "nested": {"epoch": 3, "model_state_dict": module.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "loss": 0.1},
+        "nested": {
+            "epoch": 3,
+            "model_state_dict": module.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "loss": 0.1,
+        },
         "parameters": {"a": module[1].weight, "frozen": module[0].weight, "with an attribute": marked},
-        "views": {"t": base.transpose(0, 2), "s": base[:, 1:, ::2], "e": torch.arange(4).expand(3, 4), "offset": base[1, 2, 3], "none": base[:, 3:]},
-        "others": {"size": torch.Size([2, 3]), "none": None, "yes": True, "large": 2**40, "minus": -(2**33), "list": [1, (2.5, "x"), []], 7: "number"},
+        "views": {
+            "t": base.transpose(0, 2),
+            "s": base[:, 1:, ::2],
+            "e": torch.arange(4).expand(3, 4),
+            "offset": base[1, 2, 3],
+            "none": base[:, 3:],
+        },
+        "others": {
+            "size": torch.Size([2, 3]),
+            "none": None,
+            "yes": True,
+            "large": 2**40,
+            "minus": -(2**33),
+            "list": [1, (2.5, "x"), []],
+            7: "number",
+        },
         "one tensor": torch.arange(3),
-        "many": {f"layer.{i}.weight": torch.full((2,), i) for i in range(1200)},  # more than one batch of pickle's, and long memo numbers
+        "many": {
+            f"layer.{i}.weight": torch.full((2,), i) for i in range(1200)
+        },  # more than one batch of pickle's, and long memo numbers
     }
 
 
@@ -112,19 +168,39 @@ def test_we_read_what_pytorch_writes(torch, tmp_path, protocol):
 
 def test_tensors_that_shared_memory_share_it_still(torch, tmp_path):
     weight = torch.arange(6.0).reshape(2, 3)
-    torch.save({"embedding": weight, "head": weight, "turned": weight.T, "other": weight.clone()}, tmp_path / "a.pt")
+    torch.save(
+        {"embedding": weight, "head": weight, "turned": weight.T, "other": weight.clone()}, tmp_path / "a.pt"
+    )
     found = read(tmp_path / "a.pt")
-    assert np.shares_memory(found["embedding"], found["head"]) and np.shares_memory(found["embedding"], found["turned"])
+    assert np.shares_memory(found["embedding"], found["head"]) and np.shares_memory(
+        found["embedding"], found["turned"]
+    )
     assert not np.shares_memory(found["embedding"], found["other"])
     assert not any(array.flags.writeable for array in found.values())
 
 
 def test_devices_and_layouts_are_their_names(torch, tmp_path):
-    torch.save({"a": torch.device("cpu"), "b": torch.device("cuda", 1), "c": torch.strided}, tmp_path / "a.pt")
+    torch.save(
+        {"a": torch.device("cpu"), "b": torch.device("cuda", 1), "c": torch.strided}, tmp_path / "a.pt"
+    )
     assert read(tmp_path / "a.pt") == {"a": "cpu", "b": "cuda:1", "c": "torch.strided"}
 
 
-@pytest.mark.parametrize("value", ["complex64", "sparse", "negated", "quantised", "dtype", "storage", "module", "namespace", "set", "numpy"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "complex64",
+        "sparse",
+        "negated",
+        "quantised",
+        "dtype",
+        "storage",
+        "module",
+        "namespace",
+        "set",
+        "numpy",
+    ],
+)
 def test_what_is_left_out_is_refused(torch, tmp_path, value):
     with warnings.catch_warnings(action="ignore"):
         values = {
@@ -140,14 +216,23 @@ def test_what_is_left_out_is_refused(torch, tmp_path, value):
             "numpy": lambda: np.float32(1),
         }
         torch.save({"a": values[value]()}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt (asks for '.*', and code that files ask for is never run; .*save `.name: tensor.`|is damaged, or no plain)"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "a.pt (asks for '.*', and code that files ask for is never run; .*save `.name: tensor.`|is "
+            "damaged, or no plain)"
+        ),
+    ):
         read(tmp_path / "a.pt")
 
 
 def test_files_of_before_1_6_are_named_as_such(torch, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     for act in (read, facts_of):
-        with pytest.raises(ValueError, match="a.pt has the format that PyTorch wrote before 1.6; load it with PyTorch.*save it again"):
+        with pytest.raises(
+            ValueError,
+            match="a.pt has the format that PyTorch wrote before 1.6; load it with PyTorch.*save it again",
+        ):
             act(tmp_path / "a.pt")
 
 
@@ -264,7 +349,8 @@ def hostile(mark):
         "NEWOBJ": b"csubprocess\nPopen\n(]S'touch'\naS'" + str(mark).encode() + b"'\nat\x81.",
         "after an end": b"N." + pickle.dumps(touch, 2),
         "before a refusal": pickle.dumps([touch, argparse.Namespace()], 2),
-        "getattr": pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system"), 2) + pickle.dumps(touch, 2),
+        "getattr": pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system"), 2)
+        + pickle.dumps(touch, 2),
     }
 
 
@@ -290,16 +376,28 @@ def test_the_code_of_the_test_above_works(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "asked",
-    "os.system builtins.eval builtins.getattr builtins.set torch.storage._load_from_bytes torch._utils._rebuild_tensor_v3 torch.load "
-    "argparse.Namespace numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct _codecs.encode torch.nn.modules.linear.Linear "
-    "torch.ComplexFloatStorage torch.FloatTensor collections.defaultdict copyreg._reconstructor torch.float32".split(),
+    "os.system builtins.eval builtins.getattr builtins.set torch.storage._load_from_bytes "
+    "torch._utils._rebuild_tensor_v3 torch.load "
+    "argparse.Namespace numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct _codecs.encode "
+    "torch.nn.modules.linear.Linear "
+    "torch.ComplexFloatStorage torch.FloatTensor collections.defaultdict copyreg._reconstructor torch.float32".split(),  # noqa: E501
 )
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_what_is_asked_for_is_named(tmp_path, asked, protocol):
     module, _, name = asked.rpartition(".")
-    by_name = f"c{module}\n{name}\n" if protocol == 2 else f"\x8c{chr(len(module))}{module}\x8c{chr(len(name))}{name}\x93"
+    by_name = (
+        f"c{module}\n{name}\n"
+        if protocol == 2
+        else f"\x8c{chr(len(module))}{module}\x8c{chr(len(name))}{name}\x93"
+    )
     put(tmp_path / "a.pt", b"\x80" + bytes([protocol]) + by_name.encode("latin-1") + b")R.")
-    with pytest.raises(ValueError, match=f"a.pt asks for '{asked}', and code that files ask for is never run; load it with PyTorch where you trust it"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"a.pt asks for '{asked}', and code that files ask for is never run; load it with PyTorch where "
+            "you trust it"
+        ),
+    ):
         read(tmp_path / "a.pt")
 
 
@@ -316,7 +414,8 @@ def test_numbers_registered_for_code_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# Pickles that PyTorch would not write: `(` … `t` is a tuple, `X` text, `K` a number, `Q` a storage, `R` a call
+# Pickles that PyTorch would not write: `(` … `t` is a tuple, `X` text, `K` a number, `Q` a storage, `R` a
+# call
 
 
 def text(value):
@@ -346,7 +445,11 @@ def tensor(store=None, offset=0, size=(2, 3), stride=(3, 1), grad=b"\x89", hooks
 
 
 def read_pickle(tmp_path, contents, **data):
-    put(tmp_path / "a.pt", b"\x80\x02" + contents + b".", {"data/0": np.arange(6, dtype=np.float32).tobytes(), **data})
+    put(
+        tmp_path / "a.pt",
+        b"\x80\x02" + contents + b".",
+        {"data/0": np.arange(6, dtype=np.float32).tobytes(), **data},
+    )
     return read(tmp_path / "a.pt")
 
 
@@ -397,7 +500,9 @@ def test_nothing_outside_a_storage_is_read(tmp_path, options):
 
 
 def doubled(start, times, pair):
-    """A value that holds itself's predecessor twice, over and over: small in the file, 2 ** times when written out."""
+    """A value that holds itself's predecessor twice, over and over: small in the file, 2 ** times when
+    written out.
+    """
     out = [start, b"q\x00"]
     for i in range(times):
         out += [pair(b"h" + bytes([i])), b"q" + bytes([i + 1])]
@@ -430,7 +535,9 @@ MISLEADING = {
     "call of a tensor": tensor() + b")R",
     "call of a storage type": b"ctorch\nFloatStorage\n" + tuple_of(number(10)) + b"R",
     "call of a call": HOOKS + b")R",
-    "OrderedDict of pairs": b"ccollections\nOrderedDict\n" + tuple_of(b"](" + text("a") + number(1) + b"\x86e") + b"R",
+    "OrderedDict of pairs": b"ccollections\nOrderedDict\n"
+    + tuple_of(b"](" + text("a") + number(1) + b"\x86e")
+    + b"R",
     "parameter of text": b"ctorch._utils\n_rebuild_parameter\n" + tuple_of(text("a"), b"\x89", HOOKS) + b"R",
     "size of text": b"ctorch\nSize\n" + tuple_of(tuple_of(text("a"))) + b"R",
     "device of dicts": b"ctorch\ndevice\n" + tuple_of(b"}") + b"R",
@@ -451,7 +558,9 @@ MISLEADING = {
     "long hash": b"}" + TUPLES + b"Ns",
     "long name": TUPLES + text("a") + b"\x93",
     "long size": MAKE + tuple_of(storage(), number(0), TUPLES, TUPLES, b"\x89", HOOKS) + b"R",
-    "long offset": MAKE + tuple_of(storage(), TUPLES, tuple_of(number(1)), tuple_of(number(1)), b"\x89", HOOKS) + b"R",
+    "long offset": MAKE
+    + tuple_of(storage(), TUPLES, tuple_of(number(1)), tuple_of(number(1)), b"\x89", HOOKS)
+    + b"R",
     "long identity": TUPLES + b"Q",
     "few tuples for many": TUPLES,
     "few lists for many": LISTS,
@@ -601,7 +710,9 @@ def test_a_change_on_purpose_is_said_to_be_one(tmp_path):
     file = tmp_path / "a.bin"
     write(file, {"weight": np.array([1, 2], np.float32)}, facts=FACTS)
     file.write_bytes(file.read_bytes().replace(b"byteorder", b"byteorden"))
-    with pytest.raises(ValueError, match="a.bin is damaged: its contents do not have the checksum.*verify=False"):
+    with pytest.raises(
+        ValueError, match="a.bin is damaged: its contents do not have the checksum.*verify=False"
+    ):
         facts_of(file)
     assert facts_of(file, verify=False) == FACTS
     assert_same(read(file), {"weight": np.array([1, 2], np.float32)})
@@ -658,8 +769,8 @@ def test_damage_to_the_files_of_others_gives_the_values_or_an_error(torch, tmp_p
 
 
 @hypothesis.given(st.one_of(st.binary(max_size=60), st.lists(st.sampled_from([
-    b"}", b"]", b")", b"(", b"t", b"e", b"u", b"s", b"a", b"R", b"b", b"Q", b"N", b"\x85", b"\x86", b"q\x00", b"h\x00", b"q\x01", b"h\x01",
-    b"\x94", b"K\x02", HOOKS, MAKE, storage(), tensor(), text("a"), text("torch"), text("Size"), b"\x93", b"ctorch\nSize\n", b"\x81", b"0", b"2",
+    b"}", b"]", b")", b"(", b"t", b"e", b"u", b"s", b"a", b"R", b"b", b"Q", b"N", b"\x85", b"\x86", b"q\x00", b"h\x00", b"q\x01", b"h\x01",  # noqa: E501
+    b"\x94", b"K\x02", HOOKS, MAKE, storage(), tensor(), text("a"), text("torch"), text("Size"), b"\x93", b"ctorch\nSize\n", b"\x81", b"0", b"2",  # noqa: E501
 ]), max_size=25).map(b"".join)))  # fmt: skip
 @hypothesis.settings(max_examples=1500)
 def test_random_pickles_give_plain_values_or_an_error(tmp_path_factory, contents):
@@ -671,5 +782,18 @@ def test_random_pickles_give_plain_values_or_an_error(tmp_path_factory, contents
     left = [found]
     while left:
         value = left.pop()
-        assert type(value) in (dict, collections.OrderedDict, list, tuple, str, int, float, bool, type(None), np.ndarray)
-        left += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+        assert type(value) in (
+            dict,
+            collections.OrderedDict,
+            list,
+            tuple,
+            str,
+            int,
+            float,
+            bool,
+            type(None),
+            np.ndarray,
+        )
+        left += (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+        )

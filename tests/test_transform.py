@@ -1,5 +1,5 @@
-"""The function transform: every JAX transformation, inside of the adapted function and around it, for every way of
-using a weight, against the merged weights in float64."""
+"""The function transform: every JAX transformation, inside of the adapted function and around it, for every
+way of using a weight, against the merged weights in float64."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from formation import formed
 from jax import lax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoRA
+
 
 BATCH = 4  # of independent inputs, for the transformations that map or loop over them
 
@@ -35,7 +35,9 @@ def _embedding(w, x):
 
 
 def _conv(w, x):
-    return jnp.tanh(lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    return jnp.tanh(
+        lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
 
 
 def _split_qkv(w, x):
@@ -69,10 +71,14 @@ def _mesh():
 
 
 def _loop(w, x, use):
-    """A while loop over a number of steps that is not known when it is traced: it has no reverse derivative."""
+    """A while loop over a number of steps that is not known when it is traced: it has no reverse
+    derivative.
+    """
     out = jnp.zeros_like(use(w, x))
     _, _, _, total = lax.while_loop(
-        lambda state: state[0] < 3, lambda state: (state[0] + 1, state[1], state[2], state[3] + use(state[1], state[2])), (0, w, x, out)
+        lambda state: state[0] < 3,
+        lambda state: (state[0] + 1, state[1], state[2], state[3] + use(state[1], state[2])),
+        (0, w, x, out),
     )
     return total
 
@@ -85,17 +91,21 @@ def _custom_jvp(use):
 
 def _custom_vjp(use):
     function = jax.custom_vjp(use)
-    function.defvjp(lambda w, x: (use(w, x), (w, x)), lambda saved, cotangent: jax.vjp(use, *saved)[1](cotangent))
+    function.defvjp(
+        lambda w, x: (use(w, x), (w, x)), lambda saved, cotangent: jax.vjp(use, *saved)[1](cotangent)
+    )
     return function
 
 
-# Each takes a function (weights, x) and returns one, with the transformation around it. `weights` is an array when
-# the transformation is inside of the adapted function, and an adapted tree when it is outside.
+# Each takes a function (weights, x) and returns one, with the transformation around it. `weights` is an array
+# when the transformation is inside of the adapted function, and an adapted tree when it is outside.
 TRANSFORMATIONS = {
     "jit": lambda use: jax.jit(use),
     "grad": lambda use: lambda w, x: jax.grad(lambda x: jnp.sum(use(w, x) ** 2))(x),
     "vmap": lambda use: _with_inputs(jax.vmap(use, in_axes=(None, 0))),
-    "scan": lambda use: _with_inputs(lambda w, xs: lax.scan(lambda total, x: (total + 1, use(w, x)), 0.0, xs)[1]),
+    "scan": lambda use: _with_inputs(
+        lambda w, xs: lax.scan(lambda total, x: (total + 1, use(w, x)), 0.0, xs)[1]
+    ),
     "while": lambda use: lambda w, x: _loop(w, x, use),
     "cond": lambda use: lambda w, x: lax.cond(jnp.sum(x) > 0, use, lambda w, x: use(w, 2 * x), w, x),
     "checkpoint": lambda use: jax.checkpoint(use, policy=jax.checkpoint_policies.nothing_saveable),
@@ -103,11 +113,16 @@ TRANSFORMATIONS = {
     "custom_vjp": _custom_vjp,
     "shard_map": lambda use: _with_inputs(
         jax.shard_map(
-            lambda w, xs: jax.vmap(use, in_axes=(None, 0))(w, xs), mesh=_mesh(), in_specs=(P(), P("data")), out_specs=P("data")
+            lambda w, xs: jax.vmap(use, in_axes=(None, 0))(w, xs),
+            mesh=_mesh(),
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
         )
     ),
 }
-CELLS = [(name, side, usage) for name in TRANSFORMATIONS for side in ("inside", "outside") for usage in USAGES]
+CELLS = [
+    (name, side, usage) for name in TRANSFORMATIONS for side in ("inside", "outside") for usage in USAGES
+]
 
 
 def _trained(tree):
@@ -119,13 +134,17 @@ def _rejoined(tree, arrays):
     return {"w": dataclasses.replace(tree["w"], adapter=adapter)}
 
 
-@pytest.mark.parametrize("name, side, usage", CELLS, ids=[f"{name}-{side}-{usage}" for name, side, usage in CELLS])
+@pytest.mark.parametrize(
+    "name, side, usage", CELLS, ids=[f"{name}-{side}-{usage}" for name, side, usage in CELLS]
+)
 def test_composes(name, side, usage, x64):
     case, transformation = USAGES[usage], TRANSFORMATIONS[name]
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=case.shape))}
     x = jnp.asarray(rng.normal(size=case.x_shape)) * 0.5
-    frozen, delta = lora_jax.lorafy(params, "w", method=LoRA(rank=2, alpha=3, blocks=case.blocks), axes=case.axes)
+    frozen, delta = lora_jax.lorafy(
+        params, "w", method=LoRA(rank=2, alpha=3, blocks=case.blocks), axes=case.axes
+    )
     delta = jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape)), delta)
 
     def plain(params, x):
@@ -140,10 +159,12 @@ def test_composes(name, side, usage, x64):
         reference = transformation(plain)
         adapted = transformation(lora_jax.adapt(plain))
         if name in ("custom_jvp", "custom_vjp"):
-            # Around the function, the author's rule takes its derivative with respect to every operand: the adapter is
-            # one, the base is not.
+            # Around the function, the author's rule takes its derivative with respect to every operand: the
+            # adapter is one, the base is not.
             forward = lora_jax.adapt(plain)
-            adapted = lambda tree, x: transformation(lambda a, x: forward(_rejoined(tree, a), x))(_trained(tree), x)  # noqa: E731
+            adapted = lambda tree, x: transformation(lambda a, x: forward(_rejoined(tree, a), x))(
+                _trained(tree), x
+            )
 
     def of_merged(delta, x):
         return reference(lora_jax.merge(frozen, delta), x)
@@ -151,7 +172,10 @@ def test_composes(name, side, usage, x64):
     def of_adapted(delta, x):
         return adapted(lora_jax.combine(frozen, delta), x)
 
-    forms = side == "inside" and name in ("custom_jvp", "custom_vjp")  # an author's derivative is never inlined
+    forms = side == "inside" and name in (
+        "custom_jvp",
+        "custom_vjp",
+    )  # an author's derivative is never inlined
     if forms:
         with pytest.raises(ValueError, match=rf"`{name}_call`.*'w'.*test_transform.py"):
             of_adapted(delta, x)
@@ -160,22 +184,28 @@ def test_composes(name, side, usage, x64):
     def with_derivative(fn, delta, x):
         if name == "while":  # JAX has no reverse derivative of it: the forward one
             return jax.jvp(fn, (delta, x), jax.tree.map(jnp.ones_like, (delta, x)))
-        squared = lambda delta, x: (jnp.sum(fn(delta, x) ** 2), fn(delta, x))  # noqa: E731
+        squared = lambda delta, x: (jnp.sum(fn(delta, x) ** 2), fn(delta, x))
         gradient, value = jax.grad(squared, (0, 1), has_aux=True)(delta, x)
         return value, gradient
 
-    both = jax.jit(lambda delta, x: (with_derivative(of_adapted, delta, x), with_derivative(of_merged, delta, x)))
+    both = jax.jit(
+        lambda delta, x: (with_derivative(of_adapted, delta, x), with_derivative(of_merged, delta, x))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *both(delta, x))
 
     if forms:
         return
 
     def jaxpr_of(of_trees):
-        return jax.make_jaxpr(lambda frozen, delta, x: with_derivative(lambda d, x: of_trees(frozen, d, x), delta, x))(frozen, delta, x)
+        return jax.make_jaxpr(
+            lambda frozen, delta, x: with_derivative(lambda d, x: of_trees(frozen, d, x), delta, x)
+        )(frozen, delta, x)
 
     jaxpr = jaxpr_of(lambda frozen, delta, x: adapted(lora_jax.combine(frozen, delta), x))
     control = jaxpr_of(lambda frozen, delta, x: reference(lora_jax.merge(frozen, delta), x))
     sizes = {params["w"].size, params["w"].size // (case.shape[0] if "layer" in case.axes else 1)}
     for size in sizes:
         assert not formed(jaxpr, [0], size), formed(jaxpr, [0], size)
-    assert formed(control, [0], params["w"].size), "the walk does not see that the merged form computes the weight"
+    assert formed(control, [0], params["w"].size), (
+        "the walk does not see that the merged form computes the weight"
+    )

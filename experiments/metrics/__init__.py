@@ -1,7 +1,8 @@
 """What a published table's columns are, computed from texts: for E2E the five numbers of the official scorer.
 
-The scorer is tuetschek/e2e-metrics, `measure_scores.py references hypotheses -p`: BLEU and NIST on mteval's tokens, METEOR, ROUGE-L and
-CIDEr on those of the Penn Treebank. All but METEOR is plain Python here and needs neither java nor a package.
+The scorer is tuetschek/e2e-metrics, `measure_scores.py references hypotheses -p`: BLEU and NIST on mteval's
+tokens, METEOR, ROUGE-L and CIDEr on those of the Penn Treebank. All but METEOR is plain Python here and needs
+neither java nor a package.
 """
 
 import sys
@@ -20,13 +21,15 @@ def score_e2e(
 ) -> dict[str, float | None]:
     """The scores of one hypothesis an input. Where METEOR cannot run it is `None`, and `tell` is told why.
 
-    >>> scores = score_e2e([["Cotto is a pub.", "There is a pub, Cotto."], ["It is cheap."]], ["Cotto is a pub.", "It is cheap."])
+    >>> references = [["Cotto is a pub.", "There is a pub, Cotto."], ["It is cheap."]]
+    >>> scores = score_e2e(references, ["Cotto is a pub.", "It is cheap."])
     >>> scores["BLEU"], scores["ROUGE_L"]
     (1.0, 1.0)
     """
     if len(references) != len(hypotheses) or not hypotheses or not all(references):
         raise ValueError(
-            f"every hypothesis needs its references: got {len(hypotheses)} hypotheses and {len(references)} groups of references, "
+            f"every hypothesis needs its references: got {len(hypotheses)} hypotheses and {len(references)} "
+            "groups of references, "
             f"{sum(not group for group in references)} of them empty"
         )
     words = [[mteval.tokenize(reference) for reference in group] for group in references]
@@ -46,7 +49,9 @@ def score_e2e(
 
 
 def _meteor_or_none(
-    references: Sequence[Sequence[Sequence[str]]], hypotheses: Sequence[Sequence[str]], tell: Callable[[str], None]
+    references: Sequence[Sequence[Sequence[str]]],
+    hypotheses: Sequence[Sequence[str]],
+    tell: Callable[[str], None],
 ) -> float | None:
     try:
         return meteor.score(references, hypotheses)

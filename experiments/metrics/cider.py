@@ -1,10 +1,11 @@
 """CIDEr-D (Vedantam et al., 2015) as the caption evaluation of MS COCO computes it, on Penn Treebank tokens.
 
-    g(text)[w] = count of w in text * (ln(inputs) - ln(max(1, inputs with w in a reference)))
-    CIDEr = 10 * mean over n = 1..4 and references of min(g(h), g(r)) . g(r) / (|g(h)| |g(r)|) * exp(-(l_h - l_r)^2 / (2 sigma^2))
+    g(text)[w] = count of w in text * (ln(inputs) - ln(max(1, inputs with w in a reference))) CIDEr = 10 *
+    mean over n = 1..4 and references of min(g(h), g(r)) . g(r) / (|g(h)| |g(r)|) * exp(-(l_h - l_r)^2 / (2
+    sigma^2))
 
-sigma = 6, l is a length in words. Document frequencies come from these references, so that the score of an input depends on all the
-others, and one input alone scores zero.
+sigma = 6, l is a length in words. Document frequencies come from these references, so that the score of an
+input depends on all the others, and one input alone scores zero.
 """
 
 import math
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.metrics.ngrams import Counts, Tokens, ngrams
+from experiments.metrics.ngrams import Counts, ngrams, Tokens
+
 
 ORDER = 4
 _SIGMA = 6.0
@@ -42,18 +44,23 @@ def score(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) 
     total = 0.0
     for group, hypothesis in zip(counted, hypotheses, strict=True):
         vector = _vector(_count(hypothesis), rarity, unseen)
-        total += sum(_similarity(vector, _vector(reference, rarity, unseen)) for reference in group) / len(group)
+        total += sum(_similarity(vector, _vector(reference, rarity, unseen)) for reference in group) / len(
+            group
+        )
     return 10 * total / len(counted)
 
 
 def _count(tokens: Tokens) -> list[Counts]:
-    # The implementation splits a text again, at any blank: a token such as `1 1/2`, with a no-break space, is two here.
+    # The implementation splits a text again, at any blank: a token such as `1 1/2`, with a no-break space, is
+    # two here.
     words = " ".join(tokens).split()
     return [ngrams(words, n) for n in range(1, ORDER + 1)]
 
 
 def _vector(orders: list[Counts], rarity: dict[tuple[str, ...], float], unseen: float) -> _Vector:
-    weights = [{ngram: count * rarity.get(ngram, unseen) for ngram, count in counts.items()} for counts in orders]
+    weights = [
+        {ngram: count * rarity.get(ngram, unseen) for ngram, count in counts.items()} for counts in orders
+    ]
     norms = [math.sqrt(sum(weight * weight for weight in order.values())) for order in weights]
     return _Vector(weights, norms, orders[0].total())
 
@@ -61,7 +68,11 @@ def _vector(orders: list[Counts], rarity: dict[tuple[str, ...], float], unseen: 
 def _similarity(hypothesis: _Vector, reference: _Vector) -> float:
     """The mean over the orders of the clipped cosine, less for different lengths."""
     total = 0.0
-    for ours, theirs, our_norm, their_norm in zip(hypothesis.weights, reference.weights, hypothesis.norms, reference.norms, strict=True):
+    for ours, theirs, our_norm, their_norm in zip(
+        hypothesis.weights, reference.weights, hypothesis.norms, reference.norms, strict=True
+    ):
         if our_norm and their_norm:
-            total += sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in ours.keys() & theirs.keys()) / (our_norm * their_norm)
+            total += sum(
+                min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in ours.keys() & theirs.keys()
+            ) / (our_norm * their_norm)
     return total / ORDER * math.exp(-((hypothesis.length - reference.length) ** 2) / (2 * _SIGMA**2))

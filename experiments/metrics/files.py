@@ -1,32 +1,39 @@
-"""The text files of the E2E scorer: hypotheses one a line, references one a line with a blank line between inputs.
+"""The text files of the E2E scorer: hypotheses one a line, references one a line with a blank line between
+inputs.
 
-Lines end where Python's `str.splitlines` ends them and are stripped, as in the official scorer. Left out: its tables (`.csv`, `.tsv`).
+Lines end where Python's `str.splitlines` ends them and are stripped, as in the official scorer. Left out: its
+tables (`.csv`, `.tsv`).
 """
 
 from pathlib import Path
+
 
 References = list[list[str]]
 
 
 def read(references: Path, hypotheses: Path) -> tuple[References, list[str]]:
-    """The groups of references and the hypotheses, as many of one as of the other, or `ValueError` with both numbers.
+    """The groups of references and the hypotheses, as many of one as of the other, or `ValueError` with both
+    numbers.
 
-    A references file without a blank line has one reference an input, unless there is one hypothesis only. An empty line among the
-    hypotheses is an empty hypothesis.
+    A references file without a blank line has one reference an input, unless there is one hypothesis only. An
+    empty line among the hypotheses is an empty hypothesis.
     """
     groups, outputs = read_references(references), _lines(hypotheses)
     if len(groups) == 1 and len(outputs) > 1:
         groups = [[line] for line in groups[0]]
     if len(groups) != len(outputs):
         raise ValueError(
-            f"`{references}` has references for {_inputs(len(groups))} and `{hypotheses}` has hypotheses for {_inputs(len(outputs))}: "
+            f"`{references}` has references for {_inputs(len(groups))} and `{hypotheses}` has hypotheses "
+            f"for {_inputs(len(outputs))}: "
             "references need a blank line between inputs, hypotheses exactly one line an input, empty or not"
         )
     return groups, outputs
 
 
 def read_references(path: Path) -> References:
-    """The references of each input. Raises `ValueError` where blank lines leave an input without any, but for those at the end."""
+    """The references of each input. Raises `ValueError` where blank lines leave an input without any, but
+    for those at the end.
+    """
     groups: References = [[]]
     lines = _lines(path)
     while lines and not lines[-1]:
@@ -37,7 +44,10 @@ def read_references(path: Path) -> References:
         elif groups[-1]:
             groups.append([])
         else:
-            raise ValueError(f"`{path}` line {number}: input {len(groups)} has no reference; one blank line separates two inputs")
+            raise ValueError(
+                f"`{path}` line {number}: input {len(groups)} has no reference; one blank line separates "
+                "two inputs"
+            )
     if not groups[-1]:
         raise ValueError(f"`{path}` has nothing but blank lines")
     return groups

@@ -1,7 +1,10 @@
-"""N-grams as tuples of tokens, and how many of a hypothesis's are in its references: what BLEU, NIST and CIDEr count."""
+"""N-grams as tuples of tokens, and how many of a hypothesis's are in its references: what BLEU, NIST and
+CIDEr count.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+
 
 Tokens = Sequence[str]
 Counts = Counter[tuple[str, ...]]
@@ -20,7 +23,9 @@ def ngrams(tokens: Tokens, n: int) -> Counts:
 
 
 def matches(hypothesis: Tokens, references: Iterable[Tokens], n: int) -> Counts:
-    """The n-grams of the hypothesis that its references have too, each as often as in the one that has most of it (Papineni et al., 2002)."""
+    """The n-grams of the hypothesis that its references have too, each as often as in the one that has
+    most of it (Papineni et al., 2002).
+    """
     most: Counts = Counter()
     for reference in references:
         most |= ngrams(reference, n)

@@ -3,16 +3,17 @@
     info(w_1..w_n) = log2(count(w_1..w_{n-1}) / count(w_1..w_n)), counted over all references
     NIST = sum over n of (info of the n-grams that match / number of n-grams) * exp(-beta * ln(min(1, c/r))^2)
 
-c is the length of the hypotheses and r the sum of each input's mean reference length; beta makes the penalty 1/2 at c = 2r/3. An
-n-gram counts at most as often as in the one reference that has most of it, which is where this differs from the Perl script for
-inputs with different numbers of references.
+c is the length of the hypotheses and r the sum of each input's mean reference length; beta makes the penalty
+1/2 at c = 2r/3. An n-gram counts at most as often as in the one reference that has most of it, which is where
+this differs from the Perl script for inputs with different numbers of references.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from experiments.metrics.ngrams import Counts, Tokens, each_ngram, matches
+from experiments.metrics.ngrams import Counts, each_ngram, matches, Tokens
+
 
 ORDER = 5
 _BETA = math.log(2) / math.log(1.5) ** 2
@@ -33,7 +34,8 @@ def score(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) 
         for group, hypothesis in zip(references, hypotheses, strict=True):
             for ngram, hits in matches(hypothesis, group, n).items():
                 gained += hits * math.log2(known[ngram[:-1]] / known[ngram])
-        # A hypothesis shorter than n counts negative, as in the official scorer, which divides by zero where this gives nothing.
+        # A hypothesis shorter than n counts negative, as in the official scorer, which divides by zero where
+        # this gives nothing.
         total = sum(len(hypothesis) - n + 1 for hypothesis in hypotheses)
         information += gained / total if total else 0.0
     expected = sum(sum(map(len, group)) / len(group) for group in references)

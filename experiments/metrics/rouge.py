@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from experiments.metrics.ngrams import Tokens
 
+
 _BETA = 1.2
 
 
@@ -34,7 +35,8 @@ def _of_input(references: Sequence[Tokens], hypothesis: Tokens) -> float:
 
 
 def _lcs(first: Tokens, second: Tokens) -> int:
-    """The length of the longest common subsequence, one row of the table in the bits of one integer (Hyyrö, 2004).
+    """The length of the longest common subsequence, one row of the table in the bits of one integer (Hyyrö,
+    2004).
 
     A zero bit is a place where the table's row steps up by one.
     """

@@ -1,13 +1,14 @@
 """The memory of accelerators, and whether a step fits into it.
 
-Gigabytes are the vendors' and are taken for 10^9 bytes, the careful reading. Left out: what driver and runtime keep for themselves, of
-which `close` is a warning, and fragmentation.
+Gigabytes are the vendors' and are taken for 10^9 bytes, the careful reading. Left out: what driver and
+runtime keep for themselves, of which `close` is a warning, and fragmentation.
 """
 
 from experiments.strict_json import nearest
 
-# GB a device: NVIDIA's data sheets of V100, A100, H100 (SXM), H200, L40S and of the GeForce RTX 4090; Google's "TPU architecture" pages of Cloud
-# TPU v4 (32 GiB there), v5e, v5p and v6e, a chip each.
+
+# GB a device: NVIDIA's data sheets of V100, A100, H100 (SXM), H200, L40S and of the GeForce RTX 4090;
+# Google's "TPU architecture" pages of Cloud TPU v4 (32 GiB there), v5e, v5p and v6e, a chip each.
 GIGABYTES = {
     "v100-32g": 32,
     "a100-40g": 40,
@@ -29,12 +30,17 @@ FITS, DOES_NOT = 0.9, 1.1
 def memory(name: str) -> int:
     """Bytes of the accelerator of that name."""
     if name not in GIGABYTES:
-        raise ValueError(f"`--accelerator` is {name!r}, and must be one of {', '.join(GIGABYTES)}{nearest(name, GIGABYTES)}")
+        raise ValueError(
+            f"`--accelerator` is {name!r}, and must be one of "
+            f"{', '.join(GIGABYTES)}{nearest(name, GIGABYTES)}"
+        )
     return GIGABYTES[name] * 10**9
 
 
 def verdict(name: str, static: int, temporaries: int) -> dict[str, str | float]:
-    """`static` is exact and `temporaries` an estimate, so that a "no" for the first is certain and the others are not."""
+    """`static` is exact and `temporaries` an estimate, so that a "no" for the first is certain and the
+    others are not.
+    """
     available = memory(name)
     share = (static + temporaries) / available
     if static > available:

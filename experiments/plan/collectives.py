@@ -1,8 +1,10 @@
-"""What devices send each other in a compiled step, read from its text: which operations, how many, of how many bytes.
+"""What devices send each other in a compiled step, read from its text: which operations, how many, of how
+many bytes.
 
-Those in the body of a loop count as often as the loop runs, where the compiler wrote that down. Bytes are those of the whole
-array that a device ends up with (of a reduce-scatter, that it starts from), so that any network's formula can be applied to them.
-Left out: which links carry them, and what overlaps with computation.
+Those in the body of a loop count as often as the loop runs, where the compiler wrote that down. Bytes are
+those of the whole array that a device ends up with (of a reduce-scatter, that it starts from), so that any
+network's formula can be applied to them. Left out: which links carry them, and what overlaps with
+computation.
 """
 
 import re
@@ -10,7 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
@@ -23,7 +33,9 @@ _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 
 @dataclass(frozen=True)
 class Collectives:
-    """Numbers a device and a step by kind. `once`: loops of unknown length, whose contents are counted once."""
+    """Numbers a device and a step by kind. `once`: loops of unknown length, whose contents are counted
+    once.
+    """
 
     count: dict[str, int]
     bytes: dict[str, int]
@@ -52,7 +64,9 @@ class Collectives:
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """The instructions of each computation that matter here, as (kind, type of the result, line); and the name of the first one to run."""
+    """The instructions of each computation that matter here, as (kind, type of the result, line); and the
+    name of the first one to run.
+    """
     found: dict[str, list] = defaultdict(list)
     entry = name = ""
     for line in text.splitlines():

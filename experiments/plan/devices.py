@@ -9,6 +9,7 @@ import sys
 
 from experiments.config import Mesh
 
+
 AXES = ("data", "fsdp", "tensor")
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
 # Each costs threads and memory even when nothing runs on it, and beyond this many nobody has looked.
@@ -25,7 +26,10 @@ def mesh_of(text: str) -> Mesh:
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
         if name not in AXES or not number.isdecimal() or name in sizes:
-            raise ValueError(f"`--mesh` is {text!r}: {part.strip()!r} is not one of data=N, fsdp=N and tensor=N, each at most once; for example data=8,fsdp=8")
+            raise ValueError(
+                f"`--mesh` is {text!r}: {part.strip()!r} is not one of data=N, fsdp=N and tensor=N, each at "
+                "most once; for example data=8,fsdp=8"
+            )
         sizes[name] = int(number)
     return Mesh(**sizes)
 
@@ -37,7 +41,8 @@ def start(count: int) -> None:
     """
     if count > MOST:
         raise ValueError(
-            f"`--mesh` has {count} devices, and at most {MOST} can be planned: take fewer along `data`, which changes no bytes a device "
+            f"`--mesh` has {count} devices, and at most {MOST} can be planned: take fewer along `data`, "
+            "which changes no bytes a device "
             "as long as each has as many examples"
         )
     if "jax" not in sys.modules:
@@ -51,6 +56,7 @@ def start(count: int) -> None:
     found = jax.devices()
     if len(found) < count or found[0].platform != "cpu":
         raise ValueError(
-            f"`--mesh` has {count} devices, and JAX, which was running before, sees {len(found)} of kind {found[0].platform!r}: "
+            f"`--mesh` has {count} devices, and JAX, which was running before, sees {len(found)} of kind "
+            f"{found[0].platform!r}: "
             "run `python -m experiments plan` as a process of its own"
         )

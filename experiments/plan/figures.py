@@ -13,10 +13,11 @@ from experiments.config import Mesh
 from experiments.plan import accelerators, claims, devices, flops, models, size
 from experiments.plan.collectives import Collectives
 from experiments.plan.models import Subject
-from experiments.plan.step import Step, Workload, make_mesh, targets_of, training_step
+from experiments.plan.step import make_mesh, Step, targets_of, training_step, Workload
 from experiments.strict_json import nearest
 from lora_jax import Full
 from lora_jax._nodes import Adapter
+
 
 # The machine code does not matter here, and takes most of the time of compiling it.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -52,7 +53,10 @@ class Request:
                 raise ValueError(f"`--{name}` must be at least 1, got {value}")
         parts = self.mesh.data * self.mesh.fsdp * self.accumulate
         if self.batch % parts:
-            raise ValueError(f"`--batch` is {self.batch}, and must be a multiple of data * fsdp * accumulate ({parts}), over which its examples are spread")
+            raise ValueError(
+                f"`--batch` is {self.batch}, and must be a multiple of data * fsdp * accumulate ({parts}), "
+                "over which its examples are spread"
+            )
         if self.accelerator is not None:
             accelerators.memory(self.accelerator)
 
@@ -67,16 +71,37 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
     if subject.bounded and tokens > subject.longest:
         raise ValueError(f"`--seq` is {tokens}, and {request.model} has positions for {subject.longest}")
     method = _method(request, subject)
-    work = Workload(request.batch, tokens, method, request.targets, request.optimizer, request.accumulate, request.quantize)
+    work = Workload(
+        request.batch,
+        tokens,
+        method,
+        request.targets,
+        request.optimizer,
+        request.accumulate,
+        request.quantize,
+    )
     mesh = make_mesh(request.mesh)
     step = training_step(subject, mesh, work)
     say(f"{request.model} on {count} virtual device{'s' * (count > 1)}: compiling the step")
     found = {
-        "model": {"name": request.model, "parameters": lora_jax.count(step.params), "bytes": size.whole(step.params), "dtype": request.dtype},
+        "model": {
+            "name": request.model,
+            "parameters": lora_jax.count(step.params),
+            "bytes": size.whole(step.params),
+            "dtype": request.dtype,
+        },
         "mesh": {name: mesh.shape[name] for name in devices.AXES},
-        "workload": {"batch": work.batch, "tokens": tokens, "accumulate": work.accumulate, "remat": request.remat, "quantize": work.quantize},
+        "workload": {
+            "batch": work.batch,
+            "tokens": tokens,
+            "accumulate": work.accumulate,
+            "remat": request.remat,
+            "quantize": work.quantize,
+        },
         "method": repr(method),
-        "targets": list(targets_of(subject, work)) if isinstance(targets_of(subject, work), dict) else [targets_of(subject, work)],
+        "targets": list(targets_of(subject, work))
+        if isinstance(targets_of(subject, work), dict)
+        else [targets_of(subject, work)],
         "optimizer": work.optimizer,
         "step": _figures(subject, step, work, request),
         "jax": jax.__version__,
@@ -89,7 +114,10 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
         found["claims"] = claims.of(subject, step, tokens)
     names = accelerators.GIGABYTES if request.accelerator is None else [request.accelerator]
     for figures in filter(None, (found["step"], found.get("full"))):
-        figures["fits"] = [accelerators.verdict(name, figures["bytes"]["static"], figures["bytes"]["temporaries"]) for name in names]
+        figures["fits"] = [
+            accelerators.verdict(name, figures["bytes"]["static"], figures["bytes"]["temporaries"])
+            for name in names
+        ]
     return found
 
 
@@ -98,12 +126,21 @@ def _method(request: Request, subject: Subject) -> Any:
     if request.method == "LoRA" and request.targets is None and request.blocks is None:
         section["blocks"] = subject.blocks
     if request.method not in configs.METHODS:
-        raise ValueError(f"`--method` is {request.method!r}, and must be one of {', '.join(configs.METHODS)}{nearest(request.method, configs.METHODS)}")
+        raise ValueError(
+            f"`--method` is {request.method!r}, and must be one of "
+            f"{', '.join(configs.METHODS)}{nearest(request.method, configs.METHODS)}"
+        )
     fields = getattr(lora_jax, request.method).__dataclass_fields__
     for name, value in section.items():
         if name not in ("name", *fields) and value is not None:
             raise ValueError(f"`--{name}` is not an option of {request.method}: leave it out")
-    return configs.method_value({name: list(value) if isinstance(value, tuple) else value for name, value in section.items() if value is not None})
+    return configs.method_value(
+        {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in section.items()
+            if value is not None
+        }
+    )
 
 
 def _of_adapters(delta: Any) -> int:
@@ -126,9 +163,12 @@ def _figures(subject: Subject, step: Step, work: Workload, request: Request) -> 
     kept = size.kept_activations(**shape, itemsize=itemsize) if request.remat else None
     found = {request.dtype: compiled.memory_analysis().temp_size_in_bytes}
     if itemsize < 4:
-        # The CPU's compiler has no 16-bit products, and in some versions (jax 0.10's) keeps all layers' weights in 32 bits beside the
-        # stored ones. The same step in 32 bits has no such copies and nothing smaller, so that it bounds what is asked for.
-        wide = training_step(models.named(request.model, "float32", checkpoint=request.remat), step.mesh, work)
+        # The CPU's compiler has no 16-bit products, and in some versions (jax 0.10's) keeps all layers'
+        # weights in 32 bits beside the stored ones. The same step in 32 bits has no such copies and nothing
+        # smaller, so that it bounds what is asked for.
+        wide = training_step(
+            models.named(request.model, "float32", checkpoint=request.remat), step.mesh, work
+        )
         found["float32"] = wide.lower().compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
     temporaries = min(found.values())
     total = flops.of(step.function, *step.arguments)
@@ -149,7 +189,11 @@ def _figures(subject: Subject, step: Step, work: Workload, request: Request) -> 
             "other_temporaries": max(0, temporaries - gradients - (kept or 0)),
             "total": sum(held.values()) + temporaries,
         },
-        "flops": {"all_devices": total, "per_device": total / step.mesh.size, "per_token": total / (work.batch * work.tokens)},
+        "flops": {
+            "all_devices": total,
+            "per_device": total / step.mesh.size,
+            "per_token": total / (work.batch * work.tokens),
+        },
         "collectives": {"count": sent.count, "bytes": sent.bytes, "loops_counted_once": sent.once},
         "seconds": {"lower": compiling - started, "compile": compiled_at - compiling},
     }

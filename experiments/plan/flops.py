@@ -1,7 +1,9 @@
-"""FLOPs of a function, counted in its jaxpr: matrix products and convolutions, two for each multiply-add, loops times their length.
+"""FLOPs of a function, counted in its jaxpr: matrix products and convolutions, two for each multiply-add,
+loops times their length.
 
-XLA's own count takes the body of a loop once, whatever its length, which is why it is not used. Left out: everything that is done
-element by element (about a percent of a transformer at real sizes), and whatever the compiler finds that it can spare.
+XLA's own count takes the body of a loop once, whatever its length, which is why it is not used. Left out:
+everything that is done element by element (about a percent of a transformer at real sizes), and whatever the
+compiler finds that it can spare.
 """
 
 import math
@@ -15,7 +17,8 @@ def of(function: Callable, *shapes: Any) -> int:
     """FLOPs of `function(*shapes)` on all devices together.
 
     >>> import jax.numpy as jnp
-    >>> of(lambda x, w: jnp.tanh(x @ w), jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((3, 5), "float32"))
+    >>> x, w = jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((3, 5), "float32")
+    >>> of(lambda x, w: jnp.tanh(x @ w), x, w)
     60
     """
     return _of(jax.make_jaxpr(function)(*shapes))
@@ -36,7 +39,8 @@ def _of_equation(eqn: Any) -> int:
         return 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[features]
     if name == "cond":
         return max(_of(branch) for branch in eqn.params["branches"])
-    # A `while` whose length is not known counts once; a step has one only where nothing is multiplied (random bits).
+    # A `while` whose length is not known counts once; a step has one only where nothing is multiplied (random
+    # bits).
     return (eqn.params["length"] if name == "scan" else 1) * sum(map(_of, _inner(eqn.params.values())))
 
 

@@ -1,8 +1,10 @@
-"""The models that can be planned: by a published name, or by a directory with a `config.json`, of which nothing else is read.
+"""The models that can be planned: by a published name, or by a directory with a `config.json`, of which
+nothing else is read.
 
-Encoders are planned with the head of sequence classification, which is new and trains beside the adapters, as in LoRA's paper.
-GPT-3 (Brown et al. 2020, arXiv 2005.14165, table 2.1) is GPT-2's architecture at other sizes; left out of it: the locally banded
-sparse attention of every other layer, here dense in all, which stores no weight and costs no less.
+Encoders are planned with the head of sequence classification, which is new and trains beside the adapters, as
+in LoRA's paper. GPT-3 (Brown et al. 2020, arXiv 2005.14165, table 2.1) is GPT-2's architecture at other
+sizes; left out of it: the locally banded sparse attention of every other layer, here dense in all, which
+stores no weight and costs no less.
 """
 
 import json
@@ -13,14 +15,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.strict_json import nearest
-from lora_jax.models import GPT2, DebertaV2, DebertaV2Config, GPT2Config, Roberta, RobertaConfig
+from lora_jax.models import DebertaV2, DebertaV2Config, GPT2, GPT2Config, Roberta, RobertaConfig
+
 
 def _gpt3(layers: int, width: int, heads: int) -> dict[str, int]:
     return {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": 2048}
 
 
-# Two rows of the table are not products of its own columns: XL prints 24 heads of 128 for a width of 2,048, which are 16, and 13B a
-# width of 5,140 for 40 heads of 128, which is 5,120.
+# Two rows of the table are not products of its own columns: XL prints 24 heads of 128 for a width of 2,048,
+# which are 16, and 13B a width of 5,140 for 40 heads of 128, which is 5,120.
 GPT3 = {
     "gpt3-125m": _gpt3(12, 768, 12),
     "gpt3-350m": _gpt3(24, 1024, 16),
@@ -35,8 +38,9 @@ GPT3 = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be planned. `longest`: the tokens it was made for, and if `bounded` the most it can take. `targets`: query and value, the
-    paper's choice; `blocks`: which parts of a fused weight these are; `head`: what trains whole beside the adapters."""
+    """A model to be planned. `longest`: the tokens it was made for, and if `bounded` the most it can take.
+    `targets`: query and value, the paper's choice; `blocks`: which parts of a fused weight these are; `head`:
+    what trains whole beside the adapters."""
 
     name: str
     model: Any
@@ -54,26 +58,47 @@ class Subject:
 
 
 def named(name: str, dtype: str, *, checkpoint: bool) -> Subject:
-    """The model of a published name or of a directory, with its layers under `scan`, which keeps compile time constant in depth.
+    """The model of a published name or of a directory, with its layers under `scan`, which keeps compile time
+    constant in depth.
 
     Raises `ValueError` for a name that is neither, with the nearest.
     """
-    options = {"scan": True, "checkpoint": checkpoint, "dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    options = {
+        "scan": True,
+        "checkpoint": checkpoint,
+        "dtype": jnp.dtype(dtype),
+        "param_dtype": jnp.dtype(dtype),
+    }
     config = _config(name)
     if isinstance(config, GPT2Config):
         model = GPT2(config, **options)
-        return Subject(name, model, config.n_layer, config.n_embd, config.n_positions, True, "attn/c_attn/kernel", (True, False, True), None)
+        return Subject(
+            name,
+            model,
+            config.n_layer,
+            config.n_embd,
+            config.n_positions,
+            True,
+            "attn/c_attn/kernel",
+            (True, False, True),
+            None,
+        )
     roberta = isinstance(config, RobertaConfig)
     model = (Roberta if roberta else DebertaV2)(config, head="sequence_classification", **options)
     longest = config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
     targets = "attention/self/(query|value)/kernel" if roberta else "attention/self/(query|value)_proj/kernel"
     head = "classifier/.*" if roberta else "(classifier|pooler)/.*"
     bounded = roberta or config.position_biased_input
-    return Subject(name, model, config.num_hidden_layers, config.hidden_size, longest, bounded, targets, None, head)
+    return Subject(
+        name, model, config.num_hidden_layers, config.hidden_size, longest, bounded, targets, None, head
+    )
 
 
 def _config(name: str) -> Any:
-    published = {**dict.fromkeys(GPT3, GPT2Config), **{size: kind for kind in (GPT2Config, RobertaConfig, DebertaV2Config) for size in kind.sizes}}
+    published = {
+        **dict.fromkeys(GPT3, GPT2Config),
+        **{size: kind for kind in (GPT2Config, RobertaConfig, DebertaV2Config) for size in kind.sizes},
+    }
     if name in GPT3:
         return GPT2Config(**GPT3[name])
     if name in published:
@@ -81,7 +106,8 @@ def _config(name: str) -> Any:
     file = Path(name) / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"`MODEL` is {name!r}, neither a published size nor a directory with a config.json{nearest(name, published)} (published: {', '.join(published)})"
+            f"`MODEL` is {name!r}, neither a published size nor a directory with a "
+            f"config.json{nearest(name, published)} (published: {', '.join(published)})"
         )
     return _from_json(file)
 
@@ -94,5 +120,8 @@ def _from_json(file: Path) -> Any:
     kinds = {"gpt2": GPT2Config, "roberta": RobertaConfig, "deberta-v2": DebertaV2Config}
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind not in kinds:
-        raise ValueError(f"`model_type` in `{file}` is {kind!r}, and must be one of {', '.join(kinds)}: other models are not known here")
+        raise ValueError(
+            f"`model_type` in `{file}` is {kind!r}, and must be one of {', '.join(kinds)}: other models are "
+            "not known here"
+        )
     return kinds[kind].from_hf(content)

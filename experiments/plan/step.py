@@ -1,7 +1,10 @@
-"""One training step of a plan: the function, the shapes of what it takes, and where on the mesh each of them lies.
+"""One training step of a plan: the function, the shapes of what it takes, and where on the mesh each of them
+lies.
 
-It is the trainer's step, `experiments.step`, of the loss on counted tokens (or on labels, for an encoder). Layers are under `scan`, and activations
-are kept split by example (`spread`). A plan's dtype is that of parameters and computation; the rest of the precision is a run's default. Left out: label smoothing and clipping, and dropout outside of the adapters, which no run has.
+It is the trainer's step, `experiments.step`, of the loss on counted tokens (or on labels, for an encoder).
+Layers are under `scan`, and activations are kept split by example (`spread`). A plan's dtype is that of
+parameters and computation; the rest of the precision is a run's default. Left out: label smoothing and
+clipping, and dropout outside of the adapters, which no run has.
 """
 
 from collections.abc import Callable
@@ -12,14 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import loss as losses
-from experiments import optimizer
-from experiments.config import Budget, Optimizer, Precision, Train
-from experiments.config import Mesh as MeshSection
+from experiments import loss as losses, optimizer
+from experiments.config import Budget, Mesh as MeshSection, Optimizer, Precision, Train
 from experiments.plan.devices import AXES
 from experiments.plan.models import Subject
 from experiments.spread import EXAMPLES, spread
@@ -69,9 +69,13 @@ def make_mesh(section: MeshSection) -> Mesh:
 
 
 def training_step(subject: Subject, mesh: Mesh, work: Workload) -> Step:
-    """The step, from shapes alone. Raises `ValueError` for a workload that the model or the mesh does not allow."""
+    """The step, from shapes alone. Raises `ValueError` for a workload that the model or the mesh does not
+    allow.
+    """
     params = shapes_of(subject)
-    frozen, delta = lora_jax.lorafy(params, targets_of(subject, work), method=work.method, fn=applied(subject), args=(_ids(1, 2),))
+    frozen, delta = lora_jax.lorafy(
+        params, targets_of(subject, work), method=work.method, fn=applied(subject), args=(_ids(1, 2),)
+    )
     specs = partition_specs(params, subject.model.partition_rules)
     if work.quantize is not None:
         frozen = gather_codes(lora_jax.quantize(frozen, work.quantize, delta=delta), specs, mesh)
@@ -123,14 +127,21 @@ def _batch(subject: Subject, mesh: Mesh, work: Workload) -> dict[str, Any]:
     names = {"input_ids": (tokens,), "labels": (tokens,), "mask": (tokens,)}
     if subject.classifies:
         names = {"input_ids": (tokens,), "labels": (), "attention_mask": (tokens,)}
-    return {name: _at(_ids(*examples, *rest), NamedSharding(mesh, P(None, EXAMPLES))) for name, rest in names.items()}
+    return {
+        name: _at(_ids(*examples, *rest), NamedSharding(mesh, P(None, EXAMPLES)))
+        for name, rest in names.items()
+    }
 
 
 def _at(tree: Any, where: Any) -> Any:
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, where)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, where
+    )
 
 
-def _function(subject: Subject, mesh: Mesh, work: Workload, tx: optax.GradientTransformation, penalty: Callable | None) -> Callable:
+def _function(
+    subject: Subject, mesh: Mesh, work: Workload, tx: optax.GradientTransformation, penalty: Callable | None
+) -> Callable:
     forward = lora_jax.adapt(spread(subject.model.apply, mesh), reduce=Precision().reduce)
 
     def loss(delta: Any, frozen: Any, piece: dict, key: jax.Array) -> tuple:

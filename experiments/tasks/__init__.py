@@ -1,7 +1,8 @@
-"""The tasks: each turns files and a tokenizer into `Splits`; a new task is one file, one dataclass in `config`, one line here.
+"""The tasks: each turns files and a tokenizer into `Splits`; a new task is one file, one dataclass in
+`config`, one line here.
 
-In two steps, since the tokenizer may come from a base that has to be trained first: `read` needs only the files, so that what is
-wrong with them is known before anything is trained, and `prepare` needs the tokenizer.
+In two steps, since the tokenizer may come from a base that has to be trained first: `read` needs only the
+files, so that what is wrong with them is known before anything is trained, and `prepare` needs the tokenizer.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from experiments.config import E2EData, TextData
 from experiments.tasks import e2e, text
 from experiments.tasks.examples import Splits
+
 
 TASKS = {E2EData: e2e, TextData: text}
 

@@ -1,9 +1,11 @@
-"""E2E: a restaurant's attributes in, a sentence out (Novikova et al. 2017), prepared as the authors of LoRA do.
+"""E2E: a restaurant's attributes in, a sentence out (Novikova et al. 2017), prepared as the authors of LoRA
+do.
 
-Both formats of the data set are read: `mr,ref` tables (`name[Alimentum], area[riverside]`) and the authors' text files
-(`name : Alimentum | area : riverside||reference`), each also compressed with xz, and whatever `datasets` loads with the columns of
-one of them. The same meaning gives the same context from either: the attribute names below and the blanks around pound signs
-and ranges are all that separates them. References stay as the file has them (the authors' are tokenised, the tables' are not).
+Both formats of the data set are read: `mr,ref` tables (`name[Alimentum], area[riverside]`) and the authors'
+text files (`name : Alimentum | area : riverside||reference`), each also compressed with xz, and whatever
+`datasets` loads with the columns of one of them. The same meaning gives the same context from either: the
+attribute names below and the blanks around pound signs and ranges are all that separates them. References
+stay as the file has them (the authors' are tokenised, the tables' are not).
 """
 
 import csv
@@ -15,6 +17,7 @@ from typing import Any
 
 from experiments.config import E2EData
 from experiments.tasks.examples import Examples, Prompt, Splits
+
 
 ATTRIBUTES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 # Column names by which the data set goes around, always (meaning, reference).
@@ -41,10 +44,15 @@ def _spaced(value: str) -> str:
 
 
 def split_line(line: str) -> Row:
-    """`context||reference`, stripped as a whole as the authors do, so that the reference loses its trailing blank."""
+    """`context||reference`, stripped as a whole as the authors do, so that the reference loses its
+    trailing blank.
+    """
     parts = line.strip().split("||")
     if len(parts) != 2:
-        raise ValueError(f"expected exactly one `||` between meaning and reference, found {len(parts) - 1} in {_short(line)}")
+        raise ValueError(
+            f"expected exactly one `||` between meaning and reference, found {len(parts) - 1} in "
+            f"{_short(line)}"
+        )
     return parts[0], parts[1]
 
 
@@ -54,7 +62,9 @@ def _short(text: str) -> str:
 
 
 def read_file(path: Path) -> list[Row]:
-    """`(context, reference)` of every row of a `.csv` or `.txt` file, `.xz` or not. Errors name the file and the row."""
+    """`(context, reference)` of every row of a `.csv` or `.txt` file, `.xz` or not. Errors name the file
+    and the row.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no data file `{path}`")
     plain = path.with_suffix("") if path.suffix == ".xz" else path
@@ -63,7 +73,11 @@ def read_file(path: Path) -> list[Row]:
     opener = lzma.open if path.suffix == ".xz" else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="" if plain.suffix == ".csv" else None) as handle:
-            rows = _table_rows(csv.DictReader(handle), path) if plain.suffix == ".csv" else _text_rows(handle, path)
+            rows = (
+                _table_rows(csv.DictReader(handle), path)
+                if plain.suffix == ".csv"
+                else _text_rows(handle, path)
+            )
             return list(rows)
     except (lzma.LZMAError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"`{path}` cannot be read: {error}") from error
@@ -78,13 +92,23 @@ def _text_rows(lines: Iterable[str], name: Any) -> Iterator[Row]:
 
 
 def _table_rows(table: Any, name: Any) -> Iterator[Row]:
-    """Rows of a table by its columns, whatever their case. A table of inputs only, such as `testset.csv`, has no references."""
+    """Rows of a table by its columns, whatever their case. A table of inputs only, such as `testset.csv`,
+    has no references.
+    """
     columns = {column.lower(): column for column in (table.fieldnames or ()) if column}
     meaning, reference = next((pair for pair in COLUMNS if pair[0] in columns), (None, None))
     if meaning is None:
-        raise ValueError(f"`{name}` has the columns {', '.join(columns) or 'none'}; expected {' or '.join(','.join(pair) for pair in COLUMNS)}")
+        raise ValueError(
+            f"`{name}` has the columns {', '.join(columns) or 'none'}; expected "
+            f"{' or '.join(','.join(pair) for pair in COLUMNS)}"
+        )
     for number, row in enumerate(table, 2):
-        yield _row(row[columns[meaning]], row[columns[reference]] if reference in columns else "", meaning, f"`{name}` row {number}")
+        yield _row(
+            row[columns[meaning]],
+            row[columns[reference]] if reference in columns else "",
+            meaning,
+            f"`{name}` row {number}",
+        )
 
 
 def _row(meaning: str | None, reference: str | None, column: str, place: str) -> Row:
@@ -96,7 +120,9 @@ def _row(meaning: str | None, reference: str | None, column: str, place: str) ->
 
 
 def read_datasets(source: str, split: str, directory: Path | None = None) -> list[Row]:
-    """The rows of one split of a directory (as files, or as `save_to_disk` leaves it) or of a hub name, through `datasets`."""
+    """The rows of one split of a directory (as files, or as `save_to_disk` leaves it) or of a hub name,
+    through `datasets`.
+    """
     import datasets
 
     local = Path(source) if directory is None else directory / source
@@ -110,27 +136,44 @@ def read_datasets(source: str, split: str, directory: Path | None = None) -> lis
 
 
 def rows_of(dataset: Any, name: str) -> list[Row]:
-    """The rows of a `datasets.Dataset` with the columns of a table, or with one column `text` of `context||reference` lines."""
+    """The rows of a `datasets.Dataset` with the columns of a table, or with one column `text` of
+    `context||reference` lines.
+    """
     if "text" in dataset.column_names:
         return list(_text_rows(dataset["text"], name))
-    meaning, reference = next((pair for pair in COLUMNS if set(pair) <= set(dataset.column_names)), (None, None))
+    meaning, reference = next(
+        (pair for pair in COLUMNS if set(pair) <= set(dataset.column_names)), (None, None)
+    )
     if meaning is None:
-        raise ValueError(f"`{name}` has the columns {', '.join(dataset.column_names)}; expected text or {' or '.join(','.join(pair) for pair in COLUMNS)}")
+        raise ValueError(
+            f"`{name}` has the columns {', '.join(dataset.column_names)}; expected text or "
+            f"{' or '.join(','.join(pair) for pair in COLUMNS)}"
+        )
     pairs = zip(dataset[meaning], dataset[reference], strict=True)
-    return [_row(first, second, meaning, f"`{name}` row {number}") for number, (first, second) in enumerate(pairs, 1)]
+    return [
+        _row(first, second, meaning, f"`{name}` row {number}")
+        for number, (first, second) in enumerate(pairs, 1)
+    ]
 
 
 def encode(rows: list[Row], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """enc(context) + [eos] and enc(" " + reference) + [eos] of every row; each distinct context is encoded once."""
+    """enc(context) + [eos] and enc(" " + reference) + [eos] of every row; each distinct context is
+    encoded once.
+    """
     end = tokenizer.eos_token_id
     contexts = list(dict.fromkeys(context for context, _ in rows))
     ids = dict(zip(contexts, _encode_texts(contexts, tokenizer), strict=True))
     completions = _encode_texts([" " + reference for _, reference in rows], tokenizer)
-    return [([*ids[context], end], [*completion, end]) for (context, _), completion in zip(rows, completions, strict=True)]
+    return [
+        ([*ids[context], end], [*completion, end])
+        for (context, _), completion in zip(rows, completions, strict=True)
+    ]
 
 
 def _encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    return (
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    )
 
 
 def read(section: E2EData, directory: Path) -> dict[str, list[Row]]:
@@ -140,12 +183,18 @@ def read(section: E2EData, directory: Path) -> dict[str, list[Row]]:
         name = getattr(section, split)
         if name is None:
             continue
-        rows = read_file(directory / name) if section.dataset is None else read_datasets(section.dataset, name, directory)
+        rows = (
+            read_file(directory / name)
+            if section.dataset is None
+            else read_datasets(section.dataset, name, directory)
+        )
         if not rows:
             raise ValueError(f"the data set `{name}` is empty")
         missing = next((number for number, (_, reference) in enumerate(rows, 1) if not reference), None)
         if missing and split != "test":
-            raise ValueError(f"example {missing} of `{name}` has no reference, which training and validation need")
+            raise ValueError(
+                f"example {missing} of `{name}` has no reference, which training and validation need"
+            )
         found[split] = rows
     return found
 
@@ -168,7 +217,8 @@ def _refuse_long(pairs: list[tuple[list[int], list[int]]], split: str, seq_len: 
         length = len(context) + len(completion)
         if length > seq_len:
             raise ValueError(
-                f"example {number} of `{split}` ({_short(tokenizer.decode(context[:-1]))}) has {length} tokens, more than `data.seq_len` ({seq_len}); "
+                f"example {number} of `{split}` ({_short(tokenizer.decode(context[:-1]))}) has {length} "
+                f"tokens, more than `data.seq_len` ({seq_len}); "
                 "raise it, or set `data.truncate` to cut the end as the authors do"
             )
 

@@ -1,8 +1,9 @@
 """Token sequences of which a part is counted in the loss, and how they become batches of one shape.
 
-Stored end to end in one array: 42,061 sequences of E2E take 10 MB instead of the 86 MB that padding to 512 would. A batch holds
-`input_ids`, `labels` (the inputs one to the left) and `mask`, which starts at len(context) - 1, where the first token of the
-completion is predicted, and is 1 for each token of the completion.
+Stored end to end in one array: 42,061 sequences of E2E take 10 MB instead of the 86 MB that padding to 512
+would. A batch holds `input_ids`, `labels` (the inputs one to the left) and `mask`, which starts at
+len(context) - 1, where the first token of the completion is predicted, and is 1 for each token of the
+completion.
 """
 
 import hashlib
@@ -17,7 +18,9 @@ NARROWEST = 16
 
 
 def padded_width(longest: int, most: int) -> int:
-    """How wide a batch is: a power of two, so that a data set needs few programs and short sequences do not pay for long ones."""
+    """How wide a batch is: a power of two, so that a data set needs few programs and short sequences do
+    not pay for long ones.
+    """
     width = NARROWEST
     while width < longest:
         width *= 2
@@ -25,7 +28,9 @@ def padded_width(longest: int, most: int) -> int:
 
 
 class Examples:
-    """`len(context) + len(completion)` tokens each, given out as padded batches of at most `seq_len` positions."""
+    """`len(context) + len(completion)` tokens each, given out as padded batches of at most `seq_len`
+    positions.
+    """
 
     def __init__(self, pairs: Iterable[tuple[list[int], list[int]]], seq_len: int):
         contexts, lengths, tokens = [], [], []
@@ -52,7 +57,8 @@ class Examples:
         return padded_width(int(self._lengths[np.asarray(indices)].max()), self.seq_len)
 
     def batch(self, indices: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
-        """Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from the mask.
+        """Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from the
+        mask.
 
         `width`: of the whole batch, where these are a part of it."""
         width = self.width(indices) if width is None else width
@@ -75,7 +81,9 @@ class Examples:
 
 
 class Blocks:
-    """One long row of tokens cut into blocks, every token of which is predicted once from those before it in its block."""
+    """One long row of tokens cut into blocks, every token of which is predicted once from those before it
+    in its block.
+    """
 
     def __init__(self, tokens: np.ndarray, seq_len: int):
         self.seq_len = seq_len
@@ -90,7 +98,11 @@ class Blocks:
     def batch(self, indices: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
         positions = np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
         block = self._tokens[positions]
-        return {"input_ids": block[:, :-1], "labels": block[:, 1:], "mask": np.ones(block[:, 1:].shape, np.float32)}
+        return {
+            "input_ids": block[:, :-1],
+            "labels": block[:, 1:],
+            "mask": np.ones(block[:, 1:].shape, np.float32),
+        }
 
     def fingerprint(self) -> str:
         return hashlib.sha256(str(self.seq_len).encode() + self._tokens.tobytes()).hexdigest()[:32]

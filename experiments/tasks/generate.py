@@ -1,8 +1,9 @@
 """A data set in E2E's form, made here: places to stay, their attributes, and several wordings of each.
 
-Nothing is downloaded and nothing is anybody else's, so the demo runs from the repository alone. `write` leaves
+Nothing is downloaded and nothing is anybody else's, so the demo runs from the repository alone. `write`
+leaves
 
-    train.txt valid.txt test.txt    `name : Otter Landing | Type : inn | …||wording`, several wordings a meaning
+    train.txt valid.txt test.txt  `name : Otter Landing | Type : inn | …||wording`, several wordings a meaning
 
 Meanings of one file are in no other, and the whole is a function of the config's `generate` section.
 """
@@ -13,9 +14,16 @@ from pathlib import Path
 
 from experiments.config import Generate
 
-FIRST = "Amber Birch Clover Copper Falcon Fern Granite Heron Juniper Lantern Maple Marble Otter Raven Saffron Sparrow Thistle Willow"
+
+FIRST = (
+    "Amber Birch Clover Copper Falcon Fern Granite Heron Juniper Lantern Maple Marble Otter Raven Saffron "
+    "Sparrow Thistle Willow"
+)
 SECOND = "Corner Court Farm Gate Haven Hollow Landing Loft Mill Perch Rest Row Terrace Yard"
-PLACES = "Mill Bridge|North Station|the ferry pier|the glass works|Kestrel Lake|the town museum|Saint Olaf Square|the old brewery"
+PLACES = (
+    "Mill Bridge|North Station|the ferry pier|the glass works|Kestrel Lake|the town museum|Saint Olaf "
+    "Square|the old brewery"
+)
 
 VALUES = {
     "Type": ["inn", "lodge", "hostel", "guesthouse", "cabin", "campsite"],
@@ -42,7 +50,10 @@ PRICE_WORDS = ["has {} prices", "asks {} prices"]
 PRICE_AMOUNTS = ["costs {} a night", "charges {} for a room"]
 RATING_WORDS = ["is rated {} by its guests", "has {} reviews"]
 RATING_STARS = ["is rated {}", "scores {} with its guests"]
-DOGS = {"yes": ["welcomes dogs", "is happy to take dogs"], "no": ["does not allow dogs", "asks you to leave dogs at home"]}
+DOGS = {
+    "yes": ["welcomes dogs", "is happy to take dogs"],
+    "no": ["does not allow dogs", "asks you to leave dogs at home"],
+}
 
 Meaning = tuple[tuple[str, str], ...]
 
@@ -51,7 +62,9 @@ def meaning(chance: random.Random) -> Meaning:
     """A name and at least two further attributes, in the order of `VALUES`."""
     name = f"{chance.choice(FIRST.split())} {chance.choice(SECOND.split())}"
     while True:
-        rest = [(key, chance.choice(values)) for key, values in VALUES.items() if chance.random() < PRESENT[key]]
+        rest = [
+            (key, chance.choice(values)) for key, values in VALUES.items() if chance.random() < PRESENT[key]
+        ]
         if len(rest) >= 2:
             return (("name", name), *rest)
 
@@ -61,7 +74,9 @@ def context(facts: Meaning) -> str:
 
 
 def wording(facts: Meaning, chance: random.Random) -> str:
-    """One way to say it: where and what in the first sentence, the other facts in one or two more, or all in one."""
+    """One way to say it: where and what in the first sentence, the other facts in one or two more, or all
+    in one.
+    """
     known = dict(facts)
     name, kind = known["name"], known.get("Type")
     noun = f"{'an' if kind == 'inn' else 'a'} {kind}" if kind else "a place to stay"
@@ -114,10 +129,14 @@ def _capital(text: str) -> str:
 def write(section: Generate, directory: Path) -> Path:
     """Writes the whole data set to `directory`, or finds it there. Raises `ValueError` if another one is."""
     described = json.dumps(section.__dict__, sort_keys=True) + "\n"
-    mark = directory / "generate.json"  # written last: a directory without it was not finished, and is written anew
+    mark = (
+        directory / "generate.json"
+    )  # written last: a directory without it was not finished, and is written anew
     if mark.is_file():
         if mark.read_text("utf-8") != described:
-            raise ValueError(f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}")
+            raise ValueError(
+                f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}"
+            )
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     chance = random.Random(section.seed)

@@ -1,7 +1,8 @@
 """Plain text for pretraining: documents joined by the end-of-text token and packed into blocks of one length.
 
-Reads `.txt`, `.txt.xz` and `.txt.zst`, as a stream and no further than the limit, so that a large file costs what is used of it.
-In a file, documents are separated by a line `<|endoftext|>`; a file without one is one document.
+Reads `.txt`, `.txt.xz` and `.txt.zst`, as a stream and no further than the limit, so that a large file costs
+what is used of it. In a file, documents are separated by a line `<|endoftext|>`; a file without one is one
+document.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import numpy as np
 
 from experiments.config import TextData
 from experiments.tasks.examples import Blocks, Splits
+
 
 SEPARATOR = "<|endoftext|>"
 
@@ -34,7 +36,9 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_file(path: Path, max_bytes: int | None = None) -> str:
-    """The text of a file, or of its first `max_bytes` bytes (before compression), cut at a whole character."""
+    """The text of a file, or of its first `max_bytes` bytes (before compression), cut at a whole
+    character.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no data file `{path}`")
     if path.suffix not in (".txt", ".xz", ".zst"):
@@ -44,7 +48,8 @@ def read_file(path: Path, max_bytes: int | None = None) -> str:
             content = stream.read() if max_bytes is None else stream.read(max_bytes)
     except (lzma.LZMAError, EOFError, OSError) as error:
         raise ValueError(f"`{path}` cannot be read: {error}") from error
-    # Only the limit can cut a character in two, and only at the end: any other bad byte is the file's, and is refused.
+    # Only the limit can cut a character in two, and only at the end: any other bad byte is the file's, and is
+    # refused.
     for trim in range(4 if max_bytes is not None else 1):
         with contextlib.suppress(UnicodeDecodeError):
             return content[: len(content) - trim].decode("utf-8")
@@ -57,8 +62,11 @@ def documents(text: str) -> list[str]:
 
 def tokens(parts: list[str], tokenizer: Any) -> np.ndarray:
     """All documents in one row, each followed by the end-of-text token."""
-    # `verbose=False`: a book is longer than any model, which the tokenizer would warn of and packing takes care of.
-    encoded = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    # `verbose=False`: a book is longer than any model, which the tokenizer would warn of and packing takes
+    # care of.
+    encoded = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
     end = np.asarray([tokenizer.eos_token_id], np.int32)
     return np.concatenate([piece for ids in encoded for piece in (np.asarray(ids, np.int32), end)])
 
@@ -69,7 +77,9 @@ def read(section: TextData, directory: Path) -> dict[str, list[str]]:
     for split, limit in (("train", section.max_bytes), ("valid", section.max_valid_bytes)):
         name = getattr(section, split)
         files = (name,) if isinstance(name, str) else name
-        found[split] = [document for file in files for document in documents(read_file(directory / file, limit))]
+        found[split] = [
+            document for file in files for document in documents(read_file(directory / file, limit))
+        ]
         if not found[split]:
             raise ValueError(f"the data set `{name}` is empty")
     return found
@@ -81,7 +91,10 @@ def prepare(section: TextData, found: dict[str, list[str]], tokenizer: Any) -> S
     def blocks(split: str) -> Blocks:
         made = Blocks(tokens(found[split], tokenizer), section.seq_len)
         if not len(made):
-            raise ValueError(f"the data set `{getattr(section, split)}` is shorter than one block of `data.seq_len` ({section.seq_len}) tokens")
+            raise ValueError(
+                f"the data set `{getattr(section, split)}` is shorter than one block of `data.seq_len` "
+                f"({section.seq_len}) tokens"
+            )
         return made
 
     return Splits(blocks("train"), blocks("valid"))

@@ -16,7 +16,8 @@ MARK = "training.json"
 def train(documents: Iterable[str], size: int, directory: Path) -> Path:
     """Writes a tokenizer of `size` tokens, one of them the end of text, to `directory`, or finds it there.
 
-    Raises `ValueError` if another one is there, or if the text has too little in it for so many tokens (257 are the bytes and the end).
+    Raises `ValueError` if another one is there, or if the text has too little in it for so many tokens (257
+    are the bytes and the end).
     """
     documents = list(documents)
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:32]
@@ -24,7 +25,10 @@ def train(documents: Iterable[str], size: int, directory: Path) -> Path:
     if directory.is_dir():
         mark = directory / MARK
         if not mark.is_file() or mark.read_text("utf-8") != described:
-            raise ValueError(f"`{directory}` holds a tokenizer of another size or text: use another --workdir, or remove it")
+            raise ValueError(
+                f"`{directory}` holds a tokenizer of another size or text: use another --workdir, or remove "
+                "it"
+            )
         return directory
     import tokenizers
     import transformers
@@ -34,7 +38,10 @@ def train(documents: Iterable[str], size: int, directory: Path) -> Path:
     state = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in state["merges"]]
     if len(state["vocab"]) != size:
-        raise ValueError(f"a vocabulary of {size} tokens was asked for, and the training text gives {len(state['vocab'])}: ask for fewer, or give more text")
+        raise ValueError(
+            f"a vocabulary of {size} tokens was asked for, and the training text gives "
+            f"{len(state['vocab'])}: ask for fewer, or give more text"
+        )
     fresh = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

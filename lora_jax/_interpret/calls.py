@@ -1,7 +1,7 @@
 """Equations that hold jaxprs: emitted again through JAX's public API, with the weights as operands."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import lax
 from .._factored import Factored
 from .._packed import value_of
 from .._views import unstacked
+
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
@@ -20,7 +21,10 @@ def _jit(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     options: dict[str, Any] = {"keep_unused": params.get("keep_unused", False)}
     shardings = params.get("in_shardings", ())
     if any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings):
-        plain = [isinstance(s, jax.sharding.Sharding) and not isinstance(v, Factored) for s, v in zip(shardings, values, strict=True)]
+        plain = [
+            isinstance(s, jax.sharding.Sharding) and not isinstance(v, Factored)
+            for s, v in zip(shardings, values, strict=True)
+        ]
         options["in_shardings"] = tuple(s if keep else None for s, keep in zip(shardings, plain, strict=True))
     shardings = params.get("out_shardings", ())
     if any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings):
@@ -32,7 +36,9 @@ def _jit(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
 
 def _checkpoint(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(lambda *operands: interpreter.evaluate(eqn.params["jaxpr"], operands), **options)(*values)
+    return jax.checkpoint(lambda *operands: interpreter.evaluate(eqn.params["jaxpr"], operands), **options)(
+        *values
+    )
 
 
 def _inlined(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
@@ -42,7 +48,9 @@ def _inlined(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[An
 def _invariant(jaxpr: Any, carry: Sequence[Any], offset: int) -> list[bool]:
     """Which factored weights a loop hands on unchanged in its carry: constants in fact."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return [isinstance(c, Factored) and jaxpr.outvars[i] is jaxpr.invars[offset + i] for i, c in enumerate(carry)]
+    return [
+        isinstance(c, Factored) and jaxpr.outvars[i] is jaxpr.invars[offset + i] for i, c in enumerate(carry)
+    ]
 
 
 def _merged(mask: Sequence[bool], where_true: Sequence[Any], where_false: Sequence[Any]) -> list[Any]:
@@ -62,7 +70,10 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     params, jaxpr = eqn.params, eqn.params["jaxpr"]
     consts, init, xs = _scan_parts(params, values)
     fixed = _invariant(jaxpr, init, len(consts))
-    init = [value if keep else interpreter.formed(eqn, value, -2 - index) for index, (value, keep) in enumerate(zip(init, fixed, strict=True))]
+    init = [
+        value if keep else interpreter.formed(eqn, value, -2 - index)
+        for index, (value, keep) in enumerate(zip(init, fixed, strict=True))
+    ]
     constant_carry = [value for value, keep in zip(init, fixed, strict=True) if keep]
     moving_carry = [value for value, keep in zip(init, fixed, strict=True) if not keep]
     sliced = [unstacked(value) if isinstance(value, Factored) else (value, None) for value in xs]
@@ -70,14 +81,19 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     def body(carry: list[Any], step: tuple) -> tuple[list[Any], list[Any]]:
         index, slices = step
         here = [rebuild(part) if rebuild else part for part, (_, rebuild) in zip(slices, sliced, strict=True)]
-        shared = [value.folded(index) if isinstance(value, Factored) else value for value in (*consts, *constant_carry)]
+        shared = [
+            value.folded(index) if isinstance(value, Factored) else value
+            for value in (*consts, *constant_carry)
+        ]
         whole = _merged(fixed, shared[len(consts) :], carry)
         outputs = interpreter.evaluate(jaxpr, [*shared[: len(consts)], *whole, *here])
         kept = [value for value, keep in zip(outputs[: len(init)], fixed, strict=True) if not keep]
         outputs = interpreter.all_formed(eqn, [*kept, *outputs[len(init) :]])
         return outputs[: len(kept)], outputs[len(kept) :]
 
-    random = any(isinstance(value, Factored) and value.key is not None for value in (*consts, *constant_carry))
+    random = any(
+        isinstance(value, Factored) and value.key is not None for value in (*consts, *constant_carry)
+    )
     steps = jnp.arange(params["length"]) if random else None
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     if "_split_transpose" in params:
@@ -92,22 +108,35 @@ def _while(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]
     first, last = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     cond_consts, body_consts, init = values[:first], values[first:last], values[last:]
     fixed = _invariant(params["body_jaxpr"], init, len(body_consts))
-    init = [value if keep else interpreter.formed(eqn, value, -2 - index) for index, (value, keep) in enumerate(zip(init, fixed, strict=True))]
+    init = [
+        value if keep else interpreter.formed(eqn, value, -2 - index)
+        for index, (value, keep) in enumerate(zip(init, fixed, strict=True))
+    ]
     constant_carry = [value for value, keep in zip(init, fixed, strict=True) if keep]
     moving_carry = [value for value, keep in zip(init, fixed, strict=True) if not keep]
 
     def keep_going(state: tuple) -> Any:
-        return interpreter.all_formed(eqn, interpreter.evaluate(params["cond_jaxpr"], [*cond_consts, *_merged(fixed, constant_carry, state[1])]))[0]
+        return interpreter.all_formed(
+            eqn,
+            interpreter.evaluate(
+                params["cond_jaxpr"], [*cond_consts, *_merged(fixed, constant_carry, state[1])]
+            ),
+        )[0]
 
     def body(state: tuple) -> tuple:
         index, carry = state
-        shared = [value.folded(index) if isinstance(value, Factored) else value for value in (*body_consts, *constant_carry)]
+        shared = [
+            value.folded(index) if isinstance(value, Factored) else value
+            for value in (*body_consts, *constant_carry)
+        ]
         whole = _merged(fixed, shared[len(body_consts) :], carry)
         outputs = interpreter.evaluate(params["body_jaxpr"], [*shared[: len(body_consts)], *whole])
         kept = [value for value, keep in zip(outputs, fixed, strict=True) if not keep]
         return (None if index is None else index + 1), interpreter.all_formed(eqn, kept)
 
-    random = any(isinstance(value, Factored) and value.key is not None for value in (*body_consts, *constant_carry))
+    random = any(
+        isinstance(value, Factored) and value.key is not None for value in (*body_consts, *constant_carry)
+    )
     _, moved = lax.while_loop(keep_going, body, (jnp.zeros((), jnp.int32) if random else None, moving_carry))
     return _merged(fixed, constant_carry, moved)
 
@@ -122,7 +151,9 @@ def _cond(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
 
         return run
 
-    return lax.switch(index, [branch(position, jaxpr) for position, jaxpr in enumerate(eqn.params["branches"])], *operands)
+    return lax.switch(
+        index, [branch(position, jaxpr) for position, jaxpr in enumerate(eqn.params["branches"])], *operands
+    )
 
 
 def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
@@ -131,7 +162,9 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[
     for index, (value, spec) in enumerate(zip(values, params["in_specs"], strict=True)):
         if isinstance(value, Factored):
             split = [axis for axis, names in enumerate(spec) if names is not None]
-            value = value.replace(weight=value_of(value.weight)) if split else value  # packed blocks do not follow a split
+            value = (
+                value.replace(weight=value_of(value.weight)) if split else value
+            )  # packed blocks do not follow a split
             value = values[index] = value.unwindowed(split)
             spec = value.partition_specs(spec)
         specs.append(spec)
@@ -147,7 +180,8 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[
     return function(*values)
 
 
-# custom_jvp_call and custom_vjp_call are missing on purpose: inlining them would drop the author's derivative.
+# custom_jvp_call and custom_vjp_call are missing on purpose: inlining them would drop the author's
+# derivative.
 CALLS: dict[str, Callable] = {
     "jit": _jit,
     "pjit": _jit,

@@ -24,7 +24,9 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def postponed(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """What becomes of a pending sum to which something is added, or which is split; None for any other operation."""
+    """What becomes of a pending sum to which something is added, or which is split; None for any other
+    operation.
+    """
     positions = [position for position, value in enumerate(values) if isinstance(value, Pending)]
     if len(positions) != 1 or any(isinstance(value, Factored) for value in values):
         return None
@@ -41,7 +43,11 @@ def source(eqn: Any) -> str:
     """`file:line (function)` of the innermost frame outside of the libraries, or nothing."""
     frames = getattr(eqn.source_info.traceback, "frames", None) or []
     for frame in frames:
-        if "site-packages" not in frame.file_name and "<frozen" not in frame.file_name and "/lora_jax/_" not in frame.file_name:
+        if (
+            "site-packages" not in frame.file_name
+            and "<frozen" not in frame.file_name
+            and "/lora_jax/_" not in frame.file_name
+        ):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return ""
 

@@ -13,7 +13,7 @@ from .._contract import Pending
 from .._factored import Factored, NotAView
 from .calls import CALLS
 from .equation import bind, described, postponed, source
-from .uses import USES, Use, forming_flops, lookup_flops
+from .uses import forming_flops, lookup_flops, Use, USES
 from .views import VIEWS
 
 
@@ -22,7 +22,9 @@ class MaterializeError(ValueError):
 
 
 class Interpreter:
-    """One evaluation of a function: what may be formed, in which dtype gradients are summed, and who watches."""
+    """One evaluation of a function: what may be formed, in which dtype gradients are summed, and who
+    watches.
+    """
 
     def __init__(self, materialize: str = "error", observe: bool = False, reduce: Any = None):
         self.materialize = materialize
@@ -33,7 +35,7 @@ class Interpreter:
         self._callers: tuple[Any, ...] = ()
         self._times = 1
 
-    # --- the loop over equations ------------------------------------------------------------------------------------
+    # --- the loop over equations ----------------------------------------------------------------------------
 
     def evaluate(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, open or closed, on arrays and factored weights."""
@@ -44,10 +46,13 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-        # A use draws its dropout from its number. Where arrays lie shall not change it, and JAX leaves constraints for one device out.
+        # A use draws its dropout from its number. Where arrays lie shall not change it, and JAX leaves
+        # constraints for one device out.
         counted = (eqn.primitive.name != "sharding_constraint" for eqn in jaxpr.eqns)
         numbered = zip(itertools.accumulate(counted, initial=0), jaxpr.eqns)
-        for name_stack, equations in itertools.groupby(numbered, key=lambda pair: str(pair[1].source_info.name_stack)):
+        for name_stack, equations in itertools.groupby(
+            numbered, key=lambda pair: str(pair[1].source_info.name_stack)
+        ):
             with jax.named_scope(name_stack) if name_stack else contextlib.nullcontext():
                 for number, eqn in equations:
                     values = [read(atom) for atom in eqn.invars]
@@ -56,7 +61,11 @@ class Interpreter:
                         if outputs is not None:
                             env.update(zip(eqn.outvars, outputs, strict=True))
                             continue
-                        sums = {atom: value.value() for atom, value in zip(eqn.invars, values, strict=True) if isinstance(value, Pending)}
+                        sums = {
+                            atom: value.value()
+                            for atom, value in zip(eqn.invars, values, strict=True)
+                            if isinstance(value, Pending)
+                        }
                         env.update(sums)
                         values = [read(atom) for atom in eqn.invars]
                     if not any(isinstance(value, Factored) for value in values):
@@ -64,7 +73,9 @@ class Interpreter:
                         if eqn.primitive.name == "broadcast_in_dim":
                             narrow[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
                     else:
-                        broadcast = [None if isinstance(atom, jex.Literal) else narrow.get(atom) for atom in eqn.invars]
+                        broadcast = [
+                            None if isinstance(atom, jex.Literal) else narrow.get(atom) for atom in eqn.invars
+                        ]
                         outputs = self._apply(eqn, number, values, broadcast)
                     env.update(zip(eqn.outvars, outputs, strict=True))
         outputs = [read(atom) for atom in jaxpr.outvars]
@@ -75,7 +86,9 @@ class Interpreter:
         with eqn.ctx.manager:
             try:
                 if name in CALLS:
-                    values = [value.folded(number) if isinstance(value, Factored) else value for value in values]
+                    values = [
+                        value.folded(number) if isinstance(value, Factored) else value for value in values
+                    ]
                     with self.inside(number, eqn):
                         return CALLS[name](self, eqn, values)
                 if name in VIEWS:
@@ -88,22 +101,33 @@ class Interpreter:
         return bind(eqn, [self.formed(eqn, value, number) for value in values])
 
     def _settled(self, eqn: Any, number: int, value: Any) -> Any:
-        """A view with no in or no out axis left is the result of a lookup: an activation, and as small as one."""
+        """A view with no in or no out axis left is the result of a lookup: an activation, and as small as
+        one.
+        """
         if not isinstance(value, Factored):
             return value
         tags = {axis.tag for axis in value.axes}
         if "?" in tags or value.looked_up:
-            rest = [axis for axis, size in zip(value.axes, value.shape, strict=True) if axis.origin and size > 1]
+            rest = [
+                axis for axis, size in zip(value.axes, value.shape, strict=True) if axis.origin and size > 1
+            ]
             if len(rest) > 1:
                 return value
-            self.record(eqn, number, value, "lookup", value.looked_up, [stored for axis in rest for stored in axis.origin])
+            self.record(
+                eqn,
+                number,
+                value,
+                "lookup",
+                value.looked_up,
+                [stored for axis in rest for stored in axis.origin],
+            )
             return value.weight
         if {"in", "out"} <= tags or value.is_plain:
             return value
         self.record(eqn, number, value, "lookup", (), (), flops=lookup_flops(value, value.weight.size))
         return value.dense()
 
-    # --- forming weights ----------------------------------------------------------------------------------------------
+    # --- forming weights ------------------------------------------------------------------------------------
 
     def formed(self, eqn: Any, value: Any, number: int = -1) -> Any:
         """The weight itself, if that is allowed."""
@@ -113,8 +137,19 @@ class Interpreter:
             return value.dense()
         rest = [stored for axis in value.axes for stored in axis.origin]
         how = "lookup" if value.looked_up else "formed"
-        self.record(eqn, number, value, how, value.looked_up, rest, flops=(0, forming_flops(value), forming_flops(value)))
-        where = f"{described(eqn)}, which has no low-rank rule, with the adapted weight", f" at {self.line(eqn)}"
+        self.record(
+            eqn,
+            number,
+            value,
+            how,
+            value.looked_up,
+            rest,
+            flops=(0, forming_flops(value), forming_flops(value)),
+        )
+        where = (
+            f"{described(eqn)}, which has no low-rank rule, with the adapted weight",
+            f" at {self.line(eqn)}",
+        )
         return self._dense(value, *where)
 
     def returned(self, outputs: Sequence[Any]) -> list[Any]:
@@ -127,7 +162,16 @@ class Interpreter:
         if self.uses is not None:
             rest = tuple(stored for axis in value.axes for stored in axis.origin)
             for path in value.leaf.paths:
-                self.uses[("returned", path)] = Use(path, "return", "formed", (), rest, (), (0, *[forming_flops(value)] * 2), "the result of `fn`")
+                self.uses[("returned", path)] = Use(
+                    path,
+                    "return",
+                    "formed",
+                    (),
+                    rest,
+                    (),
+                    (0, *[forming_flops(value)] * 2),
+                    "the result of `fn`",
+                )
         return self._dense(value, "`fn` returning the adapted weight", "")
 
     def _dense(self, value: Factored, operation: str, place: str) -> Any:
@@ -136,7 +180,8 @@ class Interpreter:
         paths = " and ".join(map(repr, value.leaf.paths))
         message = (
             f"`adapt` met {operation} {paths} (as {value.dtype}{list(value.shape)}){place}. The weight "
-            f"W + A·B would have to be formed there. Pass `materialize='allow'` (or 'warn') to `adapt` to form it, "
+            "W + A·B would have to be formed there. Pass `materialize='allow'` (or 'warn') to `adapt` to "
+            "form it, "
             f"or leave {paths} out of `targets`."
         )
         if self.materialize == "error":
@@ -148,24 +193,38 @@ class Interpreter:
         return [self.formed(eqn, value, -2 - position) for position, value in enumerate(values)]
 
     def record(
-        self, eqn: Any, number: int, value: Factored, how: str, summed: Sequence, free: Sequence, batch: Sequence = (), flops: tuple = (0, 0, 0)
+        self,
+        eqn: Any,
+        number: int,
+        value: Factored,
+        how: str,
+        summed: Sequence,
+        free: Sequence,
+        batch: Sequence = (),
+        flops: tuple = (0, 0, 0),
     ) -> None:
         if self.uses is None or value.is_plain:
             return
         flops = tuple(self._times * count for count in flops)
         for path in value.leaf.paths:
-            use = Use(path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, self.line(eqn))
+            use = Use(
+                path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, self.line(eqn)
+            )
             self.uses[(*self._calls, number, path)] = use  # a body that JAX traces twice is one use
             flops = (0, 0, 0)
 
     def line(self, eqn: Any) -> str:
-        """The user's line behind an equation. Inside of a library's jitted function it is the line of the call."""
+        """The user's line behind an equation. Inside of a library's jitted function it is the line of the
+        call.
+        """
         lines = map(source, (eqn, *reversed(self._callers)))
         return next((line for line in lines if line), "an unknown line")
 
     @contextlib.contextmanager
     def inside(self, number: int, eqn: Any = None) -> Any:
-        """While an inner jaxpr is evaluated: what is recorded there belongs to this equation, or this branch of one."""
+        """While an inner jaxpr is evaluated: what is recorded there belongs to this equation, or this
+        branch of one.
+        """
         calls, callers = self._calls, self._callers
         self._calls, self._callers = (*calls, number), callers if eqn is None else (*callers, eqn)
         try:
@@ -182,8 +241,12 @@ class Interpreter:
             self._times //= times
 
     def jitted(self, closed: Any, options: dict, name: str) -> Callable:
-        """The jitted evaluation of an inner jaxpr: one for each jaxpr and its options, so that a repeated call is traced once."""
-        hashable = ((option, tuple(value) if isinstance(value, list) else value) for option, value in options.items())
+        """The jitted evaluation of an inner jaxpr: one for each jaxpr and its options, so that a repeated
+        call is traced once.
+        """
+        hashable = (
+            (option, tuple(value) if isinstance(value, list) else value) for option, value in options.items()
+        )
         key = (id(closed), name, *hashable)
         if self.uses is None and key in self._jitted:
             return self._jitted[key][1]

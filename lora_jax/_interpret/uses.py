@@ -1,22 +1,24 @@
 """Equations that contract or look up: their result is an array, and each is a `Use` on record."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .. import _contract
 from .._factored import Factored, NotAView
 from .equation import bind
+
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
 
 
 class Use(NamedTuple):
-    """One operation that consumed a weight, as `explain` and the reading of axes see it: one each for joined weights.
+    """One operation that consumed a weight, as `explain` and the reading of axes see it: one each for joined
+    weights.
 
-    `how` is `low-rank`, `lookup` or `formed`; `summed`, `free` and `batch` are axes of the stored weight; FLOPs are
-    those of the operation on the plain weight, in low-rank form, and with the weight formed first; of joined weights the
-    first counts them for all.
+    `how` is `low-rank`, `lookup` or `formed`; `summed`, `free` and `batch` are axes of the stored weight;
+    FLOPs are those of the operation on the plain weight, in low-rank form, and with the weight formed first;
+    of joined weights the first counts them for all.
     """
 
     path: str
@@ -32,26 +34,46 @@ class Use(NamedTuple):
 def _dot_general(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]) -> Any:
     left, right = values
     if isinstance(left, Factored) and isinstance(right, Factored):
-        left = interpreter.formed(eqn, left, -2 - number)  # the right operand of a product is the weight, by convention
+        left = interpreter.formed(
+            eqn, left, -2 - number
+        )  # the right operand of a product is the weight, by convention
     weight_on_left = isinstance(left, Factored)
     weight, x = (left, right) if weight_on_left else (right, left)
     numbers = eqn.params["dimension_numbers"]
     (own, own_batch) = (numbers[0][0], numbers[1][0]) if weight_on_left else (numbers[0][1], numbers[1][1])
-    base = lambda x, w: bind(eqn, [w, x] if weight_on_left else [x, w])[0]  # noqa: E731
-    y = _contract.dot_general(base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], interpreter.reduce)
+    base = lambda x, w: bind(eqn, [w, x] if weight_on_left else [x, w])[0]
+    y = _contract.dot_general(
+        base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], interpreter.reduce
+    )
     _contraction(interpreter, eqn, number, weight, own, own_batch)
     return y
 
 
-def _contraction(interpreter: "Interpreter", eqn: Any, number: int, weight: Factored, own: Sequence[int], batch: Sequence[int]) -> None:
-    stored = lambda labels: [axis for label in labels for axis in weight.axes[label].origin]  # noqa: E731
+def _contraction(
+    interpreter: "Interpreter",
+    eqn: Any,
+    number: int,
+    weight: Factored,
+    own: Sequence[int],
+    batch: Sequence[int],
+) -> None:
+    stored = lambda labels: [axis for label in labels for axis in weight.axes[label].origin]
     free = [label for label in range(len(weight.axes)) if label not in (*own, *batch)]
     out = eqn.outvars[0].aval.size
     flops = 2 * out
     for label in own:
         flops *= weight.shape[label]
     flops //= eqn.params.get("feature_group_count", 1)
-    interpreter.record(eqn, number, weight, "low-rank", stored(own), stored(free), stored(batch), _contraction_flops(weight, flops))
+    interpreter.record(
+        eqn,
+        number,
+        weight,
+        "low-rank",
+        stored(own),
+        stored(free),
+        stored(batch),
+        _contraction_flops(weight, flops),
+    )
 
 
 def _contraction_flops(weight: Factored, flops: int) -> tuple[int, int, int]:
@@ -64,7 +86,9 @@ def _contraction_flops(weight: Factored, flops: int) -> tuple[int, int, int]:
         rank = term.a.shape[-1]
         covered = {"in": 1.0, "out": 1.0}
         if term.window is not None:
-            covered[weight.axes[weight.windowed].tag] = (term.window[1] - term.window[0]) / weight.shape[weight.windowed]
+            covered[weight.axes[weight.windowed].tag] = (term.window[1] - term.window[0]) / weight.shape[
+                weight.windowed
+            ]
         low += int(covered["in"] * flops * rank / sizes["out"] + covered["out"] * flops * rank / sizes["in"])
     return flops, low, flops + forming_flops(weight)
 
@@ -83,9 +107,20 @@ def _convolution(interpreter: "Interpreter", eqn: Any, number: int, values: list
         raise NotAView
     out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
     reading = any(axis.tag == "?" for axis in weight.axes)
-    base = lambda x, w: bind(eqn, [x, w])[0]  # noqa: E731
-    y = base(x, weight.weight) if reading else _contract.conv_general_dilated(base, x, weight.folded(number), eqn.params)
-    _contraction(interpreter, eqn, number, weight, [label for label in range(len(weight.axes)) if label != out_axis], ())
+    base = lambda x, w: bind(eqn, [x, w])[0]
+    y = (
+        base(x, weight.weight)
+        if reading
+        else _contract.conv_general_dilated(base, x, weight.folded(number), eqn.params)
+    )
+    _contraction(
+        interpreter,
+        eqn,
+        number,
+        weight,
+        [label for label in range(len(weight.axes)) if label != out_axis],
+        (),
+    )
     return y
 
 
@@ -96,8 +131,12 @@ def _ragged_dot(interpreter: "Interpreter", eqn: Any, number: int, values: list[
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     own = numbers.dot_dimension_numbers[0][1]
     reading = any(axis.tag == "?" for axis in weight.axes)
-    base = lambda x, w: bind(eqn, [x, w, sizes])[0]  # noqa: E731
-    y = base(x, weight.weight) if reading else _contract.ragged_dot(base, x, weight.folded(number), sizes, eqn.params)
+    base = lambda x, w: bind(eqn, [x, w, sizes])[0]
+    y = (
+        base(x, weight.weight)
+        if reading
+        else _contract.ragged_dot(base, x, weight.folded(number), sizes, eqn.params)
+    )
     _contraction(interpreter, eqn, number, weight, own, numbers.rhs_group_dimensions)
     return y
 
@@ -108,7 +147,11 @@ def _gather(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]
         raise NotAView
     out = _contract.gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params, interpreter.reduce)
     if not isinstance(out, Factored):
-        picked = [stored for axis in eqn.params["dimension_numbers"].start_index_map for stored in weight.axes[axis].origin]
+        picked = [
+            stored
+            for axis in eqn.params["dimension_numbers"].start_index_map
+            for stored in weight.axes[axis].origin
+        ]
         interpreter.record(eqn, number, weight, "lookup", picked, (), flops=lookup_flops(weight, out.size))
     return out
 

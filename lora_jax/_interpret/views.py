@@ -1,6 +1,7 @@
 """Equations whose result is a factored weight again.
 
-A rule takes the equation, its operands and, for each operand, the smaller array that it is known to be a broadcast of.
+A rule takes the equation, its operands and, for each operand, the smaller array that it is known to be a
+broadcast of.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,12 @@ def _view(method: Callable[..., Factored]) -> Callable:
 
 
 def _only_weight(eqn: Any, weight: Factored, *others: Any) -> Factored:
-    """A cast, a copy or a sharding constraint of W; the factors are cast where they are used, and sharded by propagation."""
-    return weight.replace(weight=on_weight(lambda array, *others: bind(eqn, [array, *others])[0], weight.weight, *others))
+    """A cast, a copy or a sharding constraint of W; the factors are cast where they are used, and sharded
+    by propagation.
+    """
+    return weight.replace(
+        weight=on_weight(lambda array, *others: bind(eqn, [array, *others])[0], weight.weight, *others)
+    )
 
 
 def _cast(eqn: Any, weight: Factored, *others: Any) -> Factored:
@@ -40,12 +45,17 @@ def _every_part(eqn: Any, weight: Factored, *others: Any) -> Factored:
 def _barrier(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
     """`optimization_barrier` takes and returns any number of values: all the factors go through it together.
 
-    Each W goes through one of its own, because the derivative of a barrier is one of all of its operands: together with
-    factors that train, W would get a gradient.
+    Each W goes through one of its own, because the derivative of a barrier is one of all of its operands:
+    together with factors that train, W would get a gradient.
     """
-    leaves, treedef = jax.tree.flatten([value.replace(weight=None, key=None) if isinstance(value, Factored) else value for value in values])
+    leaves, treedef = jax.tree.flatten(
+        [value.replace(weight=None, key=None) if isinstance(value, Factored) else value for value in values]
+    )
     outputs = jax.tree.unflatten(treedef, lax.optimization_barrier(leaves))
-    weights = [on_weight(lax.optimization_barrier, value.weight) if isinstance(value, Factored) else None for value in values]
+    weights = [
+        on_weight(lax.optimization_barrier, value.weight) if isinstance(value, Factored) else None
+        for value in values
+    ]
     return [
         out.replace(weight=weight, key=value.key) if isinstance(value, Factored) else out
         for out, weight, value in zip(outputs, weights, values, strict=True)
@@ -67,7 +77,7 @@ def _multiplied(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
         raise NotAView
     sizes = dict(zip(dimensions, jnp.shape(factor), strict=True))
     factor = lax.reshape(jnp.asarray(factor), [sizes.get(index, 1) for index in range(len(weight.shape))])
-    product = lambda array, other: bind(eqn, [array, other] if positions == [0] else [other, array])[0]  # noqa: E731
+    product = lambda array, other: bind(eqn, [array, other] if positions == [0] else [other, array])[0]
     array = on_weight(product, weight.weight, values[other])
     return [_views.rescaled(weight, array, factor, lax.div if eqn.primitive.name == "div" else lax.mul)]
 
@@ -88,13 +98,20 @@ def _padded(eqn: Any, weight: Any, value: Any) -> Factored:
 
 
 def _all_gathered(eqn: Any, weight: Factored) -> Factored:
-    """A weight that a `shard_map` gathers from its shards: so are its factors, along the axis if they have it."""
+    """A weight that a `shard_map` gathers from its shards: so are its factors, along the axis if they
+    have it.
+    """
     params = eqn.params
     if not params["tiled"]:
         raise NotAView
     options = {"axis_index_groups": params["axis_index_groups"], "tiled": True}
-    gather = lambda part, axis: lax.all_gather(part, params["axis_name"], axis=axis, **options)  # noqa: E731
-    return _views.along(weight, on_weight(lambda array: bind(eqn, [array])[0], weight.weight), params["all_gather_dimension"], gather)
+    gather = lambda part, axis: lax.all_gather(part, params["axis_name"], axis=axis, **options)
+    return _views.along(
+        weight,
+        on_weight(lambda array: bind(eqn, [array])[0], weight.weight),
+        params["all_gather_dimension"],
+        gather,
+    )
 
 
 def _resharded(eqn: Any, weight: Factored) -> Factored:
@@ -102,7 +119,7 @@ def _resharded(eqn: Any, weight: Factored) -> Factored:
     array = on_weight(lambda array: bind(eqn, [array])[0], weight.weight)
     mesh, spec = eqn.params["dst_sharding"].mesh, eqn.params["dst_sharding"].spec
     weight = weight.unwindowed()
-    place = lambda part, spec: jax.sharding.reshard(part, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
+    place = lambda part, spec: jax.sharding.reshard(part, jax.sharding.NamedSharding(mesh, spec))
     bare = weight.replace(weight=None, key=None)
     parts = jax.tree.map(place, bare, bare.partition_specs(spec).replace(weight=None))
     return parts.replace(weight=array, key=weight.key)
@@ -121,7 +138,9 @@ def _reshaped(eqn: Any, weight: Factored, *dynamic: Any) -> Factored:
 
 
 def _sliced(eqn: Any, weight: Factored) -> Factored:
-    return _views.sliced(weight, eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"])
+    return _views.sliced(
+        weight, eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"]
+    )
 
 
 def _split(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
@@ -143,7 +162,9 @@ VIEWS: dict[str, Callable] = {
     "transpose": _view(lambda eqn, weight: _views.transposed(weight, eqn.params["permutation"])),
     "reshape": _view(_reshaped),
     "squeeze": _view(lambda eqn, weight: _views.squeezed(weight, eqn.params["dimensions"])),
-    "expand_dims": _view(lambda eqn, weight: _views.broadcast(weight, eqn.outvars[0].aval.shape, eqn.params["dimensions"])),
+    "expand_dims": _view(
+        lambda eqn, weight: _views.broadcast(weight, eqn.outvars[0].aval.shape, eqn.params["dimensions"])
+    ),
     "broadcast_in_dim": _view(_broadcast),
     "slice": _view(_sliced),
     "dynamic_slice": _view(_dynamic_sliced),

@@ -19,18 +19,21 @@ from ._leaves import check_arrays, is_plain, lora_leaf
 
 
 def as_lora(frozen: Any, delta: Any) -> Lorafied:
-    """Every adapter as a plain `LoRA` adapter that computes the same, and the base without what other methods keep in it.
+    """Every adapter as a plain `LoRA` adapter that computes the same, and the base without what other methods
+    keep in it.
 
     >>> import jax.numpy as jnp, lora_jax
-    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.PiSSA(rank=4))
+    >>> params = {"kernel": jnp.ones((64, 32))}
+    >>> frozen, delta = lora_jax.lorafy(params, "kernel", method=lora_jax.PiSSA(rank=4))
     >>> frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)
     >>> frozen["kernel"].shape, delta["kernel"].spec.method.rank
     ((64, 32), 8)
 
-    Exact: an adapter adds a sum of products s·A·B, whose A's and B's are put side by side; diagonals go into B, and products that have
-    one A become one. So AdaLoRA, VeRA, DyLoRA and LoRA-FA keep their rank. PiSSA and Delta-LoRA get 2r, Delta-LoRA `[A, A_s]` and
-    `[(1 + ratio)·B; −ratio·B_s]`, with twice the alpha. n `blocks` make n·r, block-diagonal. This rank may be above min(in, out);
-    `compress` lowers it. Every leaf has an A and a B of its own, and both train from here on.
+    Exact: an adapter adds a sum of products s·A·B, whose A's and B's are put side by side; diagonals go into
+    B, and products that have one A become one. So AdaLoRA, VeRA, DyLoRA and LoRA-FA keep their rank. PiSSA
+    and Delta-LoRA get 2r, Delta-LoRA `[A, A_s]` and `[(1 + ratio)·B; −ratio·B_s]`, with twice the alpha. n
+    `blocks` make n·r, block-diagonal. This rank may be above min(in, out); `compress` lowers it. Every leaf
+    has an A and a B of its own, and both train from here on.
 
     Plain LoRA adapters and leaves that train themselves are left as they are, and packed weights packed.
 
@@ -41,14 +44,17 @@ def as_lora(frozen: Any, delta: Any) -> Lorafied:
       `Lorafied(frozen, delta)`; this `frozen` holds the plain weights.
 
     Raises:
-      ValueError: an adapter multiplies W (DoRA), so that what it does to W is not low-rank; the trees do not belong together.
+      ValueError: an adapter multiplies W (DoRA), so that what it does to W is not low-rank; the trees do not
+        belong together.
       TypeError: the trees hold shapes.
     """
     check_arrays("as_lora(frozen, delta)", frozen=frozen, delta=delta)
     pairs: list[tuple[Any, Any]] = []
     paired(lambda leaf, other: pairs.append(_as_lora(leaf, other)), frozen, delta)
     treedef = jax.tree.structure(frozen, is_leaf=is_node)
-    return Lorafied(treedef.unflatten([leaf for leaf, _ in pairs]), treedef.unflatten([other for _, other in pairs]))
+    return Lorafied(
+        treedef.unflatten([leaf for leaf, _ in pairs]), treedef.unflatten([other for _, other in pairs])
+    )
 
 
 def _as_lora(frozen: Any, delta: Any) -> tuple[Any, Any]:
@@ -60,7 +66,8 @@ def _as_lora(frozen: Any, delta: Any) -> tuple[Any, Any]:
     form = jax.eval_shape(factored, node)
     if form.magnitude is not None:
         raise ValueError(
-            f"the {type(delta.spec.method).__name__} adapter of {delta.spec.path!r} is no LoRA: its magnitude multiplies W too, and what that adds "
+            f"the {type(delta.spec.method).__name__} adapter of {delta.spec.path!r} is no LoRA: its "
+            "magnitude multiplies W too, and what that adds "
             "to W is not low-rank. Use its weights instead: `merge(frozen, delta)`."
         )
     a, b = _side_by_side(node, _first_with_this_a(node, len(form.terms)))
@@ -80,8 +87,12 @@ def _first_with_this_a(node: Adapted, count: int) -> tuple[int, ...]:
     if count == 1:
         return (0,)
     with jax.ensure_compile_time_eval():
-        fixed, adapter = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), (node.fixed, node.adapter))
-        weight = jax.tree.map(lambda array: np.broadcast_to(np.zeros((), array.dtype), array.shape), node.weight)  # takes no memory
+        fixed, adapter = jax.tree.map(
+            lambda array: jnp.zeros(array.shape, array.dtype), (node.fixed, node.adapter)
+        )
+        weight = jax.tree.map(
+            lambda array: np.broadcast_to(np.zeros((), array.dtype), array.shape), node.weight
+        )  # takes no memory
         found = [term.a for term in factored(Adapted(Fixed(weight, fixed, adapter.spec), adapter)).terms]
     return tuple(next(index for index, other in enumerate(found) if other is a) for a in found)
 

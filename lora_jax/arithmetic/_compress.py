@@ -9,20 +9,31 @@ import jax.numpy as jnp
 from .._factored import widened
 from .._nodes import Adapter, is_node
 from .._paths import named_leaves
-from ._leaves import balanced, by_layer, check_arrays, check_plain, check_rank, lora_leaf, matrices_of, product, shaped_like
+from ._leaves import (
+    balanced,
+    by_layer,
+    check_arrays,
+    check_plain,
+    check_rank,
+    lora_leaf,
+    matrices_of,
+    product,
+    shaped_like,
+)
 
 
 def compress(delta: Any, rank: int) -> Any:
-    """The best approximation of every ΔW at a lower rank: its truncated singular value decomposition (Eckart and Young, 1936).
+    """The best approximation of every ΔW at a lower rank: its truncated singular value decomposition (Eckart
+    and Young, 1936).
 
     >>> import jax.numpy as jnp, lora_jax
     >>> delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.LoRA(rank=8)).delta
     >>> {name: array.shape for name, array in lora_jax.arithmetic.compress(delta, 2)["kernel"].arrays.items()}
     {'a': (64, 2), 'b': (2, 32)}
 
-    ΔW is not formed: the decomposition is that of the product of two triangular factors, which is r by r. A and B share the singular
-    values, `A = U·√S` and `B = √S·V`, and alpha = rank. Adapters of this rank or lower are left as they are, like leaves that
-    train themselves. What is lost is in `singular_values`.
+    ΔW is not formed: the decomposition is that of the product of two triangular factors, which is r by r. A
+    and B share the singular values, `A = U·√S` and `B = √S·V`, and alpha = rank. Adapters of this rank or
+    lower are left as they are, like leaves that train themselves. What is lost is in `singular_values`.
 
     Args:
       delta: of plain LoRA adapters.

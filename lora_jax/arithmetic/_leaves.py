@@ -16,6 +16,7 @@ from .._nodes import Adapter, Shared
 from .._paths import is_shape
 from ..methods import LoRA
 
+
 product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -26,7 +27,9 @@ def lora_leaf(spec: Spec, a: jax.Array, b: jax.Array, *, scale: float = 1.0, dro
 
 
 def common_dtype(leaves: list[Adapter]) -> Any:
-    return functools.reduce(jnp.promote_types, [array.dtype for leaf in leaves for array in leaf.arrays.values()])
+    return functools.reduce(
+        jnp.promote_types, [array.dtype for leaf in leaves for array in leaf.arrays.values()]
+    )
 
 
 def common_dropout(leaves: list[Adapter]) -> float:
@@ -41,13 +44,23 @@ def is_plain(leaf: Adapter) -> bool:
 
 def check_plain(path: str, leaf: Adapter) -> None:
     if not is_plain(leaf):
-        blocks = "" if type(leaf.spec.method) is not LoRA else " with `blocks`" if leaf.spec.method.blocks else " that shares its arrays with another leaf"
+        blocks = (
+            ""
+            if type(leaf.spec.method) is not LoRA
+            else " with `blocks`"
+            if leaf.spec.method.blocks
+            else " that shares its arrays with another leaf"
+        )
         raise ValueError(
-            f"the adapter of {path!r} is {type(leaf.spec.method).__name__}{blocks}, and only plain LoRA adapters have an A and a B to compute with. "
+            f"the adapter of {path!r} is {type(leaf.spec.method).__name__}{blocks}, and only plain LoRA "
+            "adapters have an A and a B to compute with. "
             "Make plain ones first: `frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)`."
         )
     if any(leaf.arrays[name].ndim != len(axes) for name, axes in leaf.array_axes().items()):
-        raise ValueError(f"the adapter of {path!r} is a stack of several. Pick one with `take(stacked, 0)`, or `jax.vmap` this over them.")
+        raise ValueError(
+            f"the adapter of {path!r} is a stack of several. Pick one with `take(stacked, 0)`, or "
+            "`jax.vmap` this over them."
+        )
 
 
 def check_rank(rank: Any) -> None:
@@ -59,13 +72,16 @@ def check_arrays(call: str, **trees: Any) -> None:
     if any(map(is_shape, jax.tree.leaves(trees))):
         names = ", ".join(trees)
         raise TypeError(
-            f"`{call}` computes with arrays, and was given shapes (`jax.ShapeDtypeStruct`). For the shapes of its result: "
+            f"`{call}` computes with arrays, and was given shapes (`jax.ShapeDtypeStruct`). For the shapes "
+            "of its result: "
             f"`jax.eval_shape(lambda {names}: {call}, {names})`."
         )
 
 
 def times(factor: Any, array: jax.Array) -> jax.Array:
-    """In float32 at least, because a factor rounded to bfloat16 would be wrong in the same direction everywhere."""
+    """In float32 at least, because a factor rounded to bfloat16 would be wrong in the same direction
+    everywhere.
+    """
     wide = widened(array.dtype)
     return (array.astype(wide) * jnp.asarray(factor, wide)).astype(array.dtype)
 

@@ -18,16 +18,24 @@ def add(total: Any, tree: Any) -> Any:
 
 
 def mean(total: Any, count: int, newest: Any) -> Any:
-    """`total / count` with the dtypes and shardings of `newest`; leaves that are not floating are those of `newest`."""
+    """`total / count` with the dtypes and shardings of `newest`; leaves that are not floating are those
+    of `newest`.
+    """
 
     def of_leaf(sum: jax.Array, leaf: jax.Array) -> jax.Array:
-        return jax.device_put(_divided(sum, count, str(leaf.dtype)), leaf.sharding) if is_floating(leaf) else leaf
+        return (
+            jax.device_put(_divided(sum, count, str(leaf.dtype)), leaf.sharding)
+            if is_floating(leaf)
+            else leaf
+        )
 
     return jax.tree.map(of_leaf, total, newest)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32) if is_floating(leaf) else leaf
+    return (
+        leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32) if is_floating(leaf) else leaf
+    )
 
 
 @jax.jit

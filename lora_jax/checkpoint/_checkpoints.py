@@ -1,4 +1,6 @@
-"""The directory of a run's checkpoints: which to keep, which is intact, and what of it fits the run that asks."""
+"""The directory of a run's checkpoints: which to keep, which is intact, and what of it fits the run that
+asks.
+"""
 
 import hashlib
 import json
@@ -16,6 +18,7 @@ from .._paths import component
 from . import _average, _checksum, _storage
 from ._processes import Damaged, on_first, together
 
+
 # Of what is on the disk; 1 was before the checksums were computed on the devices.
 _FORMAT = 2
 # Seconds that a block which an error has ended waits for what several processes are writing.
@@ -23,7 +26,9 @@ PATIENCE = 10
 
 
 class State(NamedTuple):
-    """What a run needs to go on. `step`: updates done; `position`: (epoch, batch within it) of the next batch."""
+    """What a run needs to go on. `step`: updates done; `position`: (epoch, batch within it) of the next
+    batch.
+    """
 
     delta: Any
     opt_state: Any
@@ -46,14 +51,17 @@ class Checkpoints:
         checkpoints.save(State(delta, opt_state, step, position, key))
     ```
 
-    `identity`: what must be the same on resume, a short text each. `keep`: how many to keep, the newest ones. `keep_best`: whether to
-    keep, beside these, the one that was saved with the lowest `loss`.
+    `identity`: what must be the same on resume, a short text each. `keep`: how many to keep, the newest ones.
+    `keep_best`: whether to keep, beside these, the one that was saved with the lowest `loss`.
 
-    With several processes (`jax.distributed`), all have the directory on one file system and call the same methods in the same order.
-    Every method but `save` waits first for the checkpoint that is being written, so that what it says does not depend on the time.
+    With several processes (`jax.distributed`), all have the directory on one file system and call the same
+    methods in the same order. Every method but `save` waits first for the checkpoint that is being written,
+    so that what it says does not depend on the time.
     """
 
-    def __init__(self, directory: str | Path, *, identity: Mapping[str, str], keep: int = 2, keep_best: bool = False):
+    def __init__(
+        self, directory: str | Path, *, identity: Mapping[str, str], keep: int = 2, keep_best: bool = False
+    ):
         if keep < 1:
             raise ValueError(f"`keep` is {keep}: at least the newest checkpoint is kept, so pass 1 or more")
         self._directory = Path(directory).absolute()
@@ -72,10 +80,13 @@ class Checkpoints:
             self.wait()
             return
         try:
-            # What ended the block may be the end of another process, for which a write that is going on would wait.
+            # What ended the block may be the end of another process, for which a write that is going on would
+            # wait.
             self._writer.wait(None if jax.process_count() == 1 else PATIENCE)
         except Exception as error:
-            warnings.warn(str(self._not_written(self._writing, error)), stacklevel=2)  # the error that ended the block is the one to be seen
+            warnings.warn(
+                str(self._not_written(self._writing, error)), stacklevel=2
+            )  # the error that ended the block is the one to be seen
 
     def latest(self) -> int | None:
         """The newest complete step, or None; looking creates nothing."""
@@ -84,30 +95,41 @@ class Checkpoints:
     def steps(self, *, passing: bool = True) -> list[int]:
         """The complete steps, oldest first; those that were saved in passing among them, or not."""
         self.wait()
-        return on_first(lambda: [step for step in self._on_disk() if passing or not self._said(step, "passing")])
+        return on_first(
+            lambda: [step for step in self._on_disk() if passing or not self._said(step, "passing")]
+        )
 
     def best(self) -> int | None:
-        """The complete step with the lowest finite loss, of equal ones the first; None where none was saved with a loss."""
+        """The complete step with the lowest finite loss, of equal ones the first; None where none was
+        saved with a loss.
+        """
         self.wait()
         return on_first(lambda: self._best(self._on_disk()))
 
     def save(self, state: State, loss: float | None = None, *, passing: bool = False) -> None:
-        """Writes `state` under its step, atomically and with a checksum, then forgets the oldest beyond `keep`.
+        """Writes `state` under its step, atomically and with a checksum, then forgets the oldest beyond
+        `keep`.
 
-        Returns when the arrays have been copied, and waits before that for the checkpoint that was begun earlier; the writing goes on
-        in a thread, so the arrays may be donated at once. `loss`: the validation loss of `state`, for `best` and `keep_best`.
-        `passing`: it is only there to go on from, as where a run is interrupted: it goes when the next one is complete, takes the place of no
-        other, and is in no average.
+        Returns when the arrays have been copied, and waits before that for the checkpoint that was begun
+        earlier; the writing goes on in a thread, so the arrays may be donated at once. `loss`: the validation
+        loss of `state`, for `best` and `keep_best`.
+        `passing`: it is only there to go on from, as where a run is interrupted: it goes when the next one is
+        complete, takes the place of no other, and is in no average.
 
-        Raises `OSError` where the one begun earlier could not be written, and `ValueError` where the step is there already.
+        Raises `OSError` where the one begun earlier could not be written, and `ValueError` where the step is
+        there already.
         """
         self.wait()
         if jax.process_count() > 1:
-            # Needed for the copy anyway, and what the processes exchange then meets no step that is still running.
+            # Needed for the copy anyway, and what the processes exchange then meets no step that is still
+            # running.
             jax.block_until_ready((state.delta, state.opt_state))
         path = self._directory / str(state.step)
         if on_first(path.exists):
-            raise ValueError(f"`{self._directory}` holds a checkpoint of step {state.step} already: go on from it, or take another directory")
+            raise ValueError(
+                f"`{self._directory}` holds a checkpoint of step {state.step} already: go on from it, or "
+                "take another directory"
+            )
         facts = {
             "format": _FORMAT,
             "step": state.step,
@@ -120,8 +142,9 @@ class Checkpoints:
         }
         arrays = {"delta": _named(state.delta), "opt_state": _named(state.opt_state)}
         copied = _storage.copied(arrays)
-        # Of what is saved, not of its copy, and fetched in the thread. A CPU computes in the thread that asks, so that there the one that
-        # writes asks, unless several processes take part, for which that would be a collective beside those of the training step.
+        # Of what is saved, not of its copy, and fetched in the thread. A CPU computes in the thread that
+        # asks, so that there the one that writes asks, unless several processes take part, for which that
+        # would be a collective beside those of the training step.
         sums = None if jax.process_count() == 1 and jax.default_backend() == "cpu" else _checksums(arrays)
 
         def complete() -> dict[str, Any]:
@@ -142,53 +165,70 @@ class Checkpoints:
         self._writer.start(path, copied, complete, then=self._forget)
 
     def wait(self) -> None:
-        """Until all that was saved is on the disk. Raises `OSError` where that failed, saying of which step, why and what to do."""
+        """Until all that was saved is on the disk. Raises `OSError` where that failed, saying of which
+        step, why and what to do.
+        """
         try:
             self._writer.wait()
         except Exception as error:
             raise self._not_written(self._writing, error) from error
 
     def restore(self, delta: Any, opt_state: Any, *, step: int | None = None, best: bool = False) -> State:
-        """The newest intact state, or that of `step`, or the `best` that is intact, with the structure, shapes, dtypes and shardings of `delta` and `opt_state`.
+        """The newest intact state, or that of `step`, or the `best` that is intact, with the structure,
+        shapes, dtypes and shardings of `delta` and `opt_state`.
 
-        A checkpoint that is cut short, or of which a bit has changed, is passed over with a warning and put aside, as `7.damaged`
-        beside where it was; so the run goes on from the one before it. Of several processes, all pass over what one cannot read.
+        A checkpoint that is cut short, or of which a bit has changed, is passed over with a warning and put
+        aside, as `7.damaged` beside where it was; so the run goes on from the one before it. Of several
+        processes, all pass over what one cannot read.
 
-        Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the first, where there is no
-        checkpoint, or none of `step`, and `NoneIntact`, which is one, where no checkpoint is intact.
+        Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the
+        first, where there is no checkpoint, or none of `step`, and `NoneIntact`, which is one, where no
+        checkpoint is intact.
         """
         steps = sorted(self.steps(), reverse=True)
         if step is not None:
             if step not in steps:
                 there = ", ".join(map(str, reversed(steps))) or "none"
-                raise ValueError(f"`step` is {step}, of which `{self._directory}` holds no checkpoint; of these steps it does: {there}")
+                raise ValueError(
+                    f"`step` is {step}, of which `{self._directory}` holds no checkpoint; of these steps it "
+                    f"does: {there}"
+                )
             steps = [step]
         if best:
             steps = on_first(lambda: self._by_loss(steps))
         if not steps:
-            raise ValueError(f"`{self._directory}` holds no checkpoint" + (" that was saved with a finite loss" if best else ""))
+            raise ValueError(
+                f"`{self._directory}` holds no checkpoint"
+                + (" that was saved with a finite loss" if best else "")
+            )
         damaged: list[tuple[int, str]] = []
         for found, facts, arrays in self._intact(steps, {"delta": delta, "opt_state": opt_state}, damaged):
             self._put_aside(damaged, found)
             key = jax.random.wrap_key_data(jnp.asarray(facts["key"], jnp.uint32), impl=facts["key_impl"])
             return State(arrays["delta"], arrays["opt_state"], found, tuple(facts["position"]), key)
         listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged)
-        raise NoneIntact(f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start again in another directory")
+        raise NoneIntact(
+            f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start "
+            "again in another directory"
+        )
 
     def average(self, delta: Any, *, last: int) -> Any:
-        """The mean of the trained arrays of the newest `last` intact checkpoints, with the structure and shardings of `delta`.
+        """The mean of the trained arrays of the newest `last` intact checkpoints, with the structure and
+        shardings of `delta`.
 
         ```python
         smooth = checkpoints.average(state.delta, last=4)     # of Checkpoints(..., keep=4), or more
         ```
 
-        Averaging of weights, Izmailov et al., UAI 2018, arXiv 1803.05407, "SWA". Computed in float32, of float64 arrays in float64;
-        arrays that are not floating are those of the newest. For LoRA this averages the A's and the B's apart, and the mean of the
-        products is not the product of the means: it is the exact mean of the models only where one of the two stays the same. That
-        is `lora_jax.arithmetic.weighted(deltas, [1 / len(deltas)] * len(deltas))`, by concatenation: its rank is the sum of the ranks.
+        Averaging of weights, Izmailov et al., UAI 2018, arXiv 1803.05407, "SWA". Computed in float32, of
+        float64 arrays in float64; arrays that are not floating are those of the newest. For LoRA this
+        averages the A's and the B's apart, and the mean of the
+        products is not the product of the means: it is the exact mean of the models only where one of the two
+        stays the same. That is `lora_jax.arithmetic.weighted(deltas, [1 / len(deltas)] * len(deltas))`, by
+        concatenation: its rank is the sum of the ranks.
 
-        Where one is damaged, it is put aside with a warning, and the mean is that of the others. Raises `ValueError` where fewer than
-        `last` are there, and as `restore` does.
+        Where one is damaged, it is put aside with a warning, and the mean is that of the others. Raises
+        `ValueError` where fewer than `last` are there, and as `restore` does.
         """
         if last < 1:
             raise ValueError(f"`last` is {last}: average one checkpoint or more")
@@ -197,7 +237,9 @@ class Checkpoints:
         steps = sorted(self.steps(passing=False), reverse=True)
         for found, _, arrays in self._intact(steps, {"delta": delta}, damaged):
             part = arrays["delta"]
-            newest, total = (part, _average.begin(part)) if newest is None else (newest, _average.add(total, part))
+            newest, total = (
+                (part, _average.begin(part)) if newest is None else (newest, _average.add(total, part))
+            )
             used.append(found)
             if len(used) == last:
                 break
@@ -205,21 +247,28 @@ class Checkpoints:
             self._put_aside(damaged, used[0])
         if not used or len(used) < last and not damaged:
             raise ValueError(
-                f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average as many, or train with "
+                f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average "
+                "as many, or train with "
                 f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here"
             )
         return _average.mean(total, len(used), newest)
 
     def put_aside(self) -> None:
-        """Gives every complete checkpoint a name under which it is none, `7.damaged`, so that a run can begin again in the directory."""
+        """Gives every complete checkpoint a name under which it is none, `7.damaged`, so that a run can
+        begin again in the directory.
+        """
         for step in self.steps():
             on_first(lambda step=step: self._rename(step))
 
-    # --- which there are ----------------------------------------------------------------------------------------------
+    # --- which there are ------------------------------------------------------------------------------------
 
     def _on_disk(self) -> list[int]:
         # Under its number only when it is complete: renaming is the last that is done.
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()) if self._directory.is_dir() else []
+        return (
+            sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+            if self._directory.is_dir()
+            else []
+        )
 
     def _said(self, step: int, name: str) -> Any:
         """What a checkpoint says of itself; None of one that says nothing that can be read."""
@@ -256,12 +305,19 @@ class Checkpoints:
             if intact
             else "there is no earlier one, and the same command begins again"
         )
-        return OSError(f"the checkpoint of step {step} could not be written to `{self._directory}`: {_storage.cause(error)}. Free space, or mend that; {rest}")
+        return OSError(
+            f"the checkpoint of step {step} could not be written to `{self._directory}`: "
+            f"{_storage.cause(error)}. Free space, or mend that; {rest}"
+        )
 
-    # --- what one of them holds ---------------------------------------------------------------------------------------
+    # --- what one of them holds -----------------------------------------------------------------------------
 
-    def _intact(self, steps: list[int], wanted: dict[str, Any], damaged: list[tuple[int, str]]) -> Iterator[tuple[int, dict, dict]]:
-        """`(step, facts, arrays)` of those that are, with the structures of `wanted`; the others are added to `damaged`."""
+    def _intact(
+        self, steps: list[int], wanted: dict[str, Any], damaged: list[tuple[int, str]]
+    ) -> Iterator[tuple[int, dict, dict]]:
+        """`(step, facts, arrays)` of those that are, with the structures of `wanted`; the others are
+        added to `damaged`.
+        """
         for step in steps:
             try:
                 yield step, *self._read(step, wanted)
@@ -295,7 +351,8 @@ class Checkpoints:
             raise Damaged("what it says of itself has changed since it was saved")
         if facts.get("format") != _FORMAT:
             raise ValueError(
-                f"`{self._directory}` holds checkpoints of format {facts.get('format', 1)}, and this version of lora_jax reads {_FORMAT}: "
+                f"`{self._directory}` holds checkpoints of format {facts.get('format', 1)}, and this "
+                f"version of lora_jax reads {_FORMAT}: "
                 "resume the run with the version that began it, or use another directory"
             )
         return facts
@@ -304,7 +361,8 @@ class Checkpoints:
         for name in [*self._identity, *(name for name in found if name not in self._identity)]:
             if found.get(name) != self._identity.get(name):
                 raise ValueError(
-                    f"`{self._directory}` holds a run with another {name} (saved: {found.get(name)}, now: {self._identity.get(name)}): "
+                    f"`{self._directory}` holds a run with another {name} (saved: {found.get(name)}, now: "
+                    f"{self._identity.get(name)}): "
                     f"resume it with the {name} it started from, or use another directory"
                 )
 
@@ -313,18 +371,30 @@ class Checkpoints:
             want, have = _described(shapes), stored[part]
             for name in sorted(want.keys() ^ have.keys()):
                 where = "missing from" if name in want else "unexpected in"
-                raise ValueError(f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`")
+                raise ValueError(
+                    f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`"
+                )
             for name, expected in want.items():
                 if have[name] != expected:
-                    raise ValueError(f"{part} {name!r} has shape and dtype {tuple(have[name])} in the checkpoint, expected {tuple(expected)}")
+                    raise ValueError(
+                        f"{part} {name!r} has shape and dtype {tuple(have[name])} in the checkpoint, "
+                        f"expected {tuple(expected)}"
+                    )
 
     def _put_aside(self, damaged: list[tuple[int, str]], intact: int) -> None:
         for number, reason in damaged:
-            warnings.warn(f"the checkpoint of step {number} in `{self._directory}` is damaged: {reason}; going on from step {intact}", stacklevel=3)
+            warnings.warn(
+                f"the checkpoint of step {number} in `{self._directory}` is damaged: {reason}; going on "
+                f"from step {intact}",
+                stacklevel=3,
+            )
             on_first(lambda number=number: self._rename(number))
 
     def _rename(self, number: int) -> None:
-        names = (self._directory / f"{number}.damaged{mark}" for mark in ("", *(f".{count}" for count in range(1, 1000))))
+        names = (
+            self._directory / f"{number}.damaged{mark}"
+            for mark in ("", *(f".{count}" for count in range(1, 1000)))
+        )
         (self._directory / str(number)).rename(next(name for name in names if not name.exists()))
         self._known.pop(number, None)
 
@@ -334,7 +404,10 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 def _checksums(arrays: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    return {part: {name: _checksum.checksum(leaf) for name, leaf in named.items()} for part, named in arrays.items()}
+    return {
+        part: {name: _checksum.checksum(leaf) for name, leaf in named.items()}
+        for part, named in arrays.items()
+    }
 
 
 def _digits(sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -362,4 +435,7 @@ def _refill(tree: Any, arrays: dict[str, jax.Array]) -> Any:
 
 
 def _shapes(arrays: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in arrays.items()}
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in arrays.items()
+    }

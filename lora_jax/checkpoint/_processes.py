@@ -1,7 +1,7 @@
 """What the processes of a run agree on, so that none waits for another that has given up.
 
-With `jax.distributed`, every process calls the same methods in the same order; these are collectives of the devices, and belong to the
-thread that trains. With one process, nothing is exchanged.
+With `jax.distributed`, every process calls the same methods in the same order; these are collectives of the
+devices, and belong to the thread that trains. With one process, nothing is exchanged.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import TypeVar
 import jax
 
 from .._processes import exchange
+
 
 Result = TypeVar("Result")
 
@@ -22,12 +23,16 @@ _KINDS = (Damaged, ValueError, OSError, RuntimeError)  # the later, the graver
 
 
 def on_first(work: Callable[[], Result]) -> Result:
-    """`work()` by process 0 alone; the others wait, and have its result, which JSON can hold, or its error."""
+    """`work()` by process 0 alone; the others wait, and have its result, which JSON can hold, or its
+    error.
+    """
     return exchange(together(lambda: work() if jax.process_index() == 0 else None))[0]
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """`work()` by every process. Where it raises on one, all raise: their own error, or one of its kind that names the process."""
+    """`work()` by every process. Where it raises on one, all raise: their own error, or one of its kind
+    that names the process.
+    """
     if jax.process_count() == 1:
         return work()
     result, error = None, None

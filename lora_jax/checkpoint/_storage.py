@@ -1,7 +1,7 @@
 """One checkpoint on the disk, through Orbax: written in a thread, read by each process for itself.
 
-No thread but the caller's runs a collective of the devices, which would deadlock with those of the training step: with its processes
-named one by one, Orbax meets at barriers of `jax.distributed`'s service alone.
+No thread but the caller's runs a collective of the devices, which would deadlock with those of the training
+step: with its processes named one by one, Orbax meets at barriers of `jax.distributed`'s service alone.
 """
 
 import errno
@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from ._processes import Damaged
 
+
 # How Orbax names what it has not finished, and how we name what is being removed.
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", "*.removed")
 
@@ -29,8 +30,12 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    def start(self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]) -> None:
-        """Returns when `arrays`, from `copied`, are there. In the thread, `facts` is called, and on process 0 `then`, when all is complete."""
+    def start(
+        self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]
+    ) -> None:
+        """Returns when `arrays`, from `copied`, are there. In the thread, `facts` is called, and on
+        process 0 `then`, when all is complete.
+        """
         jax.block_until_ready(arrays)
         wide = jax.config.jax_enable_x64  # which `jax.enable_x64` sets for one thread
 
@@ -42,7 +47,9 @@ class Writer:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until all is on the disk, or for so many seconds at most; raises what kept it from getting there, once."""
+        """Until all is on the disk, or for so many seconds at most; raises what kept it from getting
+        there, once.
+        """
         if self._thread is not None:
             self._thread.join(seconds)
             self._thread = self._thread if self._thread.is_alive() else None
@@ -50,32 +57,47 @@ class Writer:
         if failure is not None:
             raise failure
 
-    def _write(self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]) -> None:
+    def _write(
+        self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]
+    ) -> None:
         try:
-            parts = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), facts=ocp.args.JsonSave(dict(facts())))
-            # The one of Orbax's that waits long enough at its barriers for the slowest process, twenty minutes.
-            processes = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=set(range(jax.process_count())))
+            parts = ocp.args.Composite(
+                arrays=ocp.args.PyTreeSave(arrays), facts=ocp.args.JsonSave(dict(facts()))
+            )
+            # The one of Orbax's that waits long enough at its barriers for the slowest process, twenty
+            # minutes.
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes=set(range(jax.process_count()))
+            )
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-            with ocp.AsyncCheckpointer(_handler(processes), async_options=options, multiprocessing_options=processes) as checkpointer:
+            with ocp.AsyncCheckpointer(
+                _handler(processes), async_options=options, multiprocessing_options=processes
+            ) as checkpointer:
                 checkpointer.save(path, args=parts)
                 checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 then()
         except BaseException as error:  # in a thread, nobody else would hear of it
-            self._failure = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} {error}")
+            self._failure = (
+                error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} {error}")
+            )
             if jax.process_index() == 0:
                 clear_unfinished(path.parent, path.name)
 
 
 def clear_unfinished(directory: Path, name: str = "") -> None:
-    """Removes what a write or a removal that failed, or was killed, has left: of the checkpoint `name`, or of all."""
+    """Removes what a write or a removal that failed, or was killed, has left: of the checkpoint `name`,
+    or of all.
+    """
     for pattern in _UNFINISHED:
         for left in directory.glob(name + pattern):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Under another name first: who is killed while removing does not leave half a checkpoint under its own."""
+    """Under another name first: who is killed while removing does not leave half a checkpoint under its
+    own.
+    """
     gone = path.with_name(f"{path.name}.removed")
     try:
         path.rename(gone)
@@ -85,7 +107,9 @@ def remove(path: Path) -> None:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, in one line: in the system's own words where they are somewhere in those of the libraries above it."""
+    """What went wrong, in one line: in the system's own words where they are somewhere in those of the
+    libraries above it.
+    """
     text = " ".join(f"{type(error).__name__}: {error}".split())
     known = [os.strerror(number) for number in errno.errorcode if os.strerror(number) in text]
     return max(known, key=len, default=text[:200])
@@ -101,31 +125,47 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_arrays(path: Path, like: Any) -> Any:
-    """Those of `like`, which may be a part of what there is, placed as it says; NumPy arrays where it holds these. Raises `Damaged`."""
-    asked = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
+    """Those of `like`, which may be a part of what there is, placed as it says; NumPy arrays where it
+    holds these. Raises `Damaged`.
+    """
+    asked = ocp.args.PyTreeRestore(
+        like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+    )
     try:
         found = _read(path, arrays=asked).arrays
     except Exception as error:  # whatever the reader meets in a file that is cut short
         _raise_if_of_the_machine(error)
         raise Damaged(f"its arrays cannot be read ({type(error).__name__})") from error
-    # A changed bit in what Orbax notes of them can give back its handle of a file instead of an array, or another name.
+    # A changed bit in what Orbax notes of them can give back its handle of a file instead of an array, or
+    # another name.
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=False)
-    same = all(isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype) for leaf, wanted in pairs)
+    same = all(
+        isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+        for leaf, wanted in pairs
+    )
     if not same or jax.tree.structure(found) != jax.tree.structure(like):
         raise Damaged("its arrays are not those that it says it has")
     return found
 
 
 def _raise_if_of_the_machine(error: Exception) -> None:
-    """Too little memory, no permission, a file system that fails: of these the files know nothing, and putting them aside would lose them."""
+    """Too little memory, no permission, a file system that fails: of these the files know nothing, and
+    putting them aside would lose them.
+    """
     number = getattr(error, "errno", None)
-    if isinstance(error, MemoryError) or number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM) or "RESOURCE_EXHAUSTED" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)
+        or "RESOURCE_EXHAUSTED" in str(error)
+    ):
         raise error
 
 
 def _read(path: Path, **parts: Any) -> Any:
     # Of this process alone: where one of several cannot read, the others must not wait for it at a barrier.
-    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
     with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(**parts))
 
@@ -139,14 +179,17 @@ def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeChec
 
 
 def copied(arrays: Any) -> Any:
-    """`arrays` where the next training step, to which they are donated, does not write: in the host's memory, if the device can.
+    """`arrays` where the next training step, to which they are donated, does not write: in the host's memory,
+    if the device can.
 
-    Not left to Orbax, which takes a view of what is in the host's memory already. Of a buffer that is viewed, JAX either refuses the
-    donation, so that the step needs its memory twice, or writes over what is being saved; which of the two is not documented.
+    Not left to Orbax, which takes a view of what is in the host's memory already. Of a buffer that is viewed,
+    JAX either refuses the donation, so that the step needs its memory twice, or writes over what is being
+    saved; which of the two is not documented.
     """
     leaves, structure = jax.tree.flatten(arrays)
     made: list[Any] = [None] * len(leaves)
-    # One program for all that lie alike: it copies several arrays at a time, which a program for each does not.
+    # One program for all that lie alike: it copies several arrays at a time, which a program for each does
+    # not.
     alike: dict[jax.sharding.Sharding, list[int]] = {}
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):
@@ -163,7 +206,9 @@ def copied(arrays: Any) -> Any:
 
 def _pinned(leaf: jax.Array) -> bool:
     device = next(iter(leaf.sharding.addressable_devices))
-    return device.platform != "cpu" and any(memory.kind == "pinned_host" for memory in device.addressable_memories())
+    return device.platform != "cpu" and any(
+        memory.kind == "pinned_host" for memory in device.addressable_memories()
+    )
 
 
 @jax.jit

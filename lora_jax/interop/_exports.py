@@ -1,4 +1,6 @@
-"""What every export of adapters does before it knows the format: are these the two trees, and does a new head come along."""
+"""What every export of adapters does before it knows the format: are these the two trees, and does a new
+head come along.
+"""
 
 from typing import Any
 
@@ -7,22 +9,36 @@ import jax
 
 from .. import arithmetic
 from .._merge import merge
-from .._nodes import Adapted, Adapter, Fixed, Shared, Trained, is_node
+from .._nodes import Adapted, Adapter, Fixed, is_node, Shared, Trained
 from .._pairs import paired
 from .._paths import named_leaves
 from ..arithmetic._leaves import check_arrays
 from ._adapters import adapters_of
 from ._families import Family, tensors_of
 
-# Of these heads PyTorch's user may have none or a fresh one, so that they are written whether they trained or not.
+
+# Of these heads PyTorch's user may have none or a fresh one, so that they are written whether they trained or
+# not.
 NEW_HEADS = ("sequence_classification", "token_classification", "question_answering")
-NOTHING_ADAPTED = "`delta` holds no adapter, and such files need one: for weights that train themselves, write the model, `hf.save(dir, model, merge(frozen, delta))`"
+NOTHING_ADAPTED = (
+    "`delta` holds no adapter, and such files need one: for weights that train themselves, write the model, "
+    "`hf.save(dir, model, merge(frozen, delta))`"
+)
 
 
 def check_trees(frozen: Any, delta: Any) -> None:
-    """Raises unless these are the two trees of one `lorafy`, in this order, of arrays and not of stacked adapters."""
-    if any(isinstance(leaf, Adapted | Trained) for tree in (frozen, delta) for leaf in jax.tree.leaves(tree, is_leaf=is_node)):
-        raise TypeError("a combined tree was passed, as `combine` returns it; pass the two that it was made of, `frozen` and `delta`: `partition(tree)`")
+    """Raises unless these are the two trees of one `lorafy`, in this order, of arrays and not of stacked
+    adapters.
+    """
+    if any(
+        isinstance(leaf, Adapted | Trained)
+        for tree in (frozen, delta)
+        for leaf in jax.tree.leaves(tree, is_leaf=is_node)
+    ):
+        raise TypeError(
+            "a combined tree was passed, as `combine` returns it; pass the two that it was made of, "
+            "`frozen` and `delta`: `partition(tree)`"
+        )
     if adapters_of(frozen):
         raise TypeError("`frozen` holds adapters: the order is `frozen`, `delta`")
     check_arrays("save(..., frozen, delta)", delta=delta)
@@ -30,21 +46,34 @@ def check_trees(frozen: Any, delta: Any) -> None:
     for leaf in adapters_of(delta):
         for name, axes in leaf.array_axes().items():
             if leaf.arrays[name].ndim != len(axes):
-                raise ValueError(f"`delta` holds stacked adapters at {leaf.spec.path!r}; save one of them, `take(stacked, 0)`")
+                raise ValueError(
+                    f"`delta` holds stacked adapters at {leaf.spec.path!r}; save one of them, "
+                    "`take(stacked, 0)`"
+                )
 
 
 def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
-    """The two trees with every adapter of the head merged: an adapter says nothing of the weight it belongs to, and that of a new head is nowhere else."""
+    """The two trees with every adapter of the head merged: an adapter says nothing of the weight it
+    belongs to, and that of a new head is nowhere else.
+    """
     head = {tensor.path for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)}
     adapted = [leaf for leaf in adapters_of(delta) if leaf.spec.path in head]
     if not adapted:
         return frozen, delta
     leaves = jax.tree.leaves((frozen, delta), is_leaf=is_node)
-    if any(isinstance(array, Shared) for leaf in leaves if isinstance(leaf, Adapter | Fixed) for array in leaf.arrays.values()):
+    if any(
+        isinstance(array, Shared)
+        for leaf in leaves
+        if isinstance(leaf, Adapter | Fixed)
+        for array in leaf.arrays.values()
+    ):
         frozen, delta = arithmetic.as_lora(frozen, delta)
     paths = [path for path, _ in named_leaves(frozen, is_leaf=is_node)]
     pairs: list[tuple[Any, Any]] = []
     paired(lambda leaf, other: pairs.append((leaf, other)), frozen, delta)
-    pairs = [(None, merge(*pair)) if path in head and isinstance(pair[1], Adapter) else pair for path, pair in zip(paths, pairs, strict=True)]
+    pairs = [
+        (None, merge(*pair)) if path in head and isinstance(pair[1], Adapter) else pair
+        for path, pair in zip(paths, pairs, strict=True)
+    ]
     treedef = jax.tree.structure(frozen, is_leaf=is_node)
     return treedef.unflatten([leaf for leaf, _ in pairs]), treedef.unflatten([other for _, other in pairs])

@@ -1,8 +1,8 @@
 """The models that can be read and written, one table a model: a new one is one more row of `FAMILIES`.
 
-A table says what each tensor of a Hugging Face file is called here. `{}` stands for the number of a layer, and a star
-marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in, width) of a convolution. GPT-2's
-`Conv1D` is (in, out) in both.
+A table says what each tensor of a Hugging Face file is called here. `{}` stands for the number of a layer,
+and a star marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in,
+width) of a convolution. GPT-2's `Conv1D` is (in, out) in both.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ class Family:
 
     model: type[nn.Module]
     config: type
-    heads: Mapping[str, str | None]  # their class: our head; of several for one head, the first is what `save` writes
+    heads: Mapping[
+        str, str | None
+    ]  # their class: our head; of several for one head, the first is what `save` writes
     layers: str  # the field of the config that counts them
     prefix: str  # files of the bare model lack it
     embedding: str  # the tensor of the word embedding
@@ -53,7 +55,11 @@ class Family:
 
     def build(self, config: Any, head: str | None, **options) -> nn.Module:
         """The model, with that head where there is more than one."""
-        return self.model(config, **options) if None in self.heads.values() else self.model(config, head=head, **options)
+        return (
+            self.model(config, **options)
+            if None in self.heads.values()
+            else self.model(config, head=head, **options)
+        )
 
 
 def _layers_of_bert(prefix: str, query: str, key: str, value: str) -> str:
@@ -125,7 +131,9 @@ FAMILIES = {
         aliases={"lm_head.decoder.bias": "lm_head.bias"},
         fused={},
         # Files of every head may carry the pooler of pretraining, which only `features` uses.
-        leftovers=re.compile(r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"),
+        leftovers=re.compile(
+            r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"
+        ),
         table="""
             roberta.embeddings.word_embeddings.weight          embeddings/word_embeddings/embedding
             roberta.embeddings.position_embeddings.weight      embeddings/position_embeddings/embedding
@@ -167,8 +175,11 @@ FAMILIES = {
         decoder="cls.predictions.decoder.weight",
         aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
         fused={},
-        # The published files have absolute positions that `position_biased_input`=false leaves aside, and a head of pretraining.
-        leftovers=re.compile(r"deberta\.(embeddings\.(position_ids|position_embeddings\.weight)|mask_predictions\..*)"),
+        # The published files have absolute positions that `position_biased_input`=false leaves aside, and a
+        # head of pretraining.
+        leftovers=re.compile(
+            r"deberta\.(embeddings\.(position_ids|position_embeddings\.weight)|mask_predictions\..*)"
+        ),
         table="""
             deberta.embeddings.word_embeddings.weight          embeddings/word_embeddings/embedding
             deberta.embeddings.position_embeddings.weight      embeddings/position_embeddings/embedding
@@ -183,10 +194,10 @@ FAMILIES = {
             deberta.encoder.conv.conv.bias                     encoder/conv/conv/bias
             deberta.encoder.conv.LayerNorm.weight              encoder/conv/LayerNorm/scale
             deberta.encoder.conv.LayerNorm.bias                encoder/conv/LayerNorm/bias
-            deberta.encoder.layer.{}.attention.self.pos_key_proj.weight      encoder/layer/{}/attention/self/pos_key_proj/kernel *
-            deberta.encoder.layer.{}.attention.self.pos_key_proj.bias        encoder/layer/{}/attention/self/pos_key_proj/bias
-            deberta.encoder.layer.{}.attention.self.pos_query_proj.weight    encoder/layer/{}/attention/self/pos_query_proj/kernel *
-            deberta.encoder.layer.{}.attention.self.pos_query_proj.bias      encoder/layer/{}/attention/self/pos_query_proj/bias
+            deberta.encoder.layer.{}.attention.self.pos_key_proj.weight encoder/layer/{}/attention/self/pos_key_proj/kernel *
+            deberta.encoder.layer.{}.attention.self.pos_key_proj.bias encoder/layer/{}/attention/self/pos_key_proj/bias
+            deberta.encoder.layer.{}.attention.self.pos_query_proj.weight encoder/layer/{}/attention/self/pos_query_proj/kernel *
+            deberta.encoder.layer.{}.attention.self.pos_query_proj.bias encoder/layer/{}/attention/self/pos_query_proj/bias
             pooler.dense.weight                                pooler/dense/kernel *
             pooler.dense.bias                                  pooler/dense/bias
             classifier.weight                                  classifier/kernel *
@@ -204,7 +215,7 @@ FAMILIES = {
             lm_predictions.lm_head.LayerNorm.weight            lm_predictions/lm_head/LayerNorm/scale
             lm_predictions.lm_head.LayerNorm.bias              lm_predictions/lm_head/LayerNorm/bias
             lm_predictions.lm_head.bias                        lm_predictions/lm_head/bias
-        """
+        """  # noqa: E501
         + _layers_of_bert("deberta.", "query_proj", "key_proj", "value_proj"),
     ),
 }
@@ -214,7 +225,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a `config.json` names, or an error that names the supported ones."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}")
+        raise ValueError(
+            f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}"
+        )
     return FAMILIES[kind]
 
 
@@ -225,16 +238,24 @@ def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None
     known = sorted(filter(None, set(family.heads.values())))
     if wanted is not None:
         if wanted not in known:
-            raise ValueError(f"`head`={wanted!r} must be one of {known}" if known else f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; leave it out")
+            raise ValueError(
+                f"`head`={wanted!r} must be one of {known}"
+                if known
+                else f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; "
+                "leave it out"
+            )
         return wanted
     if strangers:
         raise ValueError(
-            f"`architectures`={sorted(strangers)} in config.json is not supported; of {config['model_type']!r} there are "
+            f"`architectures`={sorted(strangers)} in config.json is not supported; of "
+            f"{config['model_type']!r} there are "
             f"{list(family.heads)}" + (f"; or pass `head=`, one of {known}" if known else "")
         )
     found = {family.heads[name] for name in named} or set(family.heads.values())
     if len(found) > 1:
-        raise ValueError(f"config.json does not name one class in `architectures`; pass `head=`, one of {known}")
+        raise ValueError(
+            f"config.json does not name one class in `architectures`; pass `head=`, one of {known}"
+        )
     return found.pop()
 
 
@@ -245,7 +266,9 @@ def family_of_model(model: nn.Module) -> tuple[str, str, Family]:
             head = getattr(model, "head", None)
             return kind, next(name for name, ours in family.heads.items() if ours == head), family
     names = [family.model.__name__ for family in FAMILIES.values()]
-    raise TypeError(f"`model` is a {type(model).__name__}, which has no Hugging Face form here; those of {names} have")
+    raise TypeError(
+        f"`model` is a {type(model).__name__}, which has no Hugging Face form here; those of {names} have"
+    )
 
 
 class Tensor(NamedTuple):
@@ -277,7 +300,9 @@ def tensors_of(model: nn.Module, family: Family) -> list[Tensor]:
             layer = i if model.scan else None
             if path in shapes:
                 shape = shapes[path].shape[1:] if layer is not None else shapes[path].shape
-                tensors.append(Tensor(theirs.format(i), path, layer, transposed, shape[::-1] if transposed else shape))
+                tensors.append(
+                    Tensor(theirs.format(i), path, layer, transposed, shape[::-1] if transposed else shape)
+                )
     return tensors
 
 

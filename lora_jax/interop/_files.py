@@ -1,7 +1,8 @@
-"""Files as such: JSON, directories that appear complete or not at all, and the checksum that a file carries of itself.
+"""Files as such: JSON, directories that appear complete or not at all, and the checksum that a file carries
+of itself.
 
-The checksum finds accidents: a flipped bit, an unfinished copy, an edit that nobody remembers. Left out: signatures. Whoever
-changes a file on purpose can write a new checksum into it.
+The checksum finds accidents: a flipped bit, an unfinished copy, an edit that nobody remembers. Left out:
+signatures. Whoever changes a file on purpose can write a new checksum into it.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+
 # What stands in the place of a file's own SHA-256 while that is computed.
 NO_DIGITS = "0" * 64
 
@@ -23,7 +25,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         if file.parent.is_file():
             raise ValueError(f"{file.parent} is a file; pass the directory that it is in")
-        found = sorted(entry.name for entry in file.parent.iterdir()) if file.parent.is_dir() else "no such directory"
+        found = (
+            sorted(entry.name for entry in file.parent.iterdir())
+            if file.parent.is_dir()
+            else "no such directory"
+        )
         raise ValueError(f"{file} is missing; found there: {found}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -42,21 +48,33 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def new_directory(dir: Path, *, overwrite: bool, mark: str, files: Iterable[str]) -> Iterator[Path]:
     """A directory to fill, which takes the name `dir` when the block ends and vanishes if the block raises.
 
-    `overwrite` replaces an earlier export, recognised by the file `mark` in it and by holding nothing but what exports hold, `files`
-    (as in `fnmatch`): with a wrong path, what would be lost is somebody's training run, or home.
+    `overwrite` replaces an earlier export, recognised by the file `mark` in it and by holding nothing but
+    what exports hold, `files` (as in `fnmatch`): with a wrong path, what would be lost is somebody's training
+    run, or home.
     """
     dir = Path(dir).resolve()
     if dir.is_file():
         raise ValueError(f"{dir} is a file; choose a directory")
     if dir.is_dir() and any(dir.iterdir()):
         if not overwrite:
-            raise ValueError(f"{dir} is not empty; choose another directory, or replace it with `overwrite=True`")
+            raise ValueError(
+                f"{dir} is not empty; choose another directory, or replace it with `overwrite=True`"
+            )
         if not (dir / mark).is_file():
-            raise ValueError(f"{dir} is not empty and has no {mark}: not an earlier export, so it is not replaced")
+            raise ValueError(
+                f"{dir} is not empty and has no {mark}: not an earlier export, so it is not replaced"
+            )
         patterns = [mark, *files]
-        other = sorted(entry.name for entry in dir.iterdir() if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns))
+        other = sorted(
+            entry.name
+            for entry in dir.iterdir()
+            if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns)
+        )
         if other:
-            raise ValueError(f"{dir} holds {other[0]!r}, which no export writes, so it is not replaced: move that away, or choose another directory")
+            raise ValueError(
+                f"{dir} holds {other[0]!r}, which no export writes, so it is not replaced: move that away, "
+                "or choose another directory"
+            )
     dir.parent.mkdir(parents=True, exist_ok=True)
     new = dir.with_name(f".{dir.name}.{uuid.uuid4().hex}")
     old = new.with_name(new.name + ".old")
@@ -80,7 +98,9 @@ def new_directory(dir: Path, *, overwrite: bool, mark: str, files: Iterable[str]
 
 
 def digest(file: Path, *, digits_at: int | None = None) -> str:
-    """The SHA-256 of a file in hexadecimal digits; the 64 bytes at `digits_at` count as zeros: the file's own digest goes there."""
+    """The SHA-256 of a file in hexadecimal digits; the 64 bytes at `digits_at` count as zeros: the file's
+    own digest goes there.
+    """
     hashed = hashlib.sha256()
     with open(file, "rb") as stream:
         if digits_at is not None:
@@ -99,7 +119,9 @@ def json_of(facts: dict[str, Any]) -> str:
         raise ValueError(f"`facts`={facts!r} cannot be written as JSON: {error}") from error
 
 
-def checked_facts(file: Path, facts: str | None, digits: str | None, digits_at: int, *, verify: bool) -> dict[str, Any] | None:
+def checked_facts(
+    file: Path, facts: str | None, digits: str | None, digits_at: int, *, verify: bool
+) -> dict[str, Any] | None:
     """The facts in a file that carries them and its digest; None for one that carries neither.
 
     A file with one of the two had both: a flipped bit hides one mark and cannot hide two.
@@ -108,20 +130,32 @@ def checked_facts(file: Path, facts: str | None, digits: str | None, digits_at: 
         return None
     if facts is None or digits is None:
         there, gone = ("a checksum", "facts") if facts is None else ("facts", "checksum")
-        raise ValueError(f"{file} is damaged: it carries {there} of lora_jax and no {gone}, which belong together; copy it again")
+        raise ValueError(
+            f"{file} is damaged: it carries {there} of lora_jax and no {gone}, which belong together; copy "
+            "it again"
+        )
     if verify and digest(file, digits_at=digits_at) != digits:
         raise ValueError(
-            f"{file} is damaged: its contents do not have the checksum that it carries; copy it again, or, if you changed it "
+            f"{file} is damaged: its contents do not have the checksum that it carries; copy it again, or, "
+            "if you changed it "
             "on purpose, pass `verify=False`"
         )
     try:
         content = json.loads(facts)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: the facts that it carries are not JSON ({error}); copy it again") from error
+        raise ValueError(
+            f"{file} is damaged: the facts that it carries are not JSON ({error}); copy it again"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: the facts that it carries are a JSON {type(content).__name__}, not an object; copy it again")
+        raise ValueError(
+            f"{file} is damaged: the facts that it carries are a JSON {type(content).__name__}, not an "
+            "object; copy it again"
+        )
     for name in ("base", "beside"):
         digests = content.get(name, {})
         if not isinstance(digests, dict) or not all(isinstance(text, str) for text in digests.values()):
-            raise ValueError(f"{file} is damaged: {name!r} of the facts that it carries is no mapping from names to digests; copy it again")
+            raise ValueError(
+                f"{file} is damaged: {name!r} of the facts that it carries is no mapping from names to "
+                "digests; copy it again"
+            )
     return content

@@ -1,7 +1,8 @@
 """Which base an adapter belongs to: 16 hexadecimal digits for each frozen tensor, as files hold it.
 
-By tensor, so that an error can name the first that differs, and so that a head that came later, or that trains, does not count. The
-same for layers that are stacked and for layers one by one. Left out: packed tensors, whose values are not the base's any more, and trees of shapes.
+By tensor, so that an error can name the first that differs, and so that a head that came later, or that
+trains, does not count. The same for layers that are stacked and for layers one by one. Left out: packed
+tensors, whose values are not the base's any more, and trees of shapes.
 """
 
 import hashlib
@@ -35,13 +36,17 @@ def _digits(array: np.ndarray) -> str:
 
 
 def check_base(source: Any, saved: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
-    """Raises `ValueError` where a tensor of the base is not the one beside which the adapter in `source` was saved."""
+    """Raises `ValueError` where a tensor of the base is not the one beside which the adapter in `source`
+    was saved.
+    """
     if not saved or not found:
         return
     different = [name for name in found if name in saved and saved[name] != found[name]]
     if different:
         more = f" and {len(different) - 1} more tensors" if len(different) > 1 else ""
         raise ValueError(
-            f"{source} was saved beside another base: {different[0]!r}{more} of `params` have other values, or another dtype, than there. Load the "
-            "base that it was trained on, or, if it shall go onto this one all the same, pass `check_base=False`."
+            f"{source} was saved beside another base: {different[0]!r}{more} of `params` have other values, "
+            "or another dtype, than there. Load the "
+            "base that it was trained on, or, if it shall go onto this one all the same, pass "
+            "`check_base=False`."
         )

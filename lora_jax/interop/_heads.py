@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-# The modules of our heads; the last gives the number of labels. A `classifier` alone decides nothing: a DeBERTa may have a frozen pooler before it.
+
+# The modules of our heads; the last gives the number of labels. A `classifier` alone decides nothing: a
+# DeBERTa may have a frozen pooler before it.
 _HEADS = (
     ("sequence_classification", ("classifier.dense", "classifier.out_proj")),
     ("sequence_classification", ("pooler.dense", "classifier")),
@@ -18,5 +20,9 @@ def head_in(stored: Mapping[str, Any]) -> dict[str, Any]:
     for head, modules in heads:
         names = [f"{module}.{last}" for module in modules for last in ("bias", "weight")]
         if stored.keys() >= set(names) and stored[names[-1]].shape:
-            return {"head": head, "num_labels": stored[names[-1]].shape[0]} if head != "question_answering" else {"head": head}
+            return (
+                {"head": head, "num_labels": stored[names[-1]].shape[0]}
+                if head != "question_answering"
+                else {"head": head}
+            )
     return {}

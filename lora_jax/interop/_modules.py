@@ -1,6 +1,7 @@
 """A model's modules as PyTorch names them: what adapter files speak of, where our own trees have paths.
 
-The tensors are those of the table in `_families.py`; here they are brought together by module, and named shortly where a config names them.
+The tensors are those of the table in `_families.py`; here they are brought together by module, and named
+shortly where a config names them.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from ._families import Family, Tensor, tensors_of
+
 
 ADAPTABLE = ("linear", "conv1d", "embedding", "convolution")
 
@@ -48,7 +50,13 @@ def modules_of(model: nn.Module, family: Family) -> list[Module]:
         name, _, last = tensor.name.rpartition(".")
         found.setdefault(name, {})[last] = tensor
     modules = [
-        Module(name, _kind(parts["weight"]) if "weight" in parts else "other", parts.get("weight"), parts.get("bias"), False)
+        Module(
+            name,
+            _kind(parts["weight"]) if "weight" in parts else "other",
+            parts.get("weight"),
+            parts.get("bias"),
+            False,
+        )
         for name, parts in found.items()
     ]
     head = tied_head(model, family)
@@ -80,11 +88,17 @@ def _kind(weight: Tensor) -> str:
 
 def containers(names: Iterable[str]) -> set[str]:
     """The modules that these are in."""
-    return {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts))}
+    return {
+        ".".join(parts[:depth])
+        for parts in (name.split(".") for name in names)
+        for depth in range(1, len(parts))
+    }
 
 
 def ends_with(name: str, ending: str) -> bool:
-    """Whether `ending` is the whole of a module's name or its last components: how PEFT reads a list of targets."""
+    """Whether `ending` is the whole of a module's name or its last components: how PEFT reads a list of
+    targets.
+    """
     return name == ending or name.endswith("." + ending)
 
 
@@ -94,20 +108,27 @@ def short_names(wanted: Collection[str], others: Collection[str]) -> list[str]:
     for name in wanted:
         parts = name.split(".")
         endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        chosen.add(next((ending for ending in endings if not any(ends_with(other, ending) for other in others)), name))
+        chosen.add(
+            next(
+                (ending for ending in endings if not any(ends_with(other, ending) for other in others)), name
+            )
+        )
     return sorted(chosen)
 
 
 def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[str]:
     """`wanted` with what makes up the whole of a larger module in its place: `classifier` for its two layers.
 
-    Not where another module's name ends alike, dot or no dot: PEFT would take that for meant too, as `word_embeddings` for `embeddings`.
+    Not where another module's name ends alike, dot or no dot: PEFT would take that for meant too, as
+    `word_embeddings` for `embeddings`.
     """
     every = {*all_names, *containers(all_names)}
 
     def stands_for(outer: str) -> bool:
         within = [name for name in all_names if name == outer or name.startswith(outer + ".")]
-        return all(name in wanted for name in within) and not any(name != outer and name.endswith(outer) for name in every)
+        return all(name in wanted for name in within) and not any(
+            name != outer and name.endswith(outer) for name in every
+        )
 
     chosen = set()
     for name in wanted:

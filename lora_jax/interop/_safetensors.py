@@ -1,8 +1,10 @@
-"""Tensors in safetensors, in one file or in shards with an index: read through memory maps, written one tensor at a time.
+"""Tensors in safetensors, in one file or in shards with an index: read through memory maps, written one
+tensor at a time.
 
-A file that is written with `facts` carries them and its own SHA-256 in its metadata, so that `facts_of` finds any bit that
-has changed since. The same tensors and facts give the same bytes. What a header may say, the `safetensors` library
-decides, which reads every file first. Left out: dtypes that NumPy does not have, of four and six bits.
+A file that is written with `facts` carries them and its own SHA-256 in its metadata, so that `facts_of` finds
+any bit that has changed since. The same tensors and facts give the same bytes. What a header may say, the
+`safetensors` library decides, which reads every file first. Left out: dtypes that NumPy does not have, of
+four and six bits.
 """
 
 import hashlib
@@ -14,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open, SafetensorError
 
-from ._files import NO_DIGITS, checked_facts, json_of, read_json, write_json
-from ._files import digest as digest
+from ._files import checked_facts, digest as digest, json_of, NO_DIGITS, read_json, write_json
+
 
 _DTYPES = {
     "BOOL": np.dtype(bool),
@@ -47,14 +49,22 @@ class Stored(NamedTuple):
     def read(self) -> np.ndarray:
         """A read-only view of the file, whose pages are read as they are used."""
         if self.dtype not in _DTYPES:
-            raise ValueError(f"{self.file}: {self.name!r} has dtype {self.dtype}, which NumPy does not have; it must have one of {list(_DTYPES)}")
+            raise ValueError(
+                f"{self.file}: {self.name!r} has dtype {self.dtype}, which NumPy does not have; it must "
+                f"have one of {list(_DTYPES)}"
+            )
         dtype = _DTYPES[self.dtype]
         try:
             if math.prod(self.shape) == 0:  # an empty map is an error
                 return np.frombuffer(b"", dtype).reshape(self.shape)
-            array = np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=self.shape).view(np.ndarray)
+            array = np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=self.shape).view(
+                np.ndarray
+            )
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{self.file}: {self.name!r} of shape {self.shape} cannot be read ({error}); copy or download it again") from error
+            raise ValueError(
+                f"{self.file}: {self.name!r} of shape {self.shape} cannot be read ({error}); copy or "
+                "download it again"
+            ) from error
         # Old writers did not pad the header; what computes on arrays may count on aligned ones.
         return array if array.flags.aligned else array.copy()
 
@@ -73,7 +83,9 @@ class Pending(NamedTuple):
 
 
 def stored_tensors(dir: Path, stem: str = "model") -> dict[str, Stored]:
-    """Every tensor of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` lists, by name."""
+    """Every tensor of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` lists, by
+    name.
+    """
     whole, index = dir / f"{stem}.safetensors", dir / f"{stem}.safetensors.index.json"
     if whole.is_file():
         return {stored.name: stored for stored in _header(whole)[1]}
@@ -95,7 +107,9 @@ def stored_tensors(dir: Path, stem: str = "model") -> dict[str, Stored]:
     for shard in shards:
         for tensor in _header(dir / shard)[1]:
             if places.get(tensor.name) != shard:
-                raise ValueError(f"{dir / shard} holds {tensor.name!r}, which {index.name} does not place there")
+                raise ValueError(
+                    f"{dir / shard} holds {tensor.name!r}, which {index.name} does not place there"
+                )
             stored[tensor.name] = tensor
     lost = sorted(set(places) - set(stored))
     if lost:
@@ -103,11 +117,18 @@ def stored_tensors(dir: Path, stem: str = "model") -> dict[str, Stored]:
     return stored
 
 
-def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str = "model", facts: dict[str, Any] | None = None) -> None:
-    """Writes one file, or shards of at most `shard_bytes` (a larger tensor has a shard of its own) and their index.
+def write_tensors(
+    dir: Path,
+    tensors: list[Pending],
+    shard_bytes: int,
+    stem: str = "model",
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Writes one file, or shards of at most `shard_bytes` (a larger tensor has a shard of its own) and their
+    index.
 
-    With `facts`, a JSON object, each file carries them and its checksum, and among them, in `beside`, the digest of the index; with
-    None it is a file like any other tool's.
+    With `facts`, a JSON object, each file carries them and its checksum, and among them, in `beside`, the
+    digest of the index; with None it is a file like any other tool's.
     """
     _check_pending(tensors)
     shards = _shards(tensors, shard_bytes)
@@ -116,7 +137,9 @@ def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str
         names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index = {
             "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
-            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+            "weight_map": {
+                tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+            },
         }
         file = dir / f"{stem}.safetensors.index.json"
         write_json(file, index)
@@ -127,14 +150,17 @@ def write_tensors(dir: Path, tensors: list[Pending], shard_bytes: int, stem: str
 
 
 def fetch_tensors(tensors: list[Pending], shard_bytes: int) -> None:
-    """Fetches in the order in which `write_tensors` does, and keeps nothing: what the other processes do while one writes."""
+    """Fetches in the order in which `write_tensors` does, and keeps nothing: what the other processes do
+    while one writes.
+    """
     for shard in _shards(tensors, shard_bytes):
         for tensor in shard:
             tensor.fetch()
 
 
 def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
-    """The facts that `write_tensors` was given, after a check of every bit of the file; None for a file without a checksum of ours.
+    """The facts that `write_tensors` was given, after a check of every bit of the file; None for a file
+    without a checksum of ours.
 
     `verify=False` reads only the header, and accepts a file that was changed on purpose.
     """
@@ -148,7 +174,8 @@ def _shards(tensors: list[Pending], shard_bytes: int) -> list[list[Pending]]:
         if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    # The larger the items the further in front, as the library has it: each then begins at a multiple of its item's size.
+    # The larger the items the further in front, as the library has it: each then begins at a multiple of its
+    # item's size.
     return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
@@ -156,24 +183,41 @@ def _check_pending(tensors: list[Pending]) -> None:
     names = set()
     for tensor in tensors:
         if tensor.name in names or tensor.name == "__metadata__":
-            raise ValueError(f"`tensors` has the name {tensor.name!r} " + ("twice" if tensor.name in names else "which the format keeps for itself"))
+            raise ValueError(
+                f"`tensors` has the name {tensor.name!r} "
+                + ("twice" if tensor.name in names else "which the format keeps for itself")
+            )
         if tensor.dtype not in _WORDS:
-            raise ValueError(f"{tensor.name!r} has dtype {tensor.dtype!r}, which safetensors does not have; it must have one of {list(_DTYPES)}")
+            raise ValueError(
+                f"{tensor.name!r} has dtype {tensor.dtype!r}, which safetensors does not have; it must have "
+                f"one of {list(_DTYPES)}"
+            )
         names.add(tensor.name)
 
 
 def _write(file: Path, tensors: list[Pending], facts: dict[str, Any] | None) -> None:
     # `transformers` refuses files that do not say which framework's conventions they follow.
-    metadata = {"format": "pt"} if facts is None else {"format": "pt", "sha256": NO_DIGITS, "lora_jax": json_of(facts)}
+    metadata = (
+        {"format": "pt"}
+        if facts is None
+        else {"format": "pt", "sha256": NO_DIGITS, "lora_jax": json_of(facts)}
+    )
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.bytes
-        header[tensor.name] = {"dtype": _WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[tensor.name] = {
+            "dtype": _WORDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{file}: the name {error.object[max(0, error.start - 40) : error.end]!r} is not Unicode text ({error.reason})") from error
+        raise ValueError(
+            f"{file}: the name {error.object[max(0, error.start - 40) : error.end]!r} is not Unicode text "
+            f"({error.reason})"
+        ) from error
     text += b" " * (-len(text) % 8)
 
     hashed = hashlib.sha256()
@@ -192,7 +236,10 @@ def _append(stream, hashed, tensor: Pending) -> None:
     # A function of its own, so that its array is gone before the next is fetched.
     array = np.asarray(tensor.fetch())
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
-        raise ValueError(f"{tensor.name!r} was announced as {tensor.dtype} of shape {tensor.shape} and came as {array.dtype} of shape {array.shape}")
+        raise ValueError(
+            f"{tensor.name!r} was announced as {tensor.dtype} of shape {tensor.shape} and came as "
+            f"{array.dtype} of shape {array.shape}"
+        )
     # As bytes: the buffers of bfloat16 arrays are unknown to `write`.
     data = array.reshape(-1).view(np.uint8)
     stream.write(data)
@@ -208,10 +255,15 @@ def _header(file: Path) -> tuple[dict[str, str], list[Stored]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length).decode(), object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", None) or {}
-        places = [(name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+        places = [
+            (name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        ]
     # TypeError: the library also takes `["F32", [1], [0, 4]]` for the description of a tensor.
     except (SafetensorError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); copy or download it again") from error
+        raise ValueError(
+            f"{file} is not a complete safetensors file ({error}); copy or download it again"
+        ) from error
     return metadata, [Stored(file, *place) for place in places]
 
 

@@ -10,9 +10,15 @@ import numpy as np
 from . import _torch_files
 from ._files import read_json
 
+
 # What trainers wrap around a state dict; the first that is there is meant.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
-_WORDS = {np.dtype(np.float16): "F16", np.dtype(jnp.bfloat16): "BF16", np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
+_WORDS = {
+    np.dtype(np.float16): "F16",
+    np.dtype(jnp.bfloat16): "BF16",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float64): "F64",
+}
 
 
 class Read(NamedTuple):
@@ -42,10 +48,22 @@ def tensors(file: Path) -> dict[str, Read]:
             content = content[wrapper]
             break
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a state dict; save `{{name: tensor}}`")
-    wrong = next((name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, np.ndarray)), None)
+        raise ValueError(
+            f"{file} holds a {type(content).__name__}, not a state dict; save `{{name: tensor}}`"
+        )
+    wrong = next(
+        (
+            name
+            for name, value in content.items()
+            if not isinstance(name, str) or not isinstance(value, np.ndarray)
+        ),
+        None,
+    )
     if wrong is not None:
-        raise ValueError(f"{file} has a {type(content[wrong]).__name__} under {wrong!r}, where a tensor was expected; save `{{name: tensor}}`, alone or under one of {list(_WRAPPERS)}")
+        raise ValueError(
+            f"{file} has a {type(content[wrong]).__name__} under {wrong!r}, where a tensor was expected; "
+            f"save `{{name: tensor}}`, alone or under one of {list(_WRAPPERS)}"
+        )
     return {name: Read(name, array) for name, array in content.items()}
 
 

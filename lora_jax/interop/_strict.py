@@ -1,4 +1,6 @@
-"""The checks that every reader shares: nothing is missing, unexpected, of another shape or dtype, or not a number."""
+"""The checks that every reader shares: nothing is missing, unexpected, of another shape or dtype, or not
+a number.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 
 from .._paths import nearest
 from ._files import digest
+
 
 DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "F64": jnp.float64}
 
@@ -46,14 +49,20 @@ def check_finite(file: Path, name: str, array: np.ndarray) -> np.ndarray:
     """The array, or `ValueError` if any of it is infinite or not a number."""
     if not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
-        raise ValueError(f"{file} has {count} values in {name!r} that are infinite or no numbers: what wrote it went wrong; take an earlier file, or pass `verify=False`")
+        raise ValueError(
+            f"{file} has {count} values in {name!r} that are infinite or no numbers: what wrote it went "
+            "wrong; take an earlier file, or pass `verify=False`"
+        )
     return array
 
 
 def check_writable(name: str, array: np.ndarray) -> np.ndarray:
     """The array, or `ValueError` if `load` would refuse it."""
     if not np.isfinite(array).all():
-        raise ValueError(f"{name!r} has values that are infinite or no numbers, so nothing is written: the training that made it went wrong")
+        raise ValueError(
+            f"{name!r} has values that are infinite or no numbers, so nothing is written: the training that "
+            "made it went wrong"
+        )
     return array
 
 
@@ -63,7 +72,8 @@ def check_beside(file: Path, facts: Mapping[str, Any] | None) -> None:
         other = file.parent / Path(name).name
         if not other.is_file() or digest(other) != digits:
             raise ValueError(
-                f"{other} {'has changed since it was' if other.is_file() else 'is missing, which was'} saved with {file.name}: copy it again, or, if you changed it on "
+                f"{other} {'has changed since it was' if other.is_file() else 'is missing, which was'} "
+                f"saved with {file.name}: copy it again, or, if you changed it on "
                 "purpose, pass `verify=False`"
             )
 
@@ -78,6 +88,7 @@ def check_width(path: str, dtype: Any) -> None:
     """Raises `ValueError` for what JAX would narrow."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"{path!r} is {dtype} in the file and would be narrowed; call `jax.config.update('jax_enable_x64', True)` "
+            f"{path!r} is {dtype} in the file and would be narrowed; call "
+            "`jax.config.update('jax_enable_x64', True)` "
             "first, or convert the file"
         )

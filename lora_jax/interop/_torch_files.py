@@ -1,7 +1,8 @@
-"""PyTorch's files (`.bin`, `.pt`; a zip of a pickle and of bytes), read and written without PyTorch and without running a pickle.
+"""PyTorch's files (`.bin`, `.pt`; a zip of a pickle and of bytes), read and written without PyTorch and
+without running a pickle.
 
-A file that `write` made carries facts and its own SHA-256, so that `facts_of` finds any bit that has changed since. Left out: files
-of PyTorch before 1.6, big-endian ones, and what `_torch_pickle` leaves out.
+A file that `write` made carries facts and its own SHA-256, so that `facts_of` finds any bit that has changed
+since. Left out: files of PyTorch before 1.6, big-endian ones, and what `_torch_pickle` leaves out.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ._files import NO_DIGITS, checked_facts, digest, json_of
-from ._torch_pickle import DTYPES, STORAGES, Name, Refused, Storage, check_values, pickled, unpickled
+from ._files import checked_facts, digest, json_of, NO_DIGITS
+from ._torch_pickle import check_values, DTYPES, Name, pickled, Refused, Storage, STORAGES, unpickled
+
 
 _ZIP = b"PK\x03\x04"
 _COMMENT = b"lora_jax sha256 "
@@ -24,24 +26,31 @@ _ALIGNED = 64  # to what PyTorch aligns its tensors in the file
 
 
 def read(file: Path) -> Any:
-    """What `torch.save` wrote: dicts, lists, tuples, numbers and text as they were, and each tensor or parameter as a read-only array.
+    """What `torch.save` wrote: dicts, lists, tuples, numbers and text as they were, and each tensor or
+    parameter as a read-only array.
 
     A device or layout is its name, a `torch.Size` a tuple. Tensors that shared memory share it still.
 
-    Raises `ValueError` for a file that is damaged, or that asks for anything else, which would be code to run.
+    Raises `ValueError` for a file that is damaged, or that asks for anything else, which would be code to
+    run.
     """
     with _opened(file) as (archive, root):
         record = f"{root}/byteorder"  # younger than the format
         order = archive.read(record) if record in archive.namelist() else b"little"
         if order != b"little":
-            raise Refused(f"{file} has the byte order {order[:16]!r} and must have b'little'; save it again on a little-endian machine")
+            raise Refused(
+                f"{file} has the byte order {order[:16]!r} and must have b'little'; save it again on a "
+                "little-endian machine"
+            )
         storages: dict[str, Storage] = {}
 
         def storage_of(identity: Any) -> Storage:
             match identity:
                 case ("storage", Name(word), str(key), str(), int(count)) if word in DTYPES:
                     if key not in storages:
-                        storages[key] = Storage(np.frombuffer(archive.read(f"{root}/data/{key}"), DTYPES[word]))
+                        storages[key] = Storage(
+                            np.frombuffer(archive.read(f"{root}/data/{key}"), DTYPES[word])
+                        )
                     array = storages[key].array
                     if array.dtype == DTYPES[word] and array.size == count:
                         return storages[key]
@@ -52,12 +61,19 @@ def read(file: Path) -> Any:
         return contents
 
 
-def write(file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any], overwrite: bool = True) -> None:
-    """A state dict, `{name: tensor}`, as `torch.load(file, weights_only=True)` reads it; it appears complete or not at all."""
+def write(
+    file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any], overwrite: bool = True
+) -> None:
+    """A state dict, `{name: tensor}`, as `torch.load(file, weights_only=True)` reads it; it appears
+    complete or not at all.
+    """
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     for name, array in arrays.items():
         if array.dtype not in STORAGES:
-            raise ValueError(f"`tensors` has {name!r} with dtype {array.dtype}, which must be one of {[str(dtype) for dtype in STORAGES]}")
+            raise ValueError(
+                f"`tensors` has {name!r} with dtype {array.dtype}, which must be one of "
+                f"{[str(dtype) for dtype in STORAGES]}"
+            )
     new = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with open(new, "xb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
@@ -87,7 +103,8 @@ def write(file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any
 
 
 def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
-    """The facts that `write` was given, after a check of every bit of the file; None for a file without a checksum of ours.
+    """The facts that `write` was given, after a check of every bit of the file; None for a file without a
+    checksum of ours.
 
     `verify=False` accepts a file that was changed on purpose.
     """
@@ -103,13 +120,21 @@ def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
 def _opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
     """The zip and the name of its one folder; what goes wrong inside the block is the file's fault."""
     if not file.is_file():
-        raise Refused(f"{file} {'is a directory' if file.is_dir() else 'is not there'}; pass a file of PyTorch's")
+        raise Refused(
+            f"{file} {'is a directory' if file.is_dir() else 'is not there'}; pass a file of PyTorch's"
+        )
     with open(file, "rb") as stream:
         start = stream.read(len(_ZIP))
         if start[:1] == b"\x80":
-            raise Refused(f"{file} has the format that PyTorch wrote before 1.6; load it with PyTorch where you trust it, and save it again")
+            raise Refused(
+                f"{file} has the format that PyTorch wrote before 1.6; load it with PyTorch where you trust "
+                "it, and save it again"
+            )
         if start != _ZIP:
-            raise Refused(f"{file} is not a PyTorch file: it begins with {start!r}, not with {_ZIP!r}; copy or download it again")
+            raise Refused(
+                f"{file} is not a PyTorch file: it begins with {start!r}, not with {_ZIP!r}; copy or "
+                "download it again"
+            )
         try:
             with zipfile.ZipFile(stream) as archive:
                 yield archive, _root(file, archive)
@@ -117,7 +142,10 @@ def _opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
             raise
         # A damaged or hostile file makes `zipfile` and `pickletools` raise nearly anything.
         except Exception as error:
-            raise ValueError(f"{file} is damaged, or no plain PyTorch file ({type(error).__name__}: {error}); copy or download it again") from error
+            raise ValueError(
+                f"{file} is damaged, or no plain PyTorch file ({type(error).__name__}: {error}); copy or "
+                "download it again"
+            ) from error
 
 
 def _root(file: Path, archive: zipfile.ZipFile) -> str:
@@ -126,13 +154,22 @@ def _root(file: Path, archive: zipfile.ZipFile) -> str:
     if len(names) != len(records):
         raise ValueError("it has two records of one name")
     # Compressed, or lying over each other, a few bytes could fill the memory.
-    if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records):
-        raise Refused(f"{file} is a compressed zip, which PyTorch does not write; save it again with `torch.save`")
+    if any(
+        record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        for record in records
+    ):
+        raise Refused(
+            f"{file} is a compressed zip, which PyTorch does not write; save it again with `torch.save`"
+        )
     if sum(record.file_size for record in records) > file.stat().st_size:
         raise ValueError("its records are larger than itself")
-    roots = [name[: -len("/data.pkl")] for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    roots = [
+        name[: -len("/data.pkl")] for name in names if name.count("/") == 1 and name.endswith("/data.pkl")
+    ]
     if len(roots) != 1:
-        raise Refused(f"{file} is a zip with {len(roots)} records `*/data.pkl`, not the one that `torch.save` writes")
+        raise Refused(
+            f"{file} is a zip with {len(roots)} records `*/data.pkl`, not the one that `torch.save` writes"
+        )
     return roots[0]
 
 

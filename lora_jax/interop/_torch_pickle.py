@@ -1,8 +1,8 @@
 """The pickle in a PyTorch file, followed opcode by opcode, and written.
 
-No unpickler is at work here: it would call, set attributes and hash as the file says. `unpickled` knows the opcodes that make dicts,
-lists, tuples, numbers, text and tensors, and refuses every other. Left out: dtypes younger than bfloat16, sparse, quantised and
-complex tensors, and attributes on tensors and dicts.
+No unpickler is at work here: it would call, set attributes and hash as the file says. `unpickled` knows the
+opcodes that make dicts, lists, tuples, numbers, text and tensors, and refuses every other. Left out: dtypes
+younger than bfloat16, sparse, quantised and complex tensors, and attributes on tensors and dicts.
 """
 
 import collections
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
 
 DTYPES = {
     "torch.FloatStorage": np.dtype("<f4"),
@@ -70,7 +71,16 @@ def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
-            case "NONE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINUNICODE" | "BINUNICODE":
+            case (
+                "NONE"
+                | "BININT"
+                | "BININT1"
+                | "BININT2"
+                | "LONG1"
+                | "BINFLOAT"
+                | "SHORT_BINUNICODE"
+                | "BINUNICODE"
+            ):
                 stack.append(argument)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode.name == "NEWTRUE")
@@ -117,7 +127,9 @@ def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -
                     raise ValueError("its pickle ends with something left over")
                 return stack[0]
             case other:
-                raise Refused(f"{file} has the opcode {other} in its pickle, which no state dict needs; {_SAVE}")
+                raise Refused(
+                    f"{file} has the opcode {other} in its pickle, which no state dict needs; {_SAVE}"
+                )
     raise ValueError("its pickle has no end")
 
 
@@ -146,18 +158,35 @@ def _fill(container: Any, items: list[Any], kind: type) -> None:
 
 
 def _made(name: Any, arguments: Any) -> Any:
-    """What the functions that a pickle may name would return, each for the arguments that PyTorch gives it."""
+    """What the functions that a pickle may name would return, each for the arguments that PyTorch gives
+    it.
+    """
     match name, arguments:
         case Name("collections.OrderedDict"), ():
             return collections.OrderedDict()
         # Marks: `neg`, of a tensor that PyTorch has yet to negate.
         case Name("torch._utils._rebuild_tensor_v2"), (
-            Storage(array), offset, tuple(size), tuple(stride), bool(), collections.OrderedDict(), *marks
+            Storage(array),
+            offset,
+            tuple(size),
+            tuple(stride),
+            bool(),
+            collections.OrderedDict(),
+            *marks,
         ) if marks in ([], [{}]):
             return _view(array, offset, size, stride)
-        case Name("torch._utils._rebuild_parameter"), (np.ndarray() as array, bool(), collections.OrderedDict()):
+        case Name("torch._utils._rebuild_parameter"), (
+            np.ndarray() as array,
+            bool(),
+            collections.OrderedDict(),
+        ):
             return array
-        case Name("torch._utils._rebuild_parameter_with_state"), (np.ndarray() as array, bool(), collections.OrderedDict(), _):
+        case Name("torch._utils._rebuild_parameter_with_state"), (
+            np.ndarray() as array,
+            bool(),
+            collections.OrderedDict(),
+            _,
+        ):
             return array
         case Name("torch.Size"), (tuple(size),) if all(type(length) is int for length in size):
             return size
@@ -165,28 +194,45 @@ def _made(name: Any, arguments: Any) -> Any:
             return ":".join([kind, *map(str, index)])
         case Name("torch.serialization._get_layout"), (str(layout),):
             return layout
-    raise ValueError(f"it calls {name.word if isinstance(name, Name) else type(name).__name__!r} with arguments that are not a plain tensor's")
+    raise ValueError(
+        f"it calls {name.word if isinstance(name, Name) else type(name).__name__!r} with arguments that are "
+        "not a plain tensor's"
+    )
 
 
 def _view(array: np.ndarray, offset: Any, size: tuple, stride: tuple) -> np.ndarray:
     """A tensor of a storage; never one of bytes outside it."""
-    if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
-        raise ValueError("a tensor has an offset, a size and strides that are not natural numbers, as many of one as of the other")
+    if len(size) != len(stride) or not all(
+        type(number) is int and number >= 0 for number in (offset, *size, *stride)
+    ):
+        raise ValueError(
+            "a tensor has an offset, a size and strides that are not natural numbers, as many of one as of "
+            "the other"
+        )
     count = math.prod(size)
-    end = offset + (sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if count else 0)
+    end = offset + (
+        sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if count else 0
+    )
     if end > array.size or count > max(array.size, _MOST_REPEATED):
-        raise ValueError(f"a tensor with offset {offset}, size {size} and strides {stride} does not fit into its storage of {array.size}")
+        raise ValueError(
+            f"a tensor with offset {offset}, size {size} and strides {stride} does not fit into its storage "
+            f"of {array.size}"
+        )
     steps = tuple(step * array.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(array[offset:], size, steps, writeable=False)
 
 
 def check_values(contents: Any) -> None:
-    """No part of the machinery among the values, nothing that holds itself, and no few dicts that stand for millions."""
+    """No part of the machinery among the values, nothing that holds itself, and no few dicts that stand
+    for millions.
+    """
     counts: dict[int, int | None] = {}
 
     def count(value: Any) -> int:
         if isinstance(value, Name | Storage):
-            raise ValueError(f"it holds a {value.word if isinstance(value, Name) else 'storage'!r} as a value")
+            raise ValueError(
+                f"it holds a {value.word if isinstance(value, Name) else 'storage'!r} as a value"
+            )
         if not isinstance(value, dict | list | tuple):
             return 1
         if id(value) not in counts:
@@ -194,7 +240,9 @@ def check_values(contents: Any) -> None:
             counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
         found = counts[id(value)]
         if found is None or found > _MOST_VALUES:
-            raise ValueError("it has a value that holds itself" if found is None else f"it has over {_MOST_VALUES} values")
+            raise ValueError(
+                "it has a value that holds itself" if found is None else f"it has over {_MOST_VALUES} values"
+            )
         return found
 
     count(contents)
@@ -204,8 +252,16 @@ def pickled(arrays: Mapping[str, np.ndarray]) -> bytes:
     """The state dict in pickle's protocol 2, which is what `weights_only=True` takes."""
     parts = [b"\x80\x02}("]
     for key, (name, array) in enumerate(arrays.items()):
-        strides = [math.prod(max(length, 1) for length in array.shape[axis + 1 :]) for axis in range(array.ndim)]
-        storage = [_text("storage"), _global(STORAGES[array.dtype]), _text(str(key)), _text("cpu"), _integer(array.size)]
+        strides = [
+            math.prod(max(length, 1) for length in array.shape[axis + 1 :]) for axis in range(array.ndim)
+        ]
+        storage = [
+            _text("storage"),
+            _global(STORAGES[array.dtype]),
+            _text(str(key)),
+            _text("cpu"),
+            _integer(array.size),
+        ]
         hooks = _global("collections.OrderedDict") + b")R"
         sizes = [_tuple(map(_integer, array.shape)), _tuple(map(_integer, strides))]
         tensor = _tuple([_tuple(storage) + b"Q", _integer(0), *sizes, b"\x89", hooks])
@@ -219,7 +275,9 @@ def _text(text: str) -> bytes:
 
 
 def _integer(number: int) -> bytes:
-    return b"J" + number.to_bytes(4, "little") if number < 2**31 else b"\x8a\x08" + number.to_bytes(8, "little")
+    return (
+        b"J" + number.to_bytes(4, "little") if number < 2**31 else b"\x8a\x08" + number.to_bytes(8, "little")
+    )
 
 
 def _tuple(items) -> bytes:

@@ -1,4 +1,6 @@
-"""The methods, one short file each. A method is a value: a frozen dataclass passed as `method=` to `lorafy`."""
+"""The methods, one short file each. A method is a value: a frozen dataclass passed as `method=` to
+`lorafy`.
+"""
 
 from .adalora import AdaLoRA as AdaLoRA, orthogonality as orthogonality
 from .delta_lora import DeltaLoRA as DeltaLoRA, start_delta as start_delta

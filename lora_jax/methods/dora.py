@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import RANK, Canonical, Term, dot, dot_labels, place, widened
+from .._factored import Canonical, dot, dot_labels, place, RANK, Term, widened
 from .._mesh import sharding_like
 from .._method import DependsOnWeight, Method, Spec
 from .._nodes import Adapter, Fixed
@@ -17,23 +17,27 @@ from . import _factors
 
 @dataclasses.dataclass(frozen=True)
 class DoRA(DependsOnWeight):
-    r"""`W' = m ⊙ V / ‖V‖` with `V = W + s·A·B`: LoRA for the direction of each output's weights, and its length m trained
-    apart (paper, equation 5). ‖V‖ runs over the in axes and is held constant in the backward pass (section 4.3).
+    r"""`W' = m ⊙ V / ‖V‖` with `V = W + s·A·B`: LoRA for the direction of each output's weights, and its
+    length m trained apart (paper, equation 5). ‖V‖ runs over the in axes and is held constant in the backward
+    pass (section 4.3).
 
     >>> import jax.numpy as jnp, lora_jax
-    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.DoRA(rank=4))
+    >>> params = {"kernel": jnp.ones((64, 32))}
+    >>> frozen, delta = lora_jax.lorafy(params, "kernel", method=lora_jax.DoRA(rank=4))
     >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
     {'a': (64, 4), 'b': (4, 32), 'm': (32,)}
 
-    V is never formed: `‖V‖² = ‖W‖² + 2s Σ (WᵀA) ⊙ Bᵀ + s² Σ (AᵀA B) ⊙ B`, with ‖W‖² computed once, kept in `frozen`. In
-    float32 at least, because the sum cancels in fewer bits. m starts at ‖W‖, so training starts from the base exactly. An
-    output whose weights are all zero has no direction: its m is left out until it has one.
+    V is never formed: `‖V‖² = ‖W‖² + 2s Σ (WᵀA) ⊙ Bᵀ + s² Σ (AᵀA B) ⊙ B`, with ‖W‖² computed once, kept in
+    `frozen`. In float32 at least, because the sum cancels in fewer bits. m starts at ‖W‖, so training starts
+    from the base exactly. An output whose weights are all zero has no direction: its m is left out until it
+    has one.
 
-    With dropout, the scaled base path sees the whole input and only the low-rank path the dropped one; PEFT runs the base a
-    second time, on the dropped input. Without dropout the two agree.
+    With dropout, the scaled base path sees the whole input and only the low-rank path the dropped one; PEFT
+    runs the base a second time, on the dropped input. Without dropout the two agree.
 
     Args:
-      rank, alpha, dropout, rs, init, dtype: as in `LoRA`; half of LoRA's rank is often enough (authors' notes).
+      rank, alpha, dropout, rs, init, dtype: as in `LoRA`; half of LoRA's rank is often enough (authors'
+        notes).
 
     Shapes, for a weight (in, out): `a` (in, rank), `b` (rank, out), `m` (out,); layer axes come first.
 
@@ -73,15 +77,26 @@ class DoRA(DependsOnWeight):
         return Fixed(weight, fixed, spec), Adapter(trained, spec)
 
     def derived(self, weight: Any, spec: Spec) -> dict[str, jax.Array]:
-        ins = tuple(axis - sum(layer < axis for layer in spec.axis_indices("layer")) for axis in spec.axis_indices("in"))
+        ins = tuple(
+            axis - sum(layer < axis for layer in spec.axis_indices("layer"))
+            for axis in spec.axis_indices("in")
+        )
         wide = widened(weight.dtype)
-        return {"square": layer_by_layer(lambda weight: jnp.sum(jnp.square(weight.astype(wide)), axis=ins), weight, spec.axis_indices("layer"))}
+        return {
+            "square": layer_by_layer(
+                lambda weight: jnp.sum(jnp.square(weight.astype(wide)), axis=ins),
+                weight,
+                spec.axis_indices("layer"),
+            )
+        }
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
         axes = _factors.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"], "m": axes["outer"], "square": axes["outer"]}
 
-    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(
+        self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None
+    ) -> Canonical:
         a, b = trained["a"], trained["b"]
         held = lax.stop_gradient((weight, a, b, fixed["square"]))
         own = [axis for axis in range(len(spec.axes)) if spec.axes[axis] != "layer"]
@@ -101,7 +116,14 @@ class DoRA(DependsOnWeight):
         where = sharding_like(b, (RANK, *outs), dot_labels(own, (*ins, RANK)))
         product, labels = dot(weight.astype(wide), own, a, (*ins, RANK), out_sharding=where, **exact)
         product = place(product, labels, (RANK, *outs), b.shape)
-        gram, _ = dot(a, (*ins, RANK), a, (*ins, "other"), out_sharding=sharding_like(a, (*ins, RANK), (RANK, "other")), **exact)
+        gram, _ = dot(
+            a,
+            (*ins, RANK),
+            a,
+            (*ins, "other"),
+            out_sharding=sharding_like(a, (*ins, RANK), (RANK, "other")),
+            **exact,
+        )
         turned, _ = dot(gram, ("other", RANK), b, (RANK, *outs), **exact)
         return jnp.sum(b * (2 * self.scale * product + self.scale**2 * turned), axis=0)
 

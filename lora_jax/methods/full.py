@@ -1,4 +1,6 @@
-"""Training the leaf itself: heads, biases (BitFit, Ben Zaken et al., ACL 2022), or everything (full fine-tuning)."""
+"""Training the leaf itself: heads, biases (BitFit, Ben Zaken et al., ACL 2022), or everything (full
+fine-tuning).
+"""
 
 import dataclasses
 from typing import Any
@@ -34,7 +36,9 @@ class Full(Method):
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
         return {}
 
-    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(
+        self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None
+    ) -> Canonical:
         return Canonical(terms=())
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:

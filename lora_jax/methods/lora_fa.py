@@ -17,13 +17,14 @@ class LoRAFA(Method):
     r"""`W' = W + s·A·B` with A random and frozen: B alone trains (paper, section 3).
 
     >>> import jax.numpy as jnp, lora_jax
-    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.LoRAFA(rank=4))
+    >>> params = {"kernel": jnp.ones((64, 32))}
+    >>> frozen, delta = lora_jax.lorafy(params, "kernel", method=lora_jax.LoRAFA(rank=4))
     >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
     {'b': (4, 32)}
 
-    The gradient of B needs `x·A`, of width rank, and nothing else of the layer's input: no array as wide as x waits for the
-    backward pass on this layer's account. (With dropout, its mask does.) A is in `frozen`. The corrected
-    gradient of PEFT's optimiser is `lora_jax.optim.lorafa`.
+    The gradient of B needs `x·A`, of width rank, and nothing else of the layer's input: no array as wide as x
+    waits for the backward pass on this layer's account. (With dropout, its mask does.) A is in `frozen`. The
+    corrected gradient of PEFT's optimiser is `lora_jax.optim.lorafa`.
 
     Args:
       rank, alpha, dropout, rs, init, dtype: as in `LoRA`.
@@ -67,7 +68,9 @@ class LoRAFA(Method):
         axes = _factors.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"]}
 
-    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(
+        self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None
+    ) -> Canonical:
         a = jax.lax.stop_gradient(fixed["a"])
         return Canonical((Term(a, trained["b"], scale=self.scale),), dropout=self.dropout)
 

@@ -19,8 +19,8 @@ from .lora import LoRA
 class Slots(Method):
     """LoRA on a stacked leaf, some of whose layers share an A and a B: layer i has those of slot `slots[i]`.
 
-    What `share` makes of a stacked leaf; `LoRA` itself is the case of a slot for each layer. Shapes: `a` (slots, in, rank), `b`
-    (slots, rank, out).
+    What `share` makes of a stacked leaf; `LoRA` itself is the case of a slot for each layer. Shapes: `a`
+    (slots, in, rank), `b` (slots, rank, out).
     """
 
     method: LoRA
@@ -44,7 +44,10 @@ class Slots(Method):
     def check(self, spec: Spec) -> None:
         self.method.check(spec)
         if math.prod(spec.sizes("layer")) != len(self.slots) or self.method.blocks is not None:
-            raise ValueError(f"`slots` names {len(self.slots)} layers, and {spec.path!r} has {math.prod(spec.sizes('layer'))}; `blocks` have no slots.")
+            raise ValueError(
+                f"`slots` names {len(self.slots)} layers, and {spec.path!r} has "
+                f"{math.prod(spec.sizes('layer'))}; `blocks` have no slots."
+            )
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
         sizes, layers = _factors.shapes(spec, self.rank), len(spec.sizes("layer"))
@@ -56,12 +59,21 @@ class Slots(Method):
         axes, layers = _factors.axes_of(spec), len(spec.sizes("layer"))
         return {name: (None, *axes[name][layers:]) for name in "ab"}
 
-    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(
+        self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None
+    ) -> Canonical:
         layers = spec.sizes("layer")
-        a, b = (array[np.array(self.slots)].reshape(*layers, *array.shape[1:]) for array in (trained["a"], trained["b"]))
+        a, b = (
+            array[np.array(self.slots)].reshape(*layers, *array.shape[1:])
+            for array in (trained["a"], trained["b"])
+        )
         return Canonical((Term(a, b, scale=self.method.scale),), dropout=self.method.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        one = dataclasses.replace(spec, shape=(self.count, *spec.shape[len(spec.sizes("layer")) :]), axes=("layer", *spec.axes[len(spec.sizes("layer")) :]))
+        one = dataclasses.replace(
+            spec,
+            shape=(self.count, *spec.shape[len(spec.sizes("layer")) :]),
+            axes=("layer", *spec.axes[len(spec.sizes("layer")) :]),
+        )
         method, arrays = self.method.at_rank(trained, one, rank)
         return dataclasses.replace(self, method=method), arrays

@@ -26,20 +26,22 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True)
 class VeRA(Grouped):
-    r"""`W' = W + A₀·diag(d)·B₀·diag(b)` with A₀ and B₀ random, frozen and shared by all leaves of this method; each leaf
-    trains two vectors (paper, equation 2).
+    r"""`W' = W + A₀·diag(d)·B₀·diag(b)` with A₀ and B₀ random, frozen and shared by all leaves of this
+    method; each leaf trains two vectors (paper, equation 2).
 
     >>> import jax.numpy as jnp, lora_jax
-    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=lora_jax.VeRA(rank=16))
+    >>> params = {"kernel": jnp.ones((64, 32))}
+    >>> frozen, delta = lora_jax.lorafy(params, "kernel", method=lora_jax.VeRA(rank=16))
     >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}
     {'b': (32,), 'd': (16,)}
 
-    b starts at zero, so training starts from the base exactly. The vectors multiply `x·A₀` and the result, never the projections:
-    no gradient of a projection's size is computed. A₀ and B₀ are as large as the largest leaf needs; others
-    use their first rows and columns. They are PEFT's own draws for this seed, bit for bit, so that an adapter stored
-    without its projections can be read. There is no alpha. Every layer of a stacked leaf has vectors of its own; there, the
-    projections are repeated for the layers while the function runs, and the loop over them belongs inside of the adapted
-    function: the tree itself cannot be scanned over, since the projections have no layers.
+    b starts at zero, so training starts from the base exactly. The vectors multiply `x·A₀` and the result,
+    never the projections: no gradient of a projection's size is computed. A₀ and B₀ are as large as the
+    largest leaf needs; others use their first rows and columns. They are PEFT's own draws for this seed, bit
+    for bit, so that an adapter stored without its projections can be read. There is no alpha. Every layer of
+    a stacked leaf has vectors of its own; there, the projections are repeated for the layers while the
+    function runs, and the loop over them belongs inside of the adapted function: the tree itself cannot be
+    scanned over, since the projections have no layers.
 
     Args:
       rank: of the projections; may exceed min(in, out), since it costs only `rank` numbers a leaf.
@@ -48,8 +50,8 @@ class VeRA(Grouped):
       dropout: as in `LoRA`.
       dtype: of the vectors and projections. None means float32, or float64 for a float64 weight.
 
-    Shapes, for a weight (in, out): `d` (rank,), `b` (out,), layer axes first; in `frozen`, at the first leaf, `shared_a`
-    (largest in, rank) and `shared_b` (rank, largest out).
+    Shapes, for a weight (in, out): `d` (rank,), `b` (out,), layer axes first; in `frozen`, at the first leaf,
+    `shared_a` (largest in, rank) and `shared_b` (rank, largest out).
 
     Raises:
       ValueError: an option out of range.
@@ -67,7 +69,9 @@ class VeRA(Grouped):
     def __post_init__(self) -> None:
         _factors.check_options(self)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` is {self.seed!r}; it must be an integer from 0 to 2**32 - 1, because it is static.")
+            raise ValueError(
+                f"`seed` is {self.seed!r}; it must be an integer from 0 to 2**32 - 1, because it is static."
+            )
 
     @property
     def random(self) -> bool:
@@ -78,26 +82,39 @@ class VeRA(Grouped):
 
     def grouped(self, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
         ins, outs = (max(math.prod(spec.sizes(word)) for spec in specs) for word in ("in", "out"))
-        return tuple(dataclasses.replace(spec, group=Pool(specs[0].path, ins, outs, self.seed)) for spec in specs)
+        return tuple(
+            dataclasses.replace(spec, group=Pool(specs[0].path, ins, outs, self.seed)) for spec in specs
+        )
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
         dtype, sizes, pool = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank), spec.group
-        trained = {"b": jnp.zeros(sizes["outer"], dtype), "d": jnp.full(sizes["inner"], self.d_initial, dtype)}
+        trained = {
+            "b": jnp.zeros(sizes["outer"], dtype),
+            "d": jnp.full(sizes["inner"], self.d_initial, dtype),
+        }
         if pool.owner != spec.path:
-            return Fixed(weight, {name: Shared(pool.owner) for name in ("shared_a", "shared_b")}, spec), Adapter(trained, spec)
-        draw = lambda: projections(self.seed, self.rank, pool.ins, pool.outs)  # noqa: E731
+            return Fixed(
+                weight, {name: Shared(pool.owner) for name in ("shared_a", "shared_b")}, spec
+            ), Adapter(trained, spec)
+        draw = lambda: projections(self.seed, self.rank, pool.ins, pool.outs)
         shapes = ((pool.ins, self.rank), (self.rank, pool.outs))
         if isinstance(weight, jax.core.Tracer):  # `lorafy` from shapes allocates nothing
-            a, b = jax.pure_callback(draw, tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+            a, b = jax.pure_callback(
+                draw, tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+            )
         else:
             a, b = draw()
-        return Fixed(weight, {"shared_a": jnp.asarray(a, dtype), "shared_b": jnp.asarray(b, dtype)}, spec), Adapter(trained, spec)
+        return Fixed(
+            weight, {"shared_a": jnp.asarray(a, dtype), "shared_b": jnp.asarray(b, dtype)}, spec
+        ), Adapter(trained, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
         axes = _factors.axes_of(spec)
         return {"b": axes["outer"], "d": axes["inner"], "shared_a": (None, None), "shared_b": (None, None)}
 
-    def canonical(self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None) -> Canonical:
+    def canonical(
+        self, weight: Any, fixed: dict, trained: dict, spec: Spec, key: jax.Array | None
+    ) -> Canonical:
         layers, ins, outs = (spec.sizes(word) for word in ("layer", "in", "out"))
         a = fixed["shared_a"][: math.prod(ins)].reshape(*ins, self.rank)
         b = fixed["shared_b"][:, : math.prod(outs)].reshape(self.rank, *outs)
@@ -112,8 +129,8 @@ class VeRA(Grouped):
 def projections(seed: int, rank: int, ins: int, outs: int) -> tuple[np.ndarray, np.ndarray]:
     """A₀ (ins, rank) and B₀ (rank, outs) in float32, as PEFT draws them with PyTorch's CPU generator.
 
-    Kaiming-uniform of gain √2 on (rank, ins), then on (outs, rank), from one Mersenne Twister. PyTorch takes 24 bits of each of its
-    32-bit words for a float.
+    Kaiming-uniform of gain √2 on (rank, ins), then on (outs, rank), from one Mersenne Twister. PyTorch takes
+    24 bits of each of its 32-bit words for a float.
     """
     generator = np.random.RandomState(seed)
 

@@ -1,4 +1,5 @@
-"""Keys and values kept between the steps of decoding, as an explicit pytree: it is passed in and comes out again.
+"""Keys and values kept between the steps of decoding, as an explicit pytree: it is passed in and comes out
+again.
 
 Explicit rather than a linen collection, because decoding loops carry and extend it, and `scan` over the
 layers maps over it as over any other array.
@@ -14,22 +15,29 @@ import jax.numpy as jnp
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, in slots that all rows of a batch fill in step.
 
-    A padding token takes a slot too, marked false in `mask`, so that shapes and the place of the next write are the
-    same for every row and a step compiles once.
+    A padding token takes a slot too, marked false in `mask`, so that shapes and the place of the next write
+    are the same for every row and a step compiles once.
     """
 
-    layers: tuple  # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`)
+    # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`).
+    layers: tuple
     mask: jax.Array  # (B, S) bool: true where a slot holds a real token
     length: jax.Array  # () int32: slots filled
 
     def extended(self, slots: int) -> "Cache":
-        """The same cache with `slots` more, empty. Slots may outnumber the model's positions where beams share a row."""
-        layers = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)]), self.layers)
+        """The same cache with `slots` more, empty. Slots may outnumber the model's positions where beams
+        share a row.
+        """
+        layers = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)]), self.layers
+        )
         return Cache(layers, jnp.pad(self.mask, [(0, 0), (0, slots)]), self.length)
 
 
 def advance(cache, mask_BxT, shape, positions):
-    """What the new tokens may look at, (B, 1, T, S), their positions (B, T), and the cache that counts them."""
+    """What the new tokens may look at, (B, 1, T, S), their positions (B, T), and the cache that counts
+    them.
+    """
     batch, tokens = shape
     slots = cache.mask.shape[1]
     mask_BxT = jnp.ones(shape, bool) if mask_BxT is None else mask_BxT
@@ -51,4 +59,6 @@ def write(slots, new, start):
             f"`cache` holds {slots[0].dtype} and the model computes in {new[0].dtype}; "
             f"make it with `model.init_cache(batch, slots, dtype=jnp.{new[0].dtype})`"
         )
-    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1) for old, x in zip(slots, new, strict=True))
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1) for old, x in zip(slots, new, strict=True)
+    )

@@ -1,4 +1,6 @@
-"""What the configurations of all models share: Hugging Face's `config.json`, every key of it honoured, known to be idle, or refused."""
+"""What the configurations of all models share: Hugging Face's `config.json`, every key of it honoured,
+known to be idle, or refused.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,18 +8,23 @@ from typing import Any, ClassVar, Self
 
 from ._layers import ACTIVATIONS
 
-# Keys found in configurations that leave the outputs as they are: bookkeeping and defaults of `generate`. Names that
-# start with an underscore are idle too.
+
+# Keys found in configurations that leave the outputs as they are: bookkeeping and defaults of `generate`.
+# Names that start with an underscore are idle too.
 IDLE = frozenset(
-    """architectures attn_implementation bos_token_id chunk_size_feed_forward directionality dtype eos_token_id finetuning_task
-    gradient_checkpointing language max_length model_type name_or_path output_attentions output_hidden_states output_past
-    problem_type return_dict task_specific_params tokenizer_class torch_dtype torchscript transformers_version
-    use_cache use_return_dict""".split()
+    """
+    architectures attn_implementation bos_token_id chunk_size_feed_forward directionality dtype
+    eos_token_id finetuning_task gradient_checkpointing language max_length model_type name_or_path
+    output_attentions output_hidden_states output_past problem_type return_dict task_specific_params
+    tokenizer_class torch_dtype torchscript transformers_version use_cache use_return_dict
+""".split()
 )
 
 
 class Config:
-    """Fields under the names and with the defaults of Hugging Face's `config.json`; subclasses are frozen dataclasses."""
+    """Fields under the names and with the defaults of Hugging Face's `config.json`; subclasses are frozen
+    dataclasses.
+    """
 
     family: ClassVar[str]  # what messages call the model
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]  # the published ones
@@ -30,8 +37,14 @@ class Config:
             kind = {float: int | float, float | None: int | float | None}.get(field.type, field.type)
             kind = tuple if getattr(kind, "__origin__", None) is tuple else kind
             if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
-                raise TypeError(f"`{field.name}`={value!r} must be {getattr(field.type, '__name__', field.type)}")
-            if field.name.endswith(("_pdrop", "dropout", "dropout_prob")) and value is not None and not 0 <= value < 1:
+                raise TypeError(
+                    f"`{field.name}`={value!r} must be {getattr(field.type, '__name__', field.type)}"
+                )
+            if (
+                field.name.endswith(("_pdrop", "dropout", "dropout_prob"))
+                and value is not None
+                and not 0 <= value < 1
+            ):
                 raise ValueError(f"`{field.name}`={value!r} must be a probability below 1")
 
     def check_positive(self, *names: str) -> None:
@@ -50,15 +63,17 @@ class Config:
     def named(cls, name: str, **changes) -> Self:
         """One of the published sizes, with `changes` to its other fields."""
         if name not in cls.sizes:
-            raise ValueError(f"`name`={name!r} is not a published size of {cls.family}; choose one of {list(cls.sizes)}")
+            raise ValueError(
+                f"`name`={name!r} is not a published size of {cls.family}; choose one of {list(cls.sizes)}"
+            )
         return cls(**{**cls.sizes[name], **changes})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """The configuration that a `config.json` describes.
 
-        A key that is neither a field nor known to be idle is refused, because it may change the computation; if it is
-        null, false or empty it is taken as a feature that is switched off.
+        A key that is neither a field nor known to be idle is refused, because it may change the computation;
+        if it is null, false or empty it is taken as a feature that is switched off.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {}
@@ -67,7 +82,8 @@ class Config:
                 fields[key] = tuple(value) if isinstance(value, list) else value
             elif value and key not in cls.idle and not key.startswith("_"):
                 raise ValueError(
-                    f"`{key}`={value!r} in config.json is not supported for {cls.family}: it may change what the model "
+                    f"`{key}`={value!r} in config.json is not supported for {cls.family}: it may change "
+                    "what the model "
                     "computes; if it does not, remove the key"
                 )
         return cls(**fields)
@@ -79,4 +95,7 @@ class Config:
 
     def to_hf(self) -> dict[str, Any]:
         """The fields as a JSON-ready dict; `from_hf` undoes it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }

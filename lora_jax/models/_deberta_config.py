@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ._encoder import EncoderConfig
 
+
 _COMMON = dict(
     max_relative_positions=-1,
     norm_rel_ebd=("layer_norm",),
@@ -21,20 +22,22 @@ _V3 = dict(_COMMON, hidden_size=768, num_attention_heads=12, intermediate_size=3
 
 @dataclasses.dataclass(frozen=True)
 class DebertaV2Config(EncoderConfig):
-    """Sizes and choices of a DeBERTa-v2 or v3, under the names and with the defaults of Hugging Face's `config.json`.
+    """Sizes and choices of a DeBERTa-v2 or v3, under the names and with the defaults of Hugging Face's
+    `config.json`.
 
     ```python
-    DebertaV2Config.named("deberta-v2-xxlarge")                         # 48 layers of width 1,536 (He et al. 2021)
+    DebertaV2Config.named("deberta-v2-xxlarge")  # 48 layers of width 1,536 (He et al. 2021)
     DebertaV2Config.named("deberta-v3-base", labels=("no", "maybe", "yes"))
     DebertaV2Config.from_hf(json.loads(text))                           # what a config.json says
     ```
 
-    `relative_attention`: attention sees distances, by the terms in `pos_att_type`: "c2p", content to position, and
-    "p2c", position to content. Distances are exact up to half of `position_buckets` and logarithmic beyond (a value below
-    1: all exact), and those past `max_relative_positions` (below 1: `max_position_embeddings`) are one.
-    `share_att_key`: content and position use the same projections. `conv_kernel_size`: of the convolution beside the first
-    layer, 0 for none. `legacy`: the masked-LM head of `transformers`' first version; False is the authors'.
-    Raises `ValueError` or `TypeError`, naming the key, for a value that cannot be.
+    `relative_attention`: attention sees distances, by the terms in `pos_att_type`: "c2p", content to
+    position, and "p2c", position to content. Distances are exact up to half of `position_buckets` and
+    logarithmic beyond (a value below 1: all exact), and those past `max_relative_positions` (below 1:
+    `max_position_embeddings`) are one. `share_att_key`: content and position use the same projections.
+    `conv_kernel_size`: of the convolution beside the first layer, 0 for none. `legacy`: the masked-LM head of
+    `transformers`' first version; False is the authors'. Raises `ValueError` or `TypeError`, naming the key,
+    for a value that cannot be.
     """
 
     vocab_size: int = 128100
@@ -75,10 +78,14 @@ class DebertaV2Config(EncoderConfig):
     sizes: ClassVar = {
         "deberta-v2-xlarge": _V2,
         "deberta-v2-xxlarge": dict(_V2, num_hidden_layers=48),
-        "deberta-v3-xsmall": dict(_V3, hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
+        "deberta-v3-xsmall": dict(
+            _V3, hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+        ),
         "deberta-v3-small": dict(_V3, num_hidden_layers=6),
         "deberta-v3-base": dict(_V3, num_hidden_layers=12),
-        "deberta-v3-large": dict(_V3, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+        "deberta-v3-large": dict(
+            _V3, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+        ),
     }
 
     def __post_init__(self):
@@ -90,20 +97,30 @@ class DebertaV2Config(EncoderConfig):
         if self.type_vocab_size < 0:
             raise ValueError(f"`type_vocab_size`={self.type_vocab_size} must not be negative")
         if self.conv_kernel_size < 0 or (self.conv_kernel_size and self.conv_kernel_size % 2 == 0):
-            raise ValueError(f"`conv_kernel_size`={self.conv_kernel_size} must be odd, for as many outputs as inputs, or 0 for no convolution")
+            raise ValueError(
+                f"`conv_kernel_size`={self.conv_kernel_size} must be odd, for as many outputs as inputs, or "
+                "0 for no convolution"
+            )
         if self.hidden_size % self.conv_groups:
             raise ValueError(f"`conv_groups`={self.conv_groups} must divide `hidden_size`={self.hidden_size}")
         if self.position_buckets == 1:
             raise ValueError("`position_buckets`=1 must be at least 2, or below 1 for none")
         if self.position_buckets > 1 and self.furthest - 1 <= self.position_buckets // 2:
-            raise ValueError(f"`position_buckets`={self.position_buckets} must be less than twice the largest distance, {self.furthest - 1}")
+            raise ValueError(
+                f"`position_buckets`={self.position_buckets} must be less than twice the largest distance, "
+                f"{self.furthest - 1}"
+            )
         if not self.legacy and self.embedding_width != self.hidden_size:
-            raise ValueError("`legacy`=False decodes by the embedding, and needs an `embedding_size` that is `hidden_size`")
+            raise ValueError(
+                "`legacy`=False decodes by the embedding, and needs an `embedding_size` that is `hidden_size`"
+            )
 
     @property
     def furthest(self) -> int:
         """Distances from here on are one."""
-        return self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
+        return (
+            self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
+        )
 
     @property
     def span(self) -> int:
@@ -123,10 +140,16 @@ class DebertaV2Config(EncoderConfig):
             elif value is None:
                 del config[name]
         # Sizes that could be chosen apart from the width, and that no published model does.
-        width, heads = config.get("hidden_size", cls.hidden_size), config.get("num_attention_heads", cls.num_attention_heads)
+        width, heads = (
+            config.get("hidden_size", cls.hidden_size),
+            config.get("num_attention_heads", cls.num_attention_heads),
+        )
         for name, value in (("attention_head_size", width / heads), ("pooler_hidden_size", width)):
             if config.pop(name, value) != value:
-                raise ValueError(f"`{name}` in config.json is not supported for {cls.family} unless it is {value:g}, as `hidden_size` has it")
+                raise ValueError(
+                    f"`{name}` in config.json is not supported for {cls.family} unless it is {value:g}, as "
+                    "`hidden_size` has it"
+                )
         if config.pop("z_steps", 0) > 1:
             raise ValueError(f"`z_steps` in config.json is not supported for {cls.family}")
         return config

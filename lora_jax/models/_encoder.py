@@ -1,4 +1,5 @@
-"""What RoBERTa and DeBERTa share: BERT's layer (norm after each residual), and the heads and configuration of encoders.
+"""What RoBERTa and DeBERTa share: BERT's layer (norm after each residual), and the heads and configuration of
+encoders.
 
 Letters beyond those of `_layers.py`: E width of the embedding, N labels.
 """
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ._config import Config
-from ._layers import ACTIVATIONS, LayerNorm, Part, accumulator
+from ._layers import accumulator, ACTIVATIONS, LayerNorm, Part
+
 
 # What a model ends in, and the shape of what it then returns.
 HEADS = {
@@ -24,14 +26,21 @@ HEADS = {
 
 
 class EncoderConfig(Config):
-    """What the configurations of encoders have in common; `labels` are the names of the classes, Hugging Face's `id2label`."""
+    """What the configurations of encoders have in common; `labels` are the names of the classes, Hugging
+    Face's `id2label`.
+    """
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self.check_positive(
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        )
         self.check_positive("max_position_embeddings", "layer_norm_eps")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"`hidden_size`={self.hidden_size} must be a multiple of `num_attention_heads`={self.num_attention_heads}")
+            raise ValueError(
+                f"`hidden_size`={self.hidden_size} must be a multiple of "
+                f"`num_attention_heads`={self.num_attention_heads}"
+            )
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"`labels`={self.labels!r} must be the names of the classes, one at least")
 
@@ -42,9 +51,13 @@ class EncoderConfig(Config):
         if names:
             names = {int(number): str(name) for number, name in names.items()}
             if sorted(names) != list(range(len(names))):
-                raise ValueError(f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap")
+                raise ValueError(
+                    f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap"
+                )
             if count is not None and count != len(names):
-                raise ValueError(f"`num_labels`={count} in config.json, but `id2label` has {len(names)} names")
+                raise ValueError(
+                    f"`num_labels`={count} in config.json, but `id2label` has {len(names)} names"
+                )
             config["labels"] = tuple(names[number] for number in range(len(names)))
         elif count is not None:
             config["labels"] = numbered_labels(count)
@@ -53,7 +66,11 @@ class EncoderConfig(Config):
     def to_hf(self) -> dict[str, Any]:
         fields = super().to_hf()
         names = fields.pop("labels")
-        return {**fields, "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+        return {
+            **fields,
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
 
     @property
     def num_labels(self) -> int:
@@ -94,7 +111,9 @@ class Residual(EncoderPart):
 
 
 class FeedForward:
-    """The second half of a layer. A mixin, because its two modules have no common parent in Hugging Face's names."""
+    """The second half of a layer. A mixin, because its two modules have no common parent in Hugging
+    Face's names.
+    """
 
     def feed_forward(self, x_BxTxD):
         h_BxTxF = Dense(*self.options(), self.config.intermediate_size, name="intermediate")(x_BxTxD)
@@ -102,7 +121,9 @@ class FeedForward:
 
 
 class Logits(Part):
-    """A dense layer whose result is accumulated and left in float32 or wider, with its bias: `kernel`, `bias`."""
+    """A dense layer whose result is accumulated and left in float32 or wider, with its bias: `kernel`,
+    `bias`.
+    """
 
     features: int = 0
 
@@ -121,7 +142,8 @@ def contracted(x, kernel, axes, bias):
 
 
 class Decoder(Part):
-    """The last step of a masked-LM head: to the vocabulary by the embedding, or by a kernel of its own, plus a bias.
+    """The last step of a masked-LM head: to the vocabulary by the embedding, or by a kernel of its own, plus
+    a bias.
 
     Its bias stands beside it in the head, which passes it.
     """
@@ -129,7 +151,9 @@ class Decoder(Part):
     @nn.compact
     def __call__(self, x_BxTxE, embedding_VxE, bias_V):
         if embedding_VxE is None:
-            kernel_ExV = self.param("kernel", self.normal(), (x_BxTxE.shape[-1], bias_V.shape[0]), self.param_dtype)
+            kernel_ExV = self.param(
+                "kernel", self.normal(), (x_BxTxE.shape[-1], bias_V.shape[0]), self.param_dtype
+            )
             x_BxTxE, kernel_ExV = nn.dtypes.promote_dtype(x_BxTxE, kernel_ExV, dtype=self.dtype)
             return contracted(x_BxTxE, kernel_ExV, ((2,), (0,)), bias_V)
         x_BxTxE, embedding_VxE = nn.dtypes.promote_dtype(x_BxTxE, embedding_VxE, dtype=self.dtype)
@@ -140,13 +164,21 @@ def check_head(head: str, config: EncoderConfig) -> None:
     if head not in HEADS:
         raise ValueError(f"`head`={head!r} must be one of {list(HEADS)}")
     if head == "question_answering" and config.num_labels != 2:
-        raise ValueError(f"`head`='question_answering' has two outputs, start and end, and `labels` are {config.num_labels}")
+        raise ValueError(
+            "`head`='question_answering' has two outputs, start and end, and `labels` are "
+            f"{config.num_labels}"
+        )
 
 
 def check_token_types(token_type_ids, input_ids, count: int) -> None:
     if token_type_ids is None:
         return
     if count == 0:
-        raise ValueError("`token_type_ids` were given to a model without token types (`type_vocab_size`=0); leave them out")
+        raise ValueError(
+            "`token_type_ids` were given to a model without token types (`type_vocab_size`=0); leave them out"
+        )
     if jnp.shape(token_type_ids) != jnp.shape(input_ids):
-        raise ValueError(f"`token_type_ids` must have the shape of `input_ids`, {jnp.shape(input_ids)}, got {jnp.shape(token_type_ids)}")
+        raise ValueError(
+            f"`token_type_ids` must have the shape of `input_ids`, {jnp.shape(input_ids)}, got "
+            f"{jnp.shape(token_type_ids)}"
+        )

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from ._config import IDLE, Config
+from ._config import Config, IDLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,13 +11,13 @@ class GPT2Config(Config):
     """Sizes and choices of a GPT-2, under the names and with the defaults of Hugging Face's `config.json`.
 
     ```python
-    GPT2Config.named("gpt2-medium")                    # 24 layers of width 1,024 (Radford et al. 2019, table 2)
+    GPT2Config.named("gpt2-medium")  # 24 layers of width 1,024 (Radford et al. 2019, table 2)
     GPT2Config.named("gpt2", scale_attn_by_inverse_layer_idx=True)
-    GPT2Config.from_hf(json.loads(text))               # what a config.json says, or an error that names the key
+    GPT2Config.from_hf(json.loads(text))  # what a config.json says, or an error that names the key
     ```
 
-    `reorder_and_upcast_attn` asks for attention scores in float32; they always are here, so both values are honoured.
-    The token ids take no part in the computation and are carried for tokenizers and generation.
+    `reorder_and_upcast_attn` asks for attention scores in float32; they always are here, so both values are
+    honoured. The token ids take no part in the computation and are carried for tokenizers and generation.
     Raises `ValueError` or `TypeError`, naming the key, for a value that cannot be.
     """
 
@@ -50,13 +50,17 @@ class GPT2Config(Config):
     }
     # With the settings of heads that this model has not.
     idle: ClassVar = IDLE | frozenset(
-        """id2label label2id n_ctx n_special num_labels predict_special_tokens summary_activation summary_first_dropout
-        summary_proj_to_labels summary_type summary_use_proj""".split()
+        """
+        id2label label2id n_ctx n_special num_labels predict_special_tokens summary_activation
+        summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    """.split()
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "n_inner")
+        self.check_positive(
+            "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "n_inner"
+        )
         self.check_activation("activation_function")
         if self.n_embd % self.n_head:
             raise ValueError(f"`n_embd`={self.n_embd} must be a multiple of `n_head`={self.n_head}")

@@ -1,15 +1,17 @@
-"""What the transformer models share: activations, attention, layer norm, repeated layers and their two layouts.
+"""What the transformer models share: activations, attention, layer norm, repeated layers and their two
+layouts.
 
-Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), S slots (keys and
-values), H heads, K width of one head, D width of the model, F inner width, V vocabulary, L layers.
+Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), S slots
+(keys and values), H heads, K width of one head, D width of the model, F inner width, V vocabulary, L layers.
 
 The dtype policy, for every model, is stated here once:
 
 * parameters are created in `param_dtype`, and used in whatever dtype they have;
-* the computation runs in `dtype`; `None` means the dtype of the parameters, so that a float64 or a bfloat16 tree needs
-  no other setting;
-* attention scores, softmax and the statistics of layer norm are float32 (float64 in a float64 model), and so are the
-  logits: they are accumulated there and never rounded to bfloat16, where neighbouring logits would tie.
+* the computation runs in `dtype`; `None` means the dtype of the parameters, so that a float64 or a bfloat16
+  tree needs no other setting;
+* attention scores, softmax and the statistics of layer norm are float32 (float64 in a float64 model), and so
+  are the logits: they are accumulated there and never rounded to bfloat16, where neighbouring logits would
+  tie.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Hugging Face's names. `gelu_new`, `gelu_fast` and `gelu_pytorch_tanh` are three spellings of one tanh approximation.
+
+# Hugging Face's names. `gelu_new`, `gelu_fast` and `gelu_pytorch_tanh` are three spellings of one tanh
+# approximation.
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_fast": partial(jax.nn.gelu, approximate=True),
@@ -44,8 +48,9 @@ def accumulator(dtype) -> jnp.dtype:
 class LayerNorm(nn.Module):
     """y = scale · (x − mean) / sqrt(var + epsilon) + bias over the last axis (Ba et al. 2016, equation 4).
 
-    Written out because linen's `LayerNorm` mixes bfloat16 with float32 implicitly, which strict dtype promotion
-    forbids, and by default takes the variance as E[x²] − E[x]², which cancels where the mean is large.
+    Written out because linen's `LayerNorm` mixes bfloat16 with float32 implicitly, which strict dtype
+    promotion forbids, and by default takes the variance as E[x²] − E[x]², which cancels where the mean is
+    large.
     """
 
     epsilon: float
@@ -60,7 +65,13 @@ class LayerNorm(nn.Module):
 
     def __call__(self, x):
         scale_D, bias_D = self.affine(x.shape[-1])
-        return layer_norm(x, scale_D, bias_D, self.epsilon, nn.dtypes.canonicalize_dtype(x, scale_D, bias_D, dtype=self.dtype))
+        return layer_norm(
+            x,
+            scale_D,
+            bias_D,
+            self.epsilon,
+            nn.dtypes.canonicalize_dtype(x, scale_D, bias_D, dtype=self.dtype),
+        )
 
 
 def layer_norm(x, scale_D, bias_D, epsilon, out_dtype):
@@ -100,7 +111,14 @@ class Part(nn.Module):
         )
 
     def embed(self, rows, features, name):
-        return nn.Embed(rows, features, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=self.normal(), name=name)
+        return nn.Embed(
+            rows,
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=self.normal(),
+            name=name,
+        )
 
     def drop(self, rate, x):
         return nn.Dropout(rate)(x, deterministic=self.deterministic)
@@ -127,10 +145,12 @@ class _Unrolled(nn.Module):
 
 
 def repeated(block, options, layers, *, scan, checkpoint, shared, name):
-    """`layers` times `block(*options)` as one module, called as `(x, numbers_L, slots, *shared) -> (x, slots)`.
+    """`layers` times `block(*options)` as one module, called as `(x, numbers_L, slots, *shared) -> (x,
+    slots)`.
 
-    A block gets its own number and its own slots of the cache (`None` without one), and all get the `shared` arguments,
-    whose count is given. With `scan` one block is traced and parameters and slots have a leading axis of layers.
+    A block gets its own number and its own slots of the cache (`None` without one), and all get the `shared`
+    arguments, whose count is given. With `scan` one block is traced and parameters and slots have a leading
+    axis of layers.
     """
     # Under `scan` the loop itself keeps XLA from merging the recomputation with the forward pass.
     block = nn.remat(block, prevent_cse=not scan) if checkpoint else block
@@ -156,10 +176,14 @@ def check_inputs(input_ids, attention_mask, position_ids, *, limit, limited_by):
         raise ValueError(f"`input_ids` has {tokens} tokens and the model {limited_by}; shorten it")
     if attention_mask is not None:
         if jnp.issubdtype(jnp.result_type(attention_mask), jnp.floating):
-            raise TypeError("`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add")
+            raise TypeError(
+                "`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add"
+            )
         if jnp.shape(attention_mask) != (batch, tokens):
             found = jnp.shape(attention_mask)
-            raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}")
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}"
+            )
     if position_ids is not None and jnp.shape(position_ids) not in [(batch, tokens), (1, tokens)]:
         raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")
 
@@ -178,10 +202,11 @@ def attention(
 ):
     """softmax(scale · q kᵀ + bias, masked) v, for every head; returns (B, T, H, K) in the dtype of `q`.
 
-    `mask` is boolean, true where a query may look; its T axis may be 1 (a mask of keys only). A query that may look
-    nowhere, such as a padding token on the left, gets the mean of all values, as in PyTorch, and no NaN. `dropout` is a
-    function applied to the attention weights. `jax.nn.dot_product_attention` serves wherever it can; it has no dropout
-    and takes its softmax in float32 even of float64 scores, so these two cases are written out.
+    `mask` is boolean, true where a query may look; its T axis may be 1 (a mask of keys only). A query that
+    may look nowhere, such as a padding token on the left, gets the mean of all values, as in PyTorch, and no
+    NaN. `dropout` is a function applied to the attention weights. `jax.nn.dot_product_attention` serves
+    wherever it can; it has no dropout and takes its softmax in float32 even of float64 scores, so these two
+    cases are written out.
     """
     batch, tokens, heads, width = q_BxTxHxK.shape
     chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, heads, width))
@@ -190,7 +215,8 @@ def attention(
         chex.assert_type(mask_Bx1xTxS, bool)
 
     if dropout is None and q_BxTxHxK.dtype != jnp.float64:
-        # It promotes bfloat16 to its float32 accumulator implicitly, which a user's strict setting would refuse.
+        # It promotes bfloat16 to its float32 accumulator implicitly, which a user's strict setting would
+        # refuse.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
                 q_BxTxHxK,
@@ -226,8 +252,9 @@ def stack_layers(params: Mapping, at: str = "h") -> dict:
     stacked["h"]["attn"]["c_attn"]["kernel"].shape         # (12, 768, 2304)
     ```
 
-    `at`: the path of the dict of layers, components joined by `/`. Leaves are arrays (numpy stays numpy) or `None`.
-    Raises `ValueError` where the layers are not numbered from 0 without a gap, as in a tree that is already stacked.
+    `at`: the path of the dict of layers, components joined by `/`. Leaves are arrays (numpy stays numpy) or
+    `None`. Raises `ValueError` where the layers are not numbered from 0 without a gap, as in a tree that is
+    already stacked.
     """
 
     def stack(layers):
@@ -253,7 +280,8 @@ def unstack_layers(params: Mapping, at: str = "h") -> dict:
         lengths = {leaf.shape[0] for leaf in jax.tree.leaves(layers) if leaf.ndim}
         if len(lengths) != 1 or "0" in layers:
             raise ValueError(
-                f"`params` is not stacked under {at!r}: the first axes there are {sorted(lengths)}, and all must be the "
+                f"`params` is not stacked under {at!r}: the first axes there are {sorted(lengths)}, and all "
+                "must be the "
                 "number of layers; perhaps they are unstacked already: then use them as they are"
             )
         return {str(i): jax.tree.map(lambda leaf: leaf[i], layers) for i in range(*lengths)}

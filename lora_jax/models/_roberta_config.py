@@ -12,13 +12,14 @@ class RobertaConfig(EncoderConfig):
     """Sizes and choices of a RoBERTa, under the names and with the defaults of Hugging Face's `config.json`.
 
     ```python
-    RobertaConfig.named("roberta-base")                                 # 12 layers of width 768 (Liu et al. 2019)
+    RobertaConfig.named("roberta-base")  # 12 layers of width 768 (Liu et al. 2019)
     RobertaConfig.named("roberta-large", labels=("no", "yes"))
     RobertaConfig.from_hf(json.loads(text))                             # what a config.json says
     ```
 
-    Positions are counted from `pad_token_id` + 1, so that 514 of them hold 512 tokens. `problem_type` and the token ids
-    other than padding take no part in the computation and are carried. Raises `ValueError` or `TypeError`, naming the key.
+    Positions are counted from `pad_token_id` + 1, so that 514 of them hold 512 tokens. `problem_type` and the
+    token ids other than padding take no part in the computation and are carried. Raises `ValueError` or
+    `TypeError`, naming the key.
     """
 
     vocab_size: int = 50265
@@ -60,12 +61,17 @@ class RobertaConfig(EncoderConfig):
         self.check_positive("type_vocab_size")
         self.check_activation("hidden_act")
         if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
-            raise ValueError(f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it")
+            raise ValueError(
+                f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it"
+            )
 
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         config = super().translated(config)
         kind = config.pop("position_embedding_type", "absolute")
         if kind != "absolute":
-            raise ValueError(f"`position_embedding_type`={kind!r} in config.json is not supported for RoBERTa: only 'absolute' is")
+            raise ValueError(
+                f"`position_embedding_type`={kind!r} in config.json is not supported for RoBERTa: only "
+                "'absolute' is"
+            )
         return config

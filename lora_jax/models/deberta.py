@@ -1,11 +1,12 @@
-"""DeBERTa-v2 and v3 (He et al., ICLR 2021; v3: 2023) in Flax linen, equal to `transformers`' PyTorch classes, with their heads.
+"""DeBERTa-v2 and v3 (He et al., ICLR 2021; v3: 2023) in Flax linen, equal to `transformers`' PyTorch classes,
+with their heads.
 
 Parameter names follow Hugging Face without the prefix `deberta`, with Flax's words for the leaves:
-`encoder/layer/0/attention/self/query_proj/kernel`, `encoder/rel_embeddings/embedding`; with `scan` the layers are stacked,
-and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
+`encoder/layer/0/attention/self/query_proj/kernel`, `encoder/rel_embeddings/embedding`; with `scan` the layers
+are stacked, and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
 
-Left out: multiple choice, a mask per query, output of attention weights. Letter beyond those of `_layers.py`: R rows of
-the relative embedding, two sides of `span` each.
+Left out: multiple choice, a mask per query, output of attention weights. Letter beyond those of `_layers.py`:
+R rows of the relative embedding, two sides of `span` each.
 """
 
 import functools
@@ -17,8 +18,8 @@ import numpy as np
 
 from . import _rules
 from ._deberta_config import DebertaV2Config as DebertaV2Config
-from ._encoder import Decoder, EncoderPart, FeedForward, Logits, Residual, check_head, check_token_types
-from ._layers import ACTIVATIONS, LayerNorm, accumulator, attention, check_inputs, layer_norm, repeated
+from ._encoder import check_head, check_token_types, Decoder, EncoderPart, FeedForward, Logits, Residual
+from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, layer_norm, LayerNorm, repeated
 
 
 class Embeddings(EncoderPart):
@@ -28,9 +29,13 @@ class Embeddings(EncoderPart):
         words = self.embed(config.vocab_size, config.embedding_width, "word_embeddings")
         x_BxTxD = words(input_ids)
         if config.position_biased_input:
-            x_BxTxD = x_BxTxD + self.embed(config.max_position_embeddings, config.embedding_width, "position_embeddings")(position_ids)
+            x_BxTxD = x_BxTxD + self.embed(
+                config.max_position_embeddings, config.embedding_width, "position_embeddings"
+            )(position_ids)
         if config.type_vocab_size:
-            x_BxTxD = x_BxTxD + self.embed(config.type_vocab_size, config.embedding_width, "token_type_embeddings")(token_type_ids)
+            x_BxTxD = x_BxTxD + self.embed(
+                config.type_vocab_size, config.embedding_width, "token_type_embeddings"
+            )(token_type_ids)
         if config.embedding_width != config.hidden_size:
             x_BxTxD = self.dense(config.hidden_size, "embed_proj", use_bias=False)(x_BxTxD)
         x_BxTxD = _zero_padding(self.norm("LayerNorm")(x_BxTxD), mask_BxT)
@@ -38,11 +43,13 @@ class Embeddings(EncoderPart):
 
 
 class SelfAttention(EncoderPart):
-    """Disentangled attention: the score of i and j is made of content and content, content and distance, distance and content.
+    """Disentangled attention: the score of i and j is made of content and content, content and distance,
+    distance and content.
 
-    With δ(i, j) the bucket of the distance i − j, P the relative embedding, and d the width of a head times the number
-    of terms: (q_i k_j + q_i K_{δ(i,j)} + k_j Q_{δ(i,j)}) / sqrt(d), where K and Q are the projections of P
-    (He et al., equation 4; `transformers` takes −δ(j, i) for the second δ, which is the same).
+    With δ(i, j) the bucket of the distance i − j, P the relative embedding, and d the width of a head times
+    the number of terms: (q_i k_j + q_i K_{δ(i,j)} + k_j Q_{δ(i,j)}) / sqrt(d), where K and Q are the
+    projections of P (He et al., equation 4; `transformers` takes −δ(j, i) for the second δ, which is the
+    same).
     """
 
     @nn.compact
@@ -87,7 +94,9 @@ class SelfAttention(EncoderPart):
 
 
 def _by_distance(x_BxTxHxK, distances_RxHxK, rows_TxT):
-    """x_i · P_{δ(i,j)} for every i and j: the products with all rows of P, of which each pair takes its own."""
+    """x_i · P_{δ(i,j)} for every i and j: the products with all rows of P, of which each pair takes its
+    own.
+    """
     wide = accumulator(x_BxTxHxK.dtype)
     products_BxHxTxR = jnp.einsum("BTHK,RHK->BHTR", x_BxTxHxK, distances_RxHxK, preferred_element_type=wide)
     return jnp.take_along_axis(products_BxHxTxR, rows_TxT[None, None], axis=-1)
@@ -110,13 +119,17 @@ class Layer(FeedForward, EncoderPart):
         if joined is not None:
             # Every layer computes it and the first one keeps it, so that `scan` has one layer to trace.
             y_BxTxD, scale_D, bias_D, mask_BxT = joined
-            y_BxTxD = layer_norm(x_BxTxD + y_BxTxD, scale_D, bias_D, self.config.layer_norm_eps, x_BxTxD.dtype)
+            y_BxTxD = layer_norm(
+                x_BxTxD + y_BxTxD, scale_D, bias_D, self.config.layer_norm_eps, x_BxTxD.dtype
+            )
             x_BxTxD = jnp.where(number == 0, _zero_padding(y_BxTxD, mask_BxT), x_BxTxD)
         return x_BxTxD, slots
 
 
 class Convolution(EncoderPart):
-    """Beside the first layer, from the same input: returns act(conv(x)) and the norm of its sum with that layer's result."""
+    """Beside the first layer, from the same input: returns act(conv(x)) and the norm of its sum with that
+    layer's result.
+    """
 
     @nn.compact
     def __call__(self, x_BxTxD, mask_BxT):
@@ -132,7 +145,9 @@ class Convolution(EncoderPart):
             name="conv",
         )
         y_BxTxD = self.drop(config.hidden_dropout_prob, _zero_padding(convolve(x_BxTxD), mask_BxT))
-        scale_D, bias_D = LayerNorm(config.layer_norm_eps, self.dtype, self.param_dtype, name="LayerNorm").affine(x_BxTxD.shape[-1])
+        scale_D, bias_D = LayerNorm(
+            config.layer_norm_eps, self.dtype, self.param_dtype, name="LayerNorm"
+        ).affine(x_BxTxD.shape[-1])
         return ACTIVATIONS[config.conv_act](y_BxTxD), scale_D, bias_D, mask_BxT
 
 
@@ -150,20 +165,28 @@ class Encoder(EncoderPart):
         if "layer_norm" in config.norm_rel_ebd:
             norm = self.norm("LayerNorm")
             # Its parameters belong to the model even where there is nothing to normalise.
-            distances_RxD = norm(distances_RxD if config.relative_attention else jnp.zeros((1, config.hidden_size), x_BxTxD.dtype))
+            distances_RxD = norm(
+                distances_RxD
+                if config.relative_attention
+                else jnp.zeros((1, config.hidden_size), x_BxTxD.dtype)
+            )
         if config.conv_kernel_size:
             joined = Convolution(*self.options(), name="conv")(x_BxTxD, mask_BxT)
         if mask_BxT is not None:
             mask_Bx1xTxT = (mask_BxT[:, :, None] & mask_BxT[:, None, :])[:, None]
         count = config.num_hidden_layers
-        layers = repeated(Layer, self.options(), count, scan=self.scan, checkpoint=self.checkpoint, shared=4, name="layer")
+        layers = repeated(
+            Layer, self.options(), count, scan=self.scan, checkpoint=self.checkpoint, shared=4, name="layer"
+        )
         return layers(x_BxTxD, jnp.arange(count), None, joined, mask_Bx1xTxT, distances_RxD, rows_TxT)[0]
 
 
 def distance_rows(config: DebertaV2Config, tokens: int) -> np.ndarray:
-    """The row of the relative embedding for every query and key, (T, T) integers: the bucket of their distance, plus `span`.
+    """The row of the relative embedding for every query and key, (T, T) integers: the bucket of their
+    distance, plus `span`.
 
-    In NumPy and in float32, because PyTorch's rounding decides on which side of a bucket's border a distance falls.
+    In NumPy and in float32, because PyTorch's rounding decides on which side of a bucket's border a distance
+    falls.
     """
     signed = np.arange(1 - tokens, tokens)
     buckets = signed
@@ -179,7 +202,9 @@ def distance_rows(config: DebertaV2Config, tokens: int) -> np.ndarray:
 
 
 def _zero_padding(x_BxTxD, mask_BxT):
-    return x_BxTxD if mask_BxT is None else jnp.where(mask_BxT[..., None], x_BxTxD, jnp.zeros((), x_BxTxD.dtype))
+    return (
+        x_BxTxD if mask_BxT is None else jnp.where(mask_BxT[..., None], x_BxTxD, jnp.zeros((), x_BxTxD.dtype))
+    )
 
 
 class Pooler(EncoderPart):
@@ -187,14 +212,18 @@ class Pooler(EncoderPart):
 
     @nn.compact
     def __call__(self, x_BxTxD):
-        x_BxD = self.dense(self.config.hidden_size, "dense")(self.drop(self.config.pooler_dropout, x_BxTxD[:, 0]))
+        x_BxD = self.dense(self.config.hidden_size, "dense")(
+            self.drop(self.config.pooler_dropout, x_BxTxD[:, 0])
+        )
         return ACTIVATIONS[self.config.pooler_hidden_act](x_BxD)
 
 
 class Transform(EncoderPart):
     @nn.compact
     def __call__(self, x_BxTxD):
-        return self.norm("LayerNorm")(self.activation(self.dense(self.config.embedding_width, "dense")(x_BxTxD)))
+        return self.norm("LayerNorm")(
+            self.activation(self.dense(self.config.embedding_width, "dense")(x_BxTxD))
+        )
 
 
 class LegacyPredictions(EncoderPart):
@@ -218,7 +247,9 @@ class PredictionHead(EncoderPart):
     @nn.compact
     def __call__(self, x_BxTxD, embedding_VxD):
         bias_V = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
-        x_BxTxD = self.norm("LayerNorm")(self.activation(self.dense(self.config.hidden_size, "dense")(x_BxTxD)))
+        x_BxTxD = self.norm("LayerNorm")(
+            self.activation(self.dense(self.config.hidden_size, "dense")(x_BxTxD))
+        )
         return Decoder(*self.options(), name="decoder")(x_BxTxD, embedding_VxD, bias_V)
 
 
@@ -232,24 +263,26 @@ class DebertaV2(nn.Module):
     """DeBERTa-v2 or v3 with one of the heads of `transformers`.
 
     ```python
-    model = DebertaV2(DebertaV2Config.named("deberta-v3-base", labels=("no", "yes")), head="sequence_classification")
+    config = DebertaV2Config.named("deberta-v3-base", labels=("no", "yes"))
+    model = DebertaV2(config, head="sequence_classification")
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     logits = model.apply({"params": params}, input_ids, attention_mask)      # (batch, labels)
     ```
 
-    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on either side;
-    `position_ids` (B, T) or (1, T), 0, 1, 2, … by default and used only with `position_biased_input`; `token_type_ids`
-    (B, T), for a model that has token types. Returns float32 logits (float64 in a float64 model): masked_lm (B, T, V),
-    sequence_classification (B, N), one label being a regression, token_classification (B, T, N), question_answering
-    (B, T, 2), start and end. `head="features"` returns the states of the last layer (B, T, D), in the dtype of the
-    computation. Evaluation mode unless `deterministic=False`, which needs `rngs={"dropout": key}`.
+    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on
+    either side; `position_ids` (B, T) or (1, T), 0, 1, 2, … by default and used only with
+    `position_biased_input`; `token_type_ids` (B, T), for a model that has token types. Returns float32 logits
+    (float64 in a float64 model): masked_lm (B, T, V), sequence_classification (B, N), one label being a
+    regression, token_classification (B, T, N), question_answering (B, T, 2), start and end. `head="features"`
+    returns the states of the last layer (B, T, D), in the dtype of the computation. Evaluation mode unless
+    `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`: recompute
-    each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
+    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
+    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
     `jax.nn.dot_product_attention`, to which the terms of position are a bias: "xla" or "cudnn".
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than a model
-    with absolute positions; without them no length is too long.
+    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
+    a model with absolute positions; without them no length is too long.
     """
 
     partition_rules = _rules.ENCODER
@@ -263,11 +296,25 @@ class DebertaV2(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, position_ids=None, token_type_ids=None, *, deterministic: bool = True):
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        token_type_ids=None,
+        *,
+        deterministic: bool = True,
+    ):
         config = self.config
         check_head(self.head, config)
         limit = config.max_position_embeddings if config.position_biased_input else None
-        check_inputs(input_ids, attention_mask, position_ids, limit=limit, limited_by=f"`max_position_embeddings`={limit}")
+        check_inputs(
+            input_ids,
+            attention_mask,
+            position_ids,
+            limit=limit,
+            limited_by=f"`max_position_embeddings`={limit}",
+        )
         check_token_types(token_type_ids, input_ids, config.type_vocab_size)
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         if position_ids is None:
@@ -276,13 +323,19 @@ class DebertaV2(nn.Module):
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
 
         options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
-        x_BxTxD, embedding_VxE = Embeddings(*options, name="embeddings")(input_ids, token_type_ids, position_ids, mask_BxT)
+        x_BxTxD, embedding_VxE = Embeddings(*options, name="embeddings")(
+            input_ids, token_type_ids, position_ids, mask_BxT
+        )
         x_BxTxD = Encoder(*options, self.scan, self.checkpoint, name="encoder")(x_BxTxD, mask_BxT)
 
         if self.head == "features":
             return x_BxTxD
         if self.head == "masked_lm":
-            head = LegacyHead(*options, name="cls") if config.legacy else Predictions(*options, name="lm_predictions")
+            head = (
+                LegacyHead(*options, name="cls")
+                if config.legacy
+                else Predictions(*options, name="lm_predictions")
+            )
             return head(x_BxTxD, embedding_VxE)
         if self.head == "question_answering":
             return Logits(*options, 2, name="qa_outputs")(x_BxTxD)

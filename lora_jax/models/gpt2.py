@@ -1,11 +1,12 @@
 """GPT-2 (Radford et al. 2019) in Flax linen, equal to `transformers`' PyTorch `GPT2LMHeadModel`.
 
-Parameter names follow Hugging Face, with Flax's words for the leaves: `h/0/attn/c_attn/kernel`, `wte/embedding`,
-`ln_f/scale`; with `scan` the layers are stacked, `h/attn/c_attn/kernel` has shape (layers, in, out), and
-`stack_layers` / `unstack_layers` lead from one layout to the other. The modules know nothing of LoRA.
+Parameter names follow Hugging Face, with Flax's words for the leaves: `h/0/attn/c_attn/kernel`,
+`wte/embedding`, `ln_f/scale`; with `scan` the layers are stacked, `h/attn/c_attn/kernel` has shape (layers,
+in, out), and `stack_layers` / `unstack_layers` lead from one layout to the other. The modules know nothing of
+LoRA.
 
-Left out: cross-attention, classification and double heads, token types, output of attention weights. The letters of the
-shape suffixes and the dtype policy are stated in `_layers.py`.
+Left out: cross-attention, classification and double heads, token types, output of attention weights. The
+letters of the shape suffixes and the dtype policy are stated in `_layers.py`.
 """
 
 import functools
@@ -17,15 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from . import _rules
-from ._cache import Cache as Cache
-from ._cache import advance, write
+from ._cache import advance, Cache as Cache, write
 from ._gpt2_config import GPT2Config as GPT2Config
-from ._layers import ACTIVATIONS, LayerNorm, Part, accumulator, attention, check_inputs, repeated
+from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, LayerNorm, Part, repeated
 
 
 class _Part(Part):
     def residual_dense(self, features, name):
-        # Each layer adds to the residual stream twice: 1/sqrt(2L) keeps its variance at the start (section 2.3).
+        # Each layer adds to the residual stream twice: 1/sqrt(2L) keeps its variance at the start (section
+        # 2.3).
         std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
         return self.dense(features, name, kernel_init=nn.initializers.normal(std))
 
@@ -46,7 +47,8 @@ class Attention(_Part):
 
         scale = (width // heads) ** -0.5 if self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
-            # On the queries, because under `scan` the layer's number is traced and a fused kernel wants a static scale.
+            # On the queries, because under `scan` the layer's number is traced and a fused kernel wants a
+            # static scale.
             q_BxTxHxK = q_BxTxHxK / (layer + 1).astype(q_BxTxHxK.dtype)
         y_BxTxHxK = attention(
             q_BxTxHxK,
@@ -72,7 +74,9 @@ class MLP(_Part):
 
 
 class Block(_Part):
-    """One layer, norm first. Takes and returns what `scan` carries (the residual stream) and maps over (its slots)."""
+    """One layer, norm first. Takes and returns what `scan` carries (the residual stream) and maps over
+    (its slots).
+    """
 
     @nn.compact
     def __call__(self, x_BxTxD, layer, slots, mask_Bx1xTxS, start):
@@ -92,27 +96,30 @@ class GPT2(nn.Module):
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     logits = model.apply({"params": params}, input_ids, attention_mask)      # (batch, time, vocabulary)
 
-    cache = model.init_cache(batch=2, slots=64)                              # decoding: first the whole prompt,
+    cache = model.init_cache(batch=2, slots=64)  # decoding: first the whole prompt,
     logits, cache = model.apply({"params": params}, prompt, prompt_mask, cache=cache, last_only=True)
     logits, cache = model.apply({"params": params}, logits.argmax(-1), cache=cache)   # then token by token
     ```
 
-    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on either side;
-    `position_ids` (B, T) or (1, T). Positions default to 0, 1, 2, …, padding counted, as in `transformers`. Returns
-    logits (B, T, V) in float32, or float64 in a float64 model; (B, 1, V) with `last_only`, which spares a prompt the
-    logits of all but its last column. Evaluation mode unless `deterministic=False`, which needs `rngs={"dropout": key}`.
+    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on
+    either side; `position_ids` (B, T) or (1, T). Positions default to 0, 1, 2, …, padding counted, as in
+    `transformers`. Returns logits (B, T, V) in float32, or float64 in a float64 model; (B, 1, V) with
+    `last_only`, which spares a prompt the logits of all but its last column. Evaluation mode unless
+    `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **With a `cache`** the mask is that of the new tokens, each attends to every real token before it, positions default
-    to the number of real tokens before, and `(logits, cache)` is returned. Writing past the last slot cannot raise
-    inside `jit`: it gives NaN logits, as a position or token id out of range does. `visible` (B, T, S) booleans narrows
-    down the slots that each new token attends to, its own among them: tokens of one call that are alternatives of each
-    other, as the beams of a search, then share the slots of a row. It needs `position_ids`, and the caller sees to the room.
+    **With a `cache`** the mask is that of the new tokens, each attends to every real token before it,
+    positions default to the number of real tokens before, and `(logits, cache)` is returned. Writing past the
+    last slot cannot raise inside `jit`: it gives NaN logits, as a position or token id out of range does.
+    `visible` (B, T, S) booleans narrows down the slots that each new token attends to, its own among them:
+    tokens of one call that are alternatives of each other, as the beams of a search, then share the slots of
+    a row. It needs `position_ids`, and the caller sees to the room.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`: recompute
-    each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
+    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
+    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
     `jax.nn.dot_product_attention`, "xla" or "cudnn" (fused, needs an NVIDIA GPU and a 16-bit `dtype`).
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than the model.
+    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
+    the model.
     """
 
     partition_rules = _rules.GPT2
@@ -160,7 +167,9 @@ class GPT2(nn.Module):
 
         slots, start = (None, None) if cache is None else (cache.layers, cache.length - input_ids.shape[1])
         options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
-        layers = repeated(Block, options, config.n_layer, scan=self.scan, checkpoint=self.checkpoint, shared=2, name="h")
+        layers = repeated(
+            Block, options, config.n_layer, scan=self.scan, checkpoint=self.checkpoint, shared=2, name="h"
+        )
         x_BxTxD, slots = layers(x_BxTxD, jnp.arange(config.n_layer), slots, mask_Bx1xTxS, start)
 
         x_BxTxD = x_BxTxD[:, -1:] if last_only else x_BxTxD
@@ -176,7 +185,9 @@ class GPT2(nn.Module):
         """
         config = self.config
         if not 0 < slots <= config.n_positions:
-            raise ValueError(f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}")
+            raise ValueError(
+                f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}"
+            )
         shape = (batch, slots, config.n_head, config.n_embd // config.n_head)
         shape = (config.n_layer, *shape) if self.scan else shape
         dtype = dtype or self.dtype or self.param_dtype
@@ -195,17 +206,31 @@ class GPT2(nn.Module):
             return head(self.config.vocab_size, kernel_init=std, dot_general=wide, name="lm_head")(x_BxTxD)
         x_BxTxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxTxD, wte.embedding, dtype=self.dtype)
         contract_D = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype))
+        return jax.lax.dot_general(
+            x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype)
+        )
 
 
 def _check(config, input_ids, attention_mask, position_ids, cache, visible):
-    check_inputs(input_ids, attention_mask, position_ids, limit=config.n_positions, limited_by=f"`n_positions`={config.n_positions}")
+    check_inputs(
+        input_ids,
+        attention_mask,
+        position_ids,
+        limit=config.n_positions,
+        limited_by=f"`n_positions`={config.n_positions}",
+    )
     batch, tokens = jnp.shape(input_ids)
     if cache is not None and cache.mask.shape[0] != batch:
         raise ValueError(f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}")
     if visible is not None:
         if cache is None or position_ids is None:
-            raise ValueError("`visible` goes with `cache` and `position_ids`: it says which of the cache's slots a token sees")
+            raise ValueError(
+                "`visible` goes with `cache` and `position_ids`: it says which of the cache's slots a token "
+                "sees"
+            )
         expected = (batch, tokens, cache.mask.shape[1])
         if jnp.shape(visible) != expected or jnp.result_type(visible) != bool:
-            raise ValueError(f"`visible` must be booleans of shape {expected}, got {jnp.result_type(visible)}{jnp.shape(visible)}")
+            raise ValueError(
+                f"`visible` must be booleans of shape {expected}, got "
+                f"{jnp.result_type(visible)}{jnp.shape(visible)}"
+            )

@@ -1,8 +1,8 @@
 """RoBERTa (Liu et al. 2019) in Flax linen, equal to `transformers`' PyTorch classes, with their heads.
 
 Parameter names follow Hugging Face without the prefix `roberta`, with Flax's words for the leaves:
-`encoder/layer/0/attention/self/query/kernel`, `embeddings/word_embeddings/embedding`; with `scan` the layers are stacked,
-and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
+`encoder/layer/0/attention/self/query/kernel`, `embeddings/word_embeddings/embedding`; with `scan` the layers
+are stacked, and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
 
 Left out: use as a decoder, cross-attention, multiple choice, output of attention weights.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _rules
-from ._encoder import Decoder, EncoderPart, FeedForward, Logits, Residual, check_head, check_token_types
+from ._encoder import check_head, check_token_types, Decoder, EncoderPart, FeedForward, Logits, Residual
 from ._layers import attention, check_inputs, repeated
 from ._roberta_config import RobertaConfig as RobertaConfig
 
@@ -38,7 +38,8 @@ class SelfAttention(EncoderPart):
         batch, tokens, width = x_BxTxD.shape
         heads = self.config.num_attention_heads
         q_BxTxHxK, k_BxSxHxK, v_BxSxHxK = (
-            self.dense(width, name)(x_BxTxD).reshape(batch, tokens, heads, width // heads) for name in ("query", "key", "value")
+            self.dense(width, name)(x_BxTxD).reshape(batch, tokens, heads, width // heads)
+            for name in ("query", "key", "value")
         )
         y_BxTxHxK = attention(
             q_BxTxHxK,
@@ -75,7 +76,9 @@ class Encoder(EncoderPart):
     @nn.compact
     def __call__(self, x_BxTxD, mask_Bx1xTxS):
         count = self.config.num_hidden_layers
-        layers = repeated(Layer, self.options(), count, scan=self.scan, checkpoint=self.checkpoint, shared=1, name="layer")
+        layers = repeated(
+            Layer, self.options(), count, scan=self.scan, checkpoint=self.checkpoint, shared=1, name="layer"
+        )
         return layers(x_BxTxD, jnp.arange(count), None, mask_Bx1xTxS)[0]
 
 
@@ -115,19 +118,21 @@ class Roberta(nn.Module):
     logits = model.apply({"params": params}, input_ids, attention_mask)      # (batch, labels)
     ```
 
-    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on either side;
-    `position_ids` (B, T) or (1, T); `token_type_ids` (B, T). Positions default to `pad_token_id` + 1, + 2, … over the
-    tokens that are not `pad_token_id`, whatever the mask says, as in `transformers`; token types default to 0. Returns
-    float32 logits (float64 in a float64 model): masked_lm (B, T, V), sequence_classification (B, N), one label being a
-    regression, token_classification (B, T, N), question_answering (B, T, 2), start and end. `head="features"` returns
-    the states of the last layer (B, T, D) and the pooled first one (B, D), in the dtype of the computation. Evaluation mode
-    unless `deterministic=False`, which needs `rngs={"dropout": key}`.
+    **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on
+    either side; `position_ids` (B, T) or (1, T); `token_type_ids` (B, T). Positions default to `pad_token_id`
+    + 1, + 2, … over the tokens that are not `pad_token_id`, whatever the mask says, as in `transformers`;
+    token types default to 0. Returns float32 logits (float64 in a float64 model): masked_lm (B, T, V),
+    sequence_classification (B, N), one label being a regression, token_classification (B, T, N),
+    question_answering (B, T, 2), start and end. `head="features"` returns the states of the last layer (B, T,
+    D) and the pooled first one (B, D), in the dtype of the computation. Evaluation mode unless
+    `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`: recompute
-    each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
+    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
+    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
     `jax.nn.dot_product_attention`, "xla" or "cudnn".
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than the model.
+    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
+    the model.
     """
 
     partition_rules = _rules.ENCODER
@@ -141,14 +146,33 @@ class Roberta(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, position_ids=None, token_type_ids=None, *, deterministic: bool = True):
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        token_type_ids=None,
+        *,
+        deterministic: bool = True,
+    ):
         config = self.config
         check_head(self.head, config)
         room = config.max_position_embeddings - config.pad_token_id - 1
-        limited_by = f"has room for {room}: `max_position_embeddings`={config.max_position_embeddings} less the padding's"
-        check_inputs(input_ids, attention_mask, position_ids, limit=None if position_ids is not None else room, limited_by=limited_by)
+        limited_by = (
+            f"has room for {room}: `max_position_embeddings`={config.max_position_embeddings} less the "
+            "padding's"
+        )
+        check_inputs(
+            input_ids,
+            attention_mask,
+            position_ids,
+            limit=None if position_ids is not None else room,
+            limited_by=limited_by,
+        )
         check_token_types(token_type_ids, input_ids, config.type_vocab_size)
-        mask_Bx1xTxS = None if attention_mask is None else (jnp.asarray(attention_mask) != 0)[:, None, None, :]
+        mask_Bx1xTxS = (
+            None if attention_mask is None else (jnp.asarray(attention_mask) != 0)[:, None, None, :]
+        )
         if position_ids is None:
             real = (jnp.asarray(input_ids) != config.pad_token_id).astype(jnp.int32)
             position_ids = jnp.cumsum(real, axis=1) * real + config.pad_token_id
@@ -156,7 +180,9 @@ class Roberta(nn.Module):
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
 
         options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
-        x_BxTxD, embedding_VxD = Embeddings(*options, name="embeddings")(input_ids, token_type_ids, position_ids)
+        x_BxTxD, embedding_VxD = Embeddings(*options, name="embeddings")(
+            input_ids, token_type_ids, position_ids
+        )
         x_BxTxD = Encoder(*options, self.scan, self.checkpoint, name="encoder")(x_BxTxD, mask_Bx1xTxS)
 
         if self.head == "features":
@@ -173,4 +199,3 @@ class Roberta(nn.Module):
 
 def _classifier_dropout(config):
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-

@@ -1,4 +1,6 @@
-"""The adapters of one method in the tree that an optimiser is given: a delta or a combined tree, or its gradient or update."""
+"""The adapters of one method in the tree that an optimiser is given: a delta or a combined tree, or its
+gradient or update.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,8 +16,15 @@ from .._paths import named_leaves
 
 def adapters(tree: Any, method: type[Method]) -> dict[str, Adapter]:
     """By their place in the tree. Those that `optax.masked` has emptied are left out."""
-    found = ((path, node.adapter if isinstance(node, Adapted) else node) for path, node in named_leaves(tree, is_leaf=is_node))
-    return {path: node for path, node in found if isinstance(node, Adapter) and isinstance(node.spec.method, method) and not _masked(node)}
+    found = (
+        (path, node.adapter if isinstance(node, Adapted) else node)
+        for path, node in named_leaves(tree, is_leaf=is_node)
+    )
+    return {
+        path: node
+        for path, node in found
+        if isinstance(node, Adapter) and isinstance(node.spec.method, method) and not _masked(node)
+    }
 
 
 def with_adapters(tree: Any, changed: Mapping[str, Adapter]) -> Any:
@@ -24,7 +33,9 @@ def with_adapters(tree: Any, changed: Mapping[str, Adapter]) -> Any:
     def replaced(path: str, node: Any) -> Any:
         if path not in changed:
             return node
-        return dataclasses.replace(node, adapter=changed[path]) if isinstance(node, Adapted) else changed[path]
+        return (
+            dataclasses.replace(node, adapter=changed[path]) if isinstance(node, Adapted) else changed[path]
+        )
 
     nodes = [replaced(path, node) for path, node in named_leaves(tree, is_leaf=is_node)]
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), nodes)

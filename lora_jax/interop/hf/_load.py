@@ -15,13 +15,13 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from ...models._encoder import EncoderConfig, numbered_labels
-from ...sharding import Rules, partition_specs, shardings
+from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
-from .._families import Family, Tensor, family_of, head_of, shapes_of, tensors_of
+from .._families import Family, family_of, head_of, shapes_of, Tensor, tensors_of
 from .._files import read_json
 from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
-from .._strict import DTYPES, check_beside, check_finite, check_tensors, check_width, on_device
+from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device
 
 
 def load(
@@ -48,30 +48,38 @@ def load(
 
     model, params = hf.load("path/to/gpt2", tie="untie")   # the head as a leaf of its own, lm_head/kernel
     model, params = hf.load("path/to/gpt2", scan=True, checkpoint=True, dtype=jnp.bfloat16)
-    model, params = hf.load("path/to/gpt2", place=lambda path, array: array)   # stays on the disk until it is used
-    model, params = hf.load("path/to/gpt2", mesh=mesh, scan=True)              # split over a mesh from the start
+    model, params = hf.load("path/to/gpt2", place=lambda path, array: array)  # stays on disk until used
+    model, params = hf.load("path/to/gpt2", mesh=mesh, scan=True)  # split over a mesh from the start
 
     # The pretrained encoder with a new head, drawn from `key`: where fine-tuning begins.
-    model, params = hf.load("path/to/roberta-base", head="sequence_classification", num_labels=3, key=jax.random.key(0))
+    model, params = hf.load(
+        "path/to/roberta-base", head="sequence_classification", num_labels=3, key=jax.random.key(0)
+    )
     ```
 
-    Parameters keep the dtype they have in the file, or are cast to `param_dtype` as they are read, each part before it goes to its device.
-    `tie="share"` follows the config: a tied head is the embedding, used twice. `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
-    values. `head`, one of `lora_jax.models.HEADS`, or another `num_labels` for it, takes the place of what the config names: the
-    encoder is read as strictly as ever, tensors of other heads are passed over, and unless the file has the whole new head,
-    for as many labels, all of it is drawn from `key` (None: `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the
-    computation) are the model's. `place(path, array)` puts each leaf where it shall live, on one device or across several; the
-    default copies it to JAX's default device. Unless the model is scanned, it is given a read-only memory map of the file: returned as it is,
-    the weights take no memory, and `save` merges and writes models larger than that. `jax.device_put` on a CPU may keep the map, too.
+    Parameters keep the dtype they have in the file, or are cast to `param_dtype` as they are read, each part
+    before it goes to its device. `tie="share"` follows the config: a tied head is the embedding, used twice.
+    `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
+    values. `head`, one of `lora_jax.models.HEADS`, or another `num_labels` for it, takes the place of what
+    the config names: the encoder is read as strictly as ever, tensors of other heads are passed over, and
+    unless the file has the whole new head, for as many labels, all of it is drawn from `key` (None:
+    `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the computation) are the
+    model's. `place(path, array)` puts each leaf where it shall live, on one device or across several; the
+    default copies it to JAX's default device. Unless the model is scanned, it is given a read-only memory map
+    of the file: returned as it is, the weights take no memory, and `save` merges and writes models larger
+    than that. `jax.device_put` on a CPU may keep the map, too.
 
-    With a `mesh` of the axes data, fsdp and tensor, each weight is split as `rules` say (see `lora_jax.sharding`; None: the model's `partition_rules`):
-    every device gets its own part and no other. All processes of a mesh call this, with the same arguments; each reads the parts of its own devices,
-    and what is wrong in the eyes of one is raised in all.
+    With a `mesh` of the axes data, fsdp and tensor, each weight is split as `rules` say (see
+    `lora_jax.sharding`; None: the model's `partition_rules`): every device gets its own part and no other.
+    All processes of a mesh call this, with the same arguments; each reads the parts of its own devices, and
+    what is wrong in the eyes of one is raised in all.
 
-    Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run. `verify` compares with the checksums of
-    directories that `save` wrote, and looks for values that are not finite: both read everything once.
+    Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run.
+    `verify` compares with the checksums of directories that `save` wrote, and looks for values that are not
+    finite: both read everything once.
 
-    Raises `ValueError` naming the file, key or tensor that is missing, unexpected, damaged or of another shape or dtype.
+    Raises `ValueError` naming the file, key or tensor that is missing, unexpected, damaged or of another
+    shape or dtype.
     """
     if tie not in ("share", "untie"):
         raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'")
@@ -93,12 +101,25 @@ def load(
         tensors = tensors_of(model, family)
         layout = None if mesh is None else _layout(model, mesh, rules)
         expected = {tensor.name for tensor in tensors}
-        stored = {name: tensor for name, tensor in stored.items() if name in expected or not family.leftovers.fullmatch(name)}
+        stored = {
+            name: tensor
+            for name, tensor in stored.items()
+            if name in expected or not family.leftovers.fullmatch(name)
+        }
         stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
         kept = [tensor for tensor in tensors if tensor.path not in fresh]
-        check_tensors(f"{dir} does not hold the model that its config.json describes", {tensor.name: tensor.shape for tensor in kept}, stored)
-        # What a new cache or a new head would be made of, were it float32, would not fit the other parameters.
-        model = model.clone(param_dtype=DTYPES[stored[family.embedding].dtype] if param_dtype is None else jnp.dtype(param_dtype))
+        check_tensors(
+            f"{dir} does not hold the model that its config.json describes",
+            {tensor.name: tensor.shape for tensor in kept},
+            stored,
+        )
+        # What a new cache or a new head would be made of, were it float32, would not fit the other
+        # parameters.
+        model = model.clone(
+            param_dtype=DTYPES[stored[family.embedding].dtype]
+            if param_dtype is None
+            else jnp.dtype(param_dtype)
+        )
 
         def checked(name: str, array: np.ndarray) -> np.ndarray:
             array = check_finite(dir, name, array) if verify else array
@@ -106,15 +127,26 @@ def load(
 
         def placed(path: str, names: list[str], arrays: list[np.ndarray], stacked: bool) -> Any:
             if layout is not None:
-                return _split(path, layout[path], arrays, param_dtype, stacked, lambda index, array: checked(names[index], array))
+                return _split(
+                    path,
+                    layout[path],
+                    arrays,
+                    param_dtype,
+                    stacked,
+                    lambda index, array: checked(names[index], array),
+                )
             arrays = [checked(name, array) for name, array in zip(names, arrays, strict=True)]
             return place(path, np.stack(arrays) if stacked else arrays[0])
 
-        flat = {path: placed(path, [path], [array], False) for path, array in _drawn(model, fresh, key).items()}
+        flat = {
+            path: placed(path, [path], [array], False) for path, array in _drawn(model, fresh, key).items()
+        }
         for path, group in itertools.groupby(kept, lambda tensor: tensor.path):
             parts = list(group)
             arrays = [tensor.to_ours(stored[tensor.name].read()) for tensor in parts]
-            flat[path] = placed(path, [stored[tensor.name].name for tensor in parts], arrays, parts[0].layer is not None)
+            flat[path] = placed(
+                path, [stored[tensor.name].name for tensor in parts], arrays, parts[0].layer is not None
+            )
         return model, traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -124,15 +156,26 @@ def _layout(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]
     return shardings(mesh, partition_specs(shapes, model.partition_rules if rules is None else rules), shapes)
 
 
-def _split(path: str, sharding: Any, arrays: list[np.ndarray], dtype: Any, stacked: bool, checked: Callable[[int, np.ndarray], np.ndarray]) -> jax.Array:
-    """One array over the devices, of which each part is read when its device asks for it. `arrays`: the layers of a stack, or one."""
+def _split(
+    path: str,
+    sharding: Any,
+    arrays: list[np.ndarray],
+    dtype: Any,
+    stacked: bool,
+    checked: Callable[[int, np.ndarray], np.ndarray],
+) -> jax.Array:
+    """One array over the devices, of which each part is read when its device asks for it. `arrays`: the
+    layers of a stack, or one.
+    """
     check_width(path, arrays[0].dtype if dtype is None else jnp.dtype(dtype))
     shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
             return np.array(checked(0, arrays[0][index]))
-        return np.stack([checked(layer, arrays[layer][index[1:]]) for layer in range(*index[0].indices(len(arrays)))])
+        return np.stack(
+            [checked(layer, arrays[layer][index[1:]]) for layer in range(*index[0].indices(len(arrays)))]
+        )
 
     return jax.make_array_from_callback(shape, sharding, part)
 
@@ -143,7 +186,11 @@ def _stored(dir: Path, verify: bool, *, divided: bool) -> Mapping[str, Any]:
     To verify a file is to read all of it: if `divided`, each is by one of the processes.
     """
     safe = any(dir.glob("model.safetensors*"))
-    stored = stored_tensors(dir) if safe or not any(dir.glob("pytorch_model.bin*")) else _state_dict.stored_binaries(dir, "pytorch_model")
+    stored = (
+        stored_tensors(dir)
+        if safe or not any(dir.glob("pytorch_model.bin*"))
+        else _state_dict.stored_binaries(dir, "pytorch_model")
+    )
     if verify:
         files = sorted({tensor.file for tensor in stored.values()}) if safe else []
         for file in files[jax.process_index() :: jax.process_count()] if divided else files:
@@ -163,14 +210,26 @@ def _named_as_in_table(dir: Path, family: Family, stored: Mapping[str, Any]) -> 
 
 def _with_labels(config: Any, head: str | None, count: int) -> Any:
     if not isinstance(config, EncoderConfig):
-        raise ValueError(f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it out")
+        raise ValueError(
+            f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it "
+            "out"
+        )
     if head is None:
-        raise ValueError(f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} labels it was trained for")
-    return config if count == config.num_labels else dataclasses.replace(config, labels=numbered_labels(count))
+        raise ValueError(
+            f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} "
+            "labels it was trained for"
+        )
+    return (
+        config if count == config.num_labels else dataclasses.replace(config, labels=numbered_labels(count))
+    )
 
 
-def _tied_or_untied(dir: Path, family: Family, build: functools.partial, config: Any, stored: dict[str, Any], tie: str) -> Any:
-    """The config after `tie`, with `stored` brought to it: each array under one name, the head's own where it is apart."""
+def _tied_or_untied(
+    dir: Path, family: Family, build: functools.partial, config: Any, stored: dict[str, Any], tie: str
+) -> Any:
+    """The config after `tie`, with `stored` brought to it: each array under one name, the head's own
+    where it is apart.
+    """
     decoder, embedding = family.decoder, family.embedding
     tied = config.tie_word_embeddings
     if tied and tie == "untie":
@@ -180,7 +239,10 @@ def _tied_or_untied(dir: Path, family: Family, build: functools.partial, config:
             if decoder not in stored and embedding in stored:
                 stored[decoder] = stored[embedding]
         elif build.keywords["head"] == "masked_lm":
-            raise ValueError(f"`tie`='untie' was passed for {dir}, whose head is the embedding by definition (`legacy`=false); leave it out")
+            raise ValueError(
+                f"`tie`='untie' was passed for {dir}, whose head is the embedding by definition "
+                "(`legacy`=false); leave it out"
+            )
     elif tied and decoder in stored and embedding in stored:
         _check_equal(dir, stored, decoder, embedding, "; keep both with `tie='untie'`, or remove the tensor")
         del stored[decoder]
@@ -195,11 +257,17 @@ def _tied_or_untied(dir: Path, family: Family, build: functools.partial, config:
 
 def _check_equal(dir: Path, stored: dict[str, Any], one: str, other: str, fix: str) -> None:
     if not np.array_equal(stored[one].read(), stored[other].read()):
-        raise ValueError(f"{dir} has a {one!r} that differs from its {other!r}, though its config.json ties them{fix}")
+        raise ValueError(
+            f"{dir} has a {one!r} that differs from its {other!r}, though its config.json ties them{fix}"
+        )
 
 
-def _head_of_file_or_new(family: Family, tensors: list[Tensor], stored: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """`stored` without the tensors of other heads, and the paths to be drawn: none, or the whole head if any of it is not there or does not fit."""
+def _head_of_file_or_new(
+    family: Family, tensors: list[Tensor], stored: dict[str, Any]
+) -> tuple[dict[str, Any], set[str]]:
+    """`stored` without the tensors of other heads, and the paths to be drawn: none, or the whole head if
+    any of it is not there or does not fit.
+    """
     body = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
     own = [tensor for tensor in tensors if not tensor.name.startswith(family.prefix)]
     if any(tensor.name not in stored or stored[tensor.name].shape != tensor.shape for tensor in own):

@@ -14,18 +14,20 @@ from flax import traverse_util
 
 from ..._lorafy import partition
 from ..._merge import merge
-from ..._nodes import Adapted, Trained, resolved
+from ..._nodes import Adapted, resolved, Trained
 from ..._packed import Packed
 from .. import _fingerprint
 from .._families import family_of_model, shapes_of, tensors_of
 from .._files import digest, new_directory, write_json
 from .._processes import agree, spanning, together
-from .._safetensors import Pending, fetch_tensors, write_tensors
-from .._strict import DTYPES, check_writable, report
+from .._safetensors import fetch_tensors, Pending, write_tensors
+from .._strict import check_writable, DTYPES, report
+
 
 # What `save` carries from `source`: the tokenizers of the supported models and the defaults of generation.
 _CARRIED = (
-    "added_tokens.json chat_template.jinja generation_config.json merges.txt special_tokens_map.json spm.model "
+    "added_tokens.json chat_template.jinja generation_config.json merges.txt special_tokens_map.json "
+    "spm.model "
     "tokenizer.json tokenizer_config.json vocab.json vocab.txt"
 ).split()
 
@@ -44,30 +46,41 @@ def save(
     ```python
     hf.save("merged", model, lora_jax.merge(frozen, delta), source="path/to/gpt2")
 
-    # The same, merged matrix by matrix while it is written, so that neither base nor result need fit in memory:
+    # The same, merged matrix by matrix while it is written: neither base nor result need fit in memory.
     model, params = hf.load("path/to/gpt2", place=lambda path, array: array)
     frozen, delta = peft.load("path/to/adapter", model, params)
     hf.save("merged", model, lora_jax.combine(frozen, delta), source="path/to/gpt2")
     ```
 
-    `params`: NumPy or JAX arrays in the layout of `model`, scanned or not, or what `combine` returns; each tensor keeps its dtype, packed
-    ones that of their values. A tied model has no tensor for its head, as `transformers` writes it, and an untied one says so in
-    its config. From `source` come the tokenizer's files and `generation_config.json`. Above `shard_bytes` the tensors go into
-    several files and an index; one tensor at a time is in memory, of stacked layers one stack. The files carry checksums of themselves
-    and of the config, and, of a combined tree, the fingerprint of the base. The directory appears under its name when it is
-    complete; one that exists and is not empty is an error, or is replaced with `overwrite=True` if it is an earlier export.
+    `params`: NumPy or JAX arrays in the layout of `model`, scanned or not, or what `combine` returns; each
+    tensor keeps its dtype, packed ones that of their values. A tied model has no tensor for its head, as
+    `transformers` writes it, and an untied one says so in its config. From `source` come the tokenizer's
+    files and `generation_config.json`. Above `shard_bytes` the tensors go into several files and an index;
+    one tensor at a time is in memory, of stacked layers one stack. The files carry checksums of themselves
+    and of the config, and, of a combined tree, the fingerprint of the base. The directory appears under its
+    name when it is complete; one that exists and is not empty is an error, or is replaced with
+    `overwrite=True` if it is an earlier export.
 
-    Where arrays span several processes, all of them call this, with the same arguments, on a file system that they share: one tensor at a
-    time is gathered, of stacked leaves one layer, process 0 writes the bytes that a single process would, and an error is raised in all.
+    Where arrays span several processes, all of them call this, with the same arguments, on a file system that
+    they share: one tensor at a time is gathered, of stacked leaves one layer, process 0 writes the bytes that
+    a single process would, and an error is raised in all.
 
-    Raises `ValueError` naming a leaf that is missing, unexpected or of another shape, and `TypeError` for one that is no
-    array, as in the two halves that `lorafy` returns.
+    Raises `ValueError` naming a leaf that is missing, unexpected or of another shape, and `TypeError` for one
+    that is no array, as in the two halves that `lorafy` returns.
     """
     with together(spanning(params)) as writes:
         _save(Path(dir), model, params, source, overwrite, shard_bytes, writes)
 
 
-def _save(dir: Path, model: nn.Module, params: Mapping, source: str | Path | None, overwrite: bool, shard_bytes: int, writes: bool) -> None:
+def _save(
+    dir: Path,
+    model: nn.Module,
+    params: Mapping,
+    source: str | Path | None,
+    overwrite: bool,
+    shard_bytes: int,
+    writes: bool,
+) -> None:
     kind, architecture, family = family_of_model(model)
     flat = _checked_leaves(model, params)
     carried = _carried_files(source)
@@ -75,19 +88,28 @@ def _save(dir: Path, model: nn.Module, params: Mapping, source: str | Path | Non
     pending = []
     for tensor in tensors_of(model, family):
         leaf = flat[tensor.path]
-        fetch = functools.partial(lambda tensor, leaf: check_writable(tensor.path, tensor.to_theirs(merged(leaf))), tensor, leaf)
+        fetch = functools.partial(
+            lambda tensor, leaf: check_writable(tensor.path, tensor.to_theirs(merged(leaf))), tensor, leaf
+        )
         names = [tensor.name]
         if not model.config.tie_word_embeddings:
             names += [alias for alias, name in family.aliases.items() if name == tensor.name]
         pending += [Pending(name, tensor.shape, np.dtype(_described(leaf).dtype), fetch) for name in names]
     combined = any(isinstance(leaf, Adapted | Trained) for leaf in flat.values())
-    base = lambda: {"base": _fingerprint.fingerprint(model, family, partition(params).frozen)} if combined else {}  # noqa: E731
+    base = lambda: (
+        {"base": _fingerprint.fingerprint(model, family, partition(params).frozen)} if combined else {}
+    )
     if not writes:
         base()
         fetch_tensors(pending, shard_bytes)
         return
 
-    with new_directory(dir, overwrite=overwrite, mark="config.json", files=("model*.safetensors", "model.safetensors.index.json", *_CARRIED)) as new:
+    with new_directory(
+        dir,
+        overwrite=overwrite,
+        mark="config.json",
+        files=("model*.safetensors", "model.safetensors.index.json", *_CARRIED),
+    ) as new:
         about = {"model_type": kind, "architectures": [architecture], "dtype": _widest(flat.values())}
         write_json(new / "config.json", {**model.config.to_hf(), **about})
         facts = {"beside": {"config.json": digest(new / "config.json")}, **base()}
@@ -98,13 +120,16 @@ def _save(dir: Path, model: nn.Module, params: Mapping, source: str | Path | Non
 
 def _checked_leaves(model: nn.Module, params: Mapping) -> dict[str, Any]:
     if not isinstance(params, Mapping):
-        raise TypeError(f"`params` is a {type(params).__name__}; pass the nested dict that `model.apply` takes")
+        raise TypeError(
+            f"`params` is a {type(params).__name__}; pass the nested dict that `model.apply` takes"
+        )
     flat = traverse_util.flatten_dict(params, sep="/")
     flat = dict(zip(flat, resolved(flat.values()), strict=True))
     for path, leaf in flat.items():
         if not isinstance(leaf, np.ndarray | jax.Array | Adapted | Trained | Packed):
             raise TypeError(
-                f"`params` holds a {type(leaf).__name__} at {path!r}, not an array; if it is one half of what "
+                f"`params` holds a {type(leaf).__name__} at {path!r}, not an array; if it is one half of "
+                "what "
                 "`lorafy` returned, pass `lora_jax.merge(frozen, delta)` or `lora_jax.combine(frozen, delta)`"
             )
     shapes, described = shapes_of(model), {path: _described(leaf) for path, leaf in flat.items()}
@@ -127,7 +152,9 @@ def _described(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 class _Merged:
-    """Leaves as plain arrays, the last one kept: of a stacked leaf, the layers follow each other, and it is merged once."""
+    """Leaves as plain arrays, the last one kept: of a stacked leaf, the layers follow each other, and it
+    is merged once.
+    """
 
     def __init__(self) -> None:
         self._last: tuple[Any, Any] = (None, None)
@@ -153,6 +180,7 @@ def _carried_files(source: str | Path | None) -> list[Path]:
 
 
 def _widest(leaves: Any) -> str:
-    # `from_pretrained` casts every tensor to the one dtype of the config, so that it must hold the widest of them.
+    # `from_pretrained` casts every tensor to the one dtype of the config, so that it must hold the widest of
+    # them.
     with jax.numpy_dtype_promotion("standard"), jax.enable_x64(True):
         return str(functools.reduce(jnp.promote_types, {_described(leaf).dtype for leaf in leaves}))

@@ -1,4 +1,6 @@
-"""`load`: a state dict that loralib's layers gave, on the parameters of the base; `head_of`, what to load these with."""
+"""`load`: a state dict that loralib's layers gave, on the parameters of the base; `head_of`, what to load
+these with.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +16,13 @@ from ..._packed import Packed
 from ..._paths import is_array, is_shape, named_leaves
 from ...methods import LoRA
 from .. import _fingerprint, _state_dict, _torch_files
-from .._adapters import Part, adapted, once
-from .._families import Family, Tensor, family_of_model
+from .._adapters import adapted, once, Part
+from .._families import Family, family_of_model, Tensor
 from .._heads import head_in
 from .._modules import ADAPTABLE, Module, modules_of
 from .._processes import agree, spanning, together
 from .._strict import check_finite, check_tensors
+
 
 # Which of GPT-2's fused query, key and value the authors adapt.
 _AUTHORS = (True, False, True)
@@ -43,24 +46,29 @@ def load(
     frozen, delta = loralib.load("model.26290.pt", model, params, alpha=32)
     ```
 
-    Ranks, and the number of blocks of a `MergedLinear`, follow from the shapes. Names may begin with `module.`, and the state dict may
-    be in `{"model_state_dict": ...}`. Tensors of the base in the file must be those of `params`, and are left there; those that differ have
-    been trained, and become leaves that train (`Full`).
+    Ranks, and the number of blocks of a `MergedLinear`, follow from the shapes. Names may begin with
+    `module.`, and the state dict may be in `{"model_state_dict": ...}`. Tensors of the base in the file must
+    be those of `params`, and are left there; those that differ have been trained, and become leaves that
+    train (`Full`).
 
-    Where arrays of `params` span several processes, all of them call this, and an error is raised in all. A and B come on each process's default
-    device: `jax.device_put(delta, shardings(mesh, delta_specs(delta, specs), delta))` of `lora_jax.sharding` places them as the weights are.
+    Where arrays of `params` span several processes, all of them call this, and an error is raised in all. A
+    and B come on each process's default device: `jax.device_put(delta, shardings(mesh, delta_specs(delta,
+    specs), delta))` of `lora_jax.sharding` places them as the weights are.
 
     Args:
       file: in PyTorch's zip format; no code in it is run.
       model, params: as `hf.load` returned them, with the head of the checkpoint.
-      alpha: `lora_alpha`, which loralib's files do not hold; with that of a file that `save` wrote, it must agree.
+      alpha: `lora_alpha`, which loralib's files do not hold; with that of a file that `save` wrote, it must
+        agree.
       dropout: of training that goes on.
-      blocks: `enable_lora` of fused projections, where not all are adapted; None is the authors' (True, False, True) for two of three.
+      blocks: `enable_lora` of fused projections, where not all are adapted; None is the authors' (True,
+        False, True) for two of three.
       verify, check_base: as in `peft.load`.
 
     Raises:
-      ValueError: naming a tensor that is missing, unexpected, of another shape or dtype, or not finite; a weight that an adapter is merged
-        into already; a file that is damaged or that asks for code; an `alpha` or `blocks` that the file contradicts.
+      ValueError: naming a tensor that is missing, unexpected, of another shape or dtype, or not finite; a
+        weight that an adapter is merged into already; a file that is damaged or that asks for code; an
+        `alpha` or `blocks` that the file contradicts.
     """
     file = Path(file)
     with together(spanning(params)):
@@ -68,26 +76,46 @@ def load(
         facts = _torch_files.facts_of(file, verify=verify)
         weights = _weights(model, family)
         stored = _named(file, _state_dict.tensors(file), family, weights)
-        layers = {module.name: module for module in modules_of(model, family) if module.kind in ADAPTABLE and module.kind != "convolution"}
-        pairs = {name: module for name, module in layers.items() if {f"{name}.lora_A", f"{name}.lora_B"} & stored.keys()}
+        layers = {
+            module.name: module
+            for module in modules_of(model, family)
+            if module.kind in ADAPTABLE and module.kind != "convolution"
+        }
+        pairs = {
+            name: module
+            for name, module in layers.items()
+            if {f"{name}.lora_A", f"{name}.lora_B"} & stored.keys()
+        }
         if not pairs:
-            raise ValueError(f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}")
+            raise ValueError(
+                f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}"
+            )
         fused = {name: family.fused.get(name.rpartition(".")[2]) for name in pairs}
         expected = {name: weights[name].shape for name in stored if name in weights}
         for name, module in pairs.items():
             shapes = _shapes(module, fused[name], stored.get(f"{name}.lora_A"), stored.get(f"{name}.lora_B"))
             expected |= {f"{name}.{array}": shape for array, shape in shapes.items()}
         check_tensors(f"{file} does not hold adapters of this model", expected, stored)
-        arrays = {name: check_finite(file, tensor.name, tensor.read()) if verify else tensor.read() for name, tensor in stored.items()}
+        arrays = {
+            name: check_finite(file, tensor.name, tensor.read()) if verify else tensor.read()
+            for name, tensor in stored.items()
+        }
         options = {"alpha": alpha, "dropout": dropout}
-        parts = [_part(file, module, fused[name], arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], options, blocks) for name, module in pairs.items()]
+        parts = [
+            _part(
+                file, module, fused[name], arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"], options, blocks
+            )
+            for name, module in pairs.items()
+        ]
         _check_arguments(file, parts, alpha, blocks, facts or {})
         plain = {name: arrays[name] for name in arrays if name in weights}
         whole = _trained(file, params, weights, plain, {f"{name}.weight" for name in pairs})
         agree()
         result = adapted(model, family, params, parts, once(model, family, whole, file), {}, file)
         if check_base and facts:
-            _fingerprint.check_base(file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen))
+            _fingerprint.check_base(
+                file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen)
+            )
         return result
 
 
@@ -95,12 +123,16 @@ def head_of(file: str | Path) -> dict[str, Any]:
     """The head that a checkpoint brings along: what to pass to `hf.load` for its base.
 
     ```python
-    model, params = hf.load("roberta-base", **loralib.head_of("mnli.bin"))    # head="sequence_classification", num_labels=3
+    # head="sequence_classification", num_labels=3
+    model, params = hf.load("roberta-base", **loralib.head_of("mnli.bin"))
     ```
 
-    Empty where the file does not hold the whole of a head; then the base must have it. The head that is drawn is replaced by the file's.
+    Empty where the file does not hold the whole of a head; then the base must have it. The head that is drawn
+    is replaced by the file's.
     """
-    return head_in({name.removeprefix("module."): tensor for name, tensor in _state_dict.tensors(Path(file)).items()})
+    return head_in(
+        {name.removeprefix("module."): tensor for name, tensor in _state_dict.tensors(Path(file)).items()}
+    )
 
 
 def _weights(model: nn.Module, family: Family) -> dict[str, Tensor]:
@@ -110,8 +142,12 @@ def _weights(model: nn.Module, family: Family) -> dict[str, Tensor]:
     return found | {alias: found[name] for alias, name in family.aliases.items() if name in found}
 
 
-def _named(file: Path, stored: Mapping[str, Any], family: Family, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """By the names of the model: without what training in parallel puts in front, with the prefix that the bare model lacks."""
+def _named(
+    file: Path, stored: Mapping[str, Any], family: Family, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """By the names of the model: without what training in parallel puts in front, with the prefix that
+    the bare model lacks.
+    """
     named: dict[str, Any] = {}
     for name, tensor in stored.items():
         full = _full_name(family, name.removeprefix("module."))
@@ -153,31 +189,51 @@ def _shapes(module: Module, fused: int | None, a: Any, b: Any) -> dict[str, tupl
     return {"lora_A": (blocks * rank, *module.ins), "lora_B": (module.outs // fused * blocks, rank)}
 
 
-def _part(file: Path, module: Module, fused: int | None, a: np.ndarray, b: np.ndarray, options: dict[str, Any], blocks: tuple[bool, ...] | None) -> Part:
+def _part(
+    file: Path,
+    module: Module,
+    fused: int | None,
+    a: np.ndarray,
+    b: np.ndarray,
+    options: dict[str, Any],
+    blocks: tuple[bool, ...] | None,
+) -> Part:
     count, rank = _blocks_in((a.shape, b.shape), module, fused), b.shape[1]
     if count is None:
         return Part(module, LoRA(rank, **options), {"a": a, "b": b})
     chosen = blocks or {fused: (True,) * fused, 2: _AUTHORS}.get(count)
     if chosen is None or len(chosen) != fused or sum(map(bool, chosen)) != count:
         raise ValueError(
-            f"{file} adapts {count} of the {fused} blocks of {module.name!r}, and `blocks`={blocks!r} does not say which: "
+            f"{file} adapts {count} of the {fused} blocks of {module.name!r}, and `blocks`={blocks!r} does "
+            "not say which: "
             f"pass {fused} truth values, {count} of them True"
         )
     a, b = (array.reshape(count, -1, array.shape[1]).transpose(1, 2, 0) for array in (a, b))
     return Part(module, LoRA(rank, blocks=chosen, **options), {"a": a, "b": b})
 
 
-def _check_arguments(file: Path, parts: list[Part], alpha: float, blocks: tuple[bool, ...] | None, facts: Mapping[str, Any]) -> None:
+def _check_arguments(
+    file: Path, parts: list[Part], alpha: float, blocks: tuple[bool, ...] | None, facts: Mapping[str, Any]
+) -> None:
     if blocks is not None and all(part.method.blocks is None for part in parts):
-        raise ValueError(f"`blocks`={blocks!r} was passed, and {file} has the adapters of whole layers only: leave it out")
+        raise ValueError(
+            f"`blocks`={blocks!r} was passed, and {file} has the adapters of whole layers only: leave it out"
+        )
     saved = facts.get("alpha", alpha)
     if not math.isclose(saved, alpha, rel_tol=1e-4):  # who copies it from a screen has the first few digits
         raise ValueError(
-            f"`alpha`={alpha!r} was passed, and {file} was saved with {saved!r}: pass that; for another effect, scale the result, `arithmetic.scaled`"
+            f"`alpha`={alpha!r} was passed, and {file} was saved with {saved!r}: pass that; for another "
+            "effect, scale the result, `arithmetic.scaled`"
         )
 
 
-def _trained(file: Path, params: Any, weights: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], adapted_weights: set[str]) -> dict[str, np.ndarray]:
+def _trained(
+    file: Path,
+    params: Any,
+    weights: Mapping[str, Tensor],
+    arrays: Mapping[str, np.ndarray],
+    adapted_weights: set[str],
+) -> dict[str, np.ndarray]:
     """Those of these tensors that differ from the base's, with the other layers of what is stacked."""
     leaves = dict(named_leaves(params, is_leaf=is_node))
     different = set()
@@ -185,15 +241,18 @@ def _trained(file: Path, params: Any, weights: Mapping[str, Tensor], arrays: Map
         leaf = leaves.get(weights[name].path)
         if is_shape(leaf) or isinstance(leaf, Packed):
             raise ValueError(
-                f"{file} has a {name!r}, and that of `params` is {'a shape' if is_shape(leaf) else 'quantised'}: nothing tells whether the "
+                f"{file} has a {name!r}, and that of `params` is "
+                f"{'a shape' if is_shape(leaf) else 'quantised'}: nothing tells whether the "
                 "file's was trained. Load onto plain parameters, and `quantize` what is frozen then"
             )
         if is_array(leaf) and np.array_equal(array, weights[name].to_theirs(leaf)):
             continue
         if name in adapted_weights:
             raise ValueError(
-                f"{file} has a {name!r} that differs from that of `params`, beside an adapter of it: loralib merges adapters into the weights in "
-                "evaluation mode, and then they would count twice; back in training mode it takes them out but for roundings. Save "
+                f"{file} has a {name!r} that differs from that of `params`, beside an adapter of it: "
+                "loralib merges adapters into the weights in "
+                "evaluation mode, and then they would count twice; back in training mode it takes them out "
+                "but for roundings. Save "
                 "`lora.lora_state_dict(model)`, which has no weights, or load the base that it was trained on"
             )
         different.add(weights[name].path)

@@ -1,7 +1,7 @@
 """`adapter_config.json`: what it may say, and what of it we refuse rather than guess.
 
-A key that we know and do not support must have the value that switches it off; a key that we do not know must look switched off (null,
-false, empty), since a newer PEFT may mean anything by it.
+A key that we know and do not support must have the value that switches it off; a key that we do not know must
+look switched off (null, false, empty), since a newer PEFT may mean anything by it.
 """
 
 import dataclasses
@@ -13,13 +13,17 @@ from typing import Any
 
 from ..._paths import nearest
 
+
 KINDS = ("LORA", "ADALORA", "VERA")
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", None)
 
 # Say where an adapter came from, how it began or how it was trained, and change nothing of what it computes.
 _SILENT = set(
-    "auto_mapping base_model_name_or_path revision inference_mode peft_version fan_in_fan_out megatron_core runtime_config eva_config "
-    "qalora_group_size init_weights beta1 beta2 deltaT orth_reg_weight target_r tfinal tinit total_step".split()
+    "auto_mapping base_model_name_or_path revision inference_mode peft_version fan_in_fan_out megatron_core "
+    "runtime_config eva_config "
+    """
+        qalora_group_size init_weights beta1 beta2 deltaT orth_reg_weight target_r tfinal tinit total_step
+    """.split()
 )
 # What they switch on is not supported.
 _OFF: dict[str, tuple] = {
@@ -43,11 +47,23 @@ _OFF: dict[str, tuple] = {
 # Starts that leave the base as it is, so that the tensors say everything.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _OWN = {
-    "LORA": set("r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()),
-    "ADALORA": set("r init_r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()),
+    "LORA": set(
+        "r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()
+    ),
+    "ADALORA": set(
+        """
+            r init_r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern
+            alpha_pattern
+        """.split()
+    ),
     "VERA": set("r vera_dropout d_initial projection_prng_key save_projection".split()),
 }
-_COMMON = set("peft_type task_type target_modules exclude_modules layers_to_transform layers_pattern modules_to_save bias".split())
+_COMMON = set(
+    """
+        peft_type task_type target_modules exclude_modules layers_to_transform layers_pattern
+        modules_to_save bias
+    """.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +93,9 @@ class Config:
 
 
 def parse(file: Path, content: Mapping[str, Any]) -> Config:
-    """The config in `file`, whose JSON is `content`. Raises `ValueError` naming the field that is wrong or not supported."""
+    """The config in `file`, whose JSON is `content`. Raises `ValueError` naming the field that is wrong
+    or not supported.
+    """
     kind = content.get("peft_type")
     if kind not in KINDS:
         raise ValueError(f"`peft_type`={kind!r} in {file} is not supported; supported are {', '.join(KINDS)}")
@@ -95,7 +113,8 @@ def parse(file: Path, content: Mapping[str, Any]) -> Config:
         layers_to_transform=read.layers("layers_to_transform"),
         layers_pattern=_several(read.names("layers_pattern", regex=True)),
         # What PEFT adds by itself where it sees the task.
-        modules_to_save=_several(read.names("modules_to_save")) + (("classifier", "score") if task in ("SEQ_CLS", "TOKEN_CLS") else ()),
+        modules_to_save=_several(read.names("modules_to_save"))
+        + (("classifier", "score") if task in ("SEQ_CLS", "TOKEN_CLS") else ()),
         bias=read.bias("vera_only" if kind == "VERA" else "lora_only"),
         r=read.rank("init_r" if ada else "r", {"LORA": 8, "ADALORA": 12, "VERA": 256}[kind]),
         lora_alpha=read.number("lora_alpha", 8),
@@ -119,12 +138,18 @@ def _several(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
 def _check_keys(file: Path, kind: str, content: Mapping[str, Any]) -> None:
     known = _COMMON | _SILENT | set(_OFF) | _OWN[kind]
     for name, value in content.items():
-        if name in _OFF and not any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF[name]):
-            raise ValueError(f"`{name}`={value!r} in {file} is not supported: what it changes cannot be represented here; train or convert the adapter without it")
+        if name in _OFF and not any(
+            value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF[name]
+        ):
+            raise ValueError(
+                f"`{name}`={value!r} in {file} is not supported: what it changes cannot be represented "
+                "here; train or convert the adapter without it"
+            )
         if name not in known and value not in (None, False, [], {}, ""):
             close = nearest(name, sorted(known), 1)
             raise ValueError(
-                f"`{name}`={value!r} in {file} is not a key of {kind} in PEFT 0.21, and what it changes is unknown (is it {close[0]!r}?); "
+                f"`{name}`={value!r} in {file} is not a key of {kind} in PEFT 0.21, and what it changes is "
+                f"unknown (is it {close[0]!r}?); "
                 "remove it if it changes nothing of what the adapter computes"
             )
 
@@ -169,7 +194,9 @@ class _Reader:
             try:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"`{name}`={self.content[name]!r} in {self.file} is not a regular expression ({error})") from error
+                raise ValueError(
+                    f"`{name}`={self.content[name]!r} in {self.file} is not a regular expression ({error})"
+                ) from error
 
     def layers(self, name: str) -> tuple[int, ...] | None:
         value = self.content.get(name)
@@ -221,8 +248,10 @@ class _Reader:
         value = value.lower() if isinstance(value, str) else value
         if not isinstance(value, bool | str) or value not in _STARTS:
             raise ValueError(
-                f"`{name}`={value!r} in {self.file} is not supported: PEFT changes the base by a start that cannot be computed again here. Convert the "
-                "adapter to a plain LoRA first, with the `path_initial_model_for_weight_conversion` of PEFT's `save_pretrained`"
+                f"`{name}`={value!r} in {self.file} is not supported: PEFT changes the base by a start that "
+                "cannot be computed again here. Convert the "
+                "adapter to a plain LoRA first, with the `path_initial_model_for_weight_conversion` of "
+                "PEFT's `save_pretrained`"
             )
         return value
 
@@ -230,13 +259,17 @@ class _Reader:
         value = self.content.get(name) or {}
         fits = (lambda item: _is_int(item) and item > 0) if whole else _is_number
         if not isinstance(value, dict) or not all(map(fits, value.values())):
-            raise self.wrong(name, f"a mapping from module names to {'positive integers' if whole else 'finite numbers'}")
+            raise self.wrong(
+                name, f"a mapping from module names to {'positive integers' if whole else 'finite numbers'}"
+            )
         self.expressions(name, value)
         return value
 
     def masks(self, name: str) -> dict[str, list[bool]]:
         value = self.content.get(name) or {}
-        if not isinstance(value, dict) or not all(isinstance(mask, list) and all(isinstance(kept, bool) for kept in mask) for mask in value.values()):
+        if not isinstance(value, dict) or not all(
+            isinstance(mask, list) and all(isinstance(kept, bool) for kept in mask) for mask in value.values()
+        ):
             raise self.wrong(name, "a mapping from names to lists of true and false, as AdaLoRA writes it")
         return value
 
@@ -246,4 +279,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308 and math.isfinite(value)
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < 1e308
+        and math.isfinite(value)
+    )

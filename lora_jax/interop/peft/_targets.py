@@ -4,18 +4,25 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .._modules import ADAPTABLE, Module, covered_by, ends_with
+from .._modules import ADAPTABLE, covered_by, ends_with, Module
 from ._config import Config
+
 
 # Where `target_modules` is null (PEFT's table).
 _DEFAULTS = {"gpt2": ("c_attn",), "roberta": ("query", "value"), "deberta-v2": ("query_proj", "value_proj")}
-_DEFAULTS_OF_ADALORA = _DEFAULTS | {"roberta": ("query", "key", "value", "dense"), "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense")}
+_DEFAULTS_OF_ADALORA = _DEFAULTS | {
+    "roberta": ("query", "key", "value", "dense"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+}
 # With this, what reads like a mistake in one name costs the user nothing: PEFT adds both of them by itself.
 _HEADS = ("classifier", "score")
 
 
-def targeted(config: Config, modules: list[Module], model_type: str, output: str | None, source: Any) -> list[Module]:
-    """The modules that get an adapter. `output` is the one that "all-linear" leaves out: it turns features into logits.
+def targeted(
+    config: Config, modules: list[Module], model_type: str, output: str | None, source: Any
+) -> list[Module]:
+    """The modules that get an adapter. `output` is the one that "all-linear" leaves out: it turns features
+    into logits.
 
     Raises `ValueError` for a target that matches nothing, or a module that has no adapter.
     """
@@ -24,12 +31,25 @@ def targeted(config: Config, modules: list[Module], model_type: str, output: str
     found = [module for module in modules if _matches(config, names, module, output)]
     for module in found:
         if module.kind not in ADAPTABLE:
-            raise ValueError(f"`target_modules` of {source} names {module.name!r}, which is not a linear layer, a convolution or an embedding")
-    unused = [name for name in names if not any(ends_with(module.name, name) for module in modules)] if isinstance(names, tuple) else []
+            raise ValueError(
+                f"`target_modules` of {source} names {module.name!r}, which is not a linear layer, a "
+                "convolution or an embedding"
+            )
+    unused = (
+        [name for name in names if not any(ends_with(module.name, name) for module in modules)]
+        if isinstance(names, tuple)
+        else []
+    )
     if unused:
-        raise ValueError(f"`target_modules` of {source} names {unused[0]!r}, which this model does not have: {_endings(modules)}")
+        raise ValueError(
+            f"`target_modules` of {source} names {unused[0]!r}, which this model does not have: "
+            f"{_endings(modules)}"
+        )
     if not found:
-        raise ValueError(f"`target_modules`={config.target_modules!r} of {source} matches no module of this model: {_endings(modules)}")
+        raise ValueError(
+            f"`target_modules`={config.target_modules!r} of {source} matches no module of this model: "
+            f"{_endings(modules)}"
+        )
     return found
 
 
@@ -56,13 +76,17 @@ def _listed(names: tuple[str, ...] | str | None, module: str) -> bool:
 def _layer_chosen(config: Config, module: str) -> bool:
     if config.layers_to_transform is None:
         return True
-    patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in config.layers_pattern] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in config.layers_pattern] or [
+        r".*?\.[^.]*\.(?P<index>\d+)\."
+    ]
     found = next(filter(None, (re.match(pattern, module) for pattern in patterns)), None)
     return found is not None and int(found["index"]) in config.layers_to_transform
 
 
 def _endings(modules: Iterable[Module]) -> str:
-    return "it has " + ", ".join(sorted({module.name.rpartition(".")[2] for module in modules if module.kind in ADAPTABLE}))
+    return "it has " + ", ".join(
+        sorted({module.name.rpartition(".")[2] for module in modules if module.kind in ADAPTABLE})
+    )
 
 
 def pattern_value(pattern: dict, name: str, default: Any) -> Any:
