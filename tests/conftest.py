@@ -13,23 +13,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from compiling import xla_flags
+
 
 # Before anything imports JAX, which reads these once. They are in the environment, so that the processes that
 # tests start have them too. `setdefault`, so that JAX_PLATFORMS=cuda tries the same tests on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = " ".join(
-        [
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_force_host_platform_device_count=8",
-            # The test processes already fill the cores; each splitting its small products over all of them
-            # loses.
-            "--xla_cpu_multi_thread_eigen=false",
-            # The programs are small, and compiling them is most of what the tests take; what is computed
-            # stays the same.
-            "--xla_backend_optimization_level=0",
-        ]
-    ).strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(devices=8)}".strip()
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 # No test reaches a model hub, or reads or fills the user's cache of one. Each worker has its own.
 os.environ["HF_HUB_OFFLINE"] = "1"

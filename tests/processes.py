@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from compiling import xla_flags
+
 from benchmarks.ports import free_port
 
 
@@ -37,12 +39,7 @@ def start(
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR"))
     }
-    # Compiled with little care: these programs are small, and compiling them is most of what such a test
-    # takes.
-    kept["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false "
-        "--xla_backend_optimization_level=0"
-    )
+    kept["XLA_FLAGS"] = xla_flags(devices)
     kept |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **(environment or {})}
     return [
         subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
