@@ -4,10 +4,8 @@ What can be wrong with the input is found before the run begins: before a base i
 says enough. `config.json` marks a directory as a run's own, `report.md`, written last, marks it as finished.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import time
 from pathlib import Path
@@ -192,7 +190,7 @@ def _finish(ready: _Ready, state: State, config: Config, workdir: Path) -> None:
         },
         "data": ready.identity["data"],
         "trainable": lora_jax.count(delta),
-        "summary": _summary(ready.base.params, delta),
+        "summary": str(lora_jax.summary(ready.base.params, delta)),
         "result": chosen,
         "adapter": finish.write_adapter(trainer, delta, ready.base, workdir),
         "comparison": finish.compare(trainer, delta, workdir / "merged", splits),
@@ -269,12 +267,6 @@ def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> P
             described, mesh=config.mesh
         )  # its own need not have all devices of all processes
     return run(described, path, data, (workdir / config.base.workdir).resolve())
-
-
-def _summary(params: Any, delta: Any) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        lora_jax.summary(params, delta)
-    return printed.getvalue()
 
 
 def _but_mesh(tree: dict[str, Any]) -> dict[str, Any]:

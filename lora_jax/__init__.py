@@ -1,17 +1,24 @@
 """LoRA for JAX: a pure parameter transform and a pure function transform. See README.md."""
 
-from . import arithmetic as arithmetic, drop as drop, methods as methods, optim as optim, quant as quant
-from ._adapt import adapt as adapt, explain as explain
-from ._interpret import MaterializeError as MaterializeError
-from ._lorafy import combine as combine, Lorafied as Lorafied, lorafy as lorafy, partition as partition
-from ._merge import (
-    count as count,
-    merge as merge,
-    merge_report as merge_report,
-    summary as summary,
-    unmerge as unmerge,
+import importlib as _importlib
+import importlib.util as _importlib_util
+
+from . import (
+    arithmetic as arithmetic,
+    drop as drop,
+    methods as methods,
+    optim as optim,
+    quant as quant,
+    sharding as sharding,
 )
+from ._adapt import adapt as adapt
+from ._explain import explain as explain
+from ._interpret.interpreter import MaterializeError as MaterializeError
+from ._lorafy import combine as combine, Lorafied as Lorafied, lorafy as lorafy, partition as partition
+from ._merge import merge as merge, merge_report as merge_report, unmerge as unmerge
 from ._stack import stack as stack, take as take
+from ._summary import count as count, summary as summary
+from ._tree.nodes import Adapter as Adapter
 from .methods import (
     AdaLoRA as AdaLoRA,
     DeltaLoRA as DeltaLoRA,
@@ -27,3 +34,34 @@ from .quant import quantize as quantize
 
 
 __version__ = "0.1.0"
+
+# Rooms that are imported when they are first asked for: what each needs, and the extra that brings it.
+_LAZY = {
+    "checkpoint": ("orbax", "experiments"),
+    "interop": ("safetensors", "models"),
+    "models": ("flax", "models"),
+}
+
+__all__ = sorted(
+    [
+        *(name for name in globals() if not name.startswith("_")),
+        *(name for name, (needed, _) in _LAZY.items() if _importlib_util.find_spec(needed) is not None),
+    ]
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+    try:
+        return _importlib.import_module(f"lora_jax.{name}")
+    except ModuleNotFoundError as error:
+        missing, extra = error.name, _LAZY[name][1]
+        raise ModuleNotFoundError(
+            f"`lora_jax.{name}` needs {missing!r}, which is not installed: pip install 'lora_jax[{extra}]'",
+            name=missing,
+        ) from error

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from ._adapt import observe
-from ._factored import Axis, Factored, Leaf
-from ._interpret import Use
+from ._interpret.function import observe
+from ._interpret.recorder import Use
+from ._lowrank.factored import Axis, Factored, Leaf
 from ._paths import is_floating, matches, named_leaves, nearest
 
 

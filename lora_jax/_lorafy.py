@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from . import _axes, _paths
-from ._adapt import path_seed
-from ._method import Grouped, Method, Spec
-from ._nodes import Adapted, Adapter, Fixed, is_node, Trained
-from ._packed import is_packed
-from ._pairs import paired
+from ._packed.packed import is_packed
+from ._paths import path_seed
+from ._tree.method import Grouped, Method, Spec
+from ._tree.nodes import Adapted, Adapter, Fixed, is_node, Trained
+from ._tree.pairs import paired
 from .methods.lora import LoRA
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapt import factored
-from ._factored import widened
-from ._nodes import Adapted, Adapter, Fixed, is_node
-from ._packed import Packed, value_of
-from ._pairs import paired
-from ._paths import is_array, is_shape, named_leaves
+from ._lowrank.labels import widened
+from ._packed.lazy import value_of
+from ._packed.packed import Packed
+from ._paths import is_shape, named_leaves
+from ._table import table
+from ._tree.canonical import factored
+from ._tree.nodes import Adapted, Adapter, Fixed, is_node, weight_of
+from ._tree.pairs import paired
 
 
 _BASES = ("dequantized", "original")
@@ -45,7 +47,9 @@ def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
         raise ValueError(f"`base` is {base!r}; pass one of {', '.join(map(repr, _BASES))}.")
     if base == "original":
         packed = [
-            path for path, leaf in named_leaves(frozen, is_leaf=is_node) if isinstance(_weight(leaf), Packed)
+            path
+            for path, leaf in named_leaves(frozen, is_leaf=is_node)
+            if isinstance(weight_of(leaf), Packed)
         ]
         if packed:
             raise ValueError(
@@ -56,14 +60,10 @@ def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
     return paired(_merged, frozen, delta)
 
 
-def _weight(leaf: Any) -> Any:
-    return leaf.weight if isinstance(leaf, Fixed) else leaf
-
-
 def _merged(frozen: Any, delta: Any) -> Any:
     if delta is not None and not isinstance(delta, Adapter):
         return delta
-    weight = _weight(frozen) if delta is None else mergeable(frozen, delta).weight
+    weight = weight_of(frozen) if delta is None else mergeable(frozen, delta).weight
     if any(map(is_shape, jax.tree.leaves(weight))):
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype) if isinstance(weight, Packed) else weight
     if delta is None:
@@ -182,18 +182,21 @@ class MergedLeaf:
     lost: float
 
 
-class MergeReport(list):
+class MergeReport(list[MergedLeaf]):
     """One `MergedLeaf` a merged leaf. Prints as a table."""
 
     def __str__(self) -> str:
-        width = max([4, *(len(leaf.path) for leaf in self)])
-        header = f"{'leaf':{width}}  {'dtype':8}  {'|W|':>10}  {'|ΔW|':>10}  {'ΔW lost':>8}"
         rows = [
-            f"{leaf.path:{width}}  {leaf.dtype:8}  {leaf.weight_norm:10.4g}  {leaf.update_norm:10.4g}  "
-            f"{leaf.lost:8.2%}"
+            (
+                leaf.path,
+                leaf.dtype,
+                f"{leaf.weight_norm:.4g}",
+                f"{leaf.update_norm:.4g}",
+                f"{leaf.lost:.2%}",
+            )
             for leaf in self
         ]
-        return "\n".join([header, "-" * len(header), *rows])
+        return table(("leaf", "dtype", "|W|", "|ΔW|", "ΔW lost"), rows, right=(2, 3, 4))
 
     __repr__ = __str__
 
@@ -235,58 +238,3 @@ def _norms(node: Adapted, merged: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     return tuple(
         jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, merged.astype(wide) - exact)
     )
-
-
-def count(delta: Any) -> int:
-    """How many numbers train: those of every array in `delta`, without those of the base.
-
-    >>> import jax, lora_jax
-    >>> shape = {"kernel": jax.ShapeDtypeStruct((1024, 1024), "float32")}
-    >>> lora_jax.count(lora_jax.lorafy(shape, "kernel", method=lora_jax.LoRA(rank=8)).delta)
-    16384
-    """
-    return sum(int(leaf.size) for leaf in jax.tree.leaves(delta))
-
-
-def summary(params: Any, delta: Any) -> None:
-    """Prints what trains, of how much, and each targeted leaf.
-
-    >>> import jax.numpy as jnp, lora_jax
-    >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
-    >>> lora_jax.summary(params, lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=2)).delta)
-    leaf    shape     axes    method        trains
-    kernel  (64, 64)  in out  LoRA(rank=2)     256
-    trainable 256 of 4,160 parameters (6.1538 %)
-    """
-    weights = [(path, _weight(leaf)) for path, leaf in named_leaves(params, is_leaf=is_node)]
-    total = sum(int(leaf.size) for _, leaf in weights if is_array(leaf))
-    rows = [("leaf", "shape", "axes", "method", "trains")]
-    containers = jax.tree.structure(params, is_leaf=is_node)
-    for (path, leaf), node in zip(weights, containers.flatten_up_to(delta), strict=True):
-        if isinstance(node, Adapter):
-            spec = node.spec
-            rows.append(
-                (spec.path, str(spec.shape), " ".join(spec.axes), _short(spec.method), f"{count(node):,}")
-            )
-        elif node is not None:
-            rows.append((path, str(tuple(leaf.shape)), "-", "Full()", f"{count(node):,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column == 4 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells))
-    trainable = count(delta)
-    print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)")
-
-
-def _short(method: Any) -> str:
-    """The method with the fields that differ from its defaults, rank always."""
-    fields = [
-        field
-        for field in dataclasses.fields(method)
-        if field.name == "rank" or getattr(method, field.name) != field.default
-    ]
-    options = ", ".join(f"{field.name}={getattr(method, field.name)!r}" for field in fields)
-    return f"{type(method).__name__}({options})"

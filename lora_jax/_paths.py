@@ -6,11 +6,13 @@ against these paths, adapters draw their random keys from them, and every error 
 
 import difflib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import tree_util
 
 
@@ -56,6 +58,11 @@ def _variable_paths(tree: Any) -> set[tuple]:
 
     flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
     return {path for path, node in flat if is_variable(node)}
+
+
+def path_seed(path: str) -> np.uint32:
+    """A number that depends on the path alone: the same on every machine, whatever else is adapted."""
+    return np.uint32(zlib.crc32(path.encode()))
 
 
 def is_array(leaf: Any) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._nodes import Adapter, is_node, resolved, Shared
 from ._paths import named_leaves
+from ._tree.nodes import Adapter, is_node, resolved, Shared
 
 
 def stack(deltas: Sequence[Any]) -> Any:

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapt import adapt, path_seed
-from ._factored import Canonical, widened
+from ._adapt import adapt
 from ._lorafy import combine
-from ._method import Method, Spec
-from ._nodes import Adapter, is_node, Shared
-from ._paths import is_array, named_leaves
+from ._lowrank.factored import Canonical
+from ._lowrank.labels import widened
+from ._paths import is_array, named_leaves, path_seed
+from ._tree.method import Method, Spec
+from ._tree.nodes import Adapter, is_node, Shared
 from .methods.lora import LoRA
 from .methods.slots import Slots
 

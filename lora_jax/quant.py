@@ -15,11 +15,17 @@ import jax
 import numpy as np
 
 from . import _axes
-from ._formats import Format, FORMATS, from_bitsandbytes as _read_bitsandbytes, Int8 as Int8, NF4 as NF4
-from ._method import DependsOnWeight
-from ._nodes import Adapter, Fixed, is_node
-from ._packed import Packed as Packed
+from ._packed.formats import (
+    Format,
+    FORMATS,
+    from_bitsandbytes as _read_bitsandbytes,
+    Int8 as Int8,
+    NF4 as NF4,
+)
+from ._packed.packed import Packed as Packed
 from ._paths import ALL_LINEAR, is_floating, is_shape, named_leaves, resolve_targets
+from ._tree.method import DependsOnWeight
+from ._tree.nodes import Adapter, Fixed, is_node, weight_of
 
 
 # Of a path, what says that a leaf is a table that rows are looked up in, or a vector, stacked perhaps.
@@ -75,7 +81,7 @@ def quantize(
             "call `quantize` again for another."
         )
     nodes = named_leaves(frozen, is_leaf=is_node)
-    weights = [(path, node.weight if isinstance(node, Fixed) else node) for path, node in nodes]
+    weights = [(path, weight_of(node)) for path, node in nodes]
     leaves = [(path, weight) for path, weight in weights if weight is not None]
     packed = [path for path, weight in leaves if isinstance(weight, Packed)]
     linear = lambda: _linear(frozen, delta, leaves, fn, args)
@@ -140,10 +146,7 @@ def _linear(
         ]
     nodes, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     others = [None] * len(nodes) if delta is None else treedef.flatten_up_to(delta)
-    plain = [
-        other if node is None else node.weight if isinstance(node, Fixed) else node
-        for node, other in zip(nodes, others, strict=True)
-    ]
+    plain = [other if node is None else weight_of(node) for node, other in zip(nodes, others, strict=True)]
     try:
         readings = _axes.read(fn, jax.tree.unflatten(treedef, plain), tuple(args))
     except Exception as error:

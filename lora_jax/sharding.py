@@ -14,9 +14,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from ._mesh import axis_names, parts
-from ._nodes import Adapter, Fixed, is_node
-from ._packed import Packed
+from ._packed.packed import Packed
 from ._paths import matches, named_leaves
+from ._tree.nodes import Adapter, Fixed, is_node
 
 
 Rules = Mapping[str, P] | Iterable[tuple[str, P]]

@@ -15,7 +15,7 @@ from jax import lax
 
 import lora_jax
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, Fixed, is_node, Shared
+from lora_jax._tree.nodes import Adapter, Fixed, is_node, Shared
 
 
 # --- the model ----------------------------------------------------------------------------------------------

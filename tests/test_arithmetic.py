@@ -12,8 +12,8 @@ from method_rows import ADAPTERS, AXES, BY_NAME, literal, SHAPES as ROW_SHAPES
 
 import lora_jax
 from lora_jax import AdaLoRA, arithmetic, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Fixed, is_node
-from lora_jax._packed import Packed
+from lora_jax._packed.packed import Packed
+from lora_jax._tree.nodes import Fixed, is_node
 
 
 # A matrix, a stack with several out axes, and one of several in axes that is stored transposed.

@@ -17,7 +17,7 @@ from formation import formed
 
 import lora_jax
 from lora_jax import LoRA
-from lora_jax._nodes import Adapter
+from lora_jax._tree.nodes import Adapter
 
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")

@@ -21,8 +21,8 @@ import pytest
 
 import lora_jax
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, is_node
 from lora_jax._paths import named_leaves
+from lora_jax._tree.nodes import Adapter, is_node
 from lora_jax.interop import _torch_files, hf, loralib, OneSided
 from lora_jax.models import GPT2, GPT2Config
 

@@ -37,8 +37,8 @@ from method_rows import (
 
 import lora_jax
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, Fixed, is_node, resolved, Shared
 from lora_jax._paths import named_leaves
+from lora_jax._tree.nodes import Adapter, Fixed, is_node, resolved, Shared
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality, start_delta, truncate
 from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings
@@ -534,10 +534,10 @@ def test_partition_and_summary(name, capsys):
             assert all(
                 one is two for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(given), strict=True)
             )
-    lora_jax.summary(here.params, here.delta)
+    print(lora_jax.summary(here.params, here.delta))
     *lines, total = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + (len(jax.tree.leaves(here.params)) if name == "Full" else len(AXES))
-    assert all(f"{type(row.method).__name__}(" in line for line in lines[1:])
+    assert len(lines) == 2 + (len(jax.tree.leaves(here.params)) if name == "Full" else len(AXES))
+    assert all(f"{type(row.method).__name__}(" in line for line in lines[2:])
     trains, of = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (here.delta, here.params))
     assert total.startswith(f"trainable {trains:,} of {of:,} parameters")
 
@@ -717,7 +717,7 @@ def test_summary_of_what_is_at_hand(capsys):
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
     frozen, delta = lora_jax.lorafy(params, "w", method=DoRA(rank=2))
     for tree in (params, frozen, lora_jax.quantize(frozen, "nf4")):
-        lora_jax.summary(tree, delta)
+        print(lora_jax.summary(tree, delta))
     first, second, third = capsys.readouterr().out.split("leaf ")[1:]
     assert first == second == third and "of 4,160 parameters" in first
 

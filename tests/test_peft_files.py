@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, is_node
+from lora_jax._tree.nodes import Adapter, is_node
 from lora_jax.interop import hf, OneSided, peft
 from lora_jax.models import GPT2Config
 

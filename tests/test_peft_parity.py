@@ -20,7 +20,7 @@ from flax import traverse_util
 
 import lora_jax
 from lora_jax import AdaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Adapter, Fixed, is_node, Shared
+from lora_jax._tree.nodes import Adapter, Fixed, is_node, Shared
 from lora_jax.interop import hf
 from lora_jax.models import GPT2Config
 

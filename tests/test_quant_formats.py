@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax._formats import _DYNAMIC as DYNAMIC, FORMATS, from_bitsandbytes, Int8, NF4
+from lora_jax._packed.formats import _DYNAMIC as DYNAMIC, FORMATS, from_bitsandbytes, Int8, NF4
 
 
 PLAIN = NF4(double=False)

@@ -14,7 +14,7 @@ import pytest
 
 import lora_jax
 from lora_jax import methods
-from lora_jax._nodes import Adapter, is_node
+from lora_jax._tree.nodes import Adapter, is_node
 
 
 _REPOSITORY = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ import pytest
 
 import lora_jax
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax._nodes import Fixed
 from lora_jax._paths import named_leaves
+from lora_jax._tree.nodes import Fixed
 from lora_jax.optim import adalora, lorafa, loraplus, only_trainable, ranks
 from lora_jax.optim._adalora import schedule
 

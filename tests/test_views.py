@@ -21,9 +21,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoRA
-from lora_jax._factored import Canonical, Term
-from lora_jax._method import Method
-from lora_jax._nodes import Adapter
+from lora_jax._lowrank.factored import Canonical, Term
+from lora_jax._tree.method import Method
+from lora_jax._tree.nodes import Adapter
 from lora_jax.sharding import delta_specs, frozen_specs, shardings
 
 

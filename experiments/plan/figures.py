@@ -16,7 +16,7 @@ from experiments.plan.models import Subject
 from experiments.plan.step import make_mesh, Step, targets_of, training_step, Workload
 from experiments.strict_json import nearest
 from lora_jax import Full
-from lora_jax._nodes import Adapter
+from lora_jax._tree.nodes import Adapter
 
 
 # The machine code does not matter here, and takes most of the time of compiling it.

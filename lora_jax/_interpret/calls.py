@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import Factored
-from .._packed import value_of
-from .._views import unstacked
+from .._lowrank.factored import Factored
+from .._lowrank.views import unstacked
+from .._packed.lazy import value_of
 
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     if "_split_transpose" in params:
         options["_split_transpose"] = params["_split_transpose"]
-    with interpreter.repeated(params["length"]):
+    with interpreter.recorder.repeated(params["length"]):
         moved, ys = lax.scan(body, moving_carry, (steps, [part for part, _ in sliced]), **options)
     return [*_merged(fixed, constant_carry, moved), *ys]
 
@@ -146,7 +146,7 @@ def _cond(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
 
     def branch(position: int, jaxpr: Any) -> Callable:
         def run(*operands: Any) -> list[Any]:
-            with interpreter.inside(position):
+            with interpreter.recorder.inside(position):
                 return interpreter.all_formed(eqn, interpreter.evaluate(jaxpr, operands))
 
         return run

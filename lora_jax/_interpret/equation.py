@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from .._contract import Pending
-from .._factored import Factored
+from .._lowrank.factored import Factored
+from .._lowrank.uses import Pending
 
 
 def trace(function: Callable, *arguments: Any) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from .._contract import Pending
-from .._factored import Factored, NotAView
+from .._lowrank.factored import Factored, NotAView
+from .._lowrank.uses import Pending
 from .calls import CALLS
-from .equation import bind, described, postponed, source
-from .uses import forming_flops, lookup_flops, Use, USES
+from .equation import bind, described, postponed
+from .recorder import Recorder
+from .uses import forming_flops, lookup_flops, USES
 from .views import VIEWS
 
 
@@ -22,18 +23,16 @@ class MaterializeError(ValueError):
 
 
 class Interpreter:
-    """One evaluation of a function: what may be formed, in which dtype gradients are summed, and who
-    watches.
+    """One evaluation of a function.
+
+    `materialize` says whether a weight may be formed, `reduce` in which dtype gradients are summed.
     """
 
-    def __init__(self, materialize: str = "error", observe: bool = False, reduce: Any = None):
+    def __init__(self, materialize: str = "error", recorder: Recorder | None = None, reduce: Any = None):
         self.materialize = materialize
         self.reduce = reduce
-        self.uses: dict[tuple, Use] | None = {} if observe else None
+        self.recorder = Recorder() if recorder is None else recorder
         self._jitted: dict[tuple, tuple[Any, Callable]] = {}
-        self._calls: tuple[int, ...] = ()
-        self._callers: tuple[Any, ...] = ()
-        self._times = 1
 
     # --- the loop over equations ----------------------------------------------------------------------------
 
@@ -89,13 +88,17 @@ class Interpreter:
                     values = [
                         value.folded(number) if isinstance(value, Factored) else value for value in values
                     ]
-                    with self.inside(number, eqn):
+                    with self.recorder.inside(number, eqn):
                         return CALLS[name](self, eqn, values)
                 if name in VIEWS:
                     outputs = VIEWS[name](eqn, values, broadcast)
                     return [self._settled(eqn, number, output) for output in outputs]
                 if name in USES:
-                    return [self._settled(eqn, number, USES[name](self, eqn, number, values))]
+                    # Of two weights in one product, the right one is the weight, by convention.
+                    if name == "dot_general" and isinstance(values[1], Factored):
+                        values = [self.formed(eqn, values[0], -2 - number), values[1]]
+                    used = USES[name](eqn, number, values, self.recorder, self.reduce)
+                    return [self._settled(eqn, number, used)]
             except NotAView:
                 pass
         return bind(eqn, [self.formed(eqn, value, number) for value in values])
@@ -113,7 +116,7 @@ class Interpreter:
             ]
             if len(rest) > 1:
                 return value
-            self.record(
+            self.recorder.record(
                 eqn,
                 number,
                 value,
@@ -124,7 +127,9 @@ class Interpreter:
             return value.weight
         if {"in", "out"} <= tags or value.is_plain:
             return value
-        self.record(eqn, number, value, "lookup", (), (), flops=lookup_flops(value, value.weight.size))
+        self.recorder.record(
+            eqn, number, value, "lookup", (), (), flops=lookup_flops(value, value.weight.size)
+        )
         return value.dense()
 
     # --- forming weights ------------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ class Interpreter:
             return value.dense()
         rest = [stored for axis in value.axes for stored in axis.origin]
         how = "lookup" if value.looked_up else "formed"
-        self.record(
+        self.recorder.record(
             eqn,
             number,
             value,
@@ -148,7 +153,7 @@ class Interpreter:
         )
         where = (
             f"{described(eqn)}, which has no low-rank rule, with the adapted weight",
-            f" at {self.line(eqn)}",
+            f" at {self.recorder.line(eqn)}",
         )
         return self._dense(value, *where)
 
@@ -159,19 +164,7 @@ class Interpreter:
     def _returned(self, value: Factored) -> Any:
         if value.is_plain:
             return value.dense()
-        if self.uses is not None:
-            rest = tuple(stored for axis in value.axes for stored in axis.origin)
-            for path in value.leaf.paths:
-                self.uses[("returned", path)] = Use(
-                    path,
-                    "return",
-                    "formed",
-                    (),
-                    rest,
-                    (),
-                    (0, *[forming_flops(value)] * 2),
-                    "the result of `fn`",
-                )
+        self.recorder.record_returned(value, forming_flops(value))
         return self._dense(value, "`fn` returning the adapted weight", "")
 
     def _dense(self, value: Factored, operation: str, place: str) -> Any:
@@ -192,54 +185,6 @@ class Interpreter:
     def all_formed(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         return [self.formed(eqn, value, -2 - position) for position, value in enumerate(values)]
 
-    def record(
-        self,
-        eqn: Any,
-        number: int,
-        value: Factored,
-        how: str,
-        summed: Sequence,
-        free: Sequence,
-        batch: Sequence = (),
-        flops: tuple = (0, 0, 0),
-    ) -> None:
-        if self.uses is None or value.is_plain:
-            return
-        flops = tuple(self._times * count for count in flops)
-        for path in value.leaf.paths:
-            use = Use(
-                path, eqn.primitive.name, how, tuple(summed), tuple(free), tuple(batch), flops, self.line(eqn)
-            )
-            self.uses[(*self._calls, number, path)] = use  # a body that JAX traces twice is one use
-            flops = (0, 0, 0)
-
-    def line(self, eqn: Any) -> str:
-        """The user's line behind an equation. Inside of a library's jitted function it is the line of the
-        call.
-        """
-        lines = map(source, (eqn, *reversed(self._callers)))
-        return next((line for line in lines if line), "an unknown line")
-
-    @contextlib.contextmanager
-    def inside(self, number: int, eqn: Any = None) -> Any:
-        """While an inner jaxpr is evaluated: what is recorded there belongs to this equation, or this
-        branch of one.
-        """
-        calls, callers = self._calls, self._callers
-        self._calls, self._callers = (*calls, number), callers if eqn is None else (*callers, eqn)
-        try:
-            yield
-        finally:
-            self._calls, self._callers = calls, callers
-
-    @contextlib.contextmanager
-    def repeated(self, times: int) -> Any:
-        self._times *= times
-        try:
-            yield
-        finally:
-            self._times //= times
-
     def jitted(self, closed: Any, options: dict, name: str) -> Callable:
         """The jitted evaluation of an inner jaxpr: one for each jaxpr and its options, so that a repeated
         call is traced once.
@@ -248,7 +193,7 @@ class Interpreter:
             (option, tuple(value) if isinstance(value, list) else value) for option, value in options.items()
         )
         key = (id(closed), name, *hashable)
-        if self.uses is None and key in self._jitted:
+        if not self.recorder.watches and key in self._jitted:
             return self._jitted[key][1]
 
         def call(*operands: Any) -> list[Any]:

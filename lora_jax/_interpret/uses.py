@@ -1,56 +1,30 @@
 """Equations that contract or look up: their result is an array, and each is a `Use` on record."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any
 
-from .. import _contract
-from .._factored import Factored, NotAView
+from .._lowrank import uses
+from .._lowrank.factored import Factored, NotAView
 from .equation import bind
+from .recorder import Recorder
 
 
-if TYPE_CHECKING:
-    from .interpreter import Interpreter
-
-
-class Use(NamedTuple):
-    """One operation that consumed a weight, as `explain` and the reading of axes see it: one each for joined
-    weights.
-
-    `how` is `low-rank`, `lookup` or `formed`; `summed`, `free` and `batch` are axes of the stored weight;
-    FLOPs are those of the operation on the plain weight, in low-rank form, and with the weight formed first;
-    of joined weights the first counts them for all.
-    """
-
-    path: str
-    operation: str
-    how: str
-    summed: tuple[int, ...]
-    free: tuple[int, ...]
-    batch: tuple[int, ...]
-    flops: tuple[int, int, int]
-    source: str
-
-
-def _dot_general(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]) -> Any:
+def _dot_general(eqn: Any, number: int, values: list[Any], recorder: Recorder, reduce: Any) -> Any:
     left, right = values
-    if isinstance(left, Factored) and isinstance(right, Factored):
-        left = interpreter.formed(
-            eqn, left, -2 - number
-        )  # the right operand of a product is the weight, by convention
     weight_on_left = isinstance(left, Factored)
     weight, x = (left, right) if weight_on_left else (right, left)
     numbers = eqn.params["dimension_numbers"]
     (own, own_batch) = (numbers[0][0], numbers[1][0]) if weight_on_left else (numbers[0][1], numbers[1][1])
     base = lambda x, w: bind(eqn, [w, x] if weight_on_left else [x, w])[0]
-    y = _contract.dot_general(
-        base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], interpreter.reduce
+    y = uses.dot_general(
+        base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], reduce
     )
-    _contraction(interpreter, eqn, number, weight, own, own_batch)
+    _contraction(recorder, eqn, number, weight, own, own_batch)
     return y
 
 
 def _contraction(
-    interpreter: "Interpreter",
+    recorder: Recorder,
     eqn: Any,
     number: int,
     weight: Factored,
@@ -64,7 +38,7 @@ def _contraction(
     for label in own:
         flops *= weight.shape[label]
     flops //= eqn.params.get("feature_group_count", 1)
-    interpreter.record(
+    recorder.record(
         eqn,
         number,
         weight,
@@ -101,7 +75,7 @@ def lookup_flops(weight: Factored, size: int) -> tuple[int, int, int]:
     return 0, sum((2 * term.a.shape[-1] + 1) * size for term in weight.terms), forming_flops(weight)
 
 
-def _convolution(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]) -> Any:
+def _convolution(eqn: Any, number: int, values: list[Any], recorder: Recorder, reduce: Any) -> Any:
     x, weight = values
     if not isinstance(weight, Factored) or isinstance(x, Factored):
         raise NotAView
@@ -111,10 +85,10 @@ def _convolution(interpreter: "Interpreter", eqn: Any, number: int, values: list
     y = (
         base(x, weight.weight)
         if reading
-        else _contract.conv_general_dilated(base, x, weight.folded(number), eqn.params)
+        else uses.conv_general_dilated(base, x, weight.folded(number), eqn.params)
     )
     _contraction(
-        interpreter,
+        recorder,
         eqn,
         number,
         weight,
@@ -124,7 +98,7 @@ def _convolution(interpreter: "Interpreter", eqn: Any, number: int, values: list
     return y
 
 
-def _ragged_dot(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]) -> Any:
+def _ragged_dot(eqn: Any, number: int, values: list[Any], recorder: Recorder, reduce: Any) -> Any:
     x, weight, sizes = values
     if not isinstance(weight, Factored) or isinstance(x, Factored) or isinstance(sizes, Factored):
         raise NotAView
@@ -135,24 +109,24 @@ def _ragged_dot(interpreter: "Interpreter", eqn: Any, number: int, values: list[
     y = (
         base(x, weight.weight)
         if reading
-        else _contract.ragged_dot(base, x, weight.folded(number), sizes, eqn.params)
+        else uses.ragged_dot(base, x, weight.folded(number), sizes, eqn.params)
     )
-    _contraction(interpreter, eqn, number, weight, own, numbers.rhs_group_dimensions)
+    _contraction(recorder, eqn, number, weight, own, numbers.rhs_group_dimensions)
     return y
 
 
-def _gather(interpreter: "Interpreter", eqn: Any, number: int, values: list[Any]) -> Any:
+def _gather(eqn: Any, number: int, values: list[Any], recorder: Recorder, reduce: Any) -> Any:
     weight, indices = values
     if not isinstance(weight, Factored) or isinstance(indices, Factored):
         raise NotAView
-    out = _contract.gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params, interpreter.reduce)
+    out = uses.gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params, reduce)
     if not isinstance(out, Factored):
         picked = [
             stored
             for axis in eqn.params["dimension_numbers"].start_index_map
             for stored in weight.axes[axis].origin
         ]
-        interpreter.record(eqn, number, weight, "lookup", picked, (), flops=lookup_flops(weight, out.size))
+        recorder.record(eqn, number, weight, "lookup", picked, (), flops=lookup_flops(weight, out.size))
     return out
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _joins, _views
-from .._factored import Factored, NotAView
-from .._packed import Cast, Lazy, on_weight
+from .._lowrank import joins, views
+from .._lowrank.factored import Factored, NotAView
+from .._packed.lazy import Cast, Lazy, on_weight
 from .equation import bind
 
 
@@ -79,22 +79,22 @@ def _multiplied(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
     factor = lax.reshape(jnp.asarray(factor), [sizes.get(index, 1) for index in range(len(weight.shape))])
     product = lambda array, other: bind(eqn, [array, other] if positions == [0] else [other, array])[0]
     array = on_weight(product, weight.weight, values[other])
-    return [_views.rescaled(weight, array, factor, lax.div if eqn.primitive.name == "div" else lax.mul)]
+    return [views.rescaled(weight, array, factor, lax.div if eqn.primitive.name == "div" else lax.mul)]
 
 
 def _concatenated(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
-    return [_joins.concatenated(values, eqn.params["dimension"])]
+    return [joins.concatenated(values, eqn.params["dimension"])]
 
 
 def _stacked(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
-    return [_joins.stacked(values, eqn.params["axis"])]
+    return [joins.stacked(values, eqn.params["axis"])]
 
 
 def _padded(eqn: Any, weight: Any, value: Any) -> Factored:
     if not isinstance(weight, Factored) or isinstance(value, Factored):
         raise NotAView
     array = on_weight(lambda array, value: bind(eqn, [array, value])[0], weight.weight, value)
-    return _views.padded(weight, array, eqn.params["padding_config"])
+    return views.padded(weight, array, eqn.params["padding_config"])
 
 
 def _all_gathered(eqn: Any, weight: Factored) -> Factored:
@@ -106,7 +106,7 @@ def _all_gathered(eqn: Any, weight: Factored) -> Factored:
         raise NotAView
     options = {"axis_index_groups": params["axis_index_groups"], "tiled": True}
     gather = lambda part, axis: lax.all_gather(part, params["axis_name"], axis=axis, **options)
-    return _views.along(
+    return views.along(
         weight,
         on_weight(lambda array: bind(eqn, [array])[0], weight.weight),
         params["all_gather_dimension"],
@@ -128,17 +128,17 @@ def _resharded(eqn: Any, weight: Factored) -> Factored:
 def _broadcast(eqn: Any, weight: Factored, *dynamic: Any) -> Factored:
     if dynamic:
         raise NotAView
-    return _views.broadcast(weight, eqn.params["shape"], eqn.params["broadcast_dimensions"])
+    return views.broadcast(weight, eqn.params["shape"], eqn.params["broadcast_dimensions"])
 
 
 def _reshaped(eqn: Any, weight: Factored, *dynamic: Any) -> Factored:
     if dynamic or eqn.params.get("dimensions") is not None:
         raise NotAView
-    return _views.reshaped(weight, eqn.params["new_sizes"])
+    return views.reshaped(weight, eqn.params["new_sizes"])
 
 
 def _sliced(eqn: Any, weight: Factored) -> Factored:
-    return _views.sliced(
+    return views.sliced(
         weight, eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"]
     )
 
@@ -148,28 +148,28 @@ def _split(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
     for size in eqn.params["sizes"]:
         starts, stops = [0] * len(weight.shape), list(weight.shape)
         starts[axis], stops[axis] = start, start + size
-        parts.append(_views.sliced(weight, starts, stops, None))
+        parts.append(views.sliced(weight, starts, stops, None))
         start += size
     return parts
 
 
 def _dynamic_sliced(eqn: Any, weight: Any, *starts: Any) -> Factored:
-    return _views.dynamic_sliced(weight, starts, eqn.params["slice_sizes"])
+    return views.dynamic_sliced(weight, starts, eqn.params["slice_sizes"])
 
 
 VIEWS: dict[str, Callable] = {
     "convert_element_type": _view(_cast),
-    "transpose": _view(lambda eqn, weight: _views.transposed(weight, eqn.params["permutation"])),
+    "transpose": _view(lambda eqn, weight: views.transposed(weight, eqn.params["permutation"])),
     "reshape": _view(_reshaped),
-    "squeeze": _view(lambda eqn, weight: _views.squeezed(weight, eqn.params["dimensions"])),
+    "squeeze": _view(lambda eqn, weight: views.squeezed(weight, eqn.params["dimensions"])),
     "expand_dims": _view(
-        lambda eqn, weight: _views.broadcast(weight, eqn.outvars[0].aval.shape, eqn.params["dimensions"])
+        lambda eqn, weight: views.broadcast(weight, eqn.outvars[0].aval.shape, eqn.params["dimensions"])
     ),
     "broadcast_in_dim": _view(_broadcast),
     "slice": _view(_sliced),
     "dynamic_slice": _view(_dynamic_sliced),
     "split": _split,
-    "rev": _view(lambda eqn, weight: _views.flipped(weight, eqn.params["dimensions"])),
+    "rev": _view(lambda eqn, weight: views.flipped(weight, eqn.params["dimensions"])),
     "mul": _multiplied,
     "div": _multiplied,
     "neg": _multiplied,

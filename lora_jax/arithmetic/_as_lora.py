@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapt import factored
-from .._factored import Term, widened
 from .._lorafy import Lorafied
+from .._lowrank.factored import Term
+from .._lowrank.labels import widened
 from .._merge import mergeable
-from .._nodes import Adapted, Adapter, Fixed, is_node
-from .._pairs import paired
+from .._tree.canonical import factored
+from .._tree.nodes import Adapted, Adapter, Fixed, is_node, weight_of
+from .._tree.pairs import paired
 from ._leaves import check_arrays, is_plain, lora_leaf
 
 
@@ -59,7 +60,7 @@ def as_lora(frozen: Any, delta: Any) -> Lorafied:
 
 def _as_lora(frozen: Any, delta: Any) -> tuple[Any, Any]:
     if not isinstance(delta, Adapter):
-        return frozen.weight if isinstance(frozen, Fixed) else frozen, delta
+        return weight_of(frozen), delta
     node = mergeable(frozen, delta)
     if is_plain(delta):
         return node.weight, delta

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._factored import widened
-from .._nodes import Adapter, is_node
+from .._lowrank.labels import widened
 from .._paths import named_leaves
+from .._tree.nodes import Adapter, is_node
 from ._leaves import (
     balanced,
     by_layer,

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import widened
-from .._method import Spec
-from .._nodes import Adapter, Shared
+from .._lowrank.labels import widened
 from .._paths import is_shape
+from .._tree.method import Spec
+from .._tree.nodes import Adapter, Shared
 from ..methods import LoRA
 
 

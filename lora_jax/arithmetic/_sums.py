@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._factored import widened
-from .._nodes import Adapter, is_node, Shared
+from .._lowrank.labels import widened
 from .._paths import named_leaves
+from .._tree.nodes import Adapter, is_node, Shared
 from ..methods import AdaLoRA, DyLoRA, LoRA, LoRAFA, VeRA
 from ..methods.slots import Slots
 from ._leaves import check_arrays, check_plain, common_dropout, common_dtype, lora_leaf, times

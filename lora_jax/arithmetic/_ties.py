@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._adapt import path_seed
-from .._factored import widened
-from .._nodes import Adapter
-from .._paths import is_array
+from .._lowrank.labels import widened
+from .._paths import is_array, path_seed
+from .._tree.nodes import Adapter
 from ._leaves import (
     balanced,
     by_layer,

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._factored import widened
 from .._lorafy import Lorafied
-from .._method import Grouped, Method, Spec
-from .._nodes import Adapter, Fixed, is_node, Shared
+from .._lowrank.labels import widened
 from .._paths import is_array, named_leaves
+from .._tree.method import Grouped, Method, Spec
+from .._tree.nodes import Adapter, Fixed, is_node, Shared, weight_of
 from ..methods import LoRA
 from ._families import Family, shapes_of, Tensor, tensors_of
 from ._modules import Module, modules_of, tied_head
@@ -42,10 +42,7 @@ def weights_of(frozen: Any) -> dict[str, Any]:
     """The base's weights by path, without what methods keep beside them; None where the leaf itself
     trains.
     """
-    return {
-        path: leaf.weight if isinstance(leaf, Fixed) else leaf
-        for path, leaf in named_leaves(frozen, is_leaf=is_node)
-    }
+    return {path: weight_of(leaf) for path, leaf in named_leaves(frozen, is_leaf=is_node)}
 
 
 def adapters_of(tree: Any) -> list[Adapter]:

@@ -9,9 +9,9 @@ import jax
 
 from .. import arithmetic
 from .._merge import merge
-from .._nodes import Adapted, Adapter, Fixed, is_node, Shared, Trained
-from .._pairs import paired
 from .._paths import named_leaves
+from .._tree.nodes import Adapted, Adapter, Fixed, is_node, Shared, Trained
+from .._tree.pairs import paired
 from ..arithmetic._leaves import check_arrays
 from ._adapters import adapters_of
 from ._families import Family, tensors_of

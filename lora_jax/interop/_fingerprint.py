@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from .._packed import Packed
+from .._packed.packed import Packed
 from .._paths import is_array, is_shape
 from ._adapters import weights_of
 from ._families import Family, tensors_of

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._factored import widened
-from .._method import Method, Spec
-from .._nodes import Shared
+from .._lowrank.labels import widened
+from .._tree.method import Method, Spec
+from .._tree.nodes import Shared
 
 
 def check_options(method: Method) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._factored import Canonical, dot, RANK, Term
+from .._lowrank.factored import Canonical, Term
+from .._lowrank.labels import dot, RANK
 from .._mesh import sharding_like
-from .._method import Method, Spec
-from .._nodes import Adapter, is_node
+from .._tree.method import Method, Spec
+from .._tree.nodes import Adapter, is_node
 from . import _factors
 
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import Canonical, Term
-from .._method import Late, Method, Spec
-from .._nodes import Adapter, Fixed
-from .._pairs import paired
+from .._lowrank.factored import Canonical, Term
 from .._paths import is_shape
+from .._tree.method import Late, Method, Spec
+from .._tree.nodes import Adapter, Fixed
+from .._tree.pairs import paired
 from . import _factors
 
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import Canonical, dot, dot_labels, place, RANK, Term, widened
+from .._lowrank.factored import Canonical, Term
+from .._lowrank.labels import dot, dot_labels, place, RANK, widened
 from .._mesh import sharding_like
-from .._method import DependsOnWeight, Method, Spec
-from .._nodes import Adapter, Fixed
-from .._packed import layer_by_layer
+from .._packed.lazy import layer_by_layer
+from .._tree.method import DependsOnWeight, Method, Spec
+from .._tree.nodes import Adapter, Fixed
 from . import _factors
 
 

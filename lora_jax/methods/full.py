@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from .._factored import Canonical
-from .._method import Method, Spec
+from .._lowrank.factored import Canonical
+from .._tree.method import Method, Spec
 
 
 @dataclasses.dataclass(frozen=True)

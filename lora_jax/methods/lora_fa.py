@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._factored import Canonical, Term
-from .._method import Method, Spec
-from .._nodes import Adapter, Fixed
+from .._lowrank.factored import Canonical, Term
+from .._tree.method import Method, Spec
+from .._tree.nodes import Adapter, Fixed
 from . import _factors
 
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factored import Canonical, Term, widened
-from .._method import Method, Spec
-from .._nodes import Adapter, Fixed
-from .._packed import is_packed
+from .._lowrank.factored import Canonical, Term
+from .._lowrank.labels import widened
+from .._packed.packed import is_packed
+from .._tree.method import Method, Spec
+from .._tree.nodes import Adapter, Fixed
 from . import _factors
 
 

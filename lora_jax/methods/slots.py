@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._factored import Canonical, Term
-from .._method import Method, Spec
-from .._nodes import Adapter
+from .._lowrank.factored import Canonical, Term
+from .._tree.method import Method, Spec
+from .._tree.nodes import Adapter
 from . import _factors
 from .lora import LoRA
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._factored import Canonical, Term
-from .._method import Grouped, Method, Spec
-from .._nodes import Adapter, Fixed, Shared
+from .._lowrank.factored import Canonical, Term
+from .._tree.method import Grouped, Method, Spec
+from .._tree.nodes import Adapter, Fixed, Shared
 from . import _factors
 
 

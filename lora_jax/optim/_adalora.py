@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._factored import widened
-from .._nodes import Adapter, is_node
+from .._lowrank.labels import widened
 from .._paths import named_leaves
+from .._tree.nodes import Adapter, is_node
 from ..methods.adalora import AdaLoRA
 from ._adapters import adapters, with_adapters
 

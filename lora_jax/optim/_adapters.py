@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import optax
 
-from .._method import Method
-from .._nodes import Adapted, Adapter, is_node
 from .._paths import named_leaves
+from .._tree.method import Method
+from .._tree.nodes import Adapted, Adapter, is_node
 
 
 def adapters(tree: Any, method: type[Method]) -> dict[str, Adapter]:

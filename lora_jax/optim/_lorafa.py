@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._factored import widened
-from .._nodes import Adapter
-from .._pairs import paired
+from .._lowrank.labels import widened
+from .._tree.nodes import Adapter
+from .._tree.pairs import paired
 from ..methods.lora_fa import LoRAFA
 from ._adapters import adapters, with_adapters
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._nodes import Adapted, Adapter, is_node, Trained
+from .._tree.nodes import Adapted, Adapter, is_node, Trained
 
 
 # By name, because layer axes hide that they are one vector a layer. `e` is a column in the reference, and so

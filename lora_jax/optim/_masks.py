@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from .._nodes import Adapted, Adapter, is_node, Trained
+from .._tree.nodes import Adapted, Adapter, is_node, Trained
 
 
 def labels(tree: Any) -> Any:

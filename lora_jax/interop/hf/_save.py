@@ -14,8 +14,8 @@ from flax import traverse_util
 
 from ..._lorafy import partition
 from ..._merge import merge
-from ..._nodes import Adapted, resolved, Trained
-from ..._packed import Packed
+from ..._packed.packed import Packed
+from ..._tree.nodes import Adapted, resolved, Trained
 from .. import _fingerprint
 from .._families import family_of_model, shapes_of, tensors_of
 from .._files import digest, new_directory, write_json

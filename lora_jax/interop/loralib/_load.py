@@ -11,9 +11,9 @@ import flax.linen as nn
 import numpy as np
 
 from ..._lorafy import Lorafied
-from ..._nodes import is_node
-from ..._packed import Packed
+from ..._packed.packed import Packed
 from ..._paths import is_array, is_shape, named_leaves
+from ..._tree.nodes import is_node
 from ...methods import LoRA
 from .. import _fingerprint, _state_dict, _torch_files
 from .._adapters import adapted, once, Part

@@ -8,8 +8,8 @@ import flax.linen as nn
 import numpy as np
 
 from ... import arithmetic
-from ..._nodes import Adapter, Shared
-from ..._packed import value_of
+from ..._packed.lazy import value_of
+from ..._tree.nodes import Adapter, Shared
 from ...arithmetic._leaves import times
 from ...methods import LoRA
 from .. import _fingerprint, _torch_files

@@ -9,9 +9,9 @@ import flax.linen as nn
 import numpy as np
 
 from ..._lorafy import Lorafied
-from ..._nodes import is_node
-from ..._packed import Packed
+from ..._packed.packed import Packed
 from ..._paths import is_shape, named_leaves
+from ..._tree.nodes import is_node
 from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from .. import _fingerprint, _state_dict
 from .._adapters import adapted, once, Part, plain_number, with_blocks

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from ... import arithmetic
-from ..._nodes import Fixed, is_node, Shared
-from ..._packed import value_of
+from ..._packed.lazy import value_of
+from ..._tree.nodes import Fixed, is_node, Shared
 from ...methods import AdaLoRA, DoRA, VeRA
 from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
 from .._exports import check_trees, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import Axis, Factored, NotAView, PARTS, place, RANK, Term
-from ._packed import value_of
-from ._views import broadcast
+from .._packed.lazy import value_of
+from .factored import Axis, Factored, NotAView, PARTS, Term
+from .labels import place, RANK
+from .views import broadcast
 
 
 def concatenated(operands: Sequence[Any], dimension: int) -> Factored:

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 from jax import tree_util
 
-from ._method import Spec
-from ._packed import Packed
+from .._packed.packed import Packed
+from .._paths import named_leaves
+from .method import Spec
 
 
 @tree_util.register_static
@@ -32,7 +33,16 @@ class Shared:
 @tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What trains at one leaf: the arrays of its method by name, and what the leaf is."""
+    """What trains at one leaf: the arrays of its method by name, and what the leaf is.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> delta = lora_jax.lorafy({"kernel": jnp.ones((8, 4))}, "kernel", method=lora_jax.LoRA(rank=2)).delta
+    >>> {name: array.shape for name, array in delta["kernel"].arrays.items()}, delta["kernel"].spec.path
+    ({'a': (8, 2), 'b': (2, 4)}, 'kernel')
+
+    A pytree whose leaves are the arrays. `is_leaf=lambda node: isinstance(node, lora_jax.Adapter)` makes
+    `jax.tree.map` see adapters as wholes.
+    """
 
     arrays: dict[str, jax.Array]
     spec: Spec
@@ -96,7 +106,7 @@ class Adapted:
 
     @property
     def weight(self) -> Any:
-        return self.frozen.weight if isinstance(self.frozen, Fixed) else self.frozen
+        return weight_of(self.frozen)
 
     @property
     def fixed(self) -> dict[str, jax.Array]:
@@ -168,6 +178,18 @@ def resolved(nodes: Iterable[Any]) -> list[Any]:
         )
 
     return [whole(node) for node in nodes]
+
+
+def weight_of(leaf: Any) -> Any:
+    """The weight of a leaf of `frozen`, without what its method keeps beside it."""
+    return leaf.weight if isinstance(leaf, Fixed) else leaf
+
+
+def adapters_of(tree: Any) -> dict[str, Adapter]:
+    """The adapters of a delta or of a combined tree, by their place in it."""
+    nodes = ((path, node) for path, node in named_leaves(tree, is_leaf=is_node))
+    found = ((path, node.adapter if isinstance(node, Adapted) else node) for path, node in nodes)
+    return {path: node for path, node in found if isinstance(node, Adapter)}
 
 
 def is_node(leaf: Any) -> bool:

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from ._method import Late, Spec
-from ._nodes import Adapted, Adapter, Fixed, is_node, resolved, Trained
-from ._paths import is_array, named_leaves
+from .._paths import is_array, named_leaves
+from .method import Late, Spec
+from .nodes import Adapted, Adapter, Fixed, is_node, resolved, Trained
 
 
 def paired(join: Callable, frozen: Any, delta: Any, *rest: Any, resolve: bool = True) -> Any:

@@ -1,13 +1,11 @@
-"""Quantised weights: `Packed` is what a tree holds in place of an array, `Lazy` what a factored weight holds.
+"""The view of a packed weight until it is used, and what computes with it.
 
-A packed weight stays packed on its way to its use, through `scan`, `checkpoint` and the rest; the views on
-that way are noted and done after unpacking, at the use itself, which forgets the result: the backward pass
-unpacks again. So no more than one unpacked weight is in memory at a time, and no derivative of a weight
-exists.
+A packed weight stays packed on its way to its use, through `scan`, `checkpoint` and the rest. The views on
+that way are noted, and done after unpacking, at the use itself. The use forgets the result, and the backward
+pass unpacks again. So one unpacked weight at most is in memory, and no derivative of a weight exists.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,112 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec as P
 
-from ._formats import Format
-from ._mesh import is_explicit, moved, parts, sharding_like
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["arrays"],
-    meta_fields=["format", "own", "dtype", "turned", "at_use"],
-)
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """A quantised weight. `own` is the shape of what is packed together; the axes before it, those of a
-    stack, lead in every array, so that slicing all arrays along the first is slicing the weight. `turned`: it
-    is stored transposed. `at_use`: how the own axes lie on a mesh when the weight is used, if that is known.
-    """
-
-    arrays: dict[str, jax.Array]
-    format: Format
-    own: tuple[int, ...]
-    dtype: Any
-    turned: bool = False
-    at_use: NamedSharding | None = None
-
-    @classmethod
-    def of(cls, weight: Any, format: Format, stack: int | None = None) -> "Packed":
-        """`weight`, an array or a shape, packed. Of its axes the first `stack` are those of a stack, or if
-        that is not known all but the last two."""
-        stack = max(len(weight.shape) - 2, 0) if stack is None else stack
-        pack = lambda weight: format.pack(weight, stack)
-        arrays = jax.eval_shape(pack, weight) if isinstance(weight, jax.ShapeDtypeStruct) else pack(weight)
-        return cls(arrays, format, tuple(weight.shape[stack:]), jnp.dtype(weight.dtype))
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        own = _own_ndims(self.format, self.own, self.dtype)
-        return min(
-            (self.arrays[name].shape[: self.arrays[name].ndim - ndim] for name, ndim in own.items()), key=len
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.stack, *self.own)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """How many numbers it stands for, not how many bytes it takes."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype).size
-
-    def value(self) -> jax.Array:
-        """The weight, unpacked."""
-
-        def unpack(arrays: dict[str, jax.Array]) -> jax.Array:
-            arrays = jax.tree.map(_whole, arrays)
-            stored = self.format.unpack(arrays, self.own[::-1] if self.turned else self.own, self.dtype)
-            return stored.T if self.turned else stored
-
-        for _ in self.stack:
-            unpack = jax.vmap(unpack)
-        return unpack(self.arrays)
-
-    def gathered(self) -> "Packed":
-        """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each
-        device has, and sends the numbers.
-        """
-        if self.at_use is None or is_explicit(self.at_use.mesh):  # on which `value` does more
-            return self
-        found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
-        for name in self.format.in_order:
-            spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
-            if (
-                ndims[name] < len(self.own)
-                # All in a row, in which a part of the first axis is one piece, and a part of another axis is
-                # not.
-            ):
-                spec = (None,) if found[name].shape[-1] % parts(self.at_use.mesh, spec[0]) else spec[:1]
-            # The axes of a stack lie as XLA likes.
-            spec = [P.UNCONSTRAINED] * (found[name].ndim - len(spec)) + [*spec]
-            found[name] = lax.with_sharding_constraint(found[name], NamedSharding(self.at_use.mesh, P(*spec)))
-        return dataclasses.replace(self, arrays=found)
-
-    def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
-        """`operation`, which changes leading axes only, on every array."""
-        return dataclasses.replace(self, arrays=jax.tree.map(operation, self.arrays))
-
-
-def _whole(array: jax.Array) -> jax.Array:
-    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split; elsewhere as
-    it is.
-    """
-    return moved(array, sharding_like(array, range(array.ndim), [None] * array.ndim))
-
-
-def is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, Packed)
-
-
-@functools.lru_cache(maxsize=1024)
-def _own_ndims(format: Format, own: tuple[int, ...], dtype: Any) -> dict[str, int]:
-    arrays = jax.eval_shape(lambda weight: format.pack(weight, 0), jax.ShapeDtypeStruct(own, dtype))
-    return {name: array.ndim for name, array in arrays.items()}
+from .._mesh import is_explicit
+from .packed import Packed
 
 
 @dataclasses.dataclass(frozen=True)

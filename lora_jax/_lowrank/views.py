@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import Axis, Factored, NEW, NotAView, PARTS, RANK
-from ._packed import Lazy, on_weight
+from .._packed.lazy import Lazy, on_weight
+from .factored import Axis, Factored, NEW, NotAView, PARTS
+from .labels import RANK
 
 
 def transposed(weight: Factored, permutation: Sequence[int]) -> Factored:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ._factored import Canonical
+from .._lowrank.factored import Canonical
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._factored import Axis, dot, dot_labels, Factored, NEW, NotAView, place, RANK, Term, widened
-from ._mesh import moved, sharding_like
-from ._packed import on_weight, used, value_of
-from ._product import with_factor
+from .._mesh import moved, sharding_like
+from .._packed.lazy import on_weight, used, value_of
+from .factored import Axis, Factored, NEW, NotAView, Term
+from .labels import dot, dot_labels, place, RANK, widened
+from .product import with_factor
 
 
 Base = Callable[[jax.Array, jax.Array], jax.Array]

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._factored import dot, dot_labels, place
-from ._mesh import sharding_like
+from .._mesh import sharding_like
+from .labels import dot, dot_labels, place
 
 
 def with_factor(

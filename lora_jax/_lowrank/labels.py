@@ -1,0 +1,59 @@
+"""Arrays whose axes have labels: products and broadcasts by label, and the dtype in which they are summed.
+
+A label is the index of an axis of W, RANK, or a name for an axis of the data.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+RANK = -1  # the label of the rank axis, beside the indices of W's own axes
+
+
+def widened(dtype: Any) -> Any:
+    """The dtype in which updates are computed: float32, or float64 for float64 weights."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def dot(
+    x: jax.Array, x_labels: Sequence, y: jax.Array, y_labels: Sequence, keep: Sequence = (), **options: Any
+) -> tuple[jax.Array, tuple]:
+    """Contracts the labels that both have and that are not in `keep`; those in `keep` are batch axes.
+
+    Returns the product and its labels: batch, free of x, free of y.
+    """
+    shared = [label for label in x_labels if label in y_labels]
+    batch = [label for label in shared if label in keep]
+    summed = [label for label in shared if label not in keep]
+    numbers = tuple(
+        tuple([labels.index(label) for label in group] for labels in (tuple(x_labels), tuple(y_labels)))
+        for group in (summed, batch)
+    )
+    return lax.dot_general(x, y, numbers, **options), dot_labels(x_labels, y_labels, keep)
+
+
+def dot_labels(x_labels: Sequence, y_labels: Sequence, keep: Sequence = ()) -> tuple:
+    """The labels of the product that `dot` makes."""
+    shared = [label for label in x_labels if label in y_labels]
+    return (
+        *(label for label in shared if label in keep),
+        *(label for label in (*x_labels, *y_labels) if label not in shared),
+    )
+
+
+def place(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]) -> jax.Array:
+    """`x` with its axes in the wanted order, and size 1 along the wanted axes that it lacks: ready to be
+    broadcast.
+    """
+    order = tuple(labels.index(label) for label in wanted if label in labels)
+    if order != tuple(range(len(order))):
+        x = lax.transpose(x, order)
+    if len(order) == len(wanted):
+        return x
+    return lax.broadcast_in_dim(
+        x, shape, [position for position, label in enumerate(wanted) if label in labels]
+    )
