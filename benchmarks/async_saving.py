@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.provenance import provenance
+from experiments.reports.provenance import provenance
 from lora_jax.checkpoint import Checkpoints, fingerprint, State
 
 from . import record

@@ -14,7 +14,7 @@ import argparse
 import sys
 from typing import Any
 
-from experiments.provenance import provenance
+from experiments.reports.provenance import provenance
 from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
 from lora_jax.models import GPT2Config
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from experiments.provenance import provenance
+from experiments.reports.provenance import provenance
 from lora_jax.interop import hf
 from lora_jax.models import RobertaConfig
 

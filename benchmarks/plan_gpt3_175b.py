@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.provenance import provenance, REPOSITORY
+from experiments.reports.provenance import provenance, REPOSITORY
 
 from . import record
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.provenance import provenance
+from experiments.reports.provenance import provenance
 
 from . import record
 from .ports import free_port

@@ -26,7 +26,7 @@ import argparse
 import sys
 from typing import Any
 
-from experiments.provenance import provenance
+from experiments.reports.provenance import provenance
 from lora_jax.models import GPT2Config
 
 from . import record

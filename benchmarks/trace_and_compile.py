@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from experiments.provenance import provenance
+from experiments.reports.provenance import provenance
 from lora_jax.models import GPT2Config
 
 from . import record

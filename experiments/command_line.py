@@ -283,7 +283,7 @@ def _of_several(error: Exception) -> int:
     """The exit status for an error that is none of the user's input: of one process a bug, and among
     several perhaps the end of another.
     """
-    from experiments import processes
+    from experiments.running import processes
 
     if isinstance(error, processes.StoppedElsewhere):
         return 1  # the first process says why
@@ -300,7 +300,7 @@ def _run(args: argparse.Namespace) -> None:
 
     path = Path(args.config or args.config_file)
     config = configs.load(path, args.set)
-    from experiments.run import run
+    from experiments.running.run import run
 
     data = Path(args.data or os.environ.get("LORA_JAX_DATA") or DEFAULT_DATA)
     run(config, path, data, Path(args.workdir or Path("runs") / config.name))
@@ -317,7 +317,7 @@ def _join(args: argparse.Namespace) -> None:
             "--coordinator, --num-processes and --process-id go together; missing: "
             f"--{missing[0].replace('_', '-')}"
         )
-    from experiments import processes
+    from experiments.running import processes
 
     if args.distributed is None and missing and processes.untold():
         raise ValueError(
@@ -377,7 +377,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from experiments.report import draw_together, table
+    from experiments.reports.report import draw_together, table
 
     workdirs = [Path(workdir) for workdir in args.workdirs]
     print(table(workdirs))

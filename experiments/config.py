@@ -150,8 +150,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`name` is a row of `experiments.optimizer.OPTIMIZERS`; `adamw_authors` is the one of LoRA's authors,
-    `adamw` is optax's.
+    """The update rule. `adamw_authors` is that of LoRA's authors, `adamw` is optax's; `OPTIMIZERS` in
+    `training/optimizer.py` lists the names.
 
     `loraplus`: B's rate is so many times A's. `lorafa`: the corrected gradient of LoRA-FA. `adalora`: the
     budget that the method AdaLoRA needs.

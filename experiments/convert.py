@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import lora_jax
-from experiments.progress import Count
+from experiments.running.progress import Count
 from lora_jax._tree.nodes import Adapter, is_node
 from lora_jax.interop import hf, loralib, OneSided, peft
 

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import decode, progress, train
 from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
-from experiments.sample import draw
-from experiments.search import search
+from experiments.decoding import decoder as decode
+from experiments.decoding.sample import draw
+from experiments.decoding.search import search
+from experiments.running import progress
 from experiments.tasks.examples import padded_width, Prompt
+from experiments.training import trainer as train
 from lora_jax.interop import hf
 from lora_jax.models import stack_layers
 from lora_jax.models.gpt2 import GPT2, GPT2Config
@@ -360,7 +362,7 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_the_blank_line_of_gpt2_is_one_token(data_dir):
-    from experiments.base import load_tokenizer
+    from experiments.running.base import load_tokenizer
 
     tokenizer = load_tokenizer(data_dir / "gpt2_bpe")
     assert decode.end_tokens(Decode(end=("\n\n",)), tokenizer) == (50256, 628)

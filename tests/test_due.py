@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.config import Train
-from experiments.due import due
+from experiments.training.due import due
 
 
 _EVERY = {"log": 2, "evaluate": 3, "save": 5}

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import config as configs, order
-from experiments.base import load_tokenizer
+from experiments import config as configs
 from experiments.config import E2EData, Generate, TextData
-from experiments.decode import end_tokens
+from experiments.decoding.decoder import end_tokens
+from experiments.running.base import load_tokenizer
 from experiments.tasks import e2e, examples, generate, text, tokenizer
+from experiments.training import order
 
 
 FILES = [

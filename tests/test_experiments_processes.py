@@ -17,9 +17,9 @@ import test_experiments_train as train_tests
 from safetensors.numpy import load_file
 
 from benchmarks.ports import free_port, is_free
-from experiments import train
 from experiments.command_line import main
 from experiments.config import Mesh
+from experiments.training import trainer as train
 
 
 CONFIG = {
@@ -173,7 +173,7 @@ def test_four_processes_train_what_one_does():
     sys.path.insert(0, sys.argv[1])
     jax.config.update("jax_numpy_rank_promotion", "raise")
     from experiments.config import Mesh
-    from experiments.processes import whole
+    from experiments.running.processes import whole
     from test_experiments_train import config, examples, started, steps
 
     settings = config(mesh=Mesh(2, 2, 2), accumulate=2)
@@ -239,7 +239,7 @@ def test_what_one_finds_all_learn():
     """Values, errors, and a directory that is not shared."""
     script = """
     import json, pathlib
-    from experiments import processes
+    from experiments.running import processes
 
     found = [processes.by_first(lambda: {"index": jax.process_index(), "text": "x" * 100}), processes.first()]
     def fail():
@@ -251,7 +251,7 @@ def test_what_one_finds_all_learn():
     shared, own = sys.argv[1:]
     processes.check_shared(pathlib.Path(shared))
     found.append([path.name for path in pathlib.Path(shared).iterdir()])
-    from experiments.preemption import Asked
+    from experiments.running.preemption import Asked
     processes.by_first(lambda: None)
     with Asked() as asked:  # the signal comes before the first step, whatever its number
         if jax.process_index() == 1:

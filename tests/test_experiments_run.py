@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments import config as configs, train
+from experiments import config as configs
 from experiments.command_line import main
-from experiments.run import run
+from experiments.running.run import run
+from experiments.training import trainer as train
 from lora_jax.interop import hf, loralib, peft
 
 

@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import lora_jax
-from experiments import finish, loss as losses, optimizer, train
 from experiments.config import (
     Architecture,
     Base,
@@ -26,8 +25,10 @@ from experiments.config import (
     TextData,
     Train,
 )
-from experiments.progress import read_metrics, Record
+from experiments.running import finish
+from experiments.running.progress import read_metrics, Record
 from experiments.tasks.examples import Examples, Splits
+from experiments.training import loss as losses, optimizer, trainer as train
 from lora_jax._paths import named_leaves
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config

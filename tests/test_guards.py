@@ -12,12 +12,12 @@ import optax
 import pytest
 
 import lora_jax
-from experiments import guards, order, train
 from experiments.config import Architecture, Base, Config, Source, TextData, Train
-from experiments.guards import Guards, NotFinite
-from experiments.progress import read_metrics, Record
-from experiments.step import step_of
+from experiments.running.progress import read_metrics, Record
 from experiments.tasks.examples import Blocks, Splits
+from experiments.training import guards, order, trainer as train
+from experiments.training.guards import Guards, NotFinite
+from experiments.training.step import step_of
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 

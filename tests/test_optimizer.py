@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import loss as losses, optimizer
 from experiments.config import Optimizer, Train
+from experiments.training import loss as losses, optimizer
 
 
 STEPS = 20

@@ -20,7 +20,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import train
 from experiments.command_line import main
 from experiments.config import Architecture, Base, Config, Mesh, method_value, Source, TextData, Train
 from experiments.plan import accelerators, figures, flops, models, report, size, step
@@ -28,6 +27,7 @@ from experiments.plan.collectives import Collectives
 from experiments.plan.figures import QUICK
 from experiments.plan.step import training_step, Workload
 from experiments.tasks.examples import Blocks
+from experiments.training import trainer as train
 from lora_jax import Full, LoRA
 from lora_jax.models import GPT2Config
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh as DeviceMesh, NamedSharding, PartitionSpec as P
 from test_experiments_train import examples, MODEL, weights
 
 import lora_jax
-from experiments import base as bases, config as configs, finish, loss as losses, order, precision, train
+from experiments import config as configs
 from experiments.command_line import main
 from experiments.config import (
     Architecture,
@@ -36,8 +36,10 @@ from experiments.config import (
     Train,
 )
 from experiments.plan import flops
-from experiments.run import run
-from experiments.step import step_of
+from experiments.running import base as bases, finish
+from experiments.running.run import run
+from experiments.training import loss as losses, order, precision, trainer as train
+from experiments.training.step import step_of
 from lora_jax.interop import hf
 
 

@@ -5,7 +5,7 @@
 import os
 import signal
 
-from experiments.preemption import Asked
+from experiments.running.preemption import Asked
 
 
 def test_the_first_is_noted_and_the_second_goes_where_it_went_before():

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from experiments import config as configs
-from experiments.base import load_tokenizer
 from experiments.command_line import main
 from experiments.metrics import score_e2e
+from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf
 
 

@@ -1,7 +1,7 @@
 """One training step of a plan: the function, the shapes of what it takes, and where on the mesh each of them
 lies.
 
-It is the trainer's step, `experiments.step`, of the loss on counted tokens (or on labels, for an encoder).
+It is the trainer's step (`training/step.py`) of the loss on counted tokens (or on labels, for an encoder).
 Layers are under `scan`, and activations are kept split by example (`spread`). A plan's dtype is that of
 parameters and computation; the rest of the precision is a run's default. Left out: label smoothing and
 clipping, and dropout outside of the adapters, which no run has.
@@ -18,12 +18,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import loss as losses, optimizer
 from experiments.config import Budget, Mesh as MeshSection, Optimizer, Precision, Train
 from experiments.plan.devices import AXES
 from experiments.plan.models import Subject
-from experiments.spread import EXAMPLES, spread
-from experiments.step import compiled_for, step_of
+from experiments.training import loss as losses, optimizer
+from experiments.training.spread import EXAMPLES, spread
+from experiments.training.step import compiled_for, step_of
 from lora_jax import Full
 from lora_jax.methods import orthogonality
 from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, shardings

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def provenance() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from experiments.train import Trainer
+from experiments.training.trainer import Trainer
 from lora_jax import Full
 from lora_jax.checkpoint import State
 

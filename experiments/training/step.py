@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from experiments import loss as losses
+from experiments.training import loss as losses
 
 
 def step_of(

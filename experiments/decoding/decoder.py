@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from experiments.config import Config, Decode, E2EData
-from experiments.processes import whole
-from experiments.search import search
+from experiments.decoding.search import search
+from experiments.running.processes import whole
 from experiments.tasks.examples import padded_width, Prompt
 
 

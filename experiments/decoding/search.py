@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import Decode
-from experiments.sample import draw
+from experiments.decoding.sample import draw
 
 
 class Beams(NamedTuple):

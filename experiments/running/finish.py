@@ -14,14 +14,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import config as configs, precision, processes
-from experiments.base import Loaded
+from experiments import config as configs
 from experiments.config import Config, Train
-from experiments.decode import Decoder
+from experiments.decoding.decoder import Decoder
 from experiments.metrics import score_e2e, warn
-from experiments.progress import Count
+from experiments.running import processes
+from experiments.running.base import Loaded
+from experiments.running.progress import Count
 from experiments.tasks.examples import Splits
-from experiments.train import Trainer
+from experiments.training import precision
+from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.interop import hf, peft
 

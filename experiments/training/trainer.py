@@ -21,15 +21,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import loss as losses, optimizer, order, precision, processes
 from experiments.config import Config, Mesh as MeshSection
-from experiments.due import due
-from experiments.guards import BY, Guards, not_finite_steps
-from experiments.preemption import Asked
-from experiments.progress import Record
-from experiments.spread import EXAMPLES, spread
-from experiments.step import compiled_for, step_of
+from experiments.running import processes
+from experiments.running.preemption import Asked
+from experiments.running.progress import Record
 from experiments.tasks.examples import Splits
+from experiments.training import loss as losses, optimizer, order, precision
+from experiments.training.due import due
+from experiments.training.guards import BY, Guards, not_finite_steps
+from experiments.training.spread import EXAMPLES, spread
+from experiments.training.step import compiled_for, step_of
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
 from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings

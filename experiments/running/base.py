@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments import precision
 from experiments.config import Architecture, Base, Precision
+from experiments.training import precision
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.sharding import partition_specs, shardings

@@ -15,22 +15,15 @@ import jax
 import numpy as np
 
 import lora_jax
-from experiments import (
-    base as bases,
-    config as configs,
-    cost,
-    finish,
-    precision,
-    processes,
-    report,
-    tasks,
-    train,
-)
+from experiments import config as configs, tasks
 from experiments.config import Config
-from experiments.decode import Decoder
-from experiments.progress import Record
+from experiments.decoding.decoder import Decoder
+from experiments.reports import cost, report
+from experiments.running import base as bases, finish, processes
+from experiments.running.progress import Record
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
+from experiments.training import precision, trainer as train
 from lora_jax.checkpoint import Checkpoints, fingerprint, NoneIntact, State
 
 

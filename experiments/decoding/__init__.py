@@ -1,0 +1,1 @@
+"""Texts from a trained model: prompts in, greedy, beam search or drawing, predictions out."""

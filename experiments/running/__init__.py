@@ -1,0 +1,1 @@
+"""One run: from its config to a finished work directory, on one process or several."""

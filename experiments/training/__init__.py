@@ -1,0 +1,1 @@
+"""Training: the step, what it is made of, and the loop around it."""
