@@ -22,7 +22,7 @@ find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast clean
+.PHONY: help demo test test-fast lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +36,17 @@ test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
 test-fast: $(tested)  ## Run the tests that are not slow
 	$(python) -m pytest -n $(WORKERS) --nbmake --durations=15 -rs -m "not slow" $(PYTEST_ARGS)
 
+lint: $(VENV)/.lint  ## Check the format, ruff's rules and the types of lora_jax
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+format: $(VENV)/.lint  ## Rewrite the code in ruff's format, its imports sorted
+	$(python) -m ruff check --fix --exit-zero --quiet .
+	$(python) -m ruff format .
+
 clean:  ## Remove the virtual environment, the demo's results and every cache
-	rm -rf $(VENV) demo_run dist .pytest_cache .hypothesis
+	rm -rf $(VENV) demo_run dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp each, so that a second `make` starts at once. A changed pyproject.toml starts a new environment: pip would
@@ -61,6 +70,11 @@ $(VENV)/.created: pyproject.toml
 $(VENV)/.experiments: $(VENV)/.created
 	@echo "Installing what the experiments need into $(VENV)"
 	@$(pip_install) '.[experiments]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.created
+	@echo "Installing what the linters need into $(VENV)"
+	@$(pip_install) '.[lint]'
 	@touch $@
 
 # With PyTorch in one call, so that pip cannot meet PEFT's plain `torch` before the version that is asked for here.

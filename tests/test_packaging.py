@@ -65,6 +65,7 @@ def test_metadata(metadata):
         "cuda",
         "torch",
         "test",
+        "lint",
     }
 
 
@@ -72,6 +73,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
     names = wheel.namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"lora_jax"}
     assert "lora_jax/__init__.py" in names
+    assert "lora_jax/py.typed" in names  # without it a type checker takes all of lora_jax for Any
     assert any(name.endswith("/LICENSE") for name in names)
 
 
@@ -100,7 +102,7 @@ def _make(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("target", ["help", "demo", "test", "test-fast", "clean"])
+@pytest.mark.parametrize("target", ["help", "demo", "test", "test-fast", "lint", "format", "clean"])
 def test_make_has_the_target_and_lists_it(target):
     assert _make("--dry-run", target).returncode == 0
     assert re.search(rf"^  make {target} +\S", _make("help").stdout, re.MULTILINE)
