@@ -80,14 +80,8 @@ def _reading(ndim: int, uses: list[Use]) -> Reading:
     lookups = [use for use in uses if use.how == "lookup"]
     formed = next((f"`{use.operation}` at {use.source}" for use in uses if use.how == "formed"), "")
     # A lookup decides first: the axis it picks from is the in axis of a table, whoever else uses the table.
-    words = [
-        _words(ndim, use)
-        for use in (
-            *(use for use in lookups if use.summed and not _is_stack(use, contractions)),
-            *contractions,
-        )
-    ]
-    words = [word for word in words if word is not None]
+    tables = [use for use in lookups if use.summed and not _is_stack(use, contractions)]
+    words = [found for use in (*tables, *contractions) if (found := _words(ndim, use)) is not None]
     if not words:
         return Reading(None, bool(contractions), bool(lookups), formed=formed)
     conflict = ""

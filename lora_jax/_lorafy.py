@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from . import _axes, _paths
 from ._packed.packed import is_packed
 from ._paths import path_seed
-from ._tree.method import Grouped, Method, Spec
+from ._tree.method import Method, Spec
 from ._tree.nodes import Adapted, Adapter, Fixed, is_node, Trained
 from ._tree.pairs import paired
 from .methods.lora import LoRA
@@ -114,7 +114,7 @@ def lorafy(
         [_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()]
     )
     pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
-    treedef = jax.tree.structure(params, is_leaf=is_packed)
+    treedef: Any = jax.tree.structure(params, is_leaf=is_packed)
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
 
 
@@ -127,9 +127,9 @@ def _spec(path: str, leaf: Any, method: Method, given: dict, readings: dict | No
 
 
 def _grouped(specs: list[Spec]) -> dict[str, Spec]:
-    """The specs by path, after those of one `Grouped` method have been brought together."""
+    """The specs by path, after each method has seen those of all its leaves together."""
     found = {spec.path: spec for spec in specs}
-    for method in dict.fromkeys(spec.method for spec in specs if isinstance(spec.method, Grouped)):
+    for method in dict.fromkeys(spec.method for spec in specs):
         own = tuple(spec for spec in specs if spec.method == method)
         found.update((spec.path, spec) for spec in method.grouped(own))
     return found
@@ -194,7 +194,8 @@ def partition(tree: Any) -> Lorafied:
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     parts = [_parts(leaf) for leaf in leaves]
     return Lorafied(
-        treedef.unflatten([frozen for frozen, _ in parts]), treedef.unflatten([delta for _, delta in parts])
+        jax.tree.unflatten(treedef, [frozen for frozen, _ in parts]),
+        jax.tree.unflatten(treedef, [delta for _, delta in parts]),
     )
 
 

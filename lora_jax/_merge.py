@@ -230,11 +230,9 @@ def _leaf_report(frozen: Any, delta: Adapter) -> MergedLeaf:
 
 @jax.jit
 def _norms(node: Adapted, merged: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # `merged` is an argument, because XLA takes a cast to a narrow dtype and back within one program for no
-    # operation.
+    # `merged` is an argument, because XLA leaves out a cast to a narrow dtype and back within one program.
     whole = factored(node)
     wide = widened(whole.dtype)
     exact, before = whole.dense(wide), value_of(whole.weight).astype(wide)
-    return tuple(
-        jnp.sqrt(jnp.sum(array * array)) for array in (before, exact - before, merged.astype(wide) - exact)
-    )
+    norm = lambda array: jnp.sqrt(jnp.sum(array * array))
+    return norm(before), norm(exact - before), norm(merged.astype(wide) - exact)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
@@ -15,7 +15,7 @@ def axis_names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def parts(mesh: Mesh, entry: Any) -> int:
+def parts(mesh: Mesh | AbstractMesh, entry: Any) -> int:
     """Into how many one entry of a `PartitionSpec` splits an axis."""
     return math.prod(mesh.shape[name] for name in axis_names(entry))
 

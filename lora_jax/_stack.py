@@ -35,6 +35,7 @@ def stack(deltas: Sequence[Any]) -> Any:
     deltas = list(deltas)
     if not deltas:
         raise ValueError("`deltas` is empty; pass at least one delta.")
+    treedef: Any
     leaves, treedef = jax.tree.flatten(deltas[0], is_leaf=is_node)
     paths = [path for path, _ in named_leaves(deltas[0], is_leaf=is_node)]
     others = []

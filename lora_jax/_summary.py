@@ -83,7 +83,7 @@ def summary(params: Any, delta: Any) -> Summary:
     """
     weights = [(path, weight_of(leaf)) for path, leaf in named_leaves(params, is_leaf=is_node)]
     total = sum(int(leaf.size) for _, leaf in weights if is_array(leaf))
-    containers = jax.tree.structure(params, is_leaf=is_node)
+    containers: Any = jax.tree.structure(params, is_leaf=is_node)
 
     def row(path: str, node: Any) -> TrainedLeaf:
         if isinstance(node, Adapter):

@@ -21,9 +21,9 @@ from ._adapt import adapt
 from ._lorafy import combine
 from ._lowrank.factored import Canonical
 from ._lowrank.labels import widened
-from ._paths import is_array, named_leaves, path_seed
+from ._paths import is_array, path_seed
 from ._tree.method import Method, Spec
-from ._tree.nodes import Adapter, is_node, Shared
+from ._tree.nodes import Adapter, adapters_of, is_node, method_of, Shared
 from .methods.lora import LoRA
 from .methods.slots import Slots
 
@@ -35,10 +35,6 @@ class _Tapped(Method):
     """
 
     method: LoRA
-
-    needs_axes = True
-    sided = False
-    random = False
 
     def check(self, spec: Spec) -> None:
         self.method.check(spec)
@@ -63,7 +59,7 @@ class _Tapped(Method):
 def _tapped(node: Adapter) -> Adapter:
     tap = jnp.zeros(node.spec.sizes("layer"), widened(node.arrays["a"].dtype))
     return Adapter(
-        {**node.arrays, "tap": tap}, dataclasses.replace(node.spec, method=_Tapped(node.spec.method))
+        {**node.arrays, "tap": tap}, dataclasses.replace(node.spec, method=_Tapped(method_of(node, LoRA)))
     )
 
 
@@ -93,7 +89,7 @@ def importance(fn: Callable, frozen: Any, delta: Any, batches: Iterable[tuple]) 
     Raises:
       ValueError: an adapter that is not LoRA; no batch.
     """
-    adapters = [node for node in jax.tree.leaves(delta, is_leaf=is_node) if isinstance(node, Adapter)]
+    adapters = list(adapters_of(delta).values())
     _check(adapters)
     tapped = jax.tree.map(
         lambda node: _tapped(node) if isinstance(node, Adapter) else node, delta, is_leaf=is_node
@@ -140,11 +136,7 @@ def importance(fn: Callable, frozen: Any, delta: Any, batches: Iterable[tuple]) 
 
 
 def _taps(delta: Any) -> dict[str, jax.Array]:
-    return {
-        node.spec.path: node.arrays["tap"]
-        for node in jax.tree.leaves(delta, is_leaf=is_node)
-        if isinstance(node, Adapter)
-    }
+    return {node.spec.path: node.arrays["tap"] for node in adapters_of(delta).values()}
 
 
 def _with_taps(delta: Any, taps: Mapping[str, jax.Array]) -> Any:
@@ -210,9 +202,7 @@ def share(
     """
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"`threshold` is {threshold!r}; it must be above 0 and at most 1.")
-    leaves = [
-        (path, node) for path, node in named_leaves(delta, is_leaf=is_node) if isinstance(node, Adapter)
-    ]
+    leaves = list(adapters_of(delta).items())
     _check([node for _, node in leaves])
     key = jax.random.key(0) if key is None else key
     kinds: dict[tuple, list[Adapter]] = {}
@@ -272,15 +262,14 @@ def _kept(values: np.ndarray, threshold: float) -> list[int]:
 
 def _anew(node: Adapter, key: jax.Array) -> dict[str, jax.Array]:
     """The start of one more adapter like this one, without its layers."""
-    spec = node.spec
-    unstacked = dataclasses.replace(
-        spec,
-        shape=tuple(size for size, axis in zip(spec.shape, spec.axes, strict=True) if axis != "layer"),
-        axes=tuple(axis for axis in spec.axes if axis != "layer"),
-    )
-    return spec.method.split(jax.ShapeDtypeStruct(unstacked.shape, node.arrays["a"].dtype), unstacked, key)[
-        1
-    ].arrays
+    own = [
+        (size, axis) for size, axis in zip(node.spec.shape, node.spec.axes, strict=True) if axis != "layer"
+    ]
+    shape, axes = tuple(size for size, _ in own), tuple(axis for _, axis in own)
+    spec = dataclasses.replace(node.spec, shape=shape, axes=axes)
+    # LoRA's start needs the dtype of the weight, not its numbers.
+    _, fresh = spec.method.split(jax.ShapeDtypeStruct(shape, node.arrays["a"].dtype), spec, key)
+    return fresh.arrays
 
 
 def _leaves_sharing(nodes: list[Adapter], kept: list[int], key: jax.Array) -> dict[str, Adapter]:
@@ -292,7 +281,8 @@ def _leaves_sharing(nodes: list[Adapter], kept: list[int], key: jax.Array) -> di
 
 def _stack_sharing(node: Adapter, kept: list[int], key: jax.Array) -> dict[str, Adapter]:
     spec, layers = node.spec, node.spec.sizes("layer")
-    if spec.method.blocks is not None:
+    method = method_of(node, LoRA)
+    if method.blocks is not None:
         raise ValueError(
             f"{spec.path!r} is stacked and adapted in `blocks`, whose layers cannot share; adapt it without "
             "`blocks`."
@@ -304,4 +294,4 @@ def _stack_sharing(node: Adapter, kept: list[int], key: jax.Array) -> dict[str, 
         name: jnp.concatenate([flat(array)[np.array(kept)], fresh[name][None].astype(array.dtype)])
         for name, array in node.arrays.items()
     }
-    return {spec.path: Adapter(arrays, dataclasses.replace(spec, method=Slots(spec.method, slots)))}
+    return {spec.path: Adapter(arrays, dataclasses.replace(spec, method=Slots(method, slots)))}

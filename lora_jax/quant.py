@@ -24,7 +24,6 @@ from ._packed.formats import (
 )
 from ._packed.packed import Packed as Packed
 from ._paths import ALL_LINEAR, is_floating, is_shape, named_leaves, resolve_targets
-from ._tree.method import DependsOnWeight
 from ._tree.nodes import Adapter, Fixed, is_node, weight_of
 
 
@@ -127,12 +126,10 @@ def _format(format: Any) -> Format:
 
 
 def _with_weight(node: Fixed, weight: Packed) -> Fixed:
-    spec, arrays = node.spec, node.arrays
-    if isinstance(spec.method, DependsOnWeight):
-        derived = lambda weight: spec.method.derived(weight, spec)
-        shapes = any(map(is_shape, jax.tree.leaves(weight)))
-        arrays = {**arrays, **(jax.eval_shape(derived, weight) if shapes else derived(weight))}
-    return Fixed(weight, arrays, spec)
+    derived = lambda weight: node.spec.method.derived(weight, node.spec)
+    shapes = any(map(is_shape, jax.tree.leaves(weight)))
+    own = jax.eval_shape(derived, weight) if shapes else derived(weight)
+    return Fixed(weight, {**node.arrays, **own}, node.spec)
 
 
 def _linear(
@@ -144,6 +141,7 @@ def _linear(
             for path, leaf in leaves
             if is_floating(leaf) and len(leaf.shape) > 1 and not _is_named_otherwise(path)
         ]
+    treedef: Any
     nodes, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     others = [None] * len(nodes) if delta is None else treedef.flatten_up_to(delta)
     plain = [other if node is None else weight_of(node) for node, other in zip(nodes, others, strict=True)]
@@ -166,7 +164,8 @@ def _is_named_otherwise(path: str) -> bool:
 
 def _layers(nodes: list[tuple[str, Any]], frozen: Any, delta: Any) -> dict[str, int]:
     """For each path that an adapter speaks of, how many stacked axes lead."""
-    others = jax.tree.structure(frozen, is_leaf=is_node).flatten_up_to(delta) if delta is not None else []
+    treedef: Any = jax.tree.structure(frozen, is_leaf=is_node)
+    others = [] if delta is None else treedef.flatten_up_to(delta)
     adapters = [node for node in (*(node for _, node in nodes), *others) if isinstance(node, Adapter | Fixed)]
     leading = lambda axes: next((index for index, axis in enumerate(axes) if axis != "layer"), len(axes))
     return {node.spec.path: leading(node.spec.axes) for node in adapters}

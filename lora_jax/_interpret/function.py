@@ -39,7 +39,7 @@ def evaluate(
         return fn(*args, **kwargs)
     static: dict[str, Any] = {}
 
-    def of_weights(*weights: jax.Array) -> list[jax.Array]:
+    def of_weights(*weights: jax.Array) -> list[Any]:
         remaining = iter(weights)
         args, kwargs = jax.tree.unflatten(
             treedef,

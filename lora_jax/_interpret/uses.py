@@ -59,10 +59,9 @@ def _contraction_flops(weight: Factored, flops: int) -> tuple[int, int, int]:
     for term in weight.terms:
         rank = term.a.shape[-1]
         covered = {"in": 1.0, "out": 1.0}
-        if term.window is not None:
-            covered[weight.axes[weight.windowed].tag] = (term.window[1] - term.window[0]) / weight.shape[
-                weight.windowed
-            ]
+        if term.window is not None and weight.windowed is not None:
+            start, stop = term.window
+            covered[weight.axes[weight.windowed].tag] = (stop - start) / weight.shape[weight.windowed]
         low += int(covered["in"] * flops * rank / sizes["out"] + covered["out"] * flops * rank / sizes["in"])
     return flops, low, flops + forming_flops(weight)
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._packed.lazy import Lazy, on_weight, value_of
-from .labels import dot, place, RANK, widened
+from .labels import dot, place, RANK, scaled_by, widened
 
 
 class Axis(NamedTuple):
@@ -68,19 +68,9 @@ class Term:
     def replace(self, **changes: Any) -> "Term":
         return dataclasses.replace(self, **changes)
 
-    def times_scale(self, array: jax.Array) -> jax.Array:
-        """In float32 at least: a scale rounded to bfloat16 would be wrong in the same direction
-        everywhere.
-        """
-        return (
-            array
-            if self.scale == 1.0
-            else (array.astype(widened(array.dtype)) * self.scale).astype(array.dtype)
-        )
-
     def unscaled(self) -> "Term":
         """The same with the scale in B, for what joins terms of different scales."""
-        return self.replace(b=self.times_scale(self.b), scale=1.0)
+        return self.replace(b=scaled_by(self.b, self.scale), scale=1.0)
 
     def tapped(self, summand: jax.Array, labels: Sequence, layers: Sequence) -> jax.Array:
         """`summand`, with its sum of squares for every layer as the derivative with respect to the tap."""
@@ -188,7 +178,7 @@ class Factored:
         wide = widened(self.dtype)
         total = value_of(self.weight).astype(wide) + self._update(wide)
         if self.magnitude is not None:
-            total = total * self._placed_magnitude(wide)
+            total = total * self._placed(self.magnitude, wide)
         return total.astype(self.dtype if dtype is None else dtype)
 
     def removed_from(self, merged: jax.Array) -> jax.Array:
@@ -196,13 +186,11 @@ class Factored:
         wide = widened(merged.dtype)
         total = merged.astype(wide)
         if self.magnitude is not None:
-            total = total / self._placed_magnitude(wide)
+            total = total / self._placed(self.magnitude, wide)
         return (total - self._update(wide)).astype(merged.dtype)
 
-    def _placed_magnitude(self, dtype: Any) -> jax.Array:
-        return place(
-            self.magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape
-        )
+    def _placed(self, magnitude: jax.Array, dtype: Any) -> jax.Array:
+        return place(magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape)
 
     def _update(self, wide: Any) -> jax.Array:
         """Σ A·B."""
@@ -215,7 +203,7 @@ class Factored:
                 keep=self.tagged("layer"),
                 precision=lax.Precision.HIGHEST,
             )
-            total = total + term.times_scale(place(*product, everything, self.shape))
+            total = total + scaled_by(place(*product, everything, self.shape), term.scale)
         return total
 
     # --- views ----------------------------------------------------------------------------------------------
@@ -248,7 +236,7 @@ class Factored:
             magnitude=part(self.magnitude, "magnitude"), key=part(self.key, "key")
         )
 
-    def map_terms(self, part: Callable[[jax.Array, str], jax.Array | None]) -> "Factored":
+    def map_terms(self, part: Callable[[jax.Array, str], Any]) -> "Factored":
         """`part(array, name)` in place of every part of every term."""
         changed = lambda term: {
             name: part(array, name) for name in PARTS if (array := getattr(term, name)) is not None

@@ -101,10 +101,12 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
     ):
         raise NotAView
 
-    def part(name: str, pick: Callable[[Factored], jax.Array | None]) -> jax.Array | None:
-        arrays = [pick(weight) for weight in weights]
-        if arrays[0] is None:
+    def part(name: str, pick: Callable[[Factored], jax.Array | None]) -> Any:
+        arrays = [array for weight in weights if (array := pick(weight)) is not None]
+        if not arrays:
             return None
+        if len(arrays) < len(weights):
+            raise NotAView
         before, after = first.labels(name), joined.labels(name)
         if RANK in before:  # weights of several ranks: zeros change no product
             position = before.index(RANK)
@@ -121,15 +123,12 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
             ]
         return jnp.concatenate(arrays, after.index(dimension))
 
-    count = len(first.terms)
+    def term(index: int) -> Term:
+        parts = {name: part(name, lambda weight: getattr(weight.terms[index], name)) for name in PARTS}
+        return Term(**parts, scale=first.terms[index].scale)
+
     return joined.replace(
-        terms=tuple(
-            Term(
-                *(part(name, lambda w, i=i, name=name: getattr(w.terms[i], name)) for name in PARTS),
-                scale=first.terms[i].scale,
-            )
-            for i in range(count)
-        ),
+        terms=tuple(map(term, range(len(first.terms)))),
         magnitude=part("magnitude", lambda weight: weight.magnitude),
         key=part("key", lambda weight: weight.key),
     )

@@ -29,9 +29,10 @@ def dot(
     shared = [label for label in x_labels if label in y_labels]
     batch = [label for label in shared if label in keep]
     summed = [label for label in shared if label not in keep]
-    numbers = tuple(
-        tuple([labels.index(label) for label in group] for labels in (tuple(x_labels), tuple(y_labels)))
-        for group in (summed, batch)
+    positions = lambda labels, wanted: [list(labels).index(label) for label in wanted]
+    numbers = (
+        (positions(x_labels, summed), positions(y_labels, summed)),
+        (positions(x_labels, batch), positions(y_labels, batch)),
     )
     return lax.dot_general(x, y, numbers, **options), dot_labels(x_labels, y_labels, keep)
 
@@ -57,3 +58,14 @@ def place(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]
     return lax.broadcast_in_dim(
         x, shape, [position for position, label in enumerate(wanted) if label in labels]
     )
+
+
+def scaled_by(array: jax.Array, factor: Any) -> jax.Array:
+    """`array` times one number, computed in float32 at least.
+
+    A number rounded to bfloat16 would be wrong in the same direction everywhere.
+    """
+    if isinstance(factor, int | float) and factor == 1:
+        return array
+    wide = widened(array.dtype)
+    return (array.astype(wide) * jnp.asarray(factor, wide)).astype(array.dtype)

@@ -18,7 +18,7 @@ from jax import lax
 from .._mesh import moved, sharding_like
 from .._packed.lazy import on_weight, used, value_of
 from .factored import Axis, Factored, NEW, NotAView, Term
-from .labels import dot, dot_labels, place, RANK, widened
+from .labels import dot, dot_labels, place, RANK, scaled_by, widened
 from .product import with_factor
 
 
@@ -80,7 +80,7 @@ def dot_general(
         h, labels = contracted(
             inner, tuple(x_labels), term, first, (x, x_labels), keep=(*out_labels, *weight.labels(second))
         )
-        h = times(term.times_scale(h), labels, term.inner, weight.labels("inner"))
+        h = times(scaled_by(h, term.scale), labels, term.inner, weight.labels("inner"))
         # As the result lies, but for an axis of which this is a part, which need not divide as the whole
         # does.
         whole = [label if term.window is None or label != weight.windowed else None for label in out_labels]
@@ -96,17 +96,19 @@ def dot_general(
     def contracted(
         h: jax.Array, labels: tuple, term: Term, name: str, like: tuple, keep: tuple
     ) -> tuple[jax.Array, tuple]:
-        sides = (labels, weight.labels(name))
-        where = sharding_like(*like, dot_labels(*(sides[::-1] if weight_on_left else sides), keep))
-        options = {
-            "reduce": reduce,
-            "factor_on_left": weight_on_left,
-            "precision": precision,
-            "preferred_element_type": y.dtype,
-            "out_sharding": where,
-        }
+        own = weight.labels(name)
+        found = dot_labels(own, labels, keep) if weight_on_left else dot_labels(labels, own, keep)
         return with_factor(
-            h.astype(x.dtype), labels, getattr(term, name), weight.labels(name), keep, **options
+            h.astype(x.dtype),
+            labels,
+            getattr(term, name),
+            own,
+            keep,
+            reduce=reduce,
+            factor_on_left=weight_on_left,
+            precision=precision,
+            preferred_element_type=y.dtype,
+            out_sharding=sharding_like(like[0], like[1], found),
         )
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
@@ -143,7 +145,7 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
 
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
     """`y` plus the pieces, each in its window along `axis`; only the covered ranges are touched."""
-    windowed = []
+    windowed: list[tuple[jax.Array, tuple[int, int]]] = []
     whole = None
     for piece, window in pieces:
         if window is None or axis is None or window == (0, y.shape[axis]):
@@ -152,10 +154,10 @@ def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
         else:
             windowed.append((piece, window))
     y = y if whole is None else y + whole
-    if not windowed:
+    if axis is None or not windowed:
         return y
-    # One concatenation for all windows: with one for each, XLA adds and copies what lies between them that
-    # often.
+    # One concatenation for all windows. With one for each, XLA adds and copies what lies between them again
+    # and again.
     edges = sorted({0, y.shape[axis], *(edge for _, window in windowed for edge in window)})
     parts = []
     for start, stop in itertools.pairwise(edges):
@@ -185,14 +187,14 @@ class Pending:
 
     def cut(self, parts: Sequence[jax.Array], axis: int) -> "list[Pending | jax.Array] | None":
         """The same for `parts`, into which `y` has been split along `axis`, if no window crosses a border."""
-        if axis != self.axis or any(window is None for _, window in self.pieces):
+        windowed = [(piece, window) for piece, window in self.pieces if window is not None]
+        if axis != self.axis or len(windowed) < len(self.pieces):
             return None
-        start, results = 0, []
+        start = 0
+        results: list[Pending | jax.Array] = []
         for part in parts:
             stop = start + part.shape[axis]
-            inside = [
-                (piece, window) for piece, window in self.pieces if window[0] < stop and start < window[1]
-            ]
+            inside = [(piece, window) for piece, window in windowed if window[0] < stop and start < window[1]]
             if any(window[0] < start or stop < window[1] for _, window in inside):
                 return None
             shifted = tuple((piece, (window[0] - start, window[1] - start)) for piece, window in inside)
@@ -250,7 +252,7 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
         h = _window(
             x, weight, jnp.concatenate([term.a] * groups, axis=-1), RANK, kernel_spec[1], params, y.dtype
         )
-        h = term.times_scale(h).astype(x.dtype)
+        h = scaled_by(h, term.scale).astype(x.dtype)
         h = lax.reshape(h, (*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]))
         b = lax.reshape(term.b.astype(x.dtype), (rank, groups, out // groups))
         before, behind = (
@@ -292,7 +294,7 @@ def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax
             preferred_element_type=y.dtype,
         )
         summand = _window(
-            term.times_scale(place(*h, narrow, ())).astype(x.dtype),
+            scaled_by(place(*h, narrow, ()), term.scale).astype(x.dtype),
             weight,
             term.a,
             kernel_spec[0],
@@ -345,7 +347,7 @@ def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Arra
                 preferred_element_type=y.dtype,
                 group_offset=params["group_offset"],
             )
-            h = term.times_scale(h) if name == order[0] else h
+            h = scaled_by(h, term.scale) if name == order[0] else h
             summed, rows = (1,), [0]
         y = y + h
     return y
@@ -441,7 +443,7 @@ def gather(
             both = [label for label in a_labels if label in b_labels and label != RANK]
             options = {"reduce": reduce, "preferred_element_type": rows.dtype}
             product, labels = with_factor(
-                term.times_scale(a).astype(rows.dtype), a_labels, b, b_labels, both, **options
+                scaled_by(a, term.scale).astype(rows.dtype), a_labels, b, b_labels, both, **options
             )
             summands.append(
                 (
@@ -463,7 +465,10 @@ def gather(
     result = weight.replace(weight=rows, axes=tuple(axes), windowed=windowed)
 
     def stored(part: tuple | None, name: str) -> jax.Array | None:
-        return None if part is None else place(*part, result.labels(name), ())
+        if part is None:
+            return None
+        array, labels = part
+        return place(array, labels, result.labels(name), ())
 
     return result.replace(
         terms=tuple(

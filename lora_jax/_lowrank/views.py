@@ -130,7 +130,9 @@ def sliced(
     if axis is not None and (starts[axis], stops[axis], strides[axis]) != (0, weight.shape[axis], 1):
         if strides[axis] != 1:
             return sliced(weight.unwindowed(), starts, stops, strides)
-        return _sliced_apart(_sliced_windows(weight, starts[axis], stops[axis]), starts, stops, strides, axis)
+        return _sliced_apart(
+            _sliced_windows(weight, axis, starts[axis], stops[axis]), starts, stops, strides, axis
+        )
     return _sliced_apart(weight, starts, stops, strides, axis)
 
 
@@ -168,17 +170,15 @@ def _sliced_apart(
     return weight.replace(magnitude=None).viewed(view, weight.axes, weight=array).replace(magnitude=magnitude)
 
 
-def _sliced_windows(weight: Factored, start: int, stop: int) -> Factored:
+def _sliced_windows(weight: Factored, axis: int, start: int, stop: int) -> Factored:
     terms = []
     for term in weight.terms:
-        first, last = term.window or (0, weight.shape[weight.windowed])
+        first, last = term.window or (0, weight.shape[axis])
         low, high = max(first, start), min(last, stop)
         if low < high:
-            cut = lambda part, axis, limits=(low - first, high - first): lax.slice_in_dim(
-                part, *limits, axis=axis
-            )
             parts = {
-                name: cut(getattr(term, name), position) for name, position in weight.windowed_parts(term)
+                name: lax.slice_in_dim(getattr(term, name), low - first, high - first, axis=position)
+                for name, position in weight.windowed_parts(term)
             }
             terms.append(term.replace(window=(low - start, high - start), **parts))
     return weight.replace(terms=tuple(terms))

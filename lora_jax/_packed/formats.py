@@ -294,7 +294,7 @@ def from_bitsandbytes(
         entry("nested_dtype", ("float32",))
         arrays["nested_map"] = read(f"{name}.nested_quant_map", np.float32, 256)
         arrays["nested_absmax"] = read(f"{name}.nested_absmax", np.float32, -(-blocks // format.nested_block))
-        arrays["nested_offset"] = np.float32(entry("nested_offset", float))
+        arrays["nested_offset"] = np.asarray(entry("nested_offset", float), np.float32)
     return format, {part: jnp.asarray(array) for part, array in arrays.items()}, own, dtype
 
 

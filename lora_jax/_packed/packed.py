@@ -27,7 +27,7 @@ class Packed:
     is stored transposed. `at_use`: how the own axes lie on a mesh when the weight is used, if that is known.
     """
 
-    arrays: dict[str, jax.Array]
+    arrays: dict[str, Any]  # in a tree of specs, what stands for the array
     format: Format
     own: tuple[int, ...]
     dtype: Any
@@ -76,23 +76,22 @@ class Packed:
         return unpack(self.arrays)
 
     def gathered(self) -> "Packed":
-        """With the codes, and their scales, where `at_use` needs them. Left alone, XLA unpacks what each
-        device has, and sends the numbers.
+        """The codes and their scales, where `at_use` needs them.
+
+        XLA by itself unpacks what each device has, and sends the numbers.
         """
-        if self.at_use is None or is_explicit(self.at_use.mesh):  # on which `value` does more
+        if self.at_use is None or is_explicit(self.at_use.mesh):  # there `value` makes the codes whole
             return self
         found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
         for name in self.format.in_order:
             spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
-            if (
-                ndims[name] < len(self.own)
-                # All in a row, in which a part of the first axis is one piece, and a part of another axis is
-                # not.
-            ):
+            if ndims[name] < len(self.own):
+                # All codes stand in a row, in which a part of the first axis alone is one piece.
                 spec = (None,) if found[name].shape[-1] % parts(self.at_use.mesh, spec[0]) else spec[:1]
-            # The axes of a stack lie as XLA likes.
-            spec = [P.UNCONSTRAINED] * (found[name].ndim - len(spec)) + [*spec]
-            found[name] = lax.with_sharding_constraint(found[name], NamedSharding(self.at_use.mesh, P(*spec)))
+            # XLA chooses how the axes of a stack lie.
+            free = [P.UNCONSTRAINED] * (found[name].ndim - len(spec))
+            where = NamedSharding(self.at_use.mesh, P(*free, *spec))
+            found[name] = lax.with_sharding_constraint(found[name], where)
         return dataclasses.replace(self, arrays=found)
 
     def along_stack(self, operation: Callable[[jax.Array], jax.Array]) -> "Packed":
@@ -101,8 +100,9 @@ class Packed:
 
 
 def _whole(array: jax.Array) -> jax.Array:
-    """On a mesh of explicit axes, whose types know nothing of how a row of codes is split; elsewhere as
-    it is.
+    """The whole array on a mesh of explicit axes, whose types cannot say how a row of codes is split.
+
+    On other meshes it stays as it is.
     """
     return moved(array, sharding_like(array, range(array.ndim), [None] * array.ndim))
 

@@ -9,7 +9,6 @@ from .._lowrank.factored import Axis, Factored, Leaf, PLAIN
 from .._packed.lazy import Lazy
 from .._packed.packed import Packed
 from .._paths import path_seed
-from .method import DependsOnWeight, Grouped
 from .nodes import Adapted
 
 
@@ -22,7 +21,7 @@ def factored(node: Adapted) -> Factored:
     if sliced > 0 and set(spec.axes[:sliced]) == {"layer"}:
         # A loop of the user's own, over the combined tree, has cut these off.
         spec = dataclasses.replace(spec, shape=spec.shape[sliced:], axes=spec.axes[sliced:])
-    if tuple(weight.shape) != spec.shape and isinstance(spec.method, DependsOnWeight | Grouped):
+    if tuple(weight.shape) != spec.shape and spec.method.needs_whole_weight:
         raise ValueError(
             f"the {type(spec.method).__name__} adapter of {spec.path!r} needs the whole weight, of shape "
             f"{spec.shape}, and has a part of it, {tuple(weight.shape)}: "

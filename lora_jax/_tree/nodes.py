@@ -10,14 +10,17 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import tree_util
 
 from .._packed.packed import Packed
 from .._paths import named_leaves
-from .method import Spec
+from .method import Method, Spec
+
+
+OfKind = TypeVar("OfKind", bound=Method)
 
 
 @tree_util.register_static
@@ -44,7 +47,7 @@ class Adapter:
     `jax.tree.map` see adapters as wholes.
     """
 
-    arrays: dict[str, jax.Array]
+    arrays: dict[str, Any]  # in a tree of specs or of masks, what stands for the array
     spec: Spec
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
@@ -69,7 +72,7 @@ class Fixed:
     """A frozen weight and the arrays that its method needs beside it but does not train."""
 
     weight: Any
-    arrays: dict[str, jax.Array]
+    arrays: dict[str, Any]
     spec: Spec
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
@@ -190,6 +193,13 @@ def adapters_of(tree: Any) -> dict[str, Adapter]:
     nodes = ((path, node) for path, node in named_leaves(tree, is_leaf=is_node))
     found = ((path, node.adapter if isinstance(node, Adapted) else node) for path, node in nodes)
     return {path: node for path, node in found if isinstance(node, Adapter)}
+
+
+def method_of(adapter: Adapter, kind: type[OfKind]) -> OfKind:
+    """The method of an adapter that is known to be of this kind."""
+    method = adapter.spec.method
+    assert isinstance(method, kind), method
+    return method
 
 
 def is_node(leaf: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from .._paths import is_array, named_leaves
-from .method import Late, Spec
+from .method import Spec
 from .nodes import Adapted, Adapter, Fixed, is_node, resolved, Trained
 
 
@@ -14,6 +14,7 @@ def paired(join: Callable, frozen: Any, delta: Any, *rest: Any, resolve: bool = 
     """`join(frozen leaf, delta leaf, *rest)` at every leaf, with shared arrays in place unless they are
     to stay shared.
     """
+    treedef: Any
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     try:
         others = treedef.flatten_up_to(delta)
@@ -56,8 +57,7 @@ def _check_fixed(leaf: Any, spec: Spec, trained: Any) -> None:
         - trained
         - (leaf.arrays.keys() if isinstance(leaf, Fixed) else set())
     )
-    waits = isinstance(spec.method, Late) and spec.method.waits and own is None
-    if missing and not waits:
+    if missing and not (spec.method.delayed_start and own is None):
         raise ValueError(
             f"`frozen` and `delta` do not belong together: the {method} adapter of {spec.path!r} needs "
             f"{', '.join(sorted(missing))} in `frozen`. "

@@ -52,9 +52,10 @@ def as_lora(frozen: Any, delta: Any) -> Lorafied:
     check_arrays("as_lora(frozen, delta)", frozen=frozen, delta=delta)
     pairs: list[tuple[Any, Any]] = []
     paired(lambda leaf, other: pairs.append(_as_lora(leaf, other)), frozen, delta)
-    treedef = jax.tree.structure(frozen, is_leaf=is_node)
+    treedef: Any = jax.tree.structure(frozen, is_leaf=is_node)
     return Lorafied(
-        treedef.unflatten([leaf for leaf, _ in pairs]), treedef.unflatten([other for _, other in pairs])
+        jax.tree.unflatten(treedef, [leaf for leaf, _ in pairs]),
+        jax.tree.unflatten(treedef, [other for _, other in pairs]),
     )
 
 
@@ -103,7 +104,8 @@ def _side_by_side(node: Adapted, first: tuple[int, ...]) -> tuple[jax.Array, jax
     whole = factored(node).plain().unwindowed()
     terms, scale = whole.terms, _first_scale(whole.terms)
     dtype = functools.reduce(jnp.promote_types, [array.dtype for term in terms for array in (term.a, term.b)])
-    wide, summed = widened(dtype), {}
+    wide = widened(dtype)
+    summed: dict[int, jax.Array] = {}
     for index, term in zip(first, terms, strict=True):
         b = term.b.astype(wide) * (term.scale / scale)
         summed[index] = summed[index] + b if index in summed else b

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from .._lowrank.labels import widened
 from .._paths import named_leaves
-from .._tree.nodes import Adapter, is_node
+from .._tree.nodes import Adapter, is_node, method_of
+from ..methods import LoRA
 from ._leaves import (
     balanced,
     by_layer,
@@ -50,14 +51,14 @@ def compress(delta: Any, rank: int) -> Any:
         if not isinstance(leaf, Adapter):
             return leaf
         check_plain(path, leaf)
-        method = leaf.spec.method
+        method = method_of(leaf, LoRA)
         if method.rank <= rank:
             return leaf
         a, b = _compressed(*matrices_of(leaf), method.scale, rank)
         return lora_leaf(leaf.spec, *shaped_like(a, b, leaf), dropout=method.dropout)
 
     leaves = [of_leaf(path, leaf) for path, leaf in named_leaves(delta, is_leaf=is_node)]
-    return jax.tree.structure(delta, is_leaf=is_node).unflatten(leaves)
+    return jax.tree.unflatten(jax.tree.structure(delta, is_leaf=is_node), leaves)
 
 
 def singular_values(delta: Any) -> dict[str, jax.Array]:
@@ -80,7 +81,7 @@ def singular_values(delta: Any) -> dict[str, jax.Array]:
     for path, leaf in named_leaves(delta, is_leaf=is_node):
         if isinstance(leaf, Adapter):
             check_plain(path, leaf)
-            found[path] = _spectrum(*matrices_of(leaf), leaf.spec.method.scale)
+            found[path] = _spectrum(*matrices_of(leaf), method_of(leaf, LoRA).scale)
     return found
 
 

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._lowrank.labels import widened
 from .._paths import is_shape
 from .._tree.method import Spec
-from .._tree.nodes import Adapter, Shared
+from .._tree.nodes import Adapter, method_of, Shared
 from ..methods import LoRA
 
 
@@ -33,7 +32,7 @@ def common_dtype(leaves: list[Adapter]) -> Any:
 
 
 def common_dropout(leaves: list[Adapter]) -> float:
-    found = {leaf.spec.method.dropout for leaf in leaves}
+    found = {method_of(leaf, LoRA).dropout for leaf in leaves}
     return found.pop() if len(found) == 1 else 0.0
 
 
@@ -44,16 +43,12 @@ def is_plain(leaf: Adapter) -> bool:
 
 def check_plain(path: str, leaf: Adapter) -> None:
     if not is_plain(leaf):
-        blocks = (
-            ""
-            if type(leaf.spec.method) is not LoRA
-            else " with `blocks`"
-            if leaf.spec.method.blocks
-            else " that shares its arrays with another leaf"
-        )
+        method, more = leaf.spec.method, ""
+        if isinstance(method, LoRA):
+            more = " with `blocks`" if method.blocks else " that shares its arrays with another leaf"
         raise ValueError(
-            f"the adapter of {path!r} is {type(leaf.spec.method).__name__}{blocks}, and only plain LoRA "
-            "adapters have an A and a B to compute with. "
+            f"the adapter of {path!r} is {method.name}{more}, and only plain LoRA adapters have an A and a B "
+            "to compute with. "
             "Make plain ones first: `frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)`."
         )
     if any(leaf.arrays[name].ndim != len(axes) for name, axes in leaf.array_axes().items()):
@@ -78,14 +73,6 @@ def check_arrays(call: str, **trees: Any) -> None:
         )
 
 
-def times(factor: Any, array: jax.Array) -> jax.Array:
-    """In float32 at least, because a factor rounded to bfloat16 would be wrong in the same direction
-    everywhere.
-    """
-    wide = widened(array.dtype)
-    return (array.astype(wide) * jnp.asarray(factor, wide)).astype(array.dtype)
-
-
 def balanced(u: jax.Array, values: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     root = jnp.sqrt(values)
     return u * root[None, :], root[:, None] * v
@@ -101,7 +88,7 @@ def by_layer(function: Callable, layers: int, *arrays: Any) -> Any:
 def matrices_of(leaf: Adapter) -> tuple[jax.Array, jax.Array]:
     """A and B with one in and one out axis."""
     a, b, layers = leaf.arrays["a"], leaf.arrays["b"], leaf.spec.sizes("layer")
-    return a.reshape(*layers, -1, a.shape[-1]), b.reshape(*layers, leaf.spec.method.rank, -1)
+    return a.reshape(*layers, -1, a.shape[-1]), b.reshape(*layers, a.shape[-1], -1)
 
 
 def shaped_like(a: jax.Array, b: jax.Array, leaf: Adapter) -> tuple[jax.Array, jax.Array]:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._lowrank.labels import widened
+from .._lowrank.labels import scaled_by, widened
 from .._paths import named_leaves
-from .._tree.nodes import Adapter, is_node, Shared
+from .._tree.nodes import Adapter, is_node, method_of, Shared
 from ..methods import AdaLoRA, DyLoRA, LoRA, LoRAFA, VeRA
 from ..methods.slots import Slots
-from ._leaves import check_arrays, check_plain, common_dropout, common_dtype, lora_leaf, times
+from ._leaves import check_arrays, check_plain, common_dropout, common_dtype, lora_leaf
 
 
 _PROPORTIONAL_TO_B = (LoRA, LoRAFA, AdaLoRA, DyLoRA, VeRA, Slots)
@@ -66,11 +66,11 @@ def scaled(delta: Any, factor: Any) -> Any:
         return (
             leaf
             if isinstance(b, Shared)
-            else dataclasses.replace(leaf, arrays={**leaf.arrays, "b": times(factor, b)})
+            else dataclasses.replace(leaf, arrays={**leaf.arrays, "b": scaled_by(b, factor)})
         )
 
     leaves = [of_leaf(path, leaf) for path, leaf in named_leaves(delta, is_leaf=is_node)]
-    return jax.tree.structure(delta, is_leaf=is_node).unflatten(leaves)
+    return jax.tree.unflatten(jax.tree.structure(delta, is_leaf=is_node), leaves)
 
 
 def weighted(deltas: Sequence[Any], weights: Any) -> Any:
@@ -106,7 +106,7 @@ def weighted(deltas: Sequence[Any], weights: Any) -> Any:
         spec, dtype = leaves[0].spec, common_dtype(leaves)
         a = jnp.concatenate([leaf.arrays["a"].astype(dtype) for leaf in leaves], axis=-1)
         b = [
-            times(weight * leaf.spec.method.scale, leaf.arrays["b"].astype(dtype))
+            scaled_by(leaf.arrays["b"].astype(dtype), weight * method_of(leaf, LoRA).scale)
             for weight, leaf in zip(weights, leaves, strict=True)
         ]
         return lora_leaf(
@@ -130,7 +130,7 @@ def combined(deltas: Sequence[Any], weights: Any, combine: Callable, *, call: st
         raise ValueError(
             f"`weights` has the shape {weights.shape} for {len(deltas)} deltas; pass one number for each."
         )
-    treedef = jax.tree.structure(deltas[0], is_leaf=is_node)
+    treedef: Any = jax.tree.structure(deltas[0], is_leaf=is_node)
     for number, delta in enumerate(deltas):
         if jax.tree.structure(delta, is_leaf=is_node) != treedef:
             raise ValueError(
@@ -163,7 +163,9 @@ def combined(deltas: Sequence[Any], weights: Any, combine: Callable, *, call: st
                 )
         return combine(path, found, weights[np.array(here)])
 
-    return treedef.unflatten([of_leaf(path, column) for path, column in zip(paths, columns, strict=True)])
+    return jax.tree.unflatten(
+        treedef, [of_leaf(path, column) for path, column in zip(paths, columns, strict=True)]
+    )
 
 
 def _averaged(path: str, column: tuple, weights: Any, linear: bool) -> jax.Array:

@@ -11,7 +11,8 @@ from jax import lax
 
 from .._lowrank.labels import widened
 from .._paths import is_array, path_seed
-from .._tree.nodes import Adapter
+from .._tree.nodes import Adapter, method_of
+from ..methods import LoRA
 from ._leaves import (
     balanced,
     by_layer,
@@ -118,7 +119,7 @@ def _thinned(
         check_rank(rank)
 
     def of_leaf(path: str, leaves: list[Adapter], weights: Any) -> Adapter:
-        ranks = [leaf.spec.method.rank for leaf in leaves]
+        ranks = [method_of(leaf, LoRA).rank for leaf in leaves]
         if rank is None and len(set(ranks)) > 1:
             raise ValueError(
                 f"`deltas` have the ranks {', '.join(map(str, ranks))} at {path!r}, and A and B of "
@@ -129,7 +130,7 @@ def _thinned(
         number = jax.dtypes.canonicalize_dtype(float)
         weights, scales = (
             jnp.asarray(weights, number),
-            jnp.asarray([leaf.spec.method.scale for leaf in leaves], number),
+            jnp.asarray([method_of(leaf, LoRA).scale for leaf in leaves], number),
         )
         dtype = common_dtype(leaves)
         pairs = [tuple(matrix.astype(widened(dtype)) for matrix in matrices_of(leaf)) for leaf in leaves]

@@ -19,7 +19,7 @@ import numpy as np
 from .._lorafy import Lorafied
 from .._lowrank.labels import widened
 from .._paths import is_array, named_leaves
-from .._tree.method import Grouped, Method, Spec
+from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, Fixed, is_node, Shared, weight_of
 from ..methods import LoRA
 from ._families import Family, shapes_of, Tensor, tensors_of
@@ -163,7 +163,7 @@ def adapted(
     """`params` split as `lorafy` splits them, with these adapters, and these tensors in the place of the
     base's.
 
-    `shared`: fixed arrays that the first leaf of a `Grouped` method has for all. `source` is for errors.
+    `shared`: fixed arrays that the first leaf of a method has for all of its leaves. `source` is for errors.
     """
     found = named_leaves(params, is_leaf=is_node)
     leaves = dict(found)
@@ -176,7 +176,7 @@ def adapted(
     specs = {
         path: _spec(path, leaves[path], own, _layers(model, family), source) for path, own in by_path.items()
     }
-    for method in dict.fromkeys(spec.method for spec in specs.values() if isinstance(spec.method, Grouped)):
+    for method in dict.fromkeys(spec.method for spec in specs.values()):
         specs.update(
             (spec.path, spec)
             for spec in method.grouped(tuple(spec for spec in specs.values() if spec.method == method))

@@ -15,12 +15,12 @@ from .._lowrank.factored import Canonical, Term
 from .._lowrank.labels import dot, RANK
 from .._mesh import sharding_like
 from .._tree.method import Method, Spec
-from .._tree.nodes import Adapter, is_node
-from . import _factors
+from .._tree.nodes import Adapter, adapters_of
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaLoRA(Method):
+class AdaLoRA(_lowrank.LowRank):
     r"""`W' = W + s·A·diag(e)·B`, a singular value decomposition whose ranks can be given up by setting
     entries of e to zero (paper, equation 3); `s = alpha / rank`, with the rank at the start, however many are
     left.
@@ -51,25 +51,12 @@ class AdaLoRA(Method):
     dropout: float = 0.0
     dtype: Any = None
 
-    needs_axes = True
-    sided = False
-
-    def __post_init__(self) -> None:
-        _factors.check_options(self)
-
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank + 1e-5)
 
-    @property
-    def random(self) -> bool:
-        return self.dropout > 0.0
-
-    def check(self, spec: Spec) -> None:
-        _factors.check_low(self, spec)
-
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
+        dtype, sizes = _lowrank.dtype_of(self, weight), _lowrank.shapes(spec, self.rank)
         a, b = (
             jax.random.normal(own, sizes[name], dtype) * jnp.asarray(0.02, dtype)
             for name, own in zip("ab", jax.random.split(key), strict=True)
@@ -77,7 +64,7 @@ class AdaLoRA(Method):
         return weight, Adapter({"a": a, "b": b, "e": jnp.zeros(sizes["inner"], dtype)}, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"], "e": axes["inner"]}
 
     def canonical(
@@ -87,15 +74,8 @@ class AdaLoRA(Method):
         return Canonical((term,), dropout=self.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        a, b, e = (trained[name] for name in "abe")
-        layers, more = len(spec.sizes("layer")), rank - self.rank
-        method = dataclasses.replace(self, rank=rank, alpha=rank + 1e-5, dtype=b.dtype)
-        b = b * jnp.asarray(self.scale, b.dtype)
-        return method, {
-            "a": _factors.padded(a, -1, more),
-            "b": _factors.padded(b, layers, more),
-            "e": _factors.padded(e, -1, more),
-        }
+        method = dataclasses.replace(self, rank=rank, alpha=rank + 1e-5, dtype=trained["b"].dtype)
+        return method, _lowrank.scaled_and_padded(self, trained, spec, rank)
 
 
 def orthogonality(delta: Any) -> jax.Array:
@@ -109,8 +89,8 @@ def orthogonality(delta: Any) -> jax.Array:
       ValueError: `delta` holds no AdaLoRA adapter, or adapters that `stack` has stacked.
     """
     norms = []
-    for node in jax.tree.leaves(delta, is_leaf=is_node):
-        if isinstance(node, Adapter) and isinstance(node.spec.method, AdaLoRA):
+    for node in adapters_of(delta).values():
+        if isinstance(node.spec.method, AdaLoRA):
             rank, layers = node.spec.method.rank, len(node.spec.sizes("layer"))
             a, b = node.arrays["a"], node.arrays["b"]
             if a.ndim != len(node.array_axes()["a"]):

@@ -11,14 +11,14 @@ from jax import lax
 
 from .._lowrank.factored import Canonical, Term
 from .._paths import is_shape
-from .._tree.method import Late, Method, Spec
+from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, Fixed
 from .._tree.pairs import paired
-from . import _factors
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaLoRA(Late):
+class DeltaLoRA(_lowrank.LowRank):
     r"""LoRA whose base follows: after every update `W ← W + ratio·s·(A·B − its old value)` (paper, algorithm
     1).
 
@@ -58,36 +58,19 @@ class DeltaLoRA(Late):
     dtype: Any = None
     delayed: bool = False
 
-    needs_axes = True
-    sided = False
-    random = False
-
-    def __post_init__(self) -> None:
-        _factors.check_options(self)
-
     @property
-    def scale(self) -> float:
-        return _factors.scale_of(self)
-
-    @property
-    def waits(self) -> bool:
+    def delayed_start(self) -> bool:
         return self.delayed
 
-    def check(self, spec: Spec) -> None:
-        _factors.check_low(self, spec)
-
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
-        a, b = _factors.random_a(key, sizes["a"], dtype, spec, self.init), jnp.zeros(sizes["b"], dtype)
+        trained = _lowrank.start(self, weight, spec, key)
         # Copies, here and in `start_delta`, because a training step may donate `delta`, and its buffers with
         # it.
-        frozen = (
-            weight if self.delayed else Fixed(weight, {"start_a": jnp.copy(a), "start_b": jnp.copy(b)}, spec)
-        )
-        return frozen, Adapter({"a": a, "b": b}, spec)
+        held = {} if self.delayed else {f"start_{name}": jnp.copy(array) for name, array in trained.items()}
+        return Fixed(weight, held, spec) if held else weight, Adapter(trained, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"], "start_a": axes["a"], "start_b": axes["b"]}
 
     def canonical(
@@ -103,7 +86,7 @@ class DeltaLoRA(Late):
         )
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        _factors.only_own_rank(self, spec, rank, "the start of A and B")
+        _lowrank.check_own_rank(self, spec, rank, "the start of A and B")
         return dataclasses.replace(self, init="kaiming", dtype=trained["b"].dtype), trained
 
 

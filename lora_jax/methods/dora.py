@@ -11,13 +11,13 @@ from .._lowrank.factored import Canonical, Term
 from .._lowrank.labels import dot, dot_labels, place, RANK, widened
 from .._mesh import sharding_like
 from .._packed.lazy import layer_by_layer
-from .._tree.method import DependsOnWeight, Method, Spec
+from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, Fixed
-from . import _factors
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
-class DoRA(DependsOnWeight):
+class DoRA(_lowrank.LowRank):
     r"""`W' = m ⊙ V / ‖V‖` with `V = W + s·A·B`: LoRA for the direction of each output's weights, and its
     length m trained apart (paper, equation 5). ‖V‖ runs over the in axes and is held constant in the backward
     pass (section 4.3).
@@ -53,28 +53,12 @@ class DoRA(DependsOnWeight):
     init: str = "gaussian"
     dtype: Any = None
 
-    needs_axes = True
     sided = True
-
-    def __post_init__(self) -> None:
-        _factors.check_options(self)
-
-    @property
-    def scale(self) -> float:
-        return _factors.scale_of(self)
-
-    @property
-    def random(self) -> bool:
-        return self.dropout > 0.0
-
-    def check(self, spec: Spec) -> None:
-        _factors.check_low(self, spec)
+    needs_whole_weight = True
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
         fixed = self.derived(weight, spec)
-        a = _factors.random_a(key, sizes["a"], dtype, spec, self.init)
-        trained = {"a": a, "b": jnp.zeros(sizes["b"], dtype), "m": jnp.sqrt(fixed["square"])}
+        trained = {**_lowrank.start(self, weight, spec, key), "m": jnp.sqrt(fixed["square"])}
         return Fixed(weight, fixed, spec), Adapter(trained, spec)
 
     def derived(self, weight: Any, spec: Spec) -> dict[str, jax.Array]:
@@ -92,7 +76,7 @@ class DoRA(DependsOnWeight):
         }
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"], "m": axes["outer"], "square": axes["outer"]}
 
     def canonical(
@@ -111,26 +95,19 @@ class DoRA(DependsOnWeight):
 
     def _added(self, weight: jax.Array, a: jax.Array, b: jax.Array, own: list[int], spec: Spec) -> jax.Array:
         """`‖W + s A B‖² − ‖W‖²` of one layer, over the in axes."""
-        wide, exact = widened(weight.dtype), {"precision": lax.Precision.HIGHEST}
+        wide, highest = widened(weight.dtype), lax.Precision.HIGHEST
         ins, outs = spec.axis_indices("in"), spec.axis_indices("out")
         a, b = a.astype(wide), b.astype(wide)
-        where = sharding_like(b, (RANK, *outs), dot_labels(own, (*ins, RANK)))
-        product, labels = dot(weight.astype(wide), own, a, (*ins, RANK), out_sharding=where, **exact)
-        product = place(product, labels, (RANK, *outs), b.shape)
-        gram, _ = dot(
-            a,
-            (*ins, RANK),
-            a,
-            (*ins, "other"),
-            out_sharding=sharding_like(a, (*ins, RANK), (RANK, "other")),
-            **exact,
-        )
-        turned, _ = dot(gram, ("other", RANK), b, (RANK, *outs), **exact)
+        of_a, of_b, other = (*ins, RANK), (RANK, *outs), (*ins, "other")
+        where = sharding_like(b, of_b, dot_labels(own, of_a))
+        product, labels = dot(weight.astype(wide), own, a, of_a, out_sharding=where, precision=highest)
+        product = place(product, labels, of_b, b.shape)
+        where = sharding_like(a, of_a, (RANK, "other"))
+        gram, _ = dot(a, of_a, a, other, out_sharding=where, precision=highest)
+        turned, _ = dot(gram, ("other", RANK), b, of_b, precision=highest)
         return jnp.sum(b * (2 * self.scale * product + self.scale**2 * turned), axis=0)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        a, b, m = trained["a"], trained["b"], trained["m"]
-        layers, more = len(spec.sizes("layer")), rank - self.rank
-        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=b.dtype)
-        b = b * jnp.asarray(self.scale, b.dtype)
-        return method, {"a": _factors.padded(a, -1, more), "b": _factors.padded(b, layers, more), "m": m}
+        dtype = trained["b"].dtype
+        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=dtype)
+        return method, _lowrank.scaled_and_padded(self, trained, spec, rank)

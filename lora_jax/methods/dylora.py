@@ -11,12 +11,12 @@ from jax import lax
 from .._lowrank.factored import Canonical, Term
 from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, is_node
-from . import _factors
+from . import _lowrank
 from .lora import LoRA
 
 
 @dataclasses.dataclass(frozen=True)
-class DyLoRA(Method):
+class DyLoRA(_lowrank.LowRank):
     r"""`W' = W + (alpha/b)·A[:, :b]·B[:b]` with b drawn anew for every step, so that the first ranks learn to
     do without the others (paper, algorithm 1), and any b serves after training: `truncate`.
 
@@ -49,33 +49,21 @@ class DyLoRA(Method):
     dtype: Any = None
     train: str = "last"
 
-    needs_axes = True
-    sided = False
     random = True
 
     def __post_init__(self) -> None:
-        _factors.check_options(self)
+        super().__post_init__()
         if self.train not in ("last", "all"):
             raise ValueError(
                 f"`train` is {self.train!r}; pass 'last' (only the b-th rank of a step gets a gradient) or "
                 "'all' (the first b)."
             )
 
-    @property
-    def scale(self) -> float:
-        """Of the whole rank."""
-        return _factors.scale_of(self)
-
-    def check(self, spec: Spec) -> None:
-        _factors.check_low(self, spec)
-
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
-        a = _factors.random_a(key, sizes["a"], dtype, spec, self.init)
-        return weight, Adapter({"a": a, "b": jnp.zeros(sizes["b"], dtype)}, spec)
+        return weight, Adapter(_lowrank.start(self, weight, spec, key), spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"]}
 
     def canonical(
@@ -97,7 +85,7 @@ class DyLoRA(Method):
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
         # Its scale depends on b, and the ranks that padding adds would be drawn too.
-        _factors.only_own_rank(self, spec, rank, "the number of ranks to draw from")
+        _lowrank.check_own_rank(self, spec, rank, "the number of ranks to draw from")
         return dataclasses.replace(self, init="gaussian", dtype=trained["b"].dtype), trained
 
 

@@ -24,11 +24,6 @@ class Full(Method):
     """
 
     needs_axes = False
-    sided = False
-    random = False
-
-    def check(self, spec: Spec) -> None:
-        pass
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
         return None, weight

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from .._lowrank.factored import Canonical, Term
 from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter
-from . import _factors
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(_lowrank.LowRank):
     r"""`W' = W + s·A·B` with `s = alpha / rank`, or `alpha / sqrt(rank)` with `rs` (paper, section 4.1,
     equation 3).
 
@@ -57,10 +57,8 @@ class LoRA(Method):
     dtype: Any = None
     blocks: tuple[bool, ...] | None = None
 
-    needs_axes = True
-
     def __post_init__(self) -> None:
-        _factors.check_options(self)
+        super().__post_init__()
         if self.blocks is not None:
             if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence):
                 raise TypeError(
@@ -74,17 +72,8 @@ class LoRA(Method):
                 )
 
     @property
-    def scale(self) -> float:
-        """s, by which A·B is multiplied."""
-        return _factors.scale_of(self)
-
-    @property
     def sided(self) -> bool:
         return self.blocks is not None
-
-    @property
-    def random(self) -> bool:
-        return self.dropout > 0.0
 
     def check(self, spec: Spec) -> None:
         if self.blocks is not None:
@@ -102,19 +91,18 @@ class LoRA(Method):
                 )
             shape = (*spec.shape[:axis], size // len(self.blocks), *spec.shape[axis + 1 :])
             spec = dataclasses.replace(spec, shape=shape)
-        _factors.check_low(self, spec)
+        super().check(spec)
 
     def _shapes(self, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        outs, blocks = spec.sizes("out"), ()
+        layers, outs = spec.sizes("layer"), spec.sizes("out")
         if self.blocks is not None:
-            outs, blocks = (outs[0] // len(self.blocks),), (sum(self.blocks),)
-        layers = (*spec.sizes("layer"), *blocks)
+            layers, outs = (*layers, sum(self.blocks)), (outs[0] // len(self.blocks),)
         return (*layers, *spec.sizes("in"), self.rank), (*layers, self.rank, *outs)
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype = _factors.dtype_of(self, weight)
+        dtype = _lowrank.dtype_of(self, weight)
         a_shape, b_shape = self._shapes(spec)
-        a = _factors.random_a(key, a_shape, dtype, spec, self.init)
+        a = _lowrank.random_a(key, a_shape, dtype, spec, self.init)
         return weight, Adapter({"a": a, "b": jnp.zeros(b_shape, dtype)}, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
@@ -144,12 +132,7 @@ class LoRA(Method):
         return Canonical(tuple(terms), dropout=self.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        rank_axis = len(spec.sizes("layer")) + (self.blocks is not None)
-        b = trained["b"] * jnp.asarray(self.scale, trained["b"].dtype)
-        # What only the start depended on is no difference any more.
-        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=b.dtype)
-        more = rank - self.rank
-        return method, {
-            "a": _factors.padded(trained["a"], -1, more),
-            "b": _factors.padded(b, rank_axis, more),
-        }
+        # Options that mattered to the start alone get one value, so that adapters that differ in them stack.
+        dtype = trained["b"].dtype
+        method = dataclasses.replace(self, rank=rank, alpha=rank, rs=False, init="gaussian", dtype=dtype)
+        return method, _lowrank.scaled_and_padded(self, trained, spec, rank)

@@ -4,16 +4,15 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._lowrank.factored import Canonical, Term
 from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, Fixed
-from . import _factors
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAFA(Method):
+class LoRAFA(_lowrank.LowRank):
     r"""`W' = W + s·A·B` with A random and frozen: B alone trains (paper, section 3).
 
     >>> import jax.numpy as jnp, lora_jax
@@ -42,30 +41,14 @@ class LoRAFA(Method):
     init: str = "gaussian"
     dtype: Any = None
 
-    needs_axes = True
     sided = True
 
-    def __post_init__(self) -> None:
-        _factors.check_options(self)
-
-    @property
-    def scale(self) -> float:
-        return _factors.scale_of(self)
-
-    @property
-    def random(self) -> bool:
-        return self.dropout > 0.0
-
-    def check(self, spec: Spec) -> None:
-        _factors.check_low(self, spec)
-
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype, sizes = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank)
-        a = _factors.random_a(key, sizes["a"], dtype, spec, self.init)
-        return Fixed(weight, {"a": a}, spec), Adapter({"b": jnp.zeros(sizes["b"], dtype)}, spec)
+        factors = _lowrank.start(self, weight, spec, key)
+        return Fixed(weight, {"a": factors["a"]}, spec), Adapter({"b": factors["b"]}, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"]}
 
     def canonical(
@@ -75,7 +58,7 @@ class LoRAFA(Method):
         return Canonical((Term(a, trained["b"], scale=self.scale),), dropout=self.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        _factors.only_own_rank(self, spec, rank, "A")
-        b = trained["b"]
-        method = dataclasses.replace(self, alpha=rank, rs=False, init="gaussian", dtype=b.dtype)
-        return method, {"b": b * jnp.asarray(self.scale, b.dtype)}
+        _lowrank.check_own_rank(self, spec, rank, "A")
+        dtype = trained["b"].dtype
+        method = dataclasses.replace(self, alpha=rank, rs=False, init="gaussian", dtype=dtype)
+        return method, _lowrank.scaled_and_padded(self, trained, spec, rank)

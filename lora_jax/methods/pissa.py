@@ -15,11 +15,11 @@ from .._lowrank.labels import widened
 from .._packed.packed import is_packed
 from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, Fixed
-from . import _factors
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
-class PiSSA(Method):
+class PiSSA(_lowrank.LowRank):
     r"""`W' = W + s·(A·B − A₀·B₀)`, where A₀ and B₀, the start of A and B, are the principal singular vectors
     of W: LoRA on the part of W that matters most (paper, equations 2 to 4).
 
@@ -55,11 +55,8 @@ class PiSSA(Method):
     dtype: Any = None
     iterations: int | None = None
 
-    needs_axes = True
-    sided = False
-
     def __post_init__(self) -> None:
-        _factors.check_options(self)
+        super().__post_init__()
         if self.alpha <= 0:
             raise ValueError(
                 f"`alpha` is {self.alpha!r}; it must be positive, because A and B start with the root of "
@@ -73,17 +70,6 @@ class PiSSA(Method):
                 "do, for example 4."
             )
 
-    @property
-    def scale(self) -> float:
-        return _factors.scale_of(self)
-
-    @property
-    def random(self) -> bool:
-        return self.dropout > 0.0
-
-    def check(self, spec: Spec) -> None:
-        _factors.check_low(self, spec)
-
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
         if is_packed(weight):
             raise ValueError(
@@ -91,12 +77,12 @@ class PiSSA(Method):
                 "from before: adapt first, then `quantize`."
             )
         layers, ins, outs = (spec.axis_indices(word) for word in ("layer", "in", "out"))
-        sizes = _factors.shapes(spec, self.rank)
+        sizes = _lowrank.shapes(spec, self.rank)
         matrices = lax.transpose(weight.astype(widened(weight.dtype)), (*layers, *ins, *outs))
         matrices = matrices.reshape(*spec.sizes("layer"), math.prod(spec.sizes("in")), -1)
         u, values, v = self._decomposed(matrices, key)
         root = jnp.sqrt(values / self.scale)
-        dtype = _factors.dtype_of(self, weight)
+        dtype = _lowrank.dtype_of(self, weight)
         a = (u * root[..., None, :]).reshape(sizes["a"]).astype(dtype)
         b = (v * root[..., :, None]).reshape(sizes["b"]).astype(dtype)
         # Copies, because a training step may donate `delta`, and its buffers with it.
@@ -124,7 +110,7 @@ class PiSSA(Method):
         return u[..., : self.rank], values[..., : self.rank], v[..., : self.rank, :]
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"a": axes["a"], "b": axes["b"], "start_a": axes["a"], "start_b": axes["b"]}
 
     def canonical(
@@ -135,5 +121,5 @@ class PiSSA(Method):
         return Canonical(terms, dropout=self.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        _factors.only_own_rank(self, spec, rank, "the start of A and B")
+        _lowrank.check_own_rank(self, spec, rank, "the start of A and B")
         return self, trained

@@ -11,7 +11,7 @@ import numpy as np
 from .._lowrank.factored import Canonical, Term
 from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter
-from . import _factors
+from . import _lowrank
 from .lora import LoRA
 
 
@@ -25,9 +25,6 @@ class Slots(Method):
 
     method: LoRA
     slots: tuple[int, ...]
-
-    needs_axes = True
-    sided = False
 
     @property
     def rank(self) -> int:
@@ -50,13 +47,13 @@ class Slots(Method):
             )
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        sizes, layers = _factors.shapes(spec, self.rank), len(spec.sizes("layer"))
-        dtype = _factors.dtype_of(self.method, weight)
-        a = _factors.random_a(key, (self.count, *sizes["a"][layers:]), dtype, spec, self.method.init)
+        sizes, layers = _lowrank.shapes(spec, self.rank), len(spec.sizes("layer"))
+        dtype = _lowrank.dtype_of(self.method, weight)
+        a = _lowrank.random_a(key, (self.count, *sizes["a"][layers:]), dtype, spec, self.method.init)
         return weight, Adapter({"a": a, "b": jnp.zeros((self.count, *sizes["b"][layers:]), dtype)}, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes, layers = _factors.axes_of(spec), len(spec.sizes("layer"))
+        axes, layers = _lowrank.axes_of(spec), len(spec.sizes("layer"))
         return {name: (None, *axes[name][layers:]) for name in "ab"}
 
     def canonical(
@@ -76,4 +73,5 @@ class Slots(Method):
             axes=("layer", *spec.axes[len(spec.sizes("layer")) :]),
         )
         method, arrays = self.method.at_rank(trained, one, rank)
+        assert isinstance(method, LoRA)
         return dataclasses.replace(self, method=method), arrays

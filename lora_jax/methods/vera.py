@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._lowrank.factored import Canonical, Term
-from .._tree.method import Grouped, Method, Spec
+from .._tree.method import Method, Spec
 from .._tree.nodes import Adapter, Fixed, Shared
-from . import _factors
+from . import _lowrank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True)
-class VeRA(Grouped):
+class VeRA(Method):
     r"""`W' = W + A₀·diag(d)·B₀·diag(b)` with A₀ and B₀ random, frozen and shared by all leaves of this
     method; each leaf trains two vectors (paper, equation 2).
 
@@ -63,11 +63,11 @@ class VeRA(Grouped):
     dropout: float = 0.0
     dtype: Any = None
 
-    needs_axes = True
     sided = True
+    needs_whole_weight = True
 
     def __post_init__(self) -> None:
-        _factors.check_options(self)
+        _lowrank.check_options(self)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(
                 f"`seed` is {self.seed!r}; it must be an integer from 0 to 2**32 - 1, because it is static."
@@ -77,9 +77,6 @@ class VeRA(Grouped):
     def random(self) -> bool:
         return self.dropout > 0.0
 
-    def check(self, spec: Spec) -> None:
-        pass
-
     def grouped(self, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
         ins, outs = (max(math.prod(spec.sizes(word)) for spec in specs) for word in ("in", "out"))
         return tuple(
@@ -87,29 +84,26 @@ class VeRA(Grouped):
         )
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
-        dtype, sizes, pool = _factors.dtype_of(self, weight), _factors.shapes(spec, self.rank), spec.group
+        dtype, sizes, pool = _lowrank.dtype_of(self, weight), _lowrank.shapes(spec, self.rank), spec.group
         trained = {
             "b": jnp.zeros(sizes["outer"], dtype),
             "d": jnp.full(sizes["inner"], self.d_initial, dtype),
         }
         if pool.owner != spec.path:
-            return Fixed(
-                weight, {name: Shared(pool.owner) for name in ("shared_a", "shared_b")}, spec
-            ), Adapter(trained, spec)
+            borrowed = {name: Shared(pool.owner) for name in ("shared_a", "shared_b")}
+            return Fixed(weight, borrowed, spec), Adapter(trained, spec)
         draw = lambda: projections(self.seed, self.rank, pool.ins, pool.outs)
         shapes = ((pool.ins, self.rank), (self.rank, pool.outs))
         if isinstance(weight, jax.core.Tracer):  # `lorafy` from shapes allocates nothing
-            a, b = jax.pure_callback(
-                draw, tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-            )
+            found = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+            a, b = jax.pure_callback(draw, found)
         else:
             a, b = draw()
-        return Fixed(
-            weight, {"shared_a": jnp.asarray(a, dtype), "shared_b": jnp.asarray(b, dtype)}, spec
-        ), Adapter(trained, spec)
+        shared = {"shared_a": jnp.asarray(a, dtype), "shared_b": jnp.asarray(b, dtype)}
+        return Fixed(weight, shared, spec), Adapter(trained, spec)
 
     def array_axes(self, spec: Spec) -> dict[str, tuple[int | None, ...]]:
-        axes = _factors.axes_of(spec)
+        axes = _lowrank.axes_of(spec)
         return {"b": axes["outer"], "d": axes["inner"], "shared_a": (None, None), "shared_b": (None, None)}
 
     def canonical(
@@ -122,7 +116,7 @@ class VeRA(Grouped):
         return Canonical((Term(a, b, inner=trained["d"], outer=trained["b"]),), dropout=self.dropout)
 
     def at_rank(self, trained: dict, spec: Spec, rank: int) -> tuple[Method, dict]:
-        _factors.only_own_rank(self, spec, rank, "the pair of projections")
+        _lowrank.check_own_rank(self, spec, rank, "the pair of projections")
         return dataclasses.replace(self, d_initial=0.1, dtype=trained["b"].dtype), trained
 
 

@@ -16,7 +16,7 @@ import optax
 
 from .._lowrank.labels import widened
 from .._paths import named_leaves
-from .._tree.nodes import Adapter, is_node
+from .._tree.nodes import Adapter, is_node, method_of
 from ..methods.adalora import AdaLoRA
 from ._adapters import adapters, with_adapters
 
@@ -216,7 +216,8 @@ def _counts(ours: dict[str, Adapter], target_rank: int) -> tuple[int, int]:
         )
     matrices = [math.prod(adapter.spec.sizes("layer")) for adapter in ours.values()]
     start = sum(
-        count * adapter.spec.method.rank for count, adapter in zip(matrices, ours.values(), strict=True)
+        count * method_of(adapter, AdaLoRA).rank
+        for count, adapter in zip(matrices, ours.values(), strict=True)
     )
     target = target_rank * sum(matrices)
     if target > start:

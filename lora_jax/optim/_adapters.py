@@ -11,19 +11,15 @@ import optax
 
 from .._paths import named_leaves
 from .._tree.method import Method
-from .._tree.nodes import Adapted, Adapter, is_node
+from .._tree.nodes import Adapted, Adapter, adapters_of, is_node
 
 
 def adapters(tree: Any, method: type[Method]) -> dict[str, Adapter]:
     """By their place in the tree. Those that `optax.masked` has emptied are left out."""
-    found = (
-        (path, node.adapter if isinstance(node, Adapted) else node)
-        for path, node in named_leaves(tree, is_leaf=is_node)
-    )
     return {
         path: node
-        for path, node in found
-        if isinstance(node, Adapter) and isinstance(node.spec.method, method) and not _masked(node)
+        for path, node in adapters_of(tree).items()
+        if isinstance(node.spec.method, method) and not _masked(node)
     }
 
 

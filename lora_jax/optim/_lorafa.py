@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._lowrank.labels import widened
-from .._tree.nodes import Adapter
+from .._tree.nodes import Adapter, method_of
 from .._tree.pairs import paired
 from ..methods.lora_fa import LoRAFA
 from ._adapters import adapters, with_adapters
@@ -55,7 +55,7 @@ def lorafa(frozen: Any, delta: Any) -> optax.GradientTransformation:
             "leave `lorafa` out."
         )
     for path, adapter in ours.items():
-        if adapter.spec.method.scale == 0:
+        if method_of(adapter, LoRAFA).scale == 0:
             raise ValueError(
                 f"the LoRA-FA adapter of {path!r} has the `alpha` 0, with which nothing trains: pass another."
             )
@@ -99,7 +99,7 @@ def _inverse(adapter: Adapter) -> jax.Array:
     # The threshold of PyTorch's pinv, a tenth of JAX's.
     return (
         jnp.linalg.pinv(gram + ridge, rtol=rank * float(jnp.finfo(wide).eps), hermitian=True)
-        / spec.method.scale**2
+        / method_of(adapter, LoRAFA).scale ** 2
     )
 
 

@@ -8,9 +8,9 @@ import flax.linen as nn
 import numpy as np
 
 from ... import arithmetic
+from ..._lowrank.labels import scaled_by
 from ..._packed.lazy import value_of
 from ..._tree.nodes import Adapter, Shared
-from ...arithmetic._leaves import times
 from ...methods import LoRA
 from .. import _fingerprint, _torch_files
 from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
@@ -121,5 +121,5 @@ def _written(part: Part, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     if part.method.blocks is not None:  # (r, in, blocks) and (out, r, blocks)
         a, b = (array.transpose(2, 0, 1).reshape(-1, array.shape[1]) for array in (a, b))
     if _alpha(part) != alpha:
-        b = times(_alpha(part) / alpha, b)
+        b = scaled_by(b, _alpha(part) / alpha)
     return np.ascontiguousarray(a), np.ascontiguousarray(b)
