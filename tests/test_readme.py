@@ -189,6 +189,7 @@ def _linking() -> list[Path]:
         *_REPOSITORY.glob("*.md"),
         *(_REPOSITORY / "docs").rglob("*.md"),
         *(_REPOSITORY / "experiments").rglob("README.md"),
+        *(_REPOSITORY / "notebooks").glob("*.ipynb"),
     ]
 
 
