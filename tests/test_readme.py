@@ -282,6 +282,20 @@ def test_costs_of_methods_are_the_benchmarks():
         assert [float(cell) for cell in shown[row["method"]]] == [round(value, 4) for value in wanted], row
 
 
+def test_costs_beside_other_ways_are_the_benchmarks():
+    files = (_REPOSITORY / "benchmarks" / "results").glob("step_cost-jax-*.json")
+    rows = [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
+    unrolled = [row for row in rows if "scan" not in row["setting"]]
+    plain = [row["FLOPs / full"] for row in unrolled if "checkpoint" not in row["setting"]]
+    again = [row["FLOPs / full"] for row in unrolled if "checkpoint" in row["setting"]]
+    shown = {row[0]: row[1:] for row in _rows(_PAGES["docs/cost.md"])}
+    by_hand, full = shown["LoRA written into the model by hand"], shown["full fine-tuning"]
+    assert by_hand[0] == f"{max(row['FLOPs / handwritten'] for row in rows):.4f}"
+    assert f"up to {max(row['bytes / handwritten'] for row in rows):.4f}" in by_hand[1]
+    assert f"{min(plain):.2f}" == f"{max(plain):.2f}"
+    assert full[0].startswith(f"{max(plain):.2f}; {min(again):.2f} to {max(again):.2f} under `checkpoint`")
+
+
 def test_results_are_those_of_the_runs():
     runs = _rows((_REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
     shown = _rows(_PAGES["docs/experiments.md"].partition("## Results")[2])
