@@ -1,4 +1,4 @@
-"""What a stranger meets first: the wheel, the two commands, and that the README tells the truth about
+"""What a stranger meets first: the wheel, the two commands, and that README and docs/ tell the truth about
 both.
 """
 
@@ -20,7 +20,9 @@ from hatchling import build
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PROJECT = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 _EXTRAS = _PROJECT["optional-dependencies"]
-_README = (_REPOSITORY / "README.md").read_text(encoding="utf-8")
+# README and the pages under docs/, whose Python and links are in test_readme.py.
+_PAGES = [_REPOSITORY / "README.md", *sorted((_REPOSITORY / "docs").rglob("*.md"))]
+_DOCS = "\n".join(page.read_text(encoding="utf-8") for page in _PAGES)
 
 
 def _distribution(requirement: str) -> str:
@@ -133,29 +135,27 @@ def test_ci_is_executable():
     assert os.access(_REPOSITORY / ".ci" / "run", os.X_OK)
 
 
-# -- the README ----------------------------------------------------------------------------------------------
+# -- README and docs/ ----------------------------------------------------------------------------------------
 
 
 def _blocks(*languages: str) -> list[str]:
-    fences = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", _README, re.MULTILINE | re.DOTALL)
+    fences = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", _DOCS, re.MULTILINE | re.DOTALL)
     return [body for language, body in fences if language in languages]
 
 
 def _commands() -> list[list[str]]:
-    """The shell commands of the README as words: its fenced blocks, and what stands in backticks within a
-    line.
-    """
+    """The shell commands as words: those of fenced blocks, and what stands in backticks within a line."""
     lines = [
         line.removeprefix("$ ")
         for block in _blocks("bash", "console", "sh", "shell")
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    prose = re.sub(r"^```.*?^```", "", _README, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", _DOCS, flags=re.MULTILINE | re.DOTALL)
     lines += re.findall(r"`((?:make|pip|python) [^`]+)`", prose)
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def test_readme_names_make_targets_that_exist():
+def test_docs_name_make_targets_that_exist():
     targets = {
         word
         for words in _commands()
@@ -168,7 +168,7 @@ def test_readme_names_make_targets_that_exist():
         assert _make("--dry-run", target).returncode == 0, target
 
 
-def test_readme_names_extras_that_exist():
+def test_docs_name_extras_that_exist():
     installs = [word for words in _commands() if "pip" in words for word in words]
     extras = {
         extra
@@ -179,30 +179,31 @@ def test_readme_names_extras_that_exist():
     assert extras <= set(_EXTRAS) | {"cuda12"}  # the last is JAX's own
 
 
-def test_readme_names_commands_that_exist():
-    experiments = {
-        words[words.index("experiments") + 1]
-        for words in _commands()
-        if words[1:3] == ["-m", "experiments"] and len(words) > 3
-    }
-    for command in sorted(experiments):
+def test_docs_name_commands_that_exist():
+    """And that each takes the options it is given."""
+    options: dict[str, set[str]] = {}
+    for words in _commands():
+        if words[1:3] == ["-m", "experiments"] and len(words) > 3:
+            given = {word.partition("=")[0] for word in words[4:] if word.startswith("--")}
+            options.setdefault(words[3], set()).update(given)
+    assert {"run", "plan"} <= options.keys()
+    for command, given in sorted(options.items()):
         words = [sys.executable, "-m", "experiments", command, "--help"]
         result = subprocess.run(words, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{shlex.join(words[1:])}: {result.stderr}"
+        missing = given - set(re.findall(r"--[a-z][a-z-]*", result.stdout))
+        assert not missing, f"{command} does not take {missing}"
 
 
-def test_readme_names_files_that_exist():
-    links = [
-        target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", _README) if "://" not in target
-    ]
+def test_docs_name_files_that_exist():
     words = [word for words in _commands() for word in words]
-    words += re.findall(r"`([^`\s]+)`", _README)
+    words += re.findall(r"`([^`\s]+)`", _DOCS)
     rooms = ("benchmarks/", "docs/", "experiments/", "lora_jax/", "notebooks/", "tests/", ".ci/")
     named = [word for word in words if word.startswith(rooms) and not re.search(r"[*{}<>…]", word)]
-    for name in filter(None, links + named):
+    for name in named:
         assert (_REPOSITORY / name).exists(), name
 
 
-def test_readme_python_parses():
+def test_docs_python_parses():
     for block in _blocks("python", "py"):
         ast.parse(block)

@@ -1,10 +1,18 @@
-"""The README's Python runs as it stands, top to bottom in one namespace, and the names in its prose exist.
+"""README.md and the pages under docs/ tell the truth: their Python runs as it stands and prints what they
+show, what their prose names exists, and their links and figures are right.
 
-That its commands, make targets, extras and files exist is in test_packaging.py.
+That the commands, make targets and extras exist is in test_packaging.py.
 """
 
+import dataclasses
+import doctest
+import functools
+import importlib
+import importlib.util
 import inspect
+import json
 import re
+import typing
 from pathlib import Path
 
 import jax
@@ -14,24 +22,53 @@ import pytest
 
 import lora_jax
 from lora_jax import methods
-from lora_jax._tree.nodes import Adapter, is_node
 
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_README = (_REPOSITORY / "README.md").read_text(encoding="utf-8")
-_BLOCKS = [
-    (_README.count("\n", 0, match.start(1)), match.group(1))
-    for match in re.finditer(r"^```python\n(.*?)^```", _README, re.MULTILINE | re.DOTALL)
-]
-_PROSE = re.sub(r"^```.*?^```", "", _README, flags=re.MULTILINE | re.DOTALL)
-_IN_BACKTICKS = re.findall(r"`([^`\n]+)`", _PROSE)
+_README = _REPOSITORY / "README.md"
+_PAGES = {
+    file.relative_to(_REPOSITORY).as_posix(): file.read_text(encoding="utf-8")
+    for file in (_README, *sorted((_REPOSITORY / "docs").rglob("*.md")))
+}
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PROSE = {page: _FENCE.sub("", text) for page, text in _PAGES.items()}
+_IN_BACKTICKS = sorted({found for prose in _PROSE.values() for found in re.findall(r"`([^`\n]+)`", prose)})
+_GUIDE = [page for page in _PAGES if page != "docs/design.md"]
+_WITH_PYTHON = [page for page, text in _PAGES.items() if "```python" in text]
+# What pages call by one word: rooms of the library, as `optim.labels` or `hf.load`.
+_ROOMS = {
+    **{
+        name: f"lora_jax.{name}"
+        for name in ("arithmetic", "checkpoint", "drop", "methods", "models", "optim")
+    },
+    **{name: f"lora_jax.{name}" for name in ("quant", "sharding")},
+    **{name: f"lora_jax.interop.{name}" for name in ("hf", "loralib", "peft")},
+}
 
 
-def _run(number: int, namespace: dict) -> None:
-    line, body = _BLOCKS[number]
-    exec(
-        compile("\n" * line + body, str(_REPOSITORY / "README.md"), "exec"), namespace
-    )  # the README's own line numbers
+def _run(page: str, capsys, first: int | None = None) -> tuple[dict, str]:
+    """The namespace that the page's Python blocks, or the `first` of them, leave behind, and what they print.
+
+    A `text` block shows what the Python block before it prints, with `...` for what differs from run to run.
+    """
+    namespace: dict = {"__name__": "__main__"}
+    printed, latest = "", ""
+    for fence in list(_FENCE.finditer(_PAGES[page])):
+        language, body = fence.groups()
+        line = _PAGES[page].count("\n", 0, fence.start(2))
+        if language == "python":
+            if first is not None and first <= 0:
+                break
+            first = None if first is None else first - 1
+            # With the page's own line numbers.
+            exec(compile("\n" * line + body, str(_REPOSITORY / page), "exec"), namespace)
+            latest = capsys.readouterr().out
+            printed += latest
+        elif language == "text":
+            flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            matches = doctest.OutputChecker().check_output(body, latest, flags)
+            assert matches, f"{page}:{line} shows\n{body}and its block prints\n{latest}"
+    return namespace, printed
 
 
 def _size(tree) -> int:
@@ -39,8 +76,8 @@ def _size(tree) -> int:
 
 
 @pytest.fixture
-def beside_a_model(tmp_path, monkeypatch):
-    """A working directory that holds the `gpt2` and the `roberta-base` which the README loads: tiny ones."""
+def beside_a_model(tmp_path):
+    """Puts the `gpt2` and the `roberta-base` that a page loads, tiny ones, into its working directory."""
     from lora_jax.interop import hf
     from lora_jax.models import GPT2, GPT2Config, Roberta, RobertaConfig
 
@@ -57,13 +94,13 @@ def beside_a_model(tmp_path, monkeypatch):
     hf.save(
         tmp_path / "roberta-base", roberta, roberta.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
-def test_the_first_example_stands_alone_and_trains(relaxed_promotion):
-    namespace: dict = {}
-    _run(0, namespace)
+# -- the blocks ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_example_stands_alone_and_trains(relaxed_promotion, capsys):
+    namespace, _ = _run("README.md", capsys, first=1)
     assert namespace["loss"] < 0.5 * np.log(10), "the labels are a tenth each: chance is log 10"
     moments = _size(namespace["opt_state"]) - 1  # a counter
     assert moments == 2 * lora_jax.count(namespace["delta"])
@@ -73,64 +110,222 @@ def test_the_first_example_stands_alone_and_trains(relaxed_promotion):
     assert before == after
 
 
-@pytest.mark.slow
-def test_every_block_runs(beside_a_model, relaxed_promotion, capsys):
-    pytest.importorskip("equinox")
-    namespace: dict = {}
-    for number in range(len(_BLOCKS)):
-        _run(number, namespace)
-    printed = capsys.readouterr().out
+def _checks_readme(namespace: dict, printed: str) -> None:
     assert "low-rank" in printed and "formed " not in printed.replace("FLOPs formed ", "")
-    assert "The nearest paths are 'hidden/0/kernel'" in printed
     assert "ΔW lost" in printed
-    for library, linears in [("linen", 2), ("nnx", 1), ("eqx", 3)]:
-        adapters = [
-            leaf
-            for leaf in jax.tree.leaves(namespace[f"delta_{library}"], is_leaf=is_node)
-            if isinstance(leaf, Adapter)
-        ]
-        assert len(adapters) == linears, library
-    for name in ("gpt2", "roberta"):
-        assert (beside_a_model / f"{name}-merged" / "model.safetensors").is_file()
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, namespace["state"].delta, namespace["delta"]))
+
+
+def _checks_frameworks(namespace: dict, printed: str) -> None:
+    for library, linears in [("", 2), ("_nnx", 1), ("_eqx", 3)]:
+        assert len(jax.tree.leaves(namespace[f"delta{library}"])) == 2 * linears, library
+
+
+def _checks_checkpoints(namespace: dict, printed: str) -> None:
+    assert namespace["best"].step == 3
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, namespace["restored"], namespace["delta"]))
+
+
+def _checks_pytorch(namespace: dict, printed: str) -> None:
+    for directory in ("gpt2-merged", "gpt2-mapped", "roberta-merged"):
+        assert Path(directory, "model.safetensors").is_file()
+    assert Path("adapter", "adapter_config.json").is_file() and Path("adapter.pt").is_file()
+    assert namespace["alpha"] == 16
+
+
+def _checks_sharding(namespace: dict, printed: str) -> None:
+    devices = set(jax.devices())
+    assert len(devices) == 8
+    weight, adapter = namespace["frozen"]["hidden"]["kernel"], namespace["delta"]["hidden"]["kernel"]
+    assert weight.addressable_shards[0].data.shape == (8, 64)
+    assert adapter.arrays["a"].addressable_shards[0].data.shape == (8, 4)
+    assert adapter.arrays["b"].is_fully_replicated
+
+
+_CHECKS = {
+    "README.md": _checks_readme,
+    "docs/frameworks.md": _checks_frameworks,
+    "docs/checkpoints.md": _checks_checkpoints,
+    "docs/pytorch.md": _checks_pytorch,
+    "docs/sharding.md": _checks_sharding,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", _WITH_PYTHON)
+def test_every_block_runs(page, request, tmp_path, monkeypatch, relaxed_promotion, capsys):
+    """In the namespace of its page alone, so that a reader needs no other."""
+    if page == "docs/frameworks.md":
+        pytest.importorskip("equinox")
+    monkeypatch.chdir(tmp_path)
+    if page == "docs/pytorch.md":
+        request.getfixturevalue("beside_a_model")
+    namespace, printed = _run(page, capsys)
+    _CHECKS.get(page, lambda namespace, printed: None)(namespace, printed)
+
+
+def test_pages_with_blocks_are_found():
+    assert set(_CHECKS) <= set(_WITH_PYTHON)
+    assert {language for text in _PAGES.values() for language, _ in _FENCE.findall(text)} <= {
+        "python",
+        "text",
+        "bash",
+        "bibtex",
+        "",
+    }
+
+
+# -- links ---------------------------------------------------------------------------------------------------
+
+
+def _anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.*?) *$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _linking() -> list[Path]:
+    return [
+        *_REPOSITORY.glob("*.md"),
+        *(_REPOSITORY / "docs").rglob("*.md"),
+        *(_REPOSITORY / "experiments").rglob("README.md"),
+        *(_REPOSITORY / "notebooks").glob("*.ipynb"),
+    ]
+
+
+@pytest.mark.parametrize("file", _linking(), ids=lambda file: file.relative_to(_REPOSITORY).as_posix())
+def test_relative_links_resolve(file):
+    text = _FENCE.sub("", file.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = file.parent / name if name else file
+        assert there.exists(), f"{file.name} links to {target}"
+        if anchor:
+            assert anchor in _anchors(there.read_text("utf-8")), f"{file.name} links to {target}"
+
+
+def test_readme_links_to_every_page():
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", _PAGES["README.md"])}
+    assert set(_PAGES) - {"README.md"} <= linked
+
+
+# -- names in the prose --------------------------------------------------------------------------------------
+
+
+def _resolves(dotted: str) -> bool:
+    """Whether it names an attribute, however many of its words are modules."""
+    words = dotted.split(".")
+    for count in range(len(words), 0, -1):
+        try:
+            owner = importlib.import_module(".".join(words[:count]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            functools.reduce(getattr, words[count:], owner)
+        except AttributeError:
+            return False
+        return True
+    return False
 
 
 def test_names_of_the_library_exist():
-    dotted = {name for text in _IN_BACKTICKS for name in re.findall(r"\blora_jax(?:\.[a-z_]+)+", text)}
-    assert {"lora_jax.optim.labels", "lora_jax.models"} <= dotted
+    dotted = {name for text in _IN_BACKTICKS for name in re.findall(r"\blora_jax(?:\.\w+)+", text)}
+    for text in _IN_BACKTICKS:
+        for room, rest in re.findall(r"^([a-z]+)((?:\.[A-Za-z_]\w*)+)(?=\(|$)", text):
+            if room in _ROOMS:
+                dotted.add(_ROOMS[room] + rest)
+    assert {"lora_jax.optim.labels", "lora_jax.interop.hf.load", "lora_jax.models"} <= dotted
     for name in sorted(dotted):
-        if (
-            not (_REPOSITORY / name.replace(".", "/")).exists()
-            and not (_REPOSITORY / f"{name.replace('.', '/')}.py").exists()
-        ):
-            owner = lora_jax
-            for part in name.split(".")[1:]:
-                owner = getattr(owner, part)
+        assert _resolves(name), name
 
 
 def test_calls_in_the_prose_are_calls_of_the_library():
-    """Also that every public verb and every method has been mentioned."""
-    called = {name for text in _IN_BACKTICKS for name in re.findall(r"^(?:lora_jax\.)?([A-Za-z_]+)\(", text)}
-    assert called, "the README calls nothing"
-    for name in called - {"from_pretrained"}:
+    """On the pages for users: the design also speaks of what is private."""
+    quoted = [text for page in _GUIDE for text in re.findall(r"`([^`\n]+)`", _PROSE[page])]
+    called = {name for text in quoted for name in re.findall(r"^(?:lora_jax\.)?([A-Za-z_]+)\(", text)}
+    assert {"adapt", "unmerge"} <= called
+    elsewhere = {"from_pretrained", "fn", "Checkpoints"}  # of transformers, of the reader, and of a room
+    for name in called - elsewhere:
         assert callable(getattr(lora_jax, name)), name
+
+
+def test_every_public_name_is_mentioned():
+    everything = "\n".join(_PAGES.values())
     public = {
         name for name, value in vars(lora_jax).items() if not name.startswith("_") and callable(value)
     } - {"Lorafied", "MaterializeError"}
-    missing = {name for name in public if not re.search(rf"\b{name}\b", _README)}
-    assert not missing
-    table = _README.partition("## Methods")[2].partition("\n## ")[0]
+    assert {"lorafy", "adapt", "merge"} <= public
+    public |= {f"optim.{name}" for name in ("labels", "loraplus", "lorafa", "adalora", "only_trainable")}
+    for name in sorted(public):
+        assert re.search(rf"\b{re.escape(name)}\b", everything), name
+
+
+def _rows(text: str) -> set[tuple[str, ...]]:
+    """The rows of all tables, with the text of a link in place of the link."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    lines = re.findall(r"^\|(.*)\|$", plain, re.MULTILINE)
+    return {tuple(cell.strip() for cell in line.split("|")) for line in lines}
+
+
+def test_costs_of_methods_are_the_benchmarks():
+    file = _REPOSITORY / "benchmarks" / "results" / "method_cost-jax-0.10.2.json"
+    measured = json.loads(file.read_text("utf-8"))["rows"]
+    shown = {row[0]: row[1:] for row in _rows(_PAGES["docs/cost.md"].partition("## Other ways")[0])}
+    assert {row["method"] for row in measured} == shown.keys() - {"method", "---"}
+    for row in measured:
+        wanted = [row["FLOPs / LoRA"], row["temporary / LoRA"]]
+        assert [float(cell) for cell in shown[row["method"]]] == [round(value, 4) for value in wanted], row
+
+
+def test_costs_beside_other_ways_are_the_benchmarks():
+    files = (_REPOSITORY / "benchmarks" / "results").glob("step_cost-jax-*.json")
+    rows = [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
+    unrolled = [row for row in rows if "scan" not in row["setting"]]
+    plain = [row["FLOPs / full"] for row in unrolled if "checkpoint" not in row["setting"]]
+    again = [row["FLOPs / full"] for row in unrolled if "checkpoint" in row["setting"]]
+    shown = {row[0]: row[1:] for row in _rows(_PAGES["docs/cost.md"])}
+    by_hand, full = shown["LoRA written into the model by hand"], shown["full fine-tuning"]
+    assert by_hand[0] == f"{max(row['FLOPs / handwritten'] for row in rows):.4f}"
+    assert f"up to {max(row['bytes / handwritten'] for row in rows):.4f}" in by_hand[1]
+    assert f"{min(plain):.2f}" == f"{max(plain):.2f}"
+    assert full[0].startswith(f"{max(plain):.2f}; {min(again):.2f} to {max(again):.2f} under `checkpoint`")
+
+
+def test_results_are_those_of_the_runs():
+    runs = _rows((_REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
+    shown = _rows(_PAGES["docs/experiments.md"].partition("## Results")[2])
+    assert len(shown) == 6 and shown <= runs
+
+
+@pytest.mark.parametrize(("page", "quoted"), [("README.md", r"\("), ("docs/methods.md", r"[(`]")])
+def test_tables_of_methods_have_every_method(page, quoted):
     exist = {name for name, value in vars(methods).items() if inspect.isclass(value)}
-    assert set(re.findall(r"^\| `(\w+)\(", table, re.MULTILINE)) == exist | {"quantize"}
+    rows = re.findall(rf"^\| `(\w+){quoted}", _PAGES[page], re.MULTILINE)
+    assert set(rows) == exist | {"quantize"}
 
 
-def test_tests_that_the_readme_names_exist():
+def test_tests_that_pages_name_exist():
+    everything = "\n".join(_PAGES.values())
     named = {text for text in _IN_BACKTICKS if re.fullmatch(r"test_\w+", text)}
     defined = {
         name
-        for file in (_REPOSITORY / "tests").glob("test_*.py")
+        for file in (_REPOSITORY / "tests").rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)
     }
-    assert named <= defined, named - defined
+    assert named and named <= defined, named - defined
+    files = set(re.findall(r"\btests/[\w/]+\.py", everything))
+    assert files
+    for name in sorted(files):
+        assert (_REPOSITORY / name).is_file(), name
+
+
+def test_benchmarks_that_pages_name_exist():
+    named = set(re.findall(r"python -m (benchmarks\.\w+)", "\n".join(_PAGES.values())))
+    assert named
+    for name in sorted(named):
+        assert importlib.util.find_spec(name) is not None, name
 
 
 def test_configs_that_ship_are_named():
@@ -138,4 +333,24 @@ def test_configs_that_ship_are_named():
         f"experiments/configs/{file.name}"
         for file in (_REPOSITORY / "experiments" / "configs").glob("*.json")
     }
-    assert not {name for name in shipped if name not in _README}
+    assert shipped
+    assert not {name for name in shipped if name not in _PAGES["docs/experiments.md"]}
+
+
+def test_keys_of_configs_exist():
+    """`train.result` and the like, in the prose and after `--set`."""
+    from experiments.config import Config
+
+    sections = {field.name for field in dataclasses.fields(Config)}
+    keys = {text for text in _IN_BACKTICKS if re.fullmatch(r"[a-z]\w*(\.\w+)+", text)}
+    keys |= set(re.findall(r"--set ([\w.]+)=", "\n".join(_PAGES.values())))
+    keys = {key for key in keys if key.partition(".")[0] in sections}
+    assert {"train.not_finite", "precision.parameters", "mesh.fsdp"} <= keys
+    for key in sorted(keys):
+        section = Config
+        for word in key.split("."):
+            hint = typing.get_type_hints(section).get(word)
+            assert hint is not None, key
+            section = next(
+                (part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), hint
+            )
