@@ -1,10 +1,10 @@
 """Strict JAX for every test, on eight virtual CPU devices, and the fixtures that more than one room needs.
 
 Compiled programs are kept in pytest's own cache, `.pytest_cache/d/jax`, for whoever runs the tests again;
-`pytest --cache-clear` forgets them. JAX's key of a program holds its text, XLA's flags and jaxlib's version, so
-that a change of any of them compiles anew. The tests that count compilations count traces, or the entries of
-a function's own cache, and a program from disk adds to both. Nothing is kept where the environment sets CI: a
-first run finds little there, and what passes must not depend on an earlier run.
+`pytest --cache-clear` forgets them. JAX's key of a program holds its text, XLA's flags and jaxlib's version,
+so that a change of any of them compiles anew. The tests that count compilations count traces, or the entries
+of a function's own cache, and a program from disk adds to both. Nothing is kept where the environment sets
+CI: a first run finds little there, and what passes must not depend on an earlier run.
 """
 
 import contextlib
