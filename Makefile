@@ -45,7 +45,7 @@ test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
 test-fast: $(tested)  ## Run the tests that are not slow
 	$(pytest) -m "not slow" $(PYTEST_ARGS)
 
-test-newest: $(tested)  ## Run the tests that a newer JAX or Python can break, without the slow ones
+test-newest: $(VENV)/.test-newest  ## Run the tests that a newer JAX or Python can break, without the slow ones
 	$(pytest) -m "not slow" $(newest:%=tests/test_%.py) $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## Check the format, ruff's rules and the types of lora_jax
@@ -87,6 +87,11 @@ $(VENV)/.experiments: $(VENV)/.created
 $(VENV)/.lint: $(VENV)/.created
 	@echo "Installing what the linters need into $(VENV)"
 	@$(pip_install) '.[lint]'
+	@touch $@
+
+$(VENV)/.test-newest: $(VENV)/.created
+	@echo "Installing what the newest JAX is tested with into $(VENV)"
+	@$(pip_install) '.[test-newest]'
 	@touch $@
 
 # With PyTorch in one call, so that pip cannot meet PEFT's plain `torch` before the version that is asked for here.
