@@ -14,6 +14,15 @@ python := $(VENV)/bin/python
 tested := $(VENV)/.test-$(or $(subst ==,-,$(TORCH)),no-torch)
 comma := ,
 pip_install := $(python) -m pip install --quiet --no-compile --editable
+# By file, because tests of one file share what they compute, and a module's compiled programs are forgotten after it.
+pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=15 -rs
+# What another version of JAX or Python can break while the oldest ones pass; PyTorch is not needed.
+# Jaxprs, which every version of JAX writes in its own way, and what it says of meshes.
+newest := dropout explain frameworks lorafy merge methods quant recompile sharding stack transform views
+# Imports, examples whose output shows JAX's own texts, and Optax under strict promotion.
+newest += docstrings imports optim
+# Files, which Python's, NumPy's and Orbax's own readers and writers handle.
+newest += checkpoint hf interop_fuzz safetensors_files torch_files
 # `python3` unless it is too old or does not run (a version manager's shim for a version that is not active).
 find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \
 	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$candidate"; break; fi; \
@@ -22,19 +31,22 @@ find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast test-newest lint format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.experiments  ## Train LoRA on what ships with the project and write demo_run/ (no download but pip's)
 	HF_HUB_OFFLINE=1 $(python) -m experiments run --config experiments/configs/demo.json --workdir demo_run
 
 test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
-	$(python) -m pytest -n $(WORKERS) --nbmake --durations=15 -rs $(PYTEST_ARGS)
+	$(pytest) --nbmake $(PYTEST_ARGS)
 
 test-fast: $(tested)  ## Run the tests that are not slow
-	$(python) -m pytest -n $(WORKERS) --nbmake --durations=15 -rs -m "not slow" $(PYTEST_ARGS)
+	$(pytest) -m "not slow" $(PYTEST_ARGS)
+
+test-newest: $(VENV)/.test-newest  ## Run the tests that a newer JAX or Python can break, without the slow ones
+	$(pytest) -m "not slow" $(newest:%=tests/test_%.py) $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## Check the format, ruff's rules and the types of lora_jax
 	$(python) -m ruff format --check .
@@ -75,6 +87,11 @@ $(VENV)/.experiments: $(VENV)/.created
 $(VENV)/.lint: $(VENV)/.created
 	@echo "Installing what the linters need into $(VENV)"
 	@$(pip_install) '.[lint]'
+	@touch $@
+
+$(VENV)/.test-newest: $(VENV)/.created
+	@echo "Installing what the newest JAX is tested with into $(VENV)"
+	@$(pip_install) '.[test-newest]'
 	@touch $@
 
 # With PyTorch in one call, so that pip cannot meet PEFT's plain `torch` before the version that is asked for here.

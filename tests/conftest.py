@@ -1,14 +1,15 @@
 """Strict JAX for every test, on eight virtual CPU devices, and the fixtures that more than one room needs.
 
-The type annotations are checked at run time under one flag, which jaxtyping's own plugin defines:
-`pytest --jaxtyping-packages=lora_jax,beartype.beartype`.
-
-No persistent compilation cache: on the CPU it saves little, it hides second compilations from the tests that
-count them, and a stale entry is a wrong pass.
+Compiled programs are kept in pytest's own cache, `.pytest_cache/d/jax`, for whoever runs the tests again;
+`pytest --cache-clear` forgets them. JAX's key of a program holds its text, XLA's flags and jaxlib's version,
+so that a change of any of them compiles anew. The tests that count compilations count traces, or the entries
+of a function's own cache, and a program from disk adds to both. Nothing is kept where the environment sets
+CI: a first run finds little there, and what passes must not depend on an earlier run.
 """
 
 import contextlib
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -43,6 +44,25 @@ hypothesis.settings.load_profile("lora_jax")
 def pytest_configure(config):
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    if not (os.environ.get("CI") or os.environ.get("JAX_COMPILATION_CACHE_DIR")) and hasattr(config, "cache"):
+        _keep_compiled_programs(config.cache.mkdir("jax"))
+
+
+def _keep_compiled_programs(directory: Path):
+    """On disk, for this process and for those that tests start."""
+    for option, value in {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0,  # most take less than JAX's one second
+    }.items():
+        jax.config.update(option, value)
+        os.environ[option.upper()] = str(value)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """CPU seconds, which do not depend on what else the machine does; xdist has ended its workers by now."""
+    whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, whose))
+    terminalreporter.line(f"{seconds:.0f} CPU seconds, of the workers and of what they started too")
 
 
 def pytest_unconfigure(config):

@@ -67,6 +67,7 @@ def test_metadata(metadata):
         "cuda",
         "torch",
         "test",
+        "test-newest",
         "lint",
     }
 
@@ -84,7 +85,7 @@ def test_tests_install_everything_but_torch():
 
     def closure(extra):
         for requirement in _EXTRAS[extra]:
-            if own := re.fullmatch(r"lora_jax\[([\w,]+)\]", requirement):
+            if own := re.fullmatch(r"lora_jax\[([\w,-]+)\]", requirement):
                 for part in own.group(1).split(","):
                     yield from closure(part)
             else:
@@ -104,7 +105,9 @@ def _make(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("target", ["help", "demo", "test", "test-fast", "lint", "format", "clean"])
+@pytest.mark.parametrize(
+    "target", ["help", "demo", "test", "test-fast", "test-newest", "lint", "format", "clean"]
+)
 def test_make_has_the_target_and_lists_it(target):
     assert _make("--dry-run", target).returncode == 0
     assert re.search(rf"^  make {target} +\S", _make("help").stdout, re.MULTILINE)
