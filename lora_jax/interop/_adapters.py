@@ -19,13 +19,17 @@ import numpy as np
 from .._lorafy import Lorafied
 from .._lowrank.labels import widened
 from .._paths import is_array, named_leaves
-from .._tree.method import Grouped, Method, Spec
+from .._tree.method import Grouped, Spec
 from .._tree.nodes import Adapter, Fixed, is_node, Shared, weight_of
-from ..methods import LoRA
+from ..methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from ._families import Family, shapes_of, Tensor, tensors_of
 from ._modules import Module, modules_of, tied_head
 from ._processes import on_host
 from ._strict import on_device
+
+
+# The methods that files have; exports bring all others to the LoRA that computes the same.
+FileMethod = AdaLoRA | DoRA | LoRA | PiSSA | VeRA
 
 
 class Part(NamedTuple):
@@ -34,7 +38,7 @@ class Part(NamedTuple):
     """
 
     module: Module
-    method: Method
+    method: FileMethod
     arrays: dict[str, np.ndarray]
 
 
@@ -56,22 +60,19 @@ def parts_of(model: nn.Module, family: Family, delta: Any) -> list[Part]:
     """The adapters of `delta`, module by module; a tied embedding's counts for the head too."""
     leaves = _checked_leaves(model, delta)
     modules = {
-        (module.weight.path, module.weight.layer): module
+        (module.matrix.path, module.matrix.layer): module
         for module in modules_of(model, family)
         if module.weight is not None and not module.tied
     }
     parts = []
     for module in modules.values():
-        leaf = leaves.get(module.weight.path)
+        leaf = leaves.get(module.matrix.path)
         if isinstance(leaf, Adapter):
             oriented = _oriented(leaf, module)
-            parts.append(
-                Part(
-                    module,
-                    oriented.spec.method,
-                    {name: _theirs(array, module.weight.layer) for name, array in oriented.arrays.items()},
-                )
-            )
+            method = oriented.spec.method
+            assert isinstance(method, FileMethod), "brought to one by the caller"
+            arrays = {name: _theirs(array, module.matrix.layer) for name, array in oriented.arrays.items()}
+            parts.append(Part(module, method, arrays))
     return parts + [
         _as_head(part, head)
         for head in modules_of(model, family)
@@ -113,7 +114,7 @@ def _oriented(leaf: Adapter, module: Module) -> Adapter:
     so; methods that do are refused.
     """
     spec = leaf.spec
-    layers = () if module.weight.layer is None else ("layer",)
+    layers = () if module.matrix.layer is None else ("layer",)
     ours = (*layers, *["in"] * (len(spec.axes) - len(layers) - 1), "out")
     if spec.axes == ours:
         return leaf
@@ -172,7 +173,7 @@ def adapted(
     by_path: dict[str, list[Part]] = {}
     head = next((module for module in modules_of(model, family) if module.tied), None)
     for part in _untied(parts, head, source):
-        by_path.setdefault(part.module.weight.path, []).append(part)
+        by_path.setdefault(part.module.matrix.path, []).append(part)
     specs = {
         path: _spec(path, leaves[path], own, _layers(model, family), source) for path, own in by_path.items()
     }
@@ -189,9 +190,7 @@ def adapted(
         nodes[path] = None, on_device(path, _whole(list(tensors), whole, _layers(model, family), source))
     treedef = jax.tree.structure(params, is_leaf=is_node)
     pairs = [nodes.get(path, (leaf, None)) for path, leaf in found]
-    return Lorafied(
-        treedef.unflatten([frozen for frozen, _ in pairs]), treedef.unflatten([delta for _, delta in pairs])
-    )
+    return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
 
 
 def _check_params(model: nn.Module, leaves: dict[str, Any]) -> None:
@@ -250,7 +249,7 @@ def _spec(path: str, leaf: Any, parts: list[Part], layers: int | None, source: A
     methods = {part.method: part.module.name for part in parts}
     if (
         layers is not None
-        and parts[0].module.weight.layer is not None
+        and parts[0].module.matrix.layer is not None
         and (len(methods) > 1 or len(parts) < layers)
     ):
         few = f"adapters in {len(parts)} of {layers} layers ({parts[0].module.name})"
@@ -262,7 +261,7 @@ def _spec(path: str, leaf: Any, parts: list[Part], layers: int | None, source: A
             "with `hf.load(dir, scan=False)`"
         )
     method, convolved = parts[0].method, parts[0].module.kind == "convolution"
-    stacked = () if parts[0].module.weight.layer is None else ("layer",)
+    stacked = () if parts[0].module.matrix.layer is None else ("layer",)
     axes = (*stacked, *["in"] * (2 if convolved else 1), "out")
     dtype = next(iter(parts[0].arrays.values())).dtype
     if dtype != widened(leaf.dtype):
@@ -271,8 +270,8 @@ def _spec(path: str, leaf: Any, parts: list[Part], layers: int | None, source: A
 
 
 def _node(weight: Any, spec: Spec, parts: list[Part], shared: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
-    ordered = sorted(parts, key=lambda part: part.module.weight.layer or 0)
-    stacked = ordered[0].module.weight.layer is not None
+    ordered = sorted(parts, key=lambda part: part.module.matrix.layer or 0)
+    stacked = ordered[0].module.matrix.layer is not None
     arrays = {
         name: on_device(
             spec.path,
@@ -299,7 +298,7 @@ def _whole(
     arrays = [tensor.to_ours(whole[tensor.name]) for tensor in tensors]
     if tensors[0].layer is None:
         return arrays[0]
-    if len(arrays) < layers:
+    if layers is not None and len(arrays) < layers:
         raise ValueError(
             f"{source} replaces {tensors[0].name!r} in {len(arrays)} of {layers} layers, and `model` keeps "
             "its layers in one array "
@@ -332,17 +331,17 @@ def with_blocks(parts: list[Part], family: Family) -> list[Part]:
 
     Only exact zeros count, and a group whose block is zero too decides nothing: then all stay as they are.
     """
-    count = {part.module.name: family.fused.get(part.module.name.rpartition(".")[2]) for part in parts}
     groups: dict[str, list[Part]] = {}
     for part in parts:
-        groups.setdefault(part.module.weight.path, []).append(part)
-    result = {}
+        groups.setdefault(part.module.matrix.path, []).append(part)
+    result: dict[str, Part] = {}
     for own in groups.values():
-        fused = count[own[0].module.name]
-        chosen = {
-            _blocks(part.arrays["b"], fused) if fused and type(part.method) is LoRA else None for part in own
+        count = family.projections_in(own[0].module.name)
+        found = {
+            _blocks(part.arrays["b"], count) if count > 1 and type(part.method) is LoRA else None
+            for part in own
         }
-        blocks = chosen.pop() if len(chosen) == 1 else None
+        blocks = found.pop() if len(found) == 1 else None
         result.update((part.module.name, part if blocks is None else _blocked(part, blocks)) for part in own)
     return [result[part.module.name] for part in parts]
 
@@ -359,6 +358,7 @@ def _blocks(b: np.ndarray, count: int) -> tuple[bool, ...] | None:
 
 
 def _blocked(part: Part, blocks: tuple[bool, ...]) -> Part:
+    assert isinstance(part.method, LoRA), "only LoRA has blocks"
     chosen, (rank, ins), (outs, _) = sum(blocks), part.arrays["a"].shape, part.arrays["b"].shape
     r, d = rank // chosen, outs // len(blocks)
     a = part.arrays["a"].reshape(chosen, r, ins)

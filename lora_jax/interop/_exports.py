@@ -76,4 +76,5 @@ def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) 
         for path, pair in zip(paths, pairs, strict=True)
     ]
     treedef = jax.tree.structure(frozen, is_leaf=is_node)
-    return treedef.unflatten([leaf for leaf, _ in pairs]), treedef.unflatten([other for _, other in pairs])
+    frozen, delta = (jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True))
+    return frozen, delta

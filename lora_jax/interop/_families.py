@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ..models._config import ModelConfig
 from ..models.deberta import DebertaV2, DebertaV2Config
 from ..models.gpt2 import GPT2, GPT2Config
 from ..models.roberta import Roberta, RobertaConfig
@@ -29,7 +30,7 @@ class Family:
     """How one `model_type` of Hugging Face is spelled here."""
 
     model: type[nn.Module]
-    config: type
+    config: type[ModelConfig]
     heads: Mapping[
         str, str | None
     ]  # their class: our head; of several for one head, the first is what `save` writes
@@ -42,6 +43,10 @@ class Family:
     leftovers: re.Pattern  # tensors that files hold beside the model's, and that no result depends on
     table: str
 
+    def projections_in(self, module: str) -> int:
+        """How many projections a module is, side by side; 1 for all but fused ones."""
+        return self.fused.get(module.rpartition(".")[2], 1)
+
     def rows(self) -> Iterator[tuple[str, str, bool]]:
         """`(their name, our path, transposed)`, one for each line of the table."""
         for line in self.table.strip().splitlines():
@@ -53,7 +58,7 @@ class Family:
         known = name in self.aliases or any(name == theirs for theirs, _, _ in self.rows())
         return name if known or name.startswith(self.prefix) else self.prefix + name
 
-    def build(self, config: Any, head: str | None, **options) -> nn.Module:
+    def build(self, config: ModelConfig, head: str | None, **options: Any) -> nn.Module:
         """The model, with that head where there is more than one."""
         return (
             self.model(config, **options)

@@ -31,14 +31,20 @@ class Module(NamedTuple):
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
 
     @property
+    def matrix(self) -> Tensor:
+        """The weight of a module that has one, as every adaptable module does."""
+        assert self.weight is not None, f"{self.name} has a bias only"
+        return self.weight
+
+    @property
     def outs(self) -> int:
         """Its width on the way out; an embedding's is that of its rows."""
-        shape = self.weight.shape
+        shape = self.matrix.shape
         return shape[0] if self.kind in ("linear", "convolution") or self.tied else shape[1]
 
     @property
     def ins(self) -> tuple[int, ...]:
-        shape = self.weight.shape
+        shape = self.matrix.shape
         return shape[1:] if self.kind in ("linear", "convolution") or self.tied else shape[:1]
 
 

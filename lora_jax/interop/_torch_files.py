@@ -23,6 +23,7 @@ from ._torch_pickle import check_values, DTYPES, Name, pickled, Refused, Storage
 _ZIP = b"PK\x03\x04"
 _COMMENT = b"lora_jax sha256 "
 _ALIGNED = 64  # to what PyTorch aligns its tensors in the file
+_FILE_HEADER = 30  # bytes before a record's name (section 4.3.7 of the zip format)
 
 
 def read(file: Path) -> Any:
@@ -86,9 +87,9 @@ def write(
             archive.comment = _COMMENT + NO_DIGITS.encode()
         digits_at = new.stat().st_size - len(NO_DIGITS)
         digits = digest(new, digits_at=digits_at)
-        with open(new, "r+b") as stream:
-            stream.seek(digits_at)
-            stream.write(digits.encode())
+        with open(new, "r+b") as written:
+            written.seek(digits_at)
+            written.write(digits.encode())
         if overwrite:
             os.replace(new, file)
         else:
@@ -176,6 +177,6 @@ def _root(file: Path, archive: zipfile.ZipFile) -> str:
 def _add(archive: zipfile.ZipFile, stream, name: str, data: Any) -> None:
     record = zipfile.ZipInfo(f"archive/{name}")  # of 1980, so that equal tensors give equal files
     record.create_system, record.external_attr = 3, 0o644 << 16
-    room = -(stream.tell() + zipfile.sizeFileHeader + len(record.filename) + 4) % _ALIGNED
+    room = -(stream.tell() + _FILE_HEADER + len(record.filename) + 4) % _ALIGNED
     record.extra = b"FB" + room.to_bytes(2, "little") + b"Z" * room
     archive.writestr(record, data)

@@ -67,6 +67,7 @@ def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
+    argument: Any  # of a kind that its opcode decides
     for opcode, argument, position in pickletools.genops(pickle):
         match opcode.name:
             case "PROTO" | "FRAME":
@@ -96,13 +97,13 @@ def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -
                 if opcode.name == "TUPLE":
                     stack.append(tuple(items))
                 else:
-                    _fill(stack[-1], items, list if opcode.name == "APPENDS" else dict)
+                    (_extend if opcode.name == "APPENDS" else _fill)(stack[-1], items)
             case "APPEND":
                 item = stack.pop()
-                _fill(stack[-1], [item], list)
+                _extend(stack[-1], [item])
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _fill(stack[-1], [key, value], dict)
+                _fill(stack[-1], [key, value])
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -142,12 +143,15 @@ def _known(file: Path, module: Any, name: Any) -> Name:
     return Name(word)
 
 
-def _fill(container: Any, items: list[Any], kind: type) -> None:
-    if not isinstance(container, kind):
-        raise ValueError(f"it puts items of a {kind.__name__} into a {type(container).__name__}")
-    if kind is list:
-        container.extend(items)
-        return
+def _extend(container: Any, items: list[Any]) -> None:
+    if not isinstance(container, list):
+        raise ValueError(f"it puts items of a list into a {type(container).__name__}")
+    container.extend(items)
+
+
+def _fill(container: Any, items: list[Any]) -> None:
+    if not isinstance(container, dict):
+        raise ValueError(f"it puts items of a dict into a {type(container).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Nothing else is hashed: the hash of a tuple of tuples can take for ever.
         if type(key) not in (str, int, float, bool):

@@ -21,24 +21,22 @@ IDLE = frozenset(
 )
 
 
-class Config:
-    """Fields under the names and with the defaults of Hugging Face's `config.json`; subclasses are frozen
-    dataclasses.
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Fields under the names and with the defaults of Hugging Face's `config.json`, declared by subclasses,
+    which are frozen dataclasses.
     """
 
     family: ClassVar[str]  # what messages call the model
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]  # the published ones
     idle: ClassVar[frozenset[str]] = IDLE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # bool is an int to Python and an int is a good float; neither the other way round.
-            kind = {float: int | float, float | None: int | float | None}.get(field.type, field.type)
-            kind = tuple if getattr(kind, "__origin__", None) is tuple else kind
-            if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
+            value, annotation = getattr(self, field.name), field.type
+            if not _fits(value, annotation):
                 raise TypeError(
-                    f"`{field.name}`={value!r} must be {getattr(field.type, '__name__', field.type)}"
+                    f"`{field.name}`={value!r} must be {getattr(annotation, '__name__', annotation)}."
                 )
             if (
                 field.name.endswith(("_pdrop", "dropout", "dropout_prob"))
@@ -49,7 +47,7 @@ class Config:
 
     def check_positive(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
+            value: float | None = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}`={value!r} must be positive")
 
@@ -60,7 +58,7 @@ class Config:
                 raise ValueError(f"`{name}`={value!r} is not supported; choose one of {sorted(ACTIVATIONS)}")
 
     @classmethod
-    def named(cls, name: str, **changes) -> Self:
+    def named(cls, name: str, **changes: Any) -> Self:
         """One of the published sizes, with `changes` to its other fields."""
         if name not in cls.sizes:
             raise ValueError(
@@ -99,3 +97,15 @@ class Config:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a field with this annotation takes the value. An integer is a good float, and a boolean, which
+    Python takes for an integer, is not a number.
+    """
+    if isinstance(value, bool):
+        return annotation is bool
+    if getattr(annotation, "__origin__", None) is tuple:
+        return isinstance(value, tuple)
+    accepted: Any = {float: int | float, float | None: int | float | None}.get(annotation, annotation)
+    return isinstance(value, accepted)

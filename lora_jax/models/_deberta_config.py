@@ -46,13 +46,8 @@ class DebertaV2Config(EncoderConfig):
     num_attention_heads: int = 24
     intermediate_size: int = 6144
     embedding_size: int | None = None  # None: hidden_size
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     cls_dropout: float | None = None  # None: hidden_dropout_prob
-    max_position_embeddings: int = 512
     type_vocab_size: int = 0
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-7
     relative_attention: bool = False
     max_relative_positions: int = -1
@@ -70,9 +65,6 @@ class DebertaV2Config(EncoderConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
-    tie_word_embeddings: bool = True
-    problem_type: str | None = None
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     family: ClassVar = "DeBERTa-v2"
     sizes: ClassVar = {
@@ -88,7 +80,7 @@ class DebertaV2Config(EncoderConfig):
         ),
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("embedding_size", "conv_groups")
         self.check_activation("hidden_act", "conv_act", "pooler_hidden_act")
@@ -154,7 +146,7 @@ class DebertaV2Config(EncoderConfig):
             raise ValueError(f"`z_steps` in config.json is not supported for {cls.family}")
         return config
 
-    def to_hf(self):
+    def to_hf(self) -> dict[str, Any]:
         fields = super().to_hf()
         fields["norm_rel_ebd"] = "|".join(self.norm_rel_ebd)
         if self.embedding_size is None:  # read as a number wherever it stands

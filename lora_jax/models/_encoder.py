@@ -4,6 +4,7 @@ encoders.
 Letters beyond those of `_layers.py`: E width of the embedding, N labels.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ._config import Config
+from ._config import ModelConfig
 from ._layers import accumulator, ACTIVATIONS, LayerNorm, Part
 
 
@@ -25,12 +26,27 @@ HEADS = {
 }
 
 
-class EncoderConfig(Config):
-    """What the configurations of encoders have in common; `labels` are the names of the classes, Hugging
-    Face's `id2label`.
-    """
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """What the configurations of encoders have in common. Each model gives the sizes its own defaults."""
 
-    def __post_init__(self):
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    type_vocab_size: int
+    layer_norm_eps: float
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    problem_type: str | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the names of the classes, Hugging Face's `id2label`
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
@@ -110,9 +126,9 @@ class Residual(EncoderPart):
         return self.norm("LayerNorm")(residual_BxTxD + x_BxTxD)
 
 
-class FeedForward:
-    """The second half of a layer. A mixin, because its two modules have no common parent in Hugging
-    Face's names.
+class EncoderLayer(EncoderPart):
+    """The second half of a layer, which both models have. Its two modules have no parent of their own in
+    Hugging Face's names, so that it is a method of the layer.
     """
 
     def feed_forward(self, x_BxTxD):

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-from ._config import Config, IDLE
+from ._config import IDLE, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config(Config):
+class GPT2Config(ModelConfig):
     """Sizes and choices of a GPT-2, under the names and with the defaults of Hugging Face's `config.json`.
 
     ```python
@@ -56,7 +56,7 @@ class GPT2Config(Config):
     """.split()
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
             "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "n_inner"

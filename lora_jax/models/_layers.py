@@ -93,7 +93,7 @@ class Part(nn.Module):
     deterministic: bool = True
     implementation: str | None = None
 
-    def options(self):
+    def options(self) -> tuple[Any, Any, Any, bool, str | None]:
         """The fields, for the parts of this part."""
         return self.config, self.dtype, self.param_dtype, self.deterministic, self.implementation
 
@@ -180,9 +180,9 @@ def check_inputs(input_ids, attention_mask, position_ids, *, limit, limited_by):
                 "`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add"
             )
         if jnp.shape(attention_mask) != (batch, tokens):
-            found = jnp.shape(attention_mask)
             raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}"
+                f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got "
+                f"{jnp.shape(attention_mask)}"
             )
     if position_ids is not None and jnp.shape(position_ids) not in [(batch, tokens), (1, tokens)]:
         raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")

@@ -27,20 +27,12 @@ class RobertaConfig(EncoderConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None  # None: hidden_dropout_prob
-    max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
     bos_token_id: int | None = 0
     eos_token_id: int | tuple | None = 2
-    tie_word_embeddings: bool = True
-    problem_type: str | None = None
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     family: ClassVar = "RoBERTa"
     sizes: ClassVar = {
@@ -56,7 +48,7 @@ class RobertaConfig(EncoderConfig):
         ),
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("type_vocab_size")
         self.check_activation("hidden_act")

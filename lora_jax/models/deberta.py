@@ -18,7 +18,7 @@ import numpy as np
 
 from . import _rules
 from ._deberta_config import DebertaV2Config as DebertaV2Config
-from ._encoder import check_head, check_token_types, Decoder, EncoderPart, FeedForward, Logits, Residual
+from ._encoder import check_head, check_token_types, Decoder, EncoderLayer, EncoderPart, Logits, Residual
 from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, layer_norm, LayerNorm, repeated
 
 
@@ -109,7 +109,7 @@ class Attention(EncoderPart):
         return Residual(*self.options(), name="output")(y_BxTxD, x_BxTxD)
 
 
-class Layer(FeedForward, EncoderPart):
+class Layer(EncoderLayer):
     """One layer. Takes and returns what `scan` carries; the slots of a cache are not used."""
 
     @nn.compact

@@ -188,15 +188,15 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}"
             )
-        shape = (batch, slots, config.n_head, config.n_embd // config.n_head)
-        shape = (config.n_layer, *shape) if self.scan else shape
+        layers = (config.n_layer,) if self.scan else ()
+        shape = (*layers, batch, slots, config.n_head, config.n_embd // config.n_head)
         dtype = dtype or self.dtype or self.param_dtype
 
         def pair():  # distinct arrays, so that a cache can be donated
             return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-        layers = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
-        return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+        pairs = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
+        return Cache(pairs, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
     def _head(self, wte, x_BxTxD):
         if not self.config.tie_word_embeddings:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _rules
-from ._encoder import check_head, check_token_types, Decoder, EncoderPart, FeedForward, Logits, Residual
+from ._encoder import check_head, check_token_types, Decoder, EncoderLayer, EncoderPart, Logits, Residual
 from ._layers import attention, check_inputs, repeated
 from ._roberta_config import RobertaConfig as RobertaConfig
 
@@ -60,7 +60,7 @@ class Attention(EncoderPart):
         return Residual(*self.options(), name="output")(y_BxTxD, x_BxTxD)
 
 
-class Layer(FeedForward, EncoderPart):
+class Layer(EncoderLayer):
     """One layer. Takes and returns what `scan` carries; its number and the slots of a cache are not used."""
 
     @nn.compact

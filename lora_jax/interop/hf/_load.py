@@ -170,7 +170,8 @@ def _split(
     check_width(path, arrays[0].dtype if dtype is None else jnp.dtype(dtype))
     shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # which JAX asserts too; only its annotation is wider
         if not stacked:
             return np.array(checked(0, arrays[0][index]))
         return np.stack(
@@ -185,14 +186,11 @@ def _stored(dir: Path, verify: bool, *, divided: bool) -> Mapping[str, Any]:
 
     To verify a file is to read all of it: if `divided`, each is by one of the processes.
     """
-    safe = any(dir.glob("model.safetensors*"))
-    stored = (
-        stored_tensors(dir)
-        if safe or not any(dir.glob("pytorch_model.bin*"))
-        else _state_dict.stored_binaries(dir, "pytorch_model")
-    )
+    if any(dir.glob("pytorch_model.bin*")) and not any(dir.glob("model.safetensors*")):
+        return _state_dict.stored_binaries(dir, "pytorch_model")
+    stored = stored_tensors(dir)
     if verify:
-        files = sorted({tensor.file for tensor in stored.values()}) if safe else []
+        files = sorted({tensor.file for tensor in stored.values()})
         for file in files[jax.process_index() :: jax.process_count()] if divided else files:
             check_beside(file, facts_of(file))
     return stored

@@ -90,7 +90,7 @@ def load(
             raise ValueError(
                 f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}"
             )
-        fused = {name: family.fused.get(name.rpartition(".")[2]) for name in pairs}
+        fused = {name: family.projections_in(name) for name in pairs}
         expected = {name: weights[name].shape for name in stored if name in weights}
         for name, module in pairs.items():
             shapes = _shapes(module, fused[name], stored.get(f"{name}.lora_A"), stored.get(f"{name}.lora_B"))
@@ -138,7 +138,7 @@ def head_of(file: str | Path) -> dict[str, Any]:
 def _weights(model: nn.Module, family: Family) -> dict[str, Tensor]:
     """The tensors of the model, those with a second name under both."""
     found = {tensor.name: tensor for module in modules_of(model, family) for tensor in module.tensors}
-    found |= {f"{module.name}.weight": module.weight for module in modules_of(model, family) if module.tied}
+    found |= {f"{module.name}.weight": module.matrix for module in modules_of(model, family) if module.tied}
     return found | {alias: found[name] for alias, name in family.aliases.items() if name in found}
 
 
@@ -168,16 +168,16 @@ def _full_name(family: Family, name: str) -> str:
     return family.full_name(f"{module}.weight").removesuffix("weight") + last
 
 
-def _blocks_in(file_shapes: tuple[tuple[int, ...], ...], module: Module, fused: int | None) -> int | None:
+def _blocks_in(file_shapes: tuple[tuple[int, ...], ...], module: Module, fused: int) -> int | None:
     """How many blocks of a fused projection A and B are for; None for the layout of a plain layer."""
     a, b = file_shapes
-    if not fused or len(a) != 2 or len(b) != 2 or not a[0] or not b[1] or a[0] % b[1]:
+    if fused == 1 or len(a) != 2 or len(b) != 2 or not a[0] or not b[1] or a[0] % b[1]:
         return None
     count = a[0] // b[1]
     return None if count == 1 and b[0] == module.outs else count
 
 
-def _shapes(module: Module, fused: int | None, a: Any, b: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(module: Module, fused: int, a: Any, b: Any) -> dict[str, tuple[int, ...]]:
     """What A and B of a module must be, given the rank that they have and the number of blocks."""
     if not a or not b:  # the other is missing, which says enough
         return {"lora_A": a.shape if a else (), "lora_B": b.shape if b else ()}
@@ -192,7 +192,7 @@ def _shapes(module: Module, fused: int | None, a: Any, b: Any) -> dict[str, tupl
 def _part(
     file: Path,
     module: Module,
-    fused: int | None,
+    fused: int,
     a: np.ndarray,
     b: np.ndarray,
     options: dict[str, Any],
@@ -215,7 +215,8 @@ def _part(
 def _check_arguments(
     file: Path, parts: list[Part], alpha: float, blocks: tuple[bool, ...] | None, facts: Mapping[str, Any]
 ) -> None:
-    if blocks is not None and all(part.method.blocks is None for part in parts):
+    found = any(isinstance(part.method, LoRA) and part.method.blocks is not None for part in parts)
+    if blocks is not None and not found:
         raise ValueError(
             f"`blocks`={blocks!r} was passed, and {file} has the adapters of whole layers only: leave it out"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from ... import arithmetic
@@ -73,8 +74,8 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
         tensors |= {f"{part.module.name}.lora_A": a, f"{part.module.name}.lora_B": b}
     trained = trained_whole(model, family, delta)
     for module in modules_of(model, family):
-        if module.tied and module.weight.name in trained:
-            trained[f"{module.name}.weight"] = trained[module.weight.name]
+        if module.tied and module.matrix.name in trained:
+            trained[f"{module.name}.weight"] = trained[module.matrix.name]
     if getattr(model, "head", None) in NEW_HEADS:
         leaves = weights_of(frozen)
         own = [
@@ -107,8 +108,13 @@ def _alpha(part: Part) -> float:
     """loralib's, whose scale is alpha / r. A product of a quotient may miss by a rounding what it was
     made of.
     """
-    method = part.method
+    method = _lora(part)
     return plain_number(method.scale * method.rank if method.rs else method.alpha)
+
+
+def _lora(part: Part) -> LoRA:
+    assert isinstance(part.method, LoRA), "`as_lora` makes one of every other method"
+    return part.method
 
 
 def _written(part: Part, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -118,8 +124,8 @@ def _written(part: Part, alpha: float) -> tuple[np.ndarray, np.ndarray]:
             f"{part.module.name!r} is a convolution, whose adapter in loralib is another one (it reshapes "
             "A·B): write PEFT's format, `peft.save`"
         )
-    if part.method.blocks is not None:  # (r, in, blocks) and (out, r, blocks)
+    if _lora(part).blocks is not None:  # (r, in, blocks) and (out, r, blocks)
         a, b = (array.transpose(2, 0, 1).reshape(-1, array.shape[1]) for array in (a, b))
     if _alpha(part) != alpha:
-        b = times(_alpha(part) / alpha, b)
+        b = np.asarray(times(_alpha(part) / alpha, jnp.asarray(b)))
     return np.ascontiguousarray(a), np.ascontiguousarray(b)

@@ -103,7 +103,9 @@ def parse(file: Path, content: Mapping[str, Any]) -> Config:
     read = _Reader(file, content)
     ada = kind == "ADALORA"
     if ada:
-        read.off("use_rslora", False), read.off("use_dora", False), read.off("alpha_pattern", None, {})
+        read.off("use_rslora", False)
+        read.off("use_dora", False)
+        read.off("alpha_pattern", None, {})
     task = read.one_of("task_type", None, *TASKS)
     return Config(
         peft_type=kind,

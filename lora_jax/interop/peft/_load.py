@@ -15,7 +15,7 @@ from ..._tree.nodes import is_node
 from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from .. import _fingerprint, _state_dict
 from .._adapters import adapted, once, Part, plain_number, with_blocks
-from .._families import Family, family_of_model
+from .._families import Family, family_of_model, Tensor
 from .._files import read_json
 from .._heads import head_in
 from .._modules import Module, modules_of
@@ -168,7 +168,9 @@ def _planned(
         else pattern_value(config.rank_pattern, module.name, config.r)
         for module in targets
     }
-    names, expected, own_shapes = {}, {}, {}
+    names: dict[str, dict[str, str]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    own_shapes: dict[str, tuple[int, ...]] = {}
     for module in targets:
         rank = ranks[module.name]
         if config.peft_type == "ADALORA" and f"{module.name}.lora_E" in config.rank_pattern:
@@ -178,11 +180,8 @@ def _planned(
         expected |= {names[module.name][ours]: place.shape for ours, place in found.items()}
         own_shapes |= {names[module.name][ours]: place.ours for ours, place in found.items()}
     if config.peft_type == "VERA" and config.save_projection:
-        shapes = (
-            (config.r, max(module.ins[0] for module in targets)),
-            (max(module.outs for module in targets), config.r),
-        )
-        expected |= dict(zip(PROJECTIONS.values(), shapes, strict=True))
+        ins, outs = max(module.ins[0] for module in targets), max(module.outs for module in targets)
+        expected |= {PROJECTIONS["shared_a"]: (config.r, ins), PROJECTIONS["shared_b"]: (outs, config.r)}
     whole = _whole(config, named, {module.name for module in targets}, family, stored)
     shapes = {tensor.name: tensor.shape for module in own for tensor in module.tensors}
     shapes |= {family.decoder: shapes[family.embedding]} | {
@@ -270,7 +269,7 @@ def _without_base(
     the base.
     """
     kept, leaves = {}, dict(named_leaves(params, is_leaf=is_node))
-    copies = {}
+    copies: dict[str, Tensor] = {}
     for module in modules_of(model, family):
         if (
             module.kind == "embedding"
@@ -278,7 +277,7 @@ def _without_base(
             and (module.tied or module.weight.name == family.decoder)
         ):
             name = module.name.removeprefix(family.prefix) if plan.bare else module.name
-            copies |= {f"{PREFIX}{name}.{middle}weight": module.weight for middle in ("", "base_layer.")}
+            copies |= {f"{PREFIX}{name}.{middle}weight": module.matrix for middle in ("", "base_layer.")}
     for name, tensor in stored.items():
         weight = copies.get(name)
         if weight is None or name in plan.expected:
@@ -310,7 +309,12 @@ def _part(config: Config, module: Module, arrays: dict[str, np.ndarray], plan: _
             AdaLoRA(rank, alpha, config.dropout),
             own if mask is None else _spread(own, np.array(mask, bool), rank),
         )
-    options = {"rank": rank, "alpha": alpha, "dropout": config.dropout, "rs": config.use_rslora}
+    options: dict[str, Any] = {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": config.dropout,
+        "rs": config.use_rslora,
+    }
     if config.use_dora:
         return Part(module, DoRA(**options), own)
     begins = config.init_lora_weights == "pissa" and module.kind in ("linear", "conv1d")

@@ -1,6 +1,7 @@
 """`save`: adapters as PEFT writes them."""
 
 import collections
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from ... import arithmetic
 from ..._packed.lazy import value_of
 from ..._tree.nodes import Fixed, is_node, Shared
-from ...methods import AdaLoRA, DoRA, VeRA
+from ...methods import AdaLoRA, DoRA, LoRA, VeRA
 from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
 from .._exports import check_trees, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
 from .._families import Family, family_of_model
@@ -94,7 +95,7 @@ def _save(
         "fan_in_fan_out": any(part.module.kind == "conv1d" for part in parts),
         "modules_to_save": saved or None,
         "target_modules": [own_name(name) for name in _targets(parts, modules)],
-        **_method_settings(kind, parts),
+        **_method_settings(parts),
     }
     if kind == "VERA":
         tensors |= _projections(frozen)
@@ -114,7 +115,9 @@ def _save(
         }
         facts = {"base": base_digits, "beside": {"adapter_config.json": digest(new / "adapter_config.json")}}
         pending = [
-            Pending(name, tensors[name].shape, tensors[name].dtype, lambda array=tensors[name]: array)
+            Pending(
+                name, tensors[name].shape, tensors[name].dtype, functools.partial(np.asarray, tensors[name])
+            )
             for name in sorted(tensors)
         ]
         write_tensors(new, pending, shard_bytes=2**63, stem="adapter_model", facts=facts)
@@ -239,11 +242,9 @@ def _targets(parts: list[Part], modules: list[Module]) -> list[str]:
     return short_names(wanted, (every | containers(every)) - wanted)
 
 
-def _method_settings(kind: str, parts: list[Part]) -> dict[str, Any]:
-    methods = {part.module.name: part.method for part in parts}
+def _method_settings(parts: list[Part]) -> dict[str, Any]:
     first = parts[0].method
-    dropout = max(method.dropout for method in methods.values())
-    if kind == "VERA":
+    if isinstance(first, VeRA):
         return {
             "r": first.rank,
             "vera_dropout": first.dropout,
@@ -251,7 +252,8 @@ def _method_settings(kind: str, parts: list[Part]) -> dict[str, Any]:
             "projection_prng_key": first.seed,
             "save_projection": True,
         }
-    if kind == "ADALORA":
+    dropout = max(part.method.dropout for part in parts)
+    if isinstance(first, AdaLoRA):
         # `total_step` belongs to training that is over; PEFT refuses none.
         return {
             "init_r": first.rank,
@@ -260,6 +262,7 @@ def _method_settings(kind: str, parts: list[Part]) -> dict[str, Any]:
             "lora_alpha": plain_number(first.alpha),
             "lora_dropout": dropout,
         }
+    methods = {part.module.name: part.method for part in parts if isinstance(part.method, LoRA | DoRA)}
     stabilised = all(method.rs for method in methods.values())
     ranks = {name: method.rank for name, method in methods.items()}
     alphas = {
@@ -285,7 +288,7 @@ def _method_settings(kind: str, parts: list[Part]) -> dict[str, Any]:
 def _with_exceptions(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The most frequent value, and the others by the endings of their modules' names."""
     common = collections.Counter(values.values()).most_common(1)[0][0]
-    exceptions = {}
+    exceptions: dict[str, Any] = {}
     for value in sorted(set(values.values()) - {common}):
         wanted = {name for name in values if values[name] == value}
         exceptions |= dict.fromkeys(short_names(wanted, values.keys() - wanted), value)

@@ -1,7 +1,7 @@
 """Which modules a config names, by PEFT's own rules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._modules import ADAPTABLE, covered_by, ends_with, Module
@@ -89,6 +89,6 @@ def _endings(modules: Iterable[Module]) -> str:
     )
 
 
-def pattern_value(pattern: dict, name: str, default: Any) -> Any:
+def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first key that matches a module's name, or its end."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
