@@ -20,7 +20,7 @@ from .._lorafy import Lorafied
 from .._lowrank.labels import widened
 from .._paths import is_array, named_leaves
 from .._tree.method import Grouped, Spec
-from .._tree.nodes import Adapter, Fixed, is_node, Shared, weight_of
+from .._tree.nodes import Adapter, Fixed, is_node, Shared
 from ..methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from ._families import Family, shapes_of, Tensor, tensors_of
 from ._modules import Module, modules_of, tied_head
@@ -40,17 +40,6 @@ class Part(NamedTuple):
     module: Module
     method: FileMethod
     arrays: dict[str, np.ndarray]
-
-
-def weights_of(frozen: Any) -> dict[str, Any]:
-    """The base's weights by path, without what methods keep beside them; None where the leaf itself
-    trains.
-    """
-    return {path: weight_of(leaf) for path, leaf in named_leaves(frozen, is_leaf=is_node)}
-
-
-def adapters_of(tree: Any) -> list[Adapter]:
-    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_node) if isinstance(leaf, Adapter)]
 
 
 # --- out of our trees ---------------------------------------------------------------------------------------

@@ -2,19 +2,21 @@
 head come along.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from .. import arithmetic
 from .._merge import merge
+from .._packed.lazy import value_of
 from .._paths import named_leaves
-from .._tree.nodes import Adapted, Adapter, Fixed, is_node, Shared, Trained
+from .._tree.nodes import Adapted, Adapter, adapters_of, Fixed, is_node, Shared, Trained, weight_of
 from .._tree.pairs import paired
 from ..arithmetic._leaves import check_arrays
-from ._adapters import adapters_of
-from ._families import Family, tensors_of
+from ._families import Family, Tensor, tensors_of
 
 
 # Of these heads PyTorch's user may have none or a fresh one, so that they are written whether they trained or
@@ -43,7 +45,7 @@ def check_trees(frozen: Any, delta: Any) -> None:
         raise TypeError("`frozen` holds adapters: the order is `frozen`, `delta`")
     check_arrays("save(..., frozen, delta)", delta=delta)
     paired(lambda *_: None, frozen, delta, resolve=False)
-    for leaf in adapters_of(delta):
+    for leaf in adapters_of(delta).values():
         for name, axes in leaf.array_axes().items():
             if leaf.arrays[name].ndim != len(axes):
                 raise ValueError(
@@ -57,8 +59,7 @@ def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) 
     belongs to, and that of a new head is nowhere else.
     """
     head = {tensor.path for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)}
-    adapted = [leaf for leaf in adapters_of(delta) if leaf.spec.path in head]
-    if not adapted:
+    if not any(leaf.spec.path in head for leaf in adapters_of(delta).values()):
         return frozen, delta
     leaves = jax.tree.leaves((frozen, delta), is_leaf=is_node)
     if any(
@@ -78,3 +79,9 @@ def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) 
     treedef = jax.tree.structure(frozen, is_leaf=is_node)
     frozen, delta = (jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True))
     return frozen, delta
+
+
+def frozen_tensors(frozen: Any, tensors: Iterable[Tensor]) -> dict[str, np.ndarray]:
+    """What files hold of leaves that do not train, by name; quantised ones as the values they stand for."""
+    leaves = dict(named_leaves(frozen, is_leaf=is_node))
+    return {tensor.name: tensor.to_theirs(value_of(weight_of(leaves[tensor.path]))) for tensor in tensors}

@@ -13,14 +13,14 @@ import flax.linen as nn
 import numpy as np
 
 from .._packed.packed import Packed
-from .._paths import is_array, is_shape
-from ._adapters import weights_of
+from .._paths import is_array, is_shape, named_leaves
+from .._tree.nodes import is_node, weight_of
 from ._families import Family, tensors_of
 
 
 def fingerprint(model: nn.Module, family: Family, frozen: Any) -> dict[str, str]:
     """The digits by the tensor's name, which change with its shape, its dtype and any of its values."""
-    leaves = weights_of(frozen)
+    leaves = {path: weight_of(leaf) for path, leaf in named_leaves(frozen, is_leaf=is_node)}
     digits = {}
     for tensor in tensors_of(model, family):
         leaf = leaves.get(tensor.path)
@@ -35,12 +35,14 @@ def _digits(array: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_base(source: Any, saved: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
+def check_base(source: Any, facts: Mapping[str, Any], model: nn.Module, family: Family, frozen: Any) -> None:
     """Raises `ValueError` where a tensor of the base is not the one beside which the adapter in `source`
-    was saved.
+    was saved. `facts`: what its file carries, which need not have a fingerprint.
     """
-    if not saved or not found:
+    saved: Mapping[str, str] = facts.get("base", {})
+    if not saved:
         return
+    found = fingerprint(model, family, frozen)
     different = [name for name in found if name in saved and saved[name] != found[name]]
     if different:
         more = f" and {len(different) - 1} more tensors" if len(different) > 1 else ""

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ..._lorafy import partition
 from ..._merge import merge
 from ..._packed.packed import Packed
-from ..._tree.nodes import Adapted, resolved, Trained
+from ..._tree.nodes import Adapted, is_node, resolved, Trained
 from .. import _fingerprint
 from .._families import family_of_model, shapes_of, tensors_of
 from .._files import digest, new_directory, write_json
@@ -96,9 +95,8 @@ def _save(
             names += [alias for alias, name in family.aliases.items() if name == tensor.name]
         pending += [Pending(name, tensor.shape, np.dtype(_described(leaf).dtype), fetch) for name in names]
     combined = any(isinstance(leaf, Adapted | Trained) for leaf in flat.values())
-    base = lambda: (
-        {"base": _fingerprint.fingerprint(model, family, partition(params).frozen)} if combined else {}
-    )
+    frozen = jax.tree.map(_frozen, params, is_leaf=is_node)
+    base = lambda: {"base": _fingerprint.fingerprint(model, family, frozen)} if combined else {}
     if not writes:
         base()
         fetch_tensors(pending, shard_bytes)
@@ -145,6 +143,13 @@ def _checked_leaves(model: nn.Module, params: Mapping) -> dict[str, Any]:
     return flat
 
 
+def _frozen(leaf: Any) -> Any:
+    """Of a combined tree's leaf, what `lorafy` left in `frozen`."""
+    if isinstance(leaf, Adapted):
+        return leaf.frozen
+    return None if isinstance(leaf, Trained) else leaf
+
+
 def _described(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of what it will be once it is merged."""
     array = leaf.weight if isinstance(leaf, Adapted) else leaf.value if isinstance(leaf, Trained) else leaf
@@ -167,7 +172,7 @@ class _Merged:
         if self._last[0] is not leaf:
             self._last = (None, None)  # gone before the next is made
             agree()
-            self._last = (leaf, merge(*partition(leaf)))
+            self._last = (leaf, merge(leaf.frozen, leaf.adapter))
         return self._last[1]
 
 

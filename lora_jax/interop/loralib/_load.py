@@ -113,9 +113,7 @@ def load(
         agree()
         result = adapted(model, family, params, parts, once(model, family, whole, file), {}, file)
         if check_base and facts:
-            _fingerprint.check_base(
-                file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen)
-            )
+            _fingerprint.check_base(file, facts, model, family, result.frozen)
         return result
 
 

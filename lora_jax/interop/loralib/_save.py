@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import arithmetic
-from ..._packed.lazy import value_of
-from ..._tree.nodes import Adapter, Shared
+from ..._tree.nodes import Adapter, adapters_of, Shared
 from ...arithmetic._leaves import times
 from ...methods import LoRA
 from .. import _fingerprint, _torch_files
-from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
-from .._exports import check_trees, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
+from .._adapters import Part, parts_of, plain_number, trained_whole
+from .._exports import check_trees, frozen_tensors, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
 from .._families import family_of_model, tensors_of
 from .._modules import modules_of
 from .._processes import agree, spanning, together
@@ -60,7 +59,7 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
     if getattr(model, "head", None) in NEW_HEADS:
         frozen, delta = with_heads_whole(model, family, frozen, delta)
     # Blocks have a layout of their own, which is smaller than what they would become.
-    others = any(not _has_layout(leaf) for leaf in adapters_of(delta))
+    others = any(not _has_layout(leaf) for leaf in adapters_of(delta).values())
     frozen, delta = arithmetic.as_lora(frozen, delta) if others else (frozen, delta)
     parts = parts_of(model, family, delta)
     if not parts:
@@ -77,13 +76,8 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
         if module.tied and module.matrix.name in trained:
             trained[f"{module.name}.weight"] = trained[module.matrix.name]
     if getattr(model, "head", None) in NEW_HEADS:
-        leaves = weights_of(frozen)
-        own = [
-            tensor
-            for tensor in tensors_of(model, family)
-            if not tensor.name.startswith(family.prefix) and tensor.name not in trained
-        ]
-        trained |= {tensor.name: tensor.to_theirs(value_of(leaves[tensor.path])) for tensor in own}
+        head = [tensor for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)]
+        trained |= frozen_tensors(frozen, (tensor for tensor in head if tensor.name not in trained))
     tensors |= trained
     for name, array in tensors.items():
         check_writable(name, array)

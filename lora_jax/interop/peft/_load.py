@@ -87,9 +87,7 @@ def load(
             model, family, params, parts, once(model, family, whole, dir), _shared(config, arrays, plan), dir
         )
         if check_base and facts:
-            _fingerprint.check_base(
-                dir, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen)
-            )
+            _fingerprint.check_base(dir, facts, model, family, result.frozen)
         return result
 
 

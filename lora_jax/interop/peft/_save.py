@@ -11,11 +11,10 @@ import jax
 import numpy as np
 
 from ... import arithmetic
-from ..._packed.lazy import value_of
-from ..._tree.nodes import Fixed, is_node, Shared
+from ..._tree.nodes import adapters_of, Fixed, is_node, Shared
 from ...methods import AdaLoRA, DoRA, LoRA, VeRA
-from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
-from .._exports import check_trees, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
+from .._adapters import Part, parts_of, plain_number, trained_whole
+from .._exports import check_trees, frozen_tensors, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
@@ -125,7 +124,7 @@ def _save(
 
 def _representable(frozen: Any, delta: Any) -> tuple[str, Any, Any]:
     """PEFT's name for the kind of adapter, and the two trees brought to it."""
-    leaves = adapters_of(delta)
+    leaves = adapters_of(delta).values()
     methods, kinds = {leaf.spec.method for leaf in leaves}, {type(leaf.spec.method) for leaf in leaves}
     if not leaves:
         raise ValueError(NOTHING_ADAPTED)
@@ -177,8 +176,7 @@ def _whole(
         module.name for module in modules if module.bias and module.bias.name in trained.keys() - biases
     }
     names = whole_modules({own_name(name) for name in wanted}, [own_name(module.name) for module in modules])
-    leaves = weights_of(frozen)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for module in modules:
         if not covered_by(names, own_name(module.name)):
             continue
@@ -189,11 +187,8 @@ def _whole(
             )
         for tensor in module.tensors:
             own = f"{module.name}.weight" if module.tied else tensor.name
-            tensors[own] = (
-                trained[tensor.name]
-                if tensor.name in trained
-                else tensor.to_theirs(value_of(leaves[tensor.path]))
-            )
+            found = trained if tensor.name in trained else frozen_tensors(frozen, [tensor])
+            tensors[own] = found[tensor.name]
     tensors |= {name: trained[name] for name in biases}
     # PyTorch has a second name for it, where PEFT looks too.
     tensors |= {alias: tensors[name] for alias, name in family.aliases.items() if name in tensors and head}
