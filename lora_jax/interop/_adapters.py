@@ -57,13 +57,13 @@ def parts_of(model: nn.Module, family: Family, delta: Any) -> list[Part]:
     for module in modules.values():
         leaf = leaves.get(module.matrix.path)
         if isinstance(leaf, Adapter):
-            oriented = _oriented(leaf, module)
+            oriented = _with_pytorch_axes(leaf, module)
             method = oriented.spec.method
             assert isinstance(method, FileMethod), "brought to one by the caller"
-            arrays = {name: _theirs(array, module.matrix.layer) for name, array in oriented.arrays.items()}
+            arrays = {name: _in_file(array, module.matrix.layer) for name, array in oriented.arrays.items()}
             parts.append(Part(module, method, arrays))
     return parts + [
-        _as_head(part, head)
+        _adapter_of_head(part, head)
         for head in modules_of(model, family)
         if head.tied
         for part in parts
@@ -72,7 +72,7 @@ def parts_of(model: nn.Module, family: Family, delta: Any) -> list[Part]:
 
 
 def trained_whole(model: nn.Module, family: Family, delta: Any) -> dict[str, np.ndarray]:
-    """What trains without an adapter: heads, biases. By the tensor's name, in its layout."""
+    """Tensors that train without an adapter, heads and biases for example, by name and as files hold them."""
     leaves = _checked_leaves(model, delta)
     return {
         tensor.name: tensor.to_theirs(leaves[tensor.path])
@@ -92,15 +92,16 @@ def _checked_leaves(model: nn.Module, tree: Any) -> dict[str, Any]:
                 "stacked, `stack_layers(params)`" if model.scan else "not stacked, `unstack_layers(params)`"
             )
             raise ValueError(
-                f"`delta` is not of `model`, whose layers are {layout}: at {path!r} it has shape {shape}, "
-                f"and the model {expected}"
+                f"`delta` is not of `model`, whose layers are {layout}: at {path!r} `delta` has shape "
+                f"{shape}, and the model has {expected}. Pass the two trees that `lorafy` made of this "
+                "model's parameters."
             )
     return leaves
 
 
-def _oriented(leaf: Adapter, module: Module) -> Adapter:
-    """The adapter with A along the axes that PyTorch calls in. LoRA does not care which side is called
-    so; methods that do are refused.
+def _with_pytorch_axes(leaf: Adapter, module: Module) -> Adapter:
+    """The adapter with A along the axes that PyTorch calls `in`. LoRA is the same with its sides exchanged;
+    methods that are not are refused.
     """
     spec = leaf.spec
     layers = () if module.matrix.layer is None else ("layer",)
@@ -112,24 +113,23 @@ def _oriented(leaf: Adapter, module: Module) -> Adapter:
         return Adapter({"a": a, "b": b}, dataclasses.replace(spec, axes=ours))
     raise ValueError(
         f"the adapter of {spec.path!r} was made with the axes {' '.join(spec.axes)!r}, and files have "
-        f"{' '.join(ours)!r}: adapt the leaf with these"
+        f"{' '.join(ours)!r}: adapt the leaf with `axes={' '.join(ours)!r}`."
     )
 
 
-def _theirs(array: jax.Array, layer: int | None) -> np.ndarray:
+def _in_file(array: jax.Array, layer: int | None) -> np.ndarray:
     return np.ascontiguousarray(on_host(array, layer).T)
 
 
-def _as_head(part: Part, head: Module) -> Part:
-    """The same addition to the embedding, as that of the head that is tied to it: in PyTorch (out, in) is
-    (in, out) of an embedding.
+def _adapter_of_head(part: Part, head: Module) -> Part:
+    """The adapter of an embedding as that of the head that is tied to it. PyTorch's heads are (out, in) and
+    its embeddings (in, out), so that A and B change places.
     """
     if type(part.method) is not LoRA:
         raise ValueError(
-            f"the {type(part.method).__name__} adapter of the embedding acts in the head too, to which it "
-            "is tied, and there it would have another form: "
-            "load the base with `hf.load(dir, tie='untie')` and adapt one of the two, or `merge` and save "
-            "the model with `hf.save`"
+            f"the {type(part.method).__name__} adapter of the embedding acts in the head too, to which it is "
+            "tied, and there it would have another form. Load the base with `hf.load(dir, tie='untie')` and "
+            "adapt one of the two, or `merge` and save the model with `hf.save`."
         )
     return Part(
         head,
@@ -150,10 +150,13 @@ def adapted(
     shared: Mapping[str, np.ndarray],
     source: Any,
 ) -> Lorafied:
-    """`params` split as `lorafy` splits them, with these adapters, and these tensors in the place of the
-    base's.
+    """`params` split as `lorafy` splits them, with the adapters of a file.
 
-    `shared`: fixed arrays that the first leaf of a `Grouped` method has for all. `source` is for errors.
+    Args:
+      parts: the adapters, module by module.
+      whole: tensors that take the place of the base's and train, by name.
+      shared: fixed arrays that the first leaf of a `Grouped` method has for all.
+      source: the file's name, for errors.
     """
     found = named_leaves(params, is_leaf=is_node)
     leaves = dict(found)
@@ -176,7 +179,10 @@ def adapted(
     for path, tensors in itertools.groupby(
         (tensor for tensor in tensors_of(model, family) if tensor.name in whole), lambda tensor: tensor.path
     ):
-        nodes[path] = None, on_device(path, _whole(list(tensors), whole, _layers(model, family), source))
+        nodes[path] = (
+            None,
+            on_device(path, _trained_leaf(list(tensors), whole, _layers(model, family), source)),
+        )
     treedef = jax.tree.structure(params, is_leaf=is_node)
     pairs = [nodes.get(path, (leaf, None)) for path, leaf in found]
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
@@ -194,7 +200,7 @@ def _check_params(model: nn.Module, leaves: dict[str, Any]) -> None:
             )
             raise ValueError(
                 f"`params` are not those of `model`: {path!r} {has} and must have shape {shape.shape}; pass "
-                "both as `hf.load` returned them, without an outer 'params'"
+                "both as `hf.load` returned them, without an outer 'params'."
             )
 
 
@@ -203,7 +209,7 @@ def _layers(model: nn.Module, family: Family) -> int | None:
 
 
 def _untied(parts: list[Part], head: Module | None, source: Any) -> list[Part]:
-    """The parts without that of a tied head, which must say what the embedding's does."""
+    """The parts without that of a tied head, which must add to the weight what the embedding's part adds."""
     if head is None:
         return parts
     pair = [part for part in parts if part.module.weight == head.weight]
@@ -215,7 +221,7 @@ def _untied(parts: list[Part], head: Module | None, source: Any) -> list[Part]:
 
 
 def _same(embedding: Part, head: Part) -> bool:
-    """Whether the two add the same to their common weight."""
+    """Whether the two parts add the same matrix to their common weight."""
     if type(embedding.method) is not LoRA or embedding.method != head.method:
         return False
     return all(np.array_equal(embedding.arrays[one].T, head.arrays[other]) for one, other in ("ab", "ba"))
@@ -227,14 +233,13 @@ class OneSided(ValueError):
 
 def one_sided(source: Any, module: str) -> OneSided:
     return OneSided(
-        f"{source} changes {module!r} for itself, whose weight is that of another module in this model too: "
-        "one array cannot be both. Load the base "
-        "with `hf.load(dir, tie='untie')`"
+        f"{source} changes {module!r} for itself, and in this model the weight of that module is also "
+        "another module's: one array cannot be both. Load the base with `hf.load(dir, tie='untie')`."
     )
 
 
 def _spec(path: str, leaf: Any, parts: list[Part], layers: int | None, source: Any) -> Spec:
-    """What is adapted at a path, after making sure that a stack of layers has one kind of adapter."""
+    """The spec of an adapted path, after a check that all layers of a stack have the same kind of adapter."""
     methods = {part.method: part.module.name for part in parts}
     if (
         layers is not None
@@ -246,8 +251,8 @@ def _spec(path: str, leaf: Any, parts: list[Part], layers: int | None, source: A
             f"different adapters in {' and '.join(list(methods.values())[:2])}" if len(methods) > 1 else few
         )
         raise ValueError(
-            f"{source} has {found}, and `model` keeps its layers in one array ({path!r}): load the base "
-            "with `hf.load(dir, scan=False)`"
+            f"{source} has {found}, and `model` keeps its layers in one array ({path!r}): load the base with "
+            "`hf.load(dir, scan=False)`."
         )
     method, convolved = parts[0].method, parts[0].module.kind == "convolution"
     stacked = () if parts[0].module.matrix.layer is None else ("layer",)
@@ -268,7 +273,7 @@ def _node(weight: Any, spec: Spec, parts: list[Part], shared: Mapping[str, np.nd
         )
         for name in ordered[0].arrays
     }
-    # The start of the method makes what it keeps beside the weight; its own A and B are the file's.
+    # `split` makes the arrays that the method keeps beside the weight; its new A and B are not used.
     frozen, _ = spec.method.split(weight, spec, jax.random.key(0))
     if isinstance(frozen, Fixed):
         fixed = {
@@ -281,7 +286,7 @@ def _node(weight: Any, spec: Spec, parts: list[Part], shared: Mapping[str, np.nd
     return frozen, Adapter(arrays, spec)
 
 
-def _whole(
+def _trained_leaf(
     tensors: list[Tensor], whole: Mapping[str, np.ndarray], layers: int | None, source: Any
 ) -> np.ndarray:
     arrays = [tensor.to_ours(whole[tensor.name]) for tensor in tensors]
@@ -290,35 +295,35 @@ def _whole(
     if layers is not None and len(arrays) < layers:
         raise ValueError(
             f"{source} replaces {tensors[0].name!r} in {len(arrays)} of {layers} layers, and `model` keeps "
-            "its layers in one array "
-            f"({tensors[0].path!r}): load the base with `hf.load(dir, scan=False)`"
+            f"its layers in one array ({tensors[0].path!r}): load the base with `hf.load(dir, scan=False)`."
         )
     return np.stack(arrays)
 
 
-def once(
+def under_one_name(
     model: nn.Module, family: Family, whole: Mapping[str, np.ndarray], source: Any
 ) -> dict[str, np.ndarray]:
-    """`whole` with each tensor of the model under one name: a tied head and a bias with two names must
-    agree with what they repeat.
+    """`whole` with each tensor of the model under one name. A tied head, and a bias that has two names, must
+    equal the tensor that they repeat.
     """
-    again = [(alias, name) for alias, name in family.aliases.items() if alias in whole]
+    repeated = [(alias, name) for alias, name in family.aliases.items() if alias in whole]
     if tied_head(model, family) is not None and {family.decoder, family.embedding} & whole.keys():
-        again.append((family.decoder, family.embedding))
-    for one, other in again:
+        repeated.append((family.decoder, family.embedding))
+    for one, other in repeated:
         if one not in whole or other not in whole or not np.array_equal(whole[one], whole[other]):
             raise one_sided(source, (one if one in whole else other).rpartition(".")[0])
-    return {name: array for name, array in whole.items() if name not in {one for one, _ in again}}
+    return {name: array for name, array in whole.items() if name not in {one for one, _ in repeated}}
 
 
 # --- fused projections --------------------------------------------------------------------------------------
 
 
 def with_blocks(parts: list[Part], family: Family) -> list[Part]:
-    """Adapters of fused projections whose B is zero outside of a block for each group of ranks, as LoRA of
-    those blocks.
+    """Adapters of fused projections as LoRA of `blocks`, where B is zero outside of one block for each group
+    of ranks.
 
-    Only exact zeros count, and a group whose block is zero too decides nothing: then all stay as they are.
+    Only exact zeros count. Where all of a group is zero its block is unknown, and the adapters stay as they
+    are.
     """
     groups: dict[str, list[Part]] = {}
     for part in parts:
@@ -360,6 +365,6 @@ def _blocked(part: Part, blocks: tuple[bool, ...]) -> Part:
 
 
 def plain_number(value: float) -> float | int:
-    """The integer that a quotient and a product were meant to be, if there is one."""
+    """The integer that a number is but for the rounding of a quotient and a product, if there is one."""
     near = round(value)
     return near if near and math.isclose(value, near, rel_tol=1e-12) else value

@@ -1,5 +1,5 @@
-"""What every export of adapters does before it knows the format: are these the two trees, and does a new
-head come along.
+"""What every export of adapters does, whatever the format: it checks the two trees, and writes new heads and
+other frozen tensors whole.
 """
 
 from collections.abc import Iterable
@@ -19,18 +19,18 @@ from ..arithmetic._leaves import check_arrays
 from ._families import Family, Tensor, tensors_of
 
 
-# Of these heads PyTorch's user may have none or a fresh one, so that they are written whether they trained or
+# PyTorch's user may have no such head, or a fresh one. So these heads are written, whether they trained or
 # not.
 NEW_HEADS = ("sequence_classification", "token_classification", "question_answering")
 NOTHING_ADAPTED = (
-    "`delta` holds no adapter, and such files need one: for weights that train themselves, write the model, "
-    "`hf.save(dir, model, merge(frozen, delta))`"
+    "`delta` holds no adapter, and such files need one; for weights that train themselves, write the model, "
+    "`hf.save(dir, model, merge(frozen, delta))`."
 )
 
 
 def check_trees(frozen: Any, delta: Any) -> None:
-    """Raises unless these are the two trees of one `lorafy`, in this order, of arrays and not of stacked
-    adapters.
+    """Raises unless these are the two trees of one `lorafy`, in this order. They must hold arrays, and no
+    stacked adapters.
     """
     if any(
         isinstance(leaf, Adapted | Trained)
@@ -38,25 +38,25 @@ def check_trees(frozen: Any, delta: Any) -> None:
         for leaf in jax.tree.leaves(tree, is_leaf=is_node)
     ):
         raise TypeError(
-            "a combined tree was passed, as `combine` returns it; pass the two that it was made of, "
-            "`frozen` and `delta`: `partition(tree)`"
+            "a combined tree was passed, as `combine` returns it; pass the two trees that it was made of, "
+            "as `partition(tree)` returns them."
         )
     if adapters_of(frozen):
-        raise TypeError("`frozen` holds adapters: the order is `frozen`, `delta`")
+        raise TypeError("`frozen` holds adapters: the order is `frozen`, `delta`. Exchange the two.")
     check_arrays("save(..., frozen, delta)", delta=delta)
     paired(lambda *_: None, frozen, delta, resolve=False)
     for leaf in adapters_of(delta).values():
         for name, axes in leaf.array_axes().items():
             if leaf.arrays[name].ndim != len(axes):
                 raise ValueError(
-                    f"`delta` holds stacked adapters at {leaf.spec.path!r}; save one of them, "
-                    "`take(stacked, 0)`"
+                    f"`delta` holds stacked adapters at {leaf.spec.path!r}; save one of them, `take(stacked, "
+                    "0)`."
                 )
 
 
 def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
-    """The two trees with every adapter of the head merged: an adapter says nothing of the weight it
-    belongs to, and that of a new head is nowhere else.
+    """The two trees with every adapter of the head merged. An adapter does not hold the weight that it adds
+    to, and the weight of a new head is in no other file.
     """
     head = {tensor.path for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)}
     if not any(leaf.spec.path in head for leaf in adapters_of(delta).values()):
@@ -82,6 +82,6 @@ def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) 
 
 
 def frozen_tensors(frozen: Any, tensors: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """What files hold of leaves that do not train, by name; quantised ones as the values they stand for."""
+    """Tensors of leaves that do not train, by name; quantised leaves as the values that they stand for."""
     leaves = dict(named_leaves(frozen, is_leaf=is_node))
     return {tensor.name: tensor.to_theirs(value_of(weight_of(leaves[tensor.path]))) for tensor in tensors}

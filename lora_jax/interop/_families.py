@@ -1,8 +1,8 @@
-"""The models that can be read and written, one table a model: a new one is one more row of `FAMILIES`.
+"""The models that can be read and written, with one table each. A new model is one more entry of `FAMILIES`.
 
-A table says what each tensor of a Hugging Face file is called here. `{}` stands for the number of a layer,
-and a star marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in,
-width) of a convolution. GPT-2's `Conv1D` is (in, out) in both.
+A table gives our path of each tensor of a Hugging Face file. `{}` stands for the number of a layer. A star
+marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in, width) of a
+convolution. GPT-2's `Conv1D` is (in, out) in both.
 """
 
 import dataclasses
@@ -27,24 +27,22 @@ from ._processes import on_host
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one `model_type` of Hugging Face is spelled here."""
+    """One `model_type` of Hugging Face: its classes, and the names of its tensors there and here."""
 
     model: type[nn.Module]
     config: type[ModelConfig]
-    heads: Mapping[
-        str, str | None
-    ]  # their class: our head; of several for one head, the first is what `save` writes
-    layers: str  # the field of the config that counts them
-    prefix: str  # files of the bare model lack it
+    heads: Mapping[str, str | None]  # their class: our head; of several for one head, `save` writes the first
+    layers: str  # the field of the config that has the number of layers
+    prefix: str  # of tensors that do not belong to the head; files of the bare model lack it
     embedding: str  # the tensor of the word embedding
-    decoder: str  # the tensor that repeats it when tied
-    aliases: Mapping[str, str]  # a second name of a tensor: the first one
-    fused: Mapping[str, int]  # modules that are so many projections side by side, by the end of their name
-    leftovers: re.Pattern  # tensors that files hold beside the model's, and that no result depends on
+    decoder: str  # the tensor that repeats the embedding when tied
+    aliases: Mapping[str, str]  # a second name of a tensor: its first name
+    fused: Mapping[str, int]  # the end of a module's name: how many projections it has side by side
+    leftovers: re.Pattern  # names of further tensors in files, on which no result depends
     table: str
 
     def projections_in(self, module: str) -> int:
-        """How many projections a module is, side by side; 1 for all but fused ones."""
+        """How many projections a module has side by side: 1 unless it is fused."""
         return self.fused.get(module.rpartition(".")[2], 1)
 
     def rows(self) -> Iterator[tuple[str, str, bool]]:
@@ -54,7 +52,7 @@ class Family:
             yield theirs, ours, bool(star)
 
     def full_name(self, name: str) -> str:
-        """A tensor's name in the table: files of the bare model leave the prefix out."""
+        """A tensor's name in the table, with the prefix that files of the bare model leave out."""
         known = name in self.aliases or any(name == theirs for theirs, _, _ in self.rows())
         return name if known or name.startswith(self.prefix) else self.prefix + name
 
@@ -68,7 +66,7 @@ class Family:
 
 
 def _layers_of_bert(prefix: str, query: str, key: str, value: str) -> str:
-    """The rows of BERT's layers, whose names differ between families in the projections only."""
+    """The rows of BERT's layers. Families differ in the names of the projections only."""
     weights = [
         *(f"attention.self.{name}" for name in (query, key, value)),
         "attention.output.dense",
@@ -135,7 +133,7 @@ FAMILIES = {
         decoder="lm_head.decoder.weight",
         aliases={"lm_head.decoder.bias": "lm_head.bias"},
         fused={},
-        # Files of every head may carry the pooler of pretraining, which only `features` uses.
+        # Files with any head may hold the pooler of pretraining, which only `features` uses.
         leftovers=re.compile(
             r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"
         ),
@@ -180,8 +178,8 @@ FAMILIES = {
         decoder="cls.predictions.decoder.weight",
         aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
         fused={},
-        # The published files have absolute positions that `position_biased_input`=false leaves aside, and a
-        # head of pretraining.
+        # The published files hold absolute positions, which `position_biased_input`=false ignores, and a head
+        # of pretraining.
         leftovers=re.compile(
             r"deberta\.(embeddings\.(position_ids|position_embeddings\.weight)|mask_predictions\..*)"
         ),
@@ -227,11 +225,11 @@ FAMILIES = {
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that a `config.json` names, or an error that names the supported ones."""
+    """The family that a `config.json` names. The error for any other names the supported ones."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
-            f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}"
+            f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}."
         )
     return FAMILIES[kind]
 
@@ -243,23 +241,23 @@ def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None
     known = sorted(filter(None, set(family.heads.values())))
     if wanted is not None:
         if wanted not in known:
+            if known:
+                raise ValueError(f"`head`={wanted!r} must be one of {known}.")
             raise ValueError(
-                f"`head`={wanted!r} must be one of {known}"
-                if known
-                else f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; "
-                "leave it out"
+                f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; leave it "
+                "out."
             )
         return wanted
     if strangers:
+        fix = f" Pass `head=`, one of {known}, to choose a head by hand." if known else ""
         raise ValueError(
             f"`architectures`={sorted(strangers)} in config.json is not supported; of "
-            f"{config['model_type']!r} there are "
-            f"{list(family.heads)}" + (f"; or pass `head=`, one of {known}" if known else "")
+            f"{config['model_type']!r} there are {list(family.heads)}.{fix}"
         )
     found = {family.heads[name] for name in named} or set(family.heads.values())
     if len(found) > 1:
         raise ValueError(
-            f"config.json does not name one class in `architectures`; pass `head=`, one of {known}"
+            f"config.json does not name one class in `architectures`; pass `head=`, one of {known}."
         )
     return found.pop()
 
@@ -272,7 +270,7 @@ def family_of_model(model: nn.Module) -> tuple[str, str, Family]:
             return kind, next(name for name, ours in family.heads.items() if ours == head), family
     names = [family.model.__name__ for family in FAMILIES.values()]
     raise TypeError(
-        f"`model` is a {type(model).__name__}, which has no Hugging Face form here; those of {names} have"
+        f"`model` is a {type(model).__name__}, which has no Hugging Face form here; pass one of {names}."
     )
 
 
@@ -280,8 +278,8 @@ class Tensor(NamedTuple):
     """One tensor of a file, and where it lives in the parameters of a given model."""
 
     name: str  # in the file
-    path: str  # in the parameters, components joined by `/`
-    layer: int | None  # its index along the first axis there, in a scanned model
+    path: str  # in our parameters, components joined by `/`
+    layer: int | None  # in a scanned model, its index along the first axis of our leaf
     transposed: bool
     shape: tuple[int, ...]  # in the file
 
@@ -289,9 +287,9 @@ class Tensor(NamedTuple):
         return array.T if self.transposed else array
 
     def to_theirs(self, leaf) -> np.ndarray:
-        """What the file holds; of a stacked leaf only this layer leaves the device."""
+        """The array that the file holds. Of a stacked leaf, only this layer leaves the device."""
         array = on_host(leaf, self.layer)
-        # The writer takes the buffer as it lies in memory, whatever the strides say.
+        # The writer takes the buffer as it lies in memory and ignores strides.
         return np.ascontiguousarray(array.T if self.transposed else array)
 
 
@@ -313,6 +311,6 @@ def tensors_of(model: nn.Module, family: Family) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=64)  # tracing a model takes as long as reading it
 def shapes_of(model: nn.Module) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The parameters of a model by path, as shapes: nothing is allocated."""
+    """The shapes of a model's parameters by path. Nothing is allocated."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
     return MappingProxyType(traverse_util.flatten_dict(shapes["params"], sep="/"))

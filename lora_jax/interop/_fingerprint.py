@@ -1,8 +1,8 @@
-"""Which base an adapter belongs to: 16 hexadecimal digits for each frozen tensor, as files hold it.
+"""The fingerprint of a base: 16 hexadecimal digits for each frozen tensor, as files hold it.
 
-By tensor, so that an error can name the first that differs, and so that a head that came later, or that
-trains, does not count. The same for layers that are stacked and for layers one by one. Left out: packed
-tensors, whose values are not the base's any more, and trees of shapes.
+Each tensor has its own digits, so that an error can name the first that differs, and so that a head that
+came later, or that trains, does not count. Stacked layers have the same digits as layers one by one. Left
+out: packed tensors, whose values are not the base's any more, and trees of shapes.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from ._families import Family, tensors_of
 
 
 def fingerprint(model: nn.Module, family: Family, frozen: Any) -> dict[str, str]:
-    """The digits by the tensor's name, which change with its shape, its dtype and any of its values."""
+    """The digits of each tensor by its name. They change with its shape, its dtype and any of its values."""
     leaves = {path: weight_of(leaf) for path, leaf in named_leaves(frozen, is_leaf=is_node)}
     digits = {}
     for tensor in tensors_of(model, family):
@@ -48,7 +48,6 @@ def check_base(source: Any, facts: Mapping[str, Any], model: nn.Module, family: 
         more = f" and {len(different) - 1} more tensors" if len(different) > 1 else ""
         raise ValueError(
             f"{source} was saved beside another base: {different[0]!r}{more} of `params` have other values, "
-            "or another dtype, than there. Load the "
-            "base that it was trained on, or, if it shall go onto this one all the same, pass "
-            "`check_base=False`."
+            "or another dtype, than there. Load the base that it was trained on, or pass `check_base=False` "
+            "to put it onto this one all the same."
         )

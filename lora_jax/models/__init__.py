@@ -1,4 +1,4 @@
-"""Flax linen models that know nothing of LoRA. They import flax; the core of `lora_jax` does not import
+"""Flax linen models that know nothing of LoRA. They import flax, and the core of `lora_jax` does not import
 them.
 """
 

@@ -16,9 +16,12 @@ class GPT2Config(ModelConfig):
     GPT2Config.from_hf(json.loads(text))  # what a config.json says, or an error that names the key
     ```
 
-    `reorder_and_upcast_attn` asks for attention scores in float32; they always are here, so both values are
-    honoured. The token ids take no part in the computation and are carried for tokenizers and generation.
-    Raises `ValueError` or `TypeError`, naming the key, for a value that cannot be.
+    `reorder_and_upcast_attn` asks for attention scores in float32. They always are here, so that both values
+    do the same. The token ids take no part in the computation; they are kept for tokenizers and generation.
+
+    Raises:
+      ValueError: a value out of range.
+      TypeError: a value of the wrong type.
     """
 
     vocab_size: int = 50257
@@ -48,7 +51,7 @@ class GPT2Config(ModelConfig):
         "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
         "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
     }
-    # With the settings of heads that this model has not.
+    # The further keys are of heads that this model does not have.
     idle: ClassVar = IDLE | frozenset(
         """
         id2label label2id n_ctx n_special num_labels predict_special_tokens summary_activation
@@ -63,4 +66,4 @@ class GPT2Config(ModelConfig):
         )
         self.check_activation("activation_function")
         if self.n_embd % self.n_head:
-            raise ValueError(f"`n_embd`={self.n_embd} must be a multiple of `n_head`={self.n_head}")
+            raise ValueError(f"`n_embd`={self.n_embd} must be a multiple of `n_head`={self.n_head}.")

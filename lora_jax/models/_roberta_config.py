@@ -18,8 +18,11 @@ class RobertaConfig(EncoderConfig):
     ```
 
     Positions are counted from `pad_token_id` + 1, so that 514 of them hold 512 tokens. `problem_type` and the
-    token ids other than padding take no part in the computation and are carried. Raises `ValueError` or
-    `TypeError`, naming the key.
+    token ids other than padding take no part in the computation; they are kept for other tools.
+
+    Raises:
+      ValueError: a value out of range.
+      TypeError: a value of the wrong type.
     """
 
     vocab_size: int = 50265
@@ -54,7 +57,7 @@ class RobertaConfig(EncoderConfig):
         self.check_activation("hidden_act")
         if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
             raise ValueError(
-                f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it"
+                f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it."
             )
 
     @classmethod
@@ -64,6 +67,6 @@ class RobertaConfig(EncoderConfig):
         if kind != "absolute":
             raise ValueError(
                 f"`position_embedding_type`={kind!r} in config.json is not supported for RoBERTa: only "
-                "'absolute' is"
+                "'absolute' is; load a model that was trained with it."
             )
         return config

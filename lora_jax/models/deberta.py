@@ -2,8 +2,8 @@
 with their heads.
 
 Parameter names follow Hugging Face without the prefix `deberta`, with Flax's words for the leaves:
-`encoder/layer/0/attention/self/query_proj/kernel`, `encoder/rel_embeddings/embedding`; with `scan` the layers
-are stacked, and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
+`encoder/layer/0/attention/self/query_proj/kernel`, `encoder/rel_embeddings/embedding`. With `scan` the layers
+are stacked, as `stack_layers(params, "encoder/layer")` stacks them. The modules know nothing of LoRA.
 
 Left out: multiple choice, a mask per query, output of attention weights. Letter beyond those of `_layers.py`:
 R rows of the relative embedding, two sides of `span` each.
@@ -43,13 +43,13 @@ class Embeddings(EncoderPart):
 
 
 class SelfAttention(EncoderPart):
-    """Disentangled attention: the score of i and j is made of content and content, content and distance,
-    distance and content.
+    """Disentangled attention: the score of i and j is the sum of three terms, content and content, content
+    and distance, distance and content.
 
-    With δ(i, j) the bucket of the distance i − j, P the relative embedding, and d the width of a head times
-    the number of terms: (q_i k_j + q_i K_{δ(i,j)} + k_j Q_{δ(i,j)}) / sqrt(d), where K and Q are the
-    projections of P (He et al., equation 4; `transformers` takes −δ(j, i) for the second δ, which is the
-    same).
+    The score is (q_i k_j + q_i K_{δ(i,j)} + k_j Q_{δ(i,j)}) / sqrt(d) (He et al., equation 4). Here δ(i, j)
+    is the bucket of the distance i − j, K and Q are the projections of the relative embedding, and d is the
+    width of a head times the number of terms. `transformers` takes −δ(j, i) for the second δ, which is the
+    same.
     """
 
     @nn.compact
@@ -70,7 +70,7 @@ class SelfAttention(EncoderPart):
             if "c2p" in terms:
                 found.append(_by_distance(q_BxTxHxK, project["key_proj"](distances_1xRxD)[0], rows_TxT))
             if "p2c" in terms:
-                # Of each key: the axes of queries and keys change places, and the distance its sign.
+                # For each key: the axes of queries and keys change places, and the distance changes its sign.
                 by_key = _by_distance(k_BxTxHxK, project["query_proj"](distances_1xRxD)[0], rows_TxT.T)
                 found.append(by_key.swapaxes(-1, -2))
             bias_BxHxTxT = scale * functools.reduce(jnp.add, found)
@@ -94,9 +94,7 @@ class SelfAttention(EncoderPart):
 
 
 def _by_distance(x_BxTxHxK, distances_RxHxK, rows_TxT):
-    """x_i · P_{δ(i,j)} for every i and j: the products with all rows of P, of which each pair takes its
-    own.
-    """
+    """x_i · P_{δ(i,j)} for every i and j, taken from the products with all rows of P."""
     wide = accumulator(x_BxTxHxK.dtype)
     products_BxHxTxR = jnp.einsum("BTHK,RHK->BHTR", x_BxTxHxK, distances_RxHxK, preferred_element_type=wide)
     return jnp.take_along_axis(products_BxHxTxR, rows_TxT[None, None], axis=-1)
@@ -110,14 +108,14 @@ class Attention(EncoderPart):
 
 
 class Layer(EncoderLayer):
-    """One layer. Takes and returns what `scan` carries; the slots of a cache are not used."""
+    """One layer, with the arguments and results of `repeated`; its slots are not used."""
 
     @nn.compact
     def __call__(self, x_BxTxD, number, slots, joined, mask_Bx1xTxT, distances_RxD, rows_TxT):
         x_BxTxD = Attention(*self.options(), name="attention")(x_BxTxD, mask_Bx1xTxT, distances_RxD, rows_TxT)
         x_BxTxD = self.feed_forward(x_BxTxD)
         if joined is not None:
-            # Every layer computes it and the first one keeps it, so that `scan` has one layer to trace.
+            # Every layer computes this and only the first uses it, so that `scan` has one layer to trace.
             y_BxTxD, scale_D, bias_D, mask_BxT = joined
             y_BxTxD = layer_norm(
                 x_BxTxD + y_BxTxD, scale_D, bias_D, self.config.layer_norm_eps, x_BxTxD.dtype
@@ -127,8 +125,8 @@ class Layer(EncoderLayer):
 
 
 class Convolution(EncoderPart):
-    """Beside the first layer, from the same input: returns act(conv(x)) and the norm of its sum with that
-    layer's result.
+    """The convolution beside the first layer, with the same input. It returns act(conv(x)), and the scale and
+    bias of the norm that the first layer applies to the sum with its own result.
     """
 
     @nn.compact
@@ -164,7 +162,7 @@ class Encoder(EncoderPart):
             rows_TxT = jnp.asarray(distance_rows(config, x_BxTxD.shape[1]))
         if "layer_norm" in config.norm_rel_ebd:
             norm = self.norm("LayerNorm")
-            # Its parameters belong to the model even where there is nothing to normalise.
+            # The norm's parameters belong to the model even if there is nothing to normalise.
             distances_RxD = norm(
                 distances_RxD
                 if config.relative_attention
@@ -185,8 +183,8 @@ def distance_rows(config: DebertaV2Config, tokens: int) -> np.ndarray:
     """The row of the relative embedding for every query and key, (T, T) integers: the bucket of their
     distance, plus `span`.
 
-    In NumPy and in float32, because PyTorch's rounding decides on which side of a bucket's border a distance
-    falls.
+    NumPy computes it in float32, as PyTorch does, because rounding decides on which side of a bucket's border
+    a distance falls.
     """
     signed = np.arange(1 - tokens, tokens)
     buckets = signed
@@ -197,8 +195,8 @@ def distance_rows(config: DebertaV2Config, tokens: int) -> np.ndarray:
         logarithmic = np.sign(signed) * (np.ceil(ratio * np.float32(middle - 1)) + middle)
         buckets = np.where(np.abs(signed) <= middle, signed, logarithmic).astype(np.int64)
     rows = np.clip(buckets + config.span, 0, 2 * config.span - 1).astype(np.int32)
-    places = np.arange(tokens)
-    return rows[places[:, None] - places[None, :] + tokens - 1]
+    positions = np.arange(tokens)
+    return rows[positions[:, None] - positions[None, :] + tokens - 1]
 
 
 def _zero_padding(x_BxTxD, mask_BxT):
@@ -208,7 +206,7 @@ def _zero_padding(x_BxTxD, mask_BxT):
 
 
 class Pooler(EncoderPart):
-    """From the state of the first token, `[CLS]`."""
+    """The state that is classified, from that of the first token, `[CLS]`."""
 
     @nn.compact
     def __call__(self, x_BxTxD):
@@ -274,15 +272,19 @@ class DebertaV2(nn.Module):
     `position_biased_input`; `token_type_ids` (B, T), for a model that has token types. Returns float32 logits
     (float64 in a float64 model): masked_lm (B, T, V), sequence_classification (B, N), one label being a
     regression, token_classification (B, T, N), question_answering (B, T, 2), start and end. `head="features"`
-    returns the states of the last layer (B, T, D), in the dtype of the computation. Evaluation mode unless
-    `deterministic=False`, which needs `rngs={"dropout": key}`.
+    returns the states of the last layer (B, T, D), in the dtype of the computation. The model is in
+    evaluation mode unless `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
-    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
-    `jax.nn.dot_product_attention`, to which the terms of position are a bias: "xla" or "cudnn".
+    **Fields.** `scan`: one traced layer with stacked parameters, so that compile time does not grow with
+    depth. `checkpoint`: each layer is recomputed in the backward pass. `dtype`, `param_dtype`: see
+    `_layers.py`. `implementation`: of `jax.nn.dot_product_attention`, to which the terms of position are a
+    bias: "xla" or "cudnn".
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
-    a model with absolute positions; without them no length is too long.
+    Raises:
+      ValueError: an argument of another shape; a sequence longer than a model with absolute positions
+      (without
+        them no length is too long); a `head` that does not exist.
+      TypeError: an argument of another dtype.
     """
 
     partition_rules = _rules.ENCODER

@@ -1,4 +1,4 @@
-"""`save`: every adapter that is a LoRA, or computes what one computes, in loralib's layout."""
+"""`save` writes every adapter that is a LoRA, or computes what a LoRA does, in loralib's layout."""
 
 import collections
 from pathlib import Path
@@ -22,8 +22,8 @@ from .._strict import check_writable
 
 
 def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwrite: bool = False) -> float:
-    """Writes what `torch.save(lora.lora_state_dict(model))` writes, and returns the `lora_alpha` that goes
-    with it, which the format does not hold.
+    """Writes the file that `torch.save(lora.lora_state_dict(model))` does, and returns its `lora_alpha`,
+    which the format does not hold.
 
     ```python
     alpha = loralib.save("adapter.pt", model, frozen, delta)
@@ -31,17 +31,20 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
     model.load_state_dict(torch.load("adapter.pt"), strict=False)
     ```
 
-    A plain adapter has the layout of `Linear` or `Embedding`, one with `blocks` that of `MergedLinear`; both
-    for GPT-2's `Conv1D` too (`fan_in_fan_out=True`). Other methods are written as the LoRA that computes the
-    same. Where adapters differ in alpha, B takes the difference. What trains without an adapter has its own
-    name, `classifier.dense.weight`, as has a classifier's head, whether it trains or not, merged if it is
-    adapted. The file carries a checksum, the alpha and the fingerprint of the base, which PyTorch does not
-    see; it appears complete or not at all.
+    A plain adapter has the layout of `Linear` or `Embedding`, and one with `blocks` that of `MergedLinear`;
+    both serve GPT-2's `Conv1D` too (`fan_in_fan_out=True`). Other methods are written as the LoRA that
+    computes the same. Where adapters differ in alpha, B takes the difference. Weights that train without an
+    adapter keep their own name, for example `classifier.dense.weight`. So does a classifier's head, whether
+    it trains or not; it is merged if it is adapted. The file carries a checksum, the alpha and the
+    fingerprint of the base, which PyTorch does not see. It appears complete or not at all.
 
     Where arrays span several processes, all of them call this, as with `hf.save`.
 
-    Raises `ValueError` for a file that exists, unless `overwrite=True`; for DoRA, which no LoRA equals; for a
-    convolution, of which loralib has another adapter.
+    Raises:
+      ValueError: a file that exists, unless `overwrite=True`; nothing is adapted; DoRA, which no LoRA equals;
+      a
+        convolution, of which loralib has another adapter; values that are not finite.
+      TypeError: a combined tree, or the two trees in the other order.
     """
     with together(spanning(frozen, delta)) as writes:
         return _save(Path(file), model, frozen, delta, overwrite, writes)
@@ -51,21 +54,21 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
     if writes and file.exists() and (file.is_dir() or not overwrite):
         raise ValueError(
             f"{file} exists; choose another name"
-            + ("" if file.is_dir() else ", or replace it with `overwrite=True`")
+            + ("." if file.is_dir() else ", or replace it with `overwrite=True`.")
         )
     agree()
     _, _, family = family_of_model(model)
     check_trees(frozen, delta)
     if getattr(model, "head", None) in NEW_HEADS:
         frozen, delta = with_heads_whole(model, family, frozen, delta)
-    # Blocks have a layout of their own, which is smaller than what they would become.
+    # Blocks are not brought to plain LoRA, because loralib has a layout for them, and a smaller one.
     others = any(not _has_layout(leaf) for leaf in adapters_of(delta).values())
     frozen, delta = arithmetic.as_lora(frozen, delta) if others else (frozen, delta)
     parts = parts_of(model, family, delta)
     if not parts:
         raise ValueError(NOTHING_ADAPTED)
     counts = collections.Counter(_alpha(part) for part in parts)
-    # Of zero no B is a multiple.
+    # No B is a multiple of zero.
     alpha = max(counts, key=lambda value: (value != 0, counts[value]))
     tensors: dict[str, np.ndarray] = {}
     for part in parts:
@@ -99,9 +102,7 @@ def _has_layout(leaf: Adapter) -> bool:
 
 
 def _alpha(part: Part) -> float:
-    """loralib's, whose scale is alpha / r. A product of a quotient may miss by a rounding what it was
-    made of.
-    """
+    """loralib's alpha, whose scale is alpha / r, without the rounding of a quotient and a product."""
     method = _lora(part)
     return plain_number(method.scale * method.rank if method.rs else method.alpha)
 
@@ -116,7 +117,7 @@ def _written(part: Part, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     if part.module.kind == "convolution":
         raise ValueError(
             f"{part.module.name!r} is a convolution, whose adapter in loralib is another one (it reshapes "
-            "A·B): write PEFT's format, `peft.save`"
+            "A·B): write PEFT's format, `peft.save`."
         )
     if _lora(part).blocks is not None:  # (r, in, blocks) and (out, r, blocks)
         a, b = (array.transpose(2, 0, 1).reshape(-1, array.shape[1]) for array in (a, b))
