@@ -1,22 +1,31 @@
-"""What every export of adapters does, whatever the format: it checks the two trees, and writes new heads and
-other frozen tensors whole.
+"""From the two trees of `lorafy` to the adapters and tensors of a file, whatever the format.
+
+Here the trees are checked, layers are taken from their stacks, and the adapter of an embedding that is also
+the head becomes two.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import arithmetic
 from .._merge import merge
 from .._packed.lazy import value_of
-from .._paths import named_leaves
+from .._paths import is_array, named_leaves
 from .._tree.nodes import Adapted, Adapter, adapters_of, Fixed, is_node, Shared, Trained, weight_of
 from .._tree.pairs import paired
 from ..arithmetic._leaves import check_arrays
-from ._families import Family, Tensor, tensors_of
+from ..methods import LoRA
+from ._adapters import FileMethod, Part
+from ._families import Family
+from ._modules import Module, modules_of
+from ._processes import on_host
+from ._tensors import shapes_of, Tensor, tensors_of
 
 
 # PyTorch's user may have no such head, or a fresh one. So these heads are written, whether they trained or
@@ -85,3 +94,96 @@ def frozen_tensors(frozen: Any, tensors: Iterable[Tensor]) -> dict[str, np.ndarr
     """Tensors of leaves that do not train, by name; quantised leaves as the values that they stand for."""
     leaves = dict(named_leaves(frozen, is_leaf=is_node))
     return {tensor.name: tensor.to_theirs(value_of(weight_of(leaves[tensor.path]))) for tensor in tensors}
+
+
+def parts_of(model: nn.Module, family: Family, delta: Any) -> list[Part]:
+    """The adapters of `delta`, module by module; a tied embedding's counts for the head too."""
+    leaves = _checked_leaves(model, delta)
+    modules = {
+        (module.matrix.path, module.matrix.layer): module
+        for module in modules_of(model, family)
+        if module.weight is not None and not module.tied
+    }
+    parts = []
+    for module in modules.values():
+        leaf = leaves.get(module.matrix.path)
+        if isinstance(leaf, Adapter):
+            oriented = _with_pytorch_axes(leaf, module)
+            method = oriented.spec.method
+            assert isinstance(method, FileMethod), "brought to one by the caller"
+            arrays = {name: _in_file(array, module.matrix.layer) for name, array in oriented.arrays.items()}
+            parts.append(Part(module, method, arrays))
+    return parts + [
+        _adapter_of_head(part, head)
+        for head in modules_of(model, family)
+        if head.tied
+        for part in parts
+        if part.module.weight == head.weight
+    ]
+
+
+def trained_whole(model: nn.Module, family: Family, delta: Any) -> dict[str, np.ndarray]:
+    """Tensors that train without an adapter, heads and biases for example, by name and as files hold them."""
+    leaves = _checked_leaves(model, delta)
+    return {
+        tensor.name: tensor.to_theirs(leaves[tensor.path])
+        for tensor in tensors_of(model, family)
+        if is_array(leaves.get(tensor.path))
+    }
+
+
+def _checked_leaves(model: nn.Module, tree: Any) -> dict[str, Any]:
+    shapes = shapes_of(model)
+    leaves = {path: leaf for path, leaf in named_leaves(tree, is_leaf=is_node) if leaf is not None}
+    for path, leaf in leaves.items():
+        shape = leaf.spec.shape if isinstance(leaf, Adapter) else tuple(leaf.shape)
+        if path not in shapes or shape != shapes[path].shape:
+            expected = f"shape {shapes[path].shape}" if path in shapes else "no such leaf"
+            layout = (
+                "stacked, `stack_layers(params)`" if model.scan else "not stacked, `unstack_layers(params)`"
+            )
+            raise ValueError(
+                f"`delta` is not of `model`, whose layers are {layout}: at {path!r} `delta` has shape "
+                f"{shape}, and the model has {expected}. Pass the two trees that `lorafy` made of this "
+                "model's parameters."
+            )
+    return leaves
+
+
+def _with_pytorch_axes(leaf: Adapter, module: Module) -> Adapter:
+    """The adapter with A along the axes that PyTorch calls `in`. LoRA is the same with its sides exchanged;
+    methods that are not are refused.
+    """
+    spec = leaf.spec
+    layers = () if module.matrix.layer is None else ("layer",)
+    ours = (*layers, *["in"] * (len(spec.axes) - len(layers) - 1), "out")
+    if spec.axes == ours:
+        return leaf
+    if type(spec.method) is LoRA and spec.method.blocks is None and spec.axes == (*layers, "out", "in"):
+        a, b = (jnp.swapaxes(leaf.arrays[name], -1, -2) for name in "ba")
+        return Adapter({"a": a, "b": b}, dataclasses.replace(spec, axes=ours))
+    raise ValueError(
+        f"the adapter of {spec.path!r} was made with the axes {' '.join(spec.axes)!r}, and files have "
+        f"{' '.join(ours)!r}: adapt the leaf with `axes={' '.join(ours)!r}`."
+    )
+
+
+def _in_file(array: jax.Array, layer: int | None) -> np.ndarray:
+    return np.ascontiguousarray(on_host(array, layer).T)
+
+
+def _adapter_of_head(part: Part, head: Module) -> Part:
+    """The adapter of an embedding as that of the head that is tied to it. PyTorch's heads are (out, in) and
+    its embeddings (in, out), so that A and B change places.
+    """
+    if type(part.method) is not LoRA:
+        raise ValueError(
+            f"the {type(part.method).__name__} adapter of the embedding acts in the head too, to which it is "
+            "tied, and there it would have another form. Load the base with `hf.load(dir, tie='untie')` and "
+            "adapt one of the two, or `merge` and save the model with `hf.save`."
+        )
+    return Part(
+        head,
+        part.method,
+        {"a": np.ascontiguousarray(part.arrays["b"].T), "b": np.ascontiguousarray(part.arrays["a"].T)},
+    )

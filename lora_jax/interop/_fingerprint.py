@@ -15,7 +15,8 @@ import numpy as np
 from .._packed.packed import Packed
 from .._paths import is_array, is_shape, named_leaves
 from .._tree.nodes import is_node, weight_of
-from ._families import Family, tensors_of
+from ._families import Family
+from ._tensors import tensors_of
 
 
 def fingerprint(model: nn.Module, family: Family, frozen: Any) -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from ._families import Family, Tensor, tensors_of
+from ._families import Family
+from ._tensors import Tensor, tensors_of
 
 
 ADAPTABLE = ("linear", "conv1d", "embedding", "convolution")

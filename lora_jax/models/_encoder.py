@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from . import _rules
 from ._config import ModelConfig
 from ._layers import accumulator, ACTIVATIONS, LayerNorm, Part
 
@@ -96,6 +97,20 @@ class EncoderConfig(ModelConfig):
 def numbered_labels(count: int) -> tuple[str, ...]:
     """Hugging Face's names for classes that have none."""
     return tuple(f"LABEL_{i}" for i in range(count))
+
+
+class EncoderModel(nn.Module):
+    """The fields of an encoder with one of the heads of `HEADS`."""
+
+    partition_rules = _rules.ENCODER
+
+    config: Any
+    head: str = "masked_lm"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    checkpoint: bool = False
+    implementation: str | None = None
 
 
 class EncoderPart(Part):

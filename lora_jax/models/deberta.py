@@ -9,17 +9,22 @@ Left out: multiple choice, a mask per query, output of attention weights. Letter
 R rows of the relative embedding, two sides of `span` each.
 """
 
-import functools
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
-from . import _rules
 from ._deberta_config import DebertaV2Config as DebertaV2Config
-from ._encoder import check_head, check_token_types, Decoder, EncoderLayer, EncoderPart, Logits, Residual
-from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, layer_norm, LayerNorm, repeated
+from ._disentangled import distance_rows, SelfAttention
+from ._encoder import (
+    check_head,
+    check_token_types,
+    Decoder,
+    EncoderLayer,
+    EncoderModel,
+    EncoderPart,
+    Logits,
+    Residual,
+)
+from ._layers import ACTIVATIONS, check_inputs, layer_norm, LayerNorm, repeated
 
 
 class Embeddings(EncoderPart):
@@ -40,64 +45,6 @@ class Embeddings(EncoderPart):
             x_BxTxD = self.dense(config.hidden_size, "embed_proj", use_bias=False)(x_BxTxD)
         x_BxTxD = _zero_padding(self.norm("LayerNorm")(x_BxTxD), mask_BxT)
         return self.drop(config.hidden_dropout_prob, x_BxTxD), words.embedding
-
-
-class SelfAttention(EncoderPart):
-    """Disentangled attention: the score of i and j is the sum of three terms, content and content, content
-    and distance, distance and content.
-
-    The score is (q_i k_j + q_i K_{δ(i,j)} + k_j Q_{δ(i,j)}) / sqrt(d) (He et al., equation 4). Here δ(i, j)
-    is the bucket of the distance i − j, K and Q are the projections of the relative embedding, and d is the
-    width of a head times the number of terms. `transformers` takes −δ(j, i) for the second δ, which is the
-    same.
-    """
-
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxT, distances_RxD, rows_TxT):
-        config = self.config
-        terms = config.pos_att_type
-        project = {name: self._projection(name) for name in ("query_proj", "key_proj", "value_proj")}
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (projection(x_BxTxD) for projection in project.values())
-        scale = (q_BxTxHxK.shape[-1] * (1 + len(set(terms)))) ** -0.5
-
-        bias_BxHxTxT = None
-        if config.relative_attention and terms:
-            distances_1xRxD = self.drop(config.hidden_dropout_prob, distances_RxD)[None]
-            if not config.share_att_key:
-                project["key_proj"] = self._projection("pos_key_proj") if "c2p" in terms else None
-                project["query_proj"] = self._projection("pos_query_proj") if "p2c" in terms else None
-            found = []
-            if "c2p" in terms:
-                found.append(_by_distance(q_BxTxHxK, project["key_proj"](distances_1xRxD)[0], rows_TxT))
-            if "p2c" in terms:
-                # For each key: the axes of queries and keys change places, and the distance changes its sign.
-                by_key = _by_distance(k_BxTxHxK, project["query_proj"](distances_1xRxD)[0], rows_TxT.T)
-                found.append(by_key.swapaxes(-1, -2))
-            bias_BxHxTxT = scale * functools.reduce(jnp.add, found)
-
-        y_BxTxHxK = attention(
-            q_BxTxHxK,
-            k_BxTxHxK,
-            v_BxTxHxK,
-            bias_BxHxTxS=bias_BxHxTxT,
-            mask_Bx1xTxS=mask_Bx1xTxT,
-            scale=scale,
-            dropout=self.random(config.attention_probs_dropout_prob),
-            implementation=self.implementation,
-        )
-        return y_BxTxHxK.reshape(x_BxTxD.shape)
-
-    def _projection(self, name):
-        heads, width = self.config.num_attention_heads, self.config.hidden_size
-        dense = self.dense(width, name)
-        return lambda x: dense(x).reshape(*x.shape[:-1], heads, width // heads)
-
-
-def _by_distance(x_BxTxHxK, distances_RxHxK, rows_TxT):
-    """x_i · P_{δ(i,j)} for every i and j, taken from the products with all rows of P."""
-    wide = accumulator(x_BxTxHxK.dtype)
-    products_BxHxTxR = jnp.einsum("BTHK,RHK->BHTR", x_BxTxHxK, distances_RxHxK, preferred_element_type=wide)
-    return jnp.take_along_axis(products_BxHxTxR, rows_TxT[None, None], axis=-1)
 
 
 class Attention(EncoderPart):
@@ -179,26 +126,6 @@ class Encoder(EncoderPart):
         return layers(x_BxTxD, jnp.arange(count), None, joined, mask_Bx1xTxT, distances_RxD, rows_TxT)[0]
 
 
-def distance_rows(config: DebertaV2Config, tokens: int) -> np.ndarray:
-    """The row of the relative embedding for every query and key, (T, T) integers: the bucket of their
-    distance, plus `span`.
-
-    NumPy computes it in float32, as PyTorch does, because rounding decides on which side of a bucket's border
-    a distance falls.
-    """
-    signed = np.arange(1 - tokens, tokens)
-    buckets = signed
-    if config.position_buckets > 0:
-        middle = config.position_buckets // 2
-        far = np.maximum(np.abs(signed), middle)
-        ratio = np.log((far / middle).astype(np.float32)) / np.log(np.float32((config.furthest - 1) / middle))
-        logarithmic = np.sign(signed) * (np.ceil(ratio * np.float32(middle - 1)) + middle)
-        buckets = np.where(np.abs(signed) <= middle, signed, logarithmic).astype(np.int64)
-    rows = np.clip(buckets + config.span, 0, 2 * config.span - 1).astype(np.int32)
-    positions = np.arange(tokens)
-    return rows[positions[:, None] - positions[None, :] + tokens - 1]
-
-
 def _zero_padding(x_BxTxD, mask_BxT):
     return (
         x_BxTxD if mask_BxT is None else jnp.where(mask_BxT[..., None], x_BxTxD, jnp.zeros((), x_BxTxD.dtype))
@@ -257,7 +184,7 @@ class Predictions(EncoderPart):
         return PredictionHead(*self.options(), name="lm_head")(x_BxTxD, embedding_VxD)
 
 
-class DebertaV2(nn.Module):
+class DebertaV2(EncoderModel):
     """DeBERTa-v2 or v3 with one of the heads of `transformers`.
 
     ```python
@@ -287,15 +214,7 @@ class DebertaV2(nn.Module):
       TypeError: an argument of another dtype.
     """
 
-    partition_rules = _rules.ENCODER
-
     config: DebertaV2Config
-    head: str = "masked_lm"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    scan: bool = False
-    checkpoint: bool = False
-    implementation: str | None = None
 
     @nn.compact
     def __call__(

@@ -8,14 +8,21 @@ Left out: use as a decoder, cross-attention, multiple choice, output of attentio
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from . import _rules
-from ._encoder import check_head, check_token_types, Decoder, EncoderLayer, EncoderPart, Logits, Residual
+from ._encoder import (
+    check_head,
+    check_token_types,
+    Decoder,
+    EncoderLayer,
+    EncoderModel,
+    EncoderPart,
+    Logits,
+    Residual,
+)
 from ._layers import attention, check_inputs, repeated
 from ._roberta_config import RobertaConfig as RobertaConfig
 
@@ -109,7 +116,7 @@ class LMHead(EncoderPart):
         return Decoder(*self.options(), name="decoder")(x_BxTxD, tied, bias_V)
 
 
-class Roberta(nn.Module):
+class Roberta(EncoderModel):
     """RoBERTa with one of the heads of `transformers`.
 
     ```python
@@ -136,15 +143,7 @@ class Roberta(nn.Module):
       exist. TypeError: an argument of another dtype.
     """
 
-    partition_rules = _rules.ENCODER
-
     config: RobertaConfig
-    head: str = "masked_lm"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    scan: bool = False
-    checkpoint: bool = False
-    implementation: str | None = None
 
     @nn.compact
     def __call__(

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from ...models._encoder import EncoderConfig, numbered_labels
 from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
-from .._families import Family, family_of, head_of, shapes_of, Tensor, tensors_of
+from .._families import Family, family_of, head_of
 from .._files import read_json
 from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device, renamed
+from .._tensors import shapes_of, Tensor, tensors_of
 
 
 def load(

@@ -16,11 +16,12 @@ from ..._merge import merge
 from ..._packed.packed import Packed
 from ..._tree.nodes import Adapted, is_node, resolved, Trained
 from .. import _fingerprint
-from .._families import family_of_model, shapes_of, tensors_of
+from .._families import family_of_model
 from .._files import digest, new_directory, write_json
 from .._processes import agree, spanning, together
 from .._safetensors import fetch_tensors, Pending, write_tensors
 from .._strict import check_writable, DTYPES, report
+from .._tensors import shapes_of, tensors_of
 
 
 # The files that `save` copies from `source`: tokenizers of the supported models and defaults of generation.

@@ -16,12 +16,14 @@ from ..._paths import is_array, is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import LoRA
 from .. import _fingerprint, _state_dict, _torch_files
-from .._adapters import adapted, Part, under_one_name
-from .._families import Family, family_of_model, Tensor
+from .._adapters import Part
+from .._families import Family, family_of_model
 from .._heads import head_in
+from .._imports import adapted
 from .._modules import ADAPTABLE, Module, modules_of
-from .._processes import agree, spanning, together
+from .._processes import spanning, together
 from .._strict import check_finite, check_tensors, renamed
+from .._tensors import Tensor
 
 
 # The authors adapt these of GPT-2's fused query, key and value.
@@ -112,8 +114,7 @@ def load(
         _check_arguments(file, parts, alpha, blocks, facts or {})
         plain = {name: arrays[name] for name in arrays if name in weights}
         whole = _trained(file, params, weights, plain, {f"{name}.weight" for name in pairs})
-        agree()
-        result = adapted(model, family, params, parts, under_one_name(model, family, whole, file), {}, file)
+        result = adapted(model, family, params, parts, whole, {}, file)
         if check_base and facts:
             _fingerprint.check_base(file, facts, model, family, result.frozen)
         return result

@@ -13,12 +13,21 @@ from ..._tree.nodes import Adapter, adapters_of, Shared
 from ...arithmetic._leaves import times
 from ...methods import LoRA
 from .. import _fingerprint, _torch_files
-from .._adapters import Part, parts_of, plain_number, trained_whole
-from .._exports import check_trees, frozen_tensors, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
-from .._families import family_of_model, tensors_of
+from .._adapters import Part, plain_number
+from .._exports import (
+    check_trees,
+    frozen_tensors,
+    NEW_HEADS,
+    NOTHING_ADAPTED,
+    parts_of,
+    trained_whole,
+    with_heads_whole,
+)
+from .._families import family_of_model
 from .._modules import modules_of
 from .._processes import agree, spanning, together
 from .._strict import check_writable
+from .._tensors import tensors_of
 
 
 def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwrite: bool = False) -> float:

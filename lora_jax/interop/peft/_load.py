@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -14,17 +14,20 @@ from ..._paths import is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from .. import _fingerprint, _state_dict
-from .._adapters import adapted, Part, plain_number, under_one_name, with_blocks
-from .._families import Family, family_of_model, Tensor
+from .._adapters import Part, plain_number, with_blocks
+from .._families import Family, family_of_model
 from .._files import read_json
 from .._heads import head_in
+from .._imports import adapted
 from .._modules import Module, modules_of
-from .._processes import agree, spanning, together
+from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
+from .._tensors import Tensor
 from ._config import AdapterConfig, parse
-from ._layout import entries, PREFIX, PROJECTIONS, TASKS
-from ._targets import pattern_value, saved_whole, targeted
+from ._layout import PREFIX, PROJECTIONS, TASKS
+from ._plan import Plan, plan_of
+from ._targets import pattern_value
 
 
 def load(
@@ -71,7 +74,7 @@ def load(
         if verify:
             check_beside(file, facts)
         _check_task(directory, config, model)
-        plan = _planned(directory, config, kind, model, family, stored)
+        plan = plan_of(directory, config, kind, model, family, stored)
         stored = _under_expected_names(plan, directory, stored, family)
         stored = _without_copies_of_base(plan, directory, model, family, params, stored)
         check_tensors(
@@ -84,16 +87,8 @@ def load(
 
         whole = {tensor: arrays[name] for name, tensor in plan.whole.items()}
         parts = with_blocks([_part(config, module, arrays, plan) for module in plan.targets], family)
-        agree()
-        result = adapted(
-            model,
-            family,
-            params,
-            parts,
-            under_one_name(model, family, whole, directory),
-            _shared(config, arrays, plan),
-            directory,
-        )
+        shared = _shared(config, arrays, plan)
+        result = adapted(model, family, params, parts, whole, shared, directory)
         if check_base and facts:
             _fingerprint.check_base(directory, facts, model, family, result.frozen)
         return result
@@ -128,18 +123,6 @@ def _labels(stored: Mapping[str, Any]) -> dict[str, int]:
     )
 
 
-class _Plan(NamedTuple):
-    """The tensors that the config leads one to expect in the file."""
-
-    bare: bool  # whether names lack the model's prefix: the adapter was trained on the encoder alone
-    targets: list[Module]
-    ranks: dict[str, int]
-    names: dict[str, dict[str, str]]  # by module: our names of its arrays, and the file's
-    expected: dict[str, tuple[int, ...]]
-    shapes: dict[str, tuple[int, ...]]  # without the axes of length one that only files have
-    whole: dict[str, str]  # of tensors that replace the base's: the file's name, and the tensor's
-
-
 def _stored(directory: Path) -> tuple[Path, Mapping[str, Any]]:
     binary = directory / "adapter_model.bin"
     if not (directory / "adapter_model.safetensors").is_file() and binary.is_file():
@@ -157,90 +140,8 @@ def _check_task(directory: Path, config: AdapterConfig, model: nn.Module) -> Non
         )
 
 
-def _planned(
-    directory: Path,
-    config: AdapterConfig,
-    model_type: str,
-    model: nn.Module,
-    family: Family,
-    stored: Mapping[str, Any],
-) -> _Plan:
-    own = modules_of(model, family)
-    bare = _is_bare(family, own, stored)
-    own = [module for module in own if not bare or module.name.startswith(family.prefix)]
-    named = [
-        module._replace(name=module.name.removeprefix(family.prefix)) if bare else module for module in own
-    ]
-    output = family.decoder.rpartition(".")[0]
-    targets = targeted(config, named, model_type, output, directory)
-    ranks = {
-        module.name: config.r
-        if config.peft_type != "LORA"
-        else pattern_value(config.rank_pattern, module.name, config.r)
-        for module in targets
-    }
-    names: dict[str, dict[str, str]] = {}
-    expected: dict[str, tuple[int, ...]] = {}
-    own_shapes: dict[str, tuple[int, ...]] = {}
-    for module in targets:
-        rank = ranks[module.name]
-        if config.peft_type == "ADALORA" and f"{module.name}.lora_E" in config.rank_pattern:
-            rank = sum(config.rank_pattern[f"{module.name}.lora_E"])
-        found = entries(config.peft_type, config.use_dora, module, rank)
-        names[module.name] = {ours: f"{PREFIX}{module.name}.{entry.ending}" for ours, entry in found.items()}
-        expected |= {names[module.name][ours]: entry.shape for ours, entry in found.items()}
-        own_shapes |= {names[module.name][ours]: entry.own_shape for ours, entry in found.items()}
-    if config.peft_type == "VERA" and config.save_projection:
-        ins, outs = max(module.ins[0] for module in targets), max(module.outs for module in targets)
-        expected |= {PROJECTIONS["shared_a"]: (config.r, ins), PROJECTIONS["shared_b"]: (outs, config.r)}
-    whole = _tensors_saved_whole(config, named, {module.name for module in targets}, family, stored)
-    shapes = {tensor.name: tensor.shape for module in own for tensor in module.tensors}
-    shapes |= {family.decoder: shapes[family.embedding]} | {
-        alias: shapes[name] for alias, name in family.aliases.items() if name in shapes
-    }
-    expected |= {name: shapes[tensor] for name, tensor in whole.items()}
-    return _Plan(bare, targets, ranks, names, expected, own_shapes, whole)
-
-
-def _is_bare(family: Family, modules: list[Module], stored: Mapping[str, Any]) -> bool:
-    """Whether the names are those of the model without a head, which lack its prefix."""
-    inside = {
-        module.name.removeprefix(family.prefix) for module in modules if module.name.startswith(family.prefix)
-    }
-    names = [name.removeprefix(PREFIX) for name in stored]
-    owners = {name.partition(".lora_")[0].partition(".vera_lambda")[0] for name in names}
-    return bool(owners & inside) and not any(name.startswith(family.prefix) for name in names)
-
-
-def _tensors_saved_whole(
-    config: AdapterConfig, modules: list[Module], targets: set[str], family: Family, stored: Mapping[str, Any]
-) -> dict[str, str]:
-    found = {}
-    saved = saved_whole(config, modules)
-    for module in saved:
-        for tensor in module.tensors:
-            own = family.decoder if module.tied else tensor.name
-            found[f"{PREFIX}{module.name}.{own.rpartition('.')[2]}"] = own
-    if config.bias != "none":
-        for module in modules:
-            if (
-                module.bias
-                and (config.bias == "all" or module.name in targets)
-                and PREFIX + module.bias.name not in found
-            ):
-                found[f"{PREFIX}{module.name}{'.base_layer' if module.name in targets else ''}.bias"] = (
-                    module.bias.name
-                )
-    # PEFT writes a bias that has two names under both, or under one.
-    return found | {
-        PREFIX + alias: alias
-        for alias, name in family.aliases.items()
-        if name in found.values() and PREFIX + alias in stored
-    }
-
-
 def _under_expected_names(
-    plan: _Plan, directory: Path, stored: Mapping[str, Any], family: Family
+    plan: Plan, directory: Path, stored: Mapping[str, Any], family: Family
 ) -> dict[str, Any]:
     """The tensors by the names that are expected, each array once.
 
@@ -278,7 +179,7 @@ def _under_expected_names(
 
 
 def _without_copies_of_base(
-    plan: _Plan, directory: Path, model: nn.Module, family: Family, params: Any, stored: dict[str, Any]
+    plan: Plan, directory: Path, model: nn.Module, family: Family, params: Any, stored: dict[str, Any]
 ) -> dict[str, Any]:
     """The tensors without embeddings, which PEFT writes beside an adapter of one of them. They must equal the
     base's.
@@ -309,7 +210,7 @@ def _without_copies_of_base(
     return kept
 
 
-def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], plan: _Plan) -> Part:
+def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], plan: Plan) -> Part:
     rank = plan.ranks[module.name]
     own = {ours: arrays[name].reshape(plan.shapes[name]) for ours, name in plan.names[module.name].items()}
     alpha = plain_number(pattern_value(config.alpha_pattern, module.name, config.lora_alpha))
@@ -355,6 +256,6 @@ def _at_full_rank(arrays: dict[str, np.ndarray], kept: np.ndarray, rank: int) ->
     return full
 
 
-def _shared(config: AdapterConfig, arrays: dict[str, np.ndarray], plan: _Plan) -> dict[str, np.ndarray]:
+def _shared(config: AdapterConfig, arrays: dict[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
     """VeRA's projections, if the file has them. Otherwise they are drawn again, from its seed."""
     return {ours: arrays[name].T for ours, name in PROJECTIONS.items() if name in plan.expected}

@@ -1,6 +1,5 @@
 """`save` writes adapters as PEFT does."""
 
-import collections
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +11,26 @@ import numpy as np
 
 from ... import arithmetic
 from ..._tree.nodes import adapters_of, Fixed, is_node, Shared
-from ...methods import AdaLoRA, DoRA, LoRA, VeRA
-from .._adapters import Part, parts_of, plain_number, trained_whole
-from .._exports import check_trees, frozen_tensors, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
+from ...methods import AdaLoRA, DoRA, VeRA
+from .._adapters import Part
+from .._exports import (
+    check_trees,
+    frozen_tensors,
+    NEW_HEADS,
+    NOTHING_ADAPTED,
+    parts_of,
+    trained_whole,
+    with_heads_whole,
+)
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
-from .._modules import containers, covered_by, Module, modules_of, short_names, tied_head, whole_modules
+from .._modules import covered_by, Module, modules_of, tied_head, whole_modules
 from .._processes import on_host, spanning, together
 from .._safetensors import digest, Pending, write_tensors
 from .._strict import check_writable
 from ._layout import entries, PREFIX, PROJECTIONS, TASKS
+from ._settings import method_settings, target_names
 
 
 def save(
@@ -100,8 +108,8 @@ def _save(
         "bias": {"only": "vera_only" if kind == "VERA" else "lora_only"}.get(bias, bias),
         "fan_in_fan_out": any(part.module.kind == "conv1d" for part in parts),
         "modules_to_save": saved or None,
-        "target_modules": [own_name(name) for name in _targets(parts, modules)],
-        **_method_settings(parts),
+        "target_modules": [own_name(name) for name in target_names(parts, modules)],
+        **method_settings(parts),
     }
     if kind == "VERA":
         tensors |= _projections(frozen)
@@ -241,65 +249,6 @@ def _tensors(
         module, _, last = name.rpartition(".")
         tensors[PREFIX + own_name(f"{module}.base_layer.{last}" if module in adapted else name)] = array
     return tensors
-
-
-def _targets(parts: list[Part], modules: list[Module]) -> list[str]:
-    wanted = {part.module.name for part in parts}
-    every = {module.name for module in modules}
-    return short_names(wanted, (every | containers(every)) - wanted)
-
-
-def _method_settings(parts: list[Part]) -> dict[str, Any]:
-    first = parts[0].method
-    if isinstance(first, VeRA):
-        return {
-            "r": first.rank,
-            "vera_dropout": first.dropout,
-            "d_initial": first.d_initial,
-            "projection_prng_key": first.seed,
-            "save_projection": True,
-        }
-    dropout = max(part.method.dropout for part in parts)
-    if isinstance(first, AdaLoRA):
-        # `total_step` is of the training, which is over; PEFT does not accept a config without it.
-        return {
-            "init_r": first.rank,
-            "target_r": first.rank,
-            "total_step": 1,
-            "lora_alpha": plain_number(first.alpha),
-            "lora_dropout": dropout,
-        }
-    methods = {part.module.name: part.method for part in parts if isinstance(part.method, LoRA | DoRA)}
-    stabilised = all(method.rs for method in methods.values())
-    ranks = {name: method.rank for name, method in methods.items()}
-    alphas = {
-        name: plain_number(method.alpha if stabilised or not method.rs else method.scale * method.rank)
-        for name, method in methods.items()
-    }
-    rank, rank_pattern = _with_exceptions(ranks)
-    alpha, alpha_pattern = _with_exceptions(alphas)
-    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    settings |= {
-        name: value
-        for name, value in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern))
-        if value
-    }
-    settings |= {
-        name: True
-        for name, used in (("use_rslora", stabilised), ("use_dora", isinstance(first, DoRA)))
-        if used
-    }
-    return settings
-
-
-def _with_exceptions(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the others by the endings of their modules' names."""
-    common = collections.Counter(values.values()).most_common(1)[0][0]
-    exceptions: dict[str, Any] = {}
-    for value in sorted(set(values.values()) - {common}):
-        wanted = {name for name in values if values[name] == value}
-        exceptions |= dict.fromkeys(short_names(wanted, values.keys() - wanted), value)
-    return common, dict(sorted(exceptions.items()))
 
 
 def _projections(frozen: Any) -> dict[str, np.ndarray]:
