@@ -17,12 +17,12 @@ from ._families import Family
 from ._modules import Module
 
 
-# The methods that files have; exports bring all others to the LoRA that computes the same.
+# The methods that files have. Exports turn every other one into the LoRA that computes the same.
 FileMethod = AdaLoRA | DoRA | LoRA | PiSSA | VeRA
 
 
 class Part(NamedTuple):
-    """The adapter of one module. `arrays` have our names and, without the layers, our axes in the
+    """The adapter of one module. Its arrays have our names, and the axes of our arrays (without layers) in
     opposite order: a (r, in), b (out, r).
     """
 

@@ -25,7 +25,7 @@ from ._adapters import FileMethod, Part
 from ._families import Family
 from ._modules import Module, modules_of
 from ._processes import on_host
-from ._tensors import shapes_of, Tensor, tensors_of
+from ._tensors import layout_of, shapes_of, Tensor, tensors_of
 
 
 # PyTorch's user may have no such head, or a fresh one. So these heads are written, whether they trained or
@@ -139,12 +139,9 @@ def _checked_leaves(model: nn.Module, tree: Any) -> dict[str, Any]:
         shape = leaf.spec.shape if isinstance(leaf, Adapter) else tuple(leaf.shape)
         if path not in shapes or shape != shapes[path].shape:
             expected = f"shape {shapes[path].shape}" if path in shapes else "no such leaf"
-            layout = (
-                "stacked, `stack_layers(params)`" if model.scan else "not stacked, `unstack_layers(params)`"
-            )
             raise ValueError(
-                f"`delta` is not of `model`, whose layers are {layout}: at {path!r} `delta` has shape "
-                f"{shape}, and the model has {expected}. Pass the two trees that `lorafy` made of this "
+                f"`delta` is not of `model`, whose layers are {layout_of(model)}: at {path!r} `delta` has "
+                f"shape {shape}, and the model has {expected}. Pass the two trees that `lorafy` made of this "
                 "model's parameters."
             )
     return leaves

@@ -36,9 +36,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object.")
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object; copy it again.")
     return content
 
 
@@ -138,7 +138,9 @@ def json_of(facts: dict[str, Any]) -> str:
     try:
         return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`facts`={facts!r} cannot be written as JSON: {error}.") from error
+        raise ValueError(
+            f"`facts`={facts!r} cannot be written as JSON ({error}); pass what JSON can hold."
+        ) from error
 
 
 def checked_facts(

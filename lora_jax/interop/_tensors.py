@@ -50,6 +50,11 @@ def tensors_of(model: nn.Module, family: Family) -> list[Tensor]:
     return tensors
 
 
+def layout_of(model: nn.Module) -> str:
+    """How a model's layers lie in its parameters and what brings them there, for errors."""
+    return "stacked, `stack_layers(params)`" if model.scan else "not stacked, `unstack_layers(params)`"
+
+
 @functools.lru_cache(maxsize=64)  # tracing a model takes as long as reading it
 def shapes_of(model: nn.Module) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The shapes of a model's parameters by path. Nothing is allocated."""

@@ -79,9 +79,8 @@ def load(
         JAX's default device. Unless the model is scanned, the array is a read-only memory map of the file:
         returned as it is, it takes no memory, and `save` merges and writes models that are larger than that.
         `jax.device_put` on a CPU may keep the map, too.
-      mesh: a mesh with the axes data, fsdp and tensor. Each weight is split over it, so that every device
-      gets
-        its own part and no other.
+      mesh: a mesh with the axes data, fsdp and tensor. Each weight is split over it: every device gets its
+        own part and no other.
       rules: how weights are split (see `lora_jax.sharding`); None is the model's `partition_rules`.
       verify: whether to compare the files with the checksums of `save`, if they carry any, and to look for
         values that are not finite. Both read everything once.

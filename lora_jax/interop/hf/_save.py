@@ -21,7 +21,7 @@ from .._files import digest, new_directory, write_json
 from .._processes import agree, spanning, together
 from .._safetensors import fetch_tensors, Pending, write_tensors
 from .._strict import check_writable, DTYPES, report
-from .._tensors import shapes_of, tensors_of
+from .._tensors import layout_of, shapes_of, tensors_of
 
 
 # The files that `save` copies from `source`: tokenizers of the supported models and defaults of generation.
@@ -100,8 +100,13 @@ def _save(
             names += [alias for alias, name in family.aliases.items() if name == tensor.name]
         pending += [Pending(name, tensor.shape, np.dtype(_described(leaf).dtype), fetch) for name in names]
     combined = any(isinstance(leaf, Adapted | Trained) for leaf in flat.values())
-    frozen = jax.tree.map(_frozen, params, is_leaf=is_node)
-    base = lambda: {"base": _fingerprint.fingerprint(model, family, frozen)} if combined else {}
+
+    def base() -> dict[str, dict[str, str]]:
+        if not combined:
+            return {}
+        frozen = jax.tree.map(_frozen, params, is_leaf=is_node)
+        return {"base": _fingerprint.fingerprint(model, family, frozen)}
+
     if not writes:
         base()
         fetch_tensors(pending, shard_bytes)
@@ -143,8 +148,7 @@ def _checked_leaves(model: nn.Module, params: Mapping) -> dict[str, Any]:
             problems.append(f"{path!r} has shape {described[path].shape} and must have {shapes[path].shape}")
         if jnp.dtype(described[path].dtype) not in map(jnp.dtype, DTYPES.values()):
             problems.append(f"{path!r} has dtype {described[path].dtype} and must be floating point")
-    layout = "stacked, `stack_layers(params)`" if model.scan else "not stacked, `unstack_layers(params)`"
-    report(f"`params` are not those of `model`, whose layers are {layout}", problems)
+    report(f"`params` are not those of `model`, whose layers are {layout_of(model)}", problems)
     return flat
 
 

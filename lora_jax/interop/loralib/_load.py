@@ -69,8 +69,7 @@ def load(
 
     Raises:
       ValueError: a tensor that is missing, unexpected, of another shape or dtype, or not finite; a weight
-      that
-        an adapter is merged into already; a file that is damaged or that asks for code; an `alpha` or
+        that an adapter is merged into already; a file that is damaged or that asks for code; an `alpha` or
         `blocks` that the file contradicts; an adapter of only one of two modules that share their weight
         (then `OneSided`).
     """
@@ -249,9 +248,10 @@ def _trained(
         if name in adapted_weights:
             raise ValueError(
                 f"{file} has a {name!r} that differs from that of `params`, beside an adapter of it: loralib "
-                "merges adapters into the weights in evaluation mode, and then they would count twice; back "
-                "in training mode it takes them out but for roundings. Save `lora.lora_state_dict(model)`, "
-                "which has no weights, or load the base that it was trained on."
+                "merges adapters into the weights in evaluation mode, and the adapter would count twice "
+                "then. Training mode takes them out again, but for rounding. Save "
+                "`lora.lora_state_dict(model)`, which has no weights, or load the base that it was trained "
+                "on."
             )
         different.add(weights[name].path)
     return {name: array for name, array in arrays.items() if weights[name].path in different}

@@ -51,8 +51,7 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
 
     Raises:
       ValueError: a file that exists, unless `overwrite=True`; nothing is adapted; DoRA, which no LoRA equals;
-      a
-        convolution, of which loralib has another adapter; values that are not finite.
+        a convolution, of which loralib has another adapter; values that are not finite.
       TypeError: a combined tree, or the two trees in the other order.
     """
     with together(spanning(frozen, delta)) as writes:
