@@ -1,4 +1,4 @@
-"""In and out of other tools' files. Each room imports what it needs and nothing here needs PyTorch."""
+"""Reads and writes other tools' files. Each room imports what it needs, and none needs PyTorch."""
 
 from . import hf as hf, loralib as loralib, peft as peft
-from ._adapters import OneSided as OneSided
+from ._imports import OneSided as OneSided

@@ -1,46 +1,42 @@
-"""The models that can be read and written, one table a model: a new one is one more row of `FAMILIES`.
+"""The models that can be read and written, with one table each. A new model is one more entry of `FAMILIES`.
 
-A table says what each tensor of a Hugging Face file is called here. `{}` stands for the number of a layer,
-and a star marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in,
-width) of a convolution. GPT-2's `Conv1D` is (in, out) in both.
+A table gives our path of each tensor of a Hugging Face file. `{}` stands for the number of a layer. A star
+marks the weights whose axes PyTorch has in the other order: (out, in) of `Linear`, (out, in, width) of a
+convolution. GPT-2's `Conv1D` is (in, out) in both.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
+from ..models._config import ModelConfig
 from ..models.deberta import DebertaV2, DebertaV2Config
 from ..models.gpt2 import GPT2, GPT2Config
 from ..models.roberta import Roberta, RobertaConfig
-from ._processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one `model_type` of Hugging Face is spelled here."""
+    """One `model_type` of Hugging Face: its classes, and the names of its tensors there and here."""
 
     model: type[nn.Module]
-    config: type
-    heads: Mapping[
-        str, str | None
-    ]  # their class: our head; of several for one head, the first is what `save` writes
-    layers: str  # the field of the config that counts them
-    prefix: str  # files of the bare model lack it
+    config: type[ModelConfig]
+    heads: Mapping[str, str | None]  # their class: our head; of several for one head, `save` writes the first
+    layers: str  # the field of the config that has the number of layers
+    prefix: str  # of tensors that do not belong to the head; files of the bare model lack it
     embedding: str  # the tensor of the word embedding
-    decoder: str  # the tensor that repeats it when tied
-    aliases: Mapping[str, str]  # a second name of a tensor: the first one
-    fused: Mapping[str, int]  # modules that are so many projections side by side, by the end of their name
-    leftovers: re.Pattern  # tensors that files hold beside the model's, and that no result depends on
+    decoder: str  # the tensor that repeats the embedding when tied
+    aliases: Mapping[str, str]  # a second name of a tensor: its first name
+    fused: Mapping[str, int]  # the end of a module's name: how many projections it has side by side
+    leftovers: re.Pattern  # names of further tensors in files, on which no result depends
     table: str
+
+    def projections_in(self, module: str) -> int:
+        """How many projections a module has side by side: 1 unless it is fused."""
+        return self.fused.get(module.rpartition(".")[2], 1)
 
     def rows(self) -> Iterator[tuple[str, str, bool]]:
         """`(their name, our path, transposed)`, one for each line of the table."""
@@ -49,11 +45,11 @@ class Family:
             yield theirs, ours, bool(star)
 
     def full_name(self, name: str) -> str:
-        """A tensor's name in the table: files of the bare model leave the prefix out."""
+        """A tensor's name in the table, with the prefix that files of the bare model leave out."""
         known = name in self.aliases or any(name == theirs for theirs, _, _ in self.rows())
         return name if known or name.startswith(self.prefix) else self.prefix + name
 
-    def build(self, config: Any, head: str | None, **options) -> nn.Module:
+    def build(self, config: ModelConfig, head: str | None, **options: Any) -> nn.Module:
         """The model, with that head where there is more than one."""
         return (
             self.model(config, **options)
@@ -63,7 +59,7 @@ class Family:
 
 
 def _layers_of_bert(prefix: str, query: str, key: str, value: str) -> str:
-    """The rows of BERT's layers, whose names differ between families in the projections only."""
+    """The rows of BERT's layers. Families differ in the names of the projections only."""
     weights = [
         *(f"attention.self.{name}" for name in (query, key, value)),
         "attention.output.dense",
@@ -130,7 +126,7 @@ FAMILIES = {
         decoder="lm_head.decoder.weight",
         aliases={"lm_head.decoder.bias": "lm_head.bias"},
         fused={},
-        # Files of every head may carry the pooler of pretraining, which only `features` uses.
+        # Files with any head may hold the pooler of pretraining, which only `features` uses.
         leftovers=re.compile(
             r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"
         ),
@@ -175,8 +171,8 @@ FAMILIES = {
         decoder="cls.predictions.decoder.weight",
         aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
         fused={},
-        # The published files have absolute positions that `position_biased_input`=false leaves aside, and a
-        # head of pretraining.
+        # The published files hold absolute positions, which `position_biased_input`=false ignores, and a head
+        # of pretraining.
         leftovers=re.compile(
             r"deberta\.(embeddings\.(position_ids|position_embeddings\.weight)|mask_predictions\..*)"
         ),
@@ -222,11 +218,11 @@ FAMILIES = {
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that a `config.json` names, or an error that names the supported ones."""
+    """The family that a `config.json` names. The error for any other names the supported ones."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
-            f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}"
+            f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}."
         )
     return FAMILIES[kind]
 
@@ -238,23 +234,23 @@ def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None
     known = sorted(filter(None, set(family.heads.values())))
     if wanted is not None:
         if wanted not in known:
+            if known:
+                raise ValueError(f"`head`={wanted!r} must be one of {known}.")
             raise ValueError(
-                f"`head`={wanted!r} must be one of {known}"
-                if known
-                else f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; "
-                "leave it out"
+                f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; leave it "
+                "out."
             )
         return wanted
     if strangers:
+        fix = f" Pass `head=`, one of {known}, to choose a head by hand." if known else ""
         raise ValueError(
             f"`architectures`={sorted(strangers)} in config.json is not supported; of "
-            f"{config['model_type']!r} there are "
-            f"{list(family.heads)}" + (f"; or pass `head=`, one of {known}" if known else "")
+            f"{config['model_type']!r} there are {list(family.heads)}.{fix}"
         )
     found = {family.heads[name] for name in named} or set(family.heads.values())
     if len(found) > 1:
         raise ValueError(
-            f"config.json does not name one class in `architectures`; pass `head=`, one of {known}"
+            f"config.json does not name one class in `architectures`; pass `head=`, one of {known}."
         )
     return found.pop()
 
@@ -267,47 +263,5 @@ def family_of_model(model: nn.Module) -> tuple[str, str, Family]:
             return kind, next(name for name, ours in family.heads.items() if ours == head), family
     names = [family.model.__name__ for family in FAMILIES.values()]
     raise TypeError(
-        f"`model` is a {type(model).__name__}, which has no Hugging Face form here; those of {names} have"
+        f"`model` is a {type(model).__name__}, which has no Hugging Face form here; pass one of {names}."
     )
-
-
-class Tensor(NamedTuple):
-    """One tensor of a file, and where it lives in the parameters of a given model."""
-
-    name: str  # in the file
-    path: str  # in the parameters, components joined by `/`
-    layer: int | None  # its index along the first axis there, in a scanned model
-    transposed: bool
-    shape: tuple[int, ...]  # in the file
-
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        return array.T if self.transposed else array
-
-    def to_theirs(self, leaf) -> np.ndarray:
-        """What the file holds; of a stacked leaf only this layer leaves the device."""
-        array = on_host(leaf, self.layer)
-        # The writer takes the buffer as it lies in memory, whatever the strides say.
-        return np.ascontiguousarray(array.T if self.transposed else array)
-
-
-def tensors_of(model: nn.Module, family: Family) -> list[Tensor]:
-    """Every tensor of the model's files, in the order of the table and of the layers."""
-    shapes = shapes_of(model)
-    tensors = []
-    for theirs, ours, transposed in family.rows():
-        for i in range(getattr(model.config, family.layers)) if "{}" in theirs else [None]:
-            path = ours.replace("/{}/", "/") if model.scan and i is not None else ours.format(i)
-            layer = i if model.scan else None
-            if path in shapes:
-                shape = shapes[path].shape[1:] if layer is not None else shapes[path].shape
-                tensors.append(
-                    Tensor(theirs.format(i), path, layer, transposed, shape[::-1] if transposed else shape)
-                )
-    return tensors
-
-
-@functools.lru_cache(maxsize=64)  # tracing a model takes as long as reading it
-def shapes_of(model: nn.Module) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The parameters of a model by path, as shapes: nothing is allocated."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
-    return MappingProxyType(traverse_util.flatten_dict(shapes["params"], sep="/"))

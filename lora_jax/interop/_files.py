@@ -1,5 +1,5 @@
-"""Files as such: JSON, directories that appear complete or not at all, and the checksum that a file carries
-of itself.
+"""JSON files, directories that appear complete or not at all, and the checksum that a file carries of
+itself.
 
 The checksum finds accidents: a flipped bit, an unfinished copy, an edit that nobody remembers. Left out:
 signatures. Whoever changes a file on purpose can write a new checksum into it.
@@ -16,28 +16,45 @@ from pathlib import Path
 from typing import Any
 
 
-# What stands in the place of a file's own SHA-256 while that is computed.
+# Stands in the place of a file's own SHA-256 while the digest is computed.
 NO_DIGITS = "0" * 64
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or a `ValueError` that says what is wrong with the file or what lies in its place."""
+    """The JSON object in a file. The `ValueError` for any other file says what is wrong with it, or what lies
+    in its place.
+    """
     if not file.is_file():
         if file.parent.is_file():
-            raise ValueError(f"{file.parent} is a file; pass the directory that it is in")
+            raise ValueError(f"{file.parent} is a file; pass the directory that holds it.")
         found = (
             sorted(entry.name for entry in file.parent.iterdir())
             if file.parent.is_dir()
             else "no such directory"
         )
-        raise ValueError(f"{file} is missing; found there: {found}")
+        raise ValueError(f"{file} is missing; found there: {found}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object; copy it again.")
     return content
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of shards says."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(shard, str) for shard in files.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensors to files; copy or download it again.")
+    for shard in sorted(set(files.values())):
+        # The index is a stranger's: it may name files beside it and no others.
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise ValueError(
+                f"{index} names the file {shard!r}, which is not in {index.parent}; copy or download that "
+                "too."
+            )
+    return files
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -45,61 +62,66 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(dir: Path, *, overwrite: bool, mark: str, files: Iterable[str]) -> Iterator[Path]:
-    """A directory to fill, which takes the name `dir` when the block ends and vanishes if the block raises.
+def new_directory(directory: Path, *, overwrite: bool, mark: str, files: Iterable[str]) -> Iterator[Path]:
+    """A directory to fill, which takes the name `directory` when the block ends and vanishes if the block
+    raises.
 
-    `overwrite` replaces an earlier export, recognised by the file `mark` in it and by holding nothing but
-    what exports hold, `files` (as in `fnmatch`): with a wrong path, what would be lost is somebody's training
-    run, or home.
+    `overwrite` replaces an earlier export. An export holds the file `mark` and otherwise only files that
+    match the patterns `files` (as in `fnmatch`). Anything else is not replaced: a wrong path would cost
+    somebody a training run, or a home directory.
     """
-    dir = Path(dir).resolve()
-    if dir.is_file():
-        raise ValueError(f"{dir} is a file; choose a directory")
-    if dir.is_dir() and any(dir.iterdir()):
+    directory = Path(directory).resolve()
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; choose a directory.")
+    if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
             raise ValueError(
-                f"{dir} is not empty; choose another directory, or replace it with `overwrite=True`"
+                f"{directory} is not empty; choose another directory, or replace it with `overwrite=True`."
             )
-        if not (dir / mark).is_file():
+        if not (directory / mark).is_file():
             raise ValueError(
-                f"{dir} is not empty and has no {mark}: not an earlier export, so it is not replaced"
+                f"{directory} is not empty and has no {mark}: not an earlier export, so it is not replaced. "
+                "Choose another directory."
             )
         patterns = [mark, *files]
         other = sorted(
             entry.name
-            for entry in dir.iterdir()
+            for entry in directory.iterdir()
             if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns)
         )
         if other:
             raise ValueError(
-                f"{dir} holds {other[0]!r}, which no export writes, so it is not replaced: move that away, "
-                "or choose another directory"
+                f"{directory} holds {other[0]!r}, which no export writes, so it is not replaced; move that "
+                "file away, or choose another directory."
             )
-    dir.parent.mkdir(parents=True, exist_ok=True)
-    new = dir.with_name(f".{dir.name}.{uuid.uuid4().hex}")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     old = new.with_name(new.name + ".old")
     new.mkdir()
     try:
         yield new
-        if overwrite and dir.exists():
-            dir.rename(old)
+        if overwrite and directory.exists():
+            directory.rename(old)
         try:
-            new.rename(dir)  # the system refuses it where something came to be meanwhile
+            new.rename(directory)  # the system refuses this where something has appeared meanwhile
         except OSError as error:
-            if not dir.exists():
+            if not directory.exists():
                 raise
-            raise ValueError(f"{dir} appeared while this was being written: nothing is replaced") from error
+            raise ValueError(
+                f"{directory} appeared while this was being written: nothing is replaced. Choose another "
+                "name."
+            ) from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not dir.exists():
-            old.rename(dir)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def digest(file: Path, *, digits_at: int | None = None) -> str:
-    """The SHA-256 of a file in hexadecimal digits; the 64 bytes at `digits_at` count as zeros: the file's
-    own digest goes there.
+    """The SHA-256 of a file in hexadecimal digits. The 64 bytes at `digits_at`, where the file has its own
+    digest, count as zeros.
     """
     hashed = hashlib.sha256()
     with open(file, "rb") as stream:
@@ -112,19 +134,21 @@ def digest(file: Path, *, digits_at: int | None = None) -> str:
 
 
 def json_of(facts: dict[str, Any]) -> str:
-    """The facts that a file carries, in the one spelling that they have: equal facts, equal files."""
+    """The facts that a file carries, in one spelling, so that equal facts give equal files."""
     try:
         return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`facts`={facts!r} cannot be written as JSON: {error}") from error
+        raise ValueError(
+            f"`facts`={facts!r} cannot be written as JSON ({error}); pass what JSON can hold."
+        ) from error
 
 
 def checked_facts(
     file: Path, facts: str | None, digits: str | None, digits_at: int, *, verify: bool
 ) -> dict[str, Any] | None:
-    """The facts in a file that carries them and its digest; None for one that carries neither.
+    """The facts in a file that carries them and its digest; None for a file that carries neither.
 
-    A file with one of the two had both: a flipped bit hides one mark and cannot hide two.
+    A file with only one of the two is damaged: a flipped bit can hide one mark, and not both.
     """
     if facts is None and digits is None:
         return None
@@ -132,30 +156,29 @@ def checked_facts(
         there, gone = ("a checksum", "facts") if facts is None else ("facts", "checksum")
         raise ValueError(
             f"{file} is damaged: it carries {there} of lora_jax and no {gone}, which belong together; copy "
-            "it again"
+            "it again."
         )
     if verify and digest(file, digits_at=digits_at) != digits:
         raise ValueError(
-            f"{file} is damaged: its contents do not have the checksum that it carries; copy it again, or, "
-            "if you changed it "
-            "on purpose, pass `verify=False`"
+            f"{file} is damaged: its contents do not have the checksum that it carries; copy it again, or "
+            "pass `verify=False` if you changed it on purpose."
         )
     try:
         content = json.loads(facts)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file} is damaged: the facts that it carries are not JSON ({error}); copy it again"
+            f"{file} is damaged: the facts that it carries are not JSON ({error}); copy it again."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} is damaged: the facts that it carries are a JSON {type(content).__name__}, not an "
-            "object; copy it again"
+            "object; copy it again."
         )
     for name in ("base", "beside"):
         digests = content.get(name, {})
         if not isinstance(digests, dict) or not all(isinstance(text, str) for text in digests.values()):
             raise ValueError(
                 f"{file} is damaged: {name!r} of the facts that it carries is no mapping from names to "
-                "digests; copy it again"
+                "digests; copy it again."
             )
     return content

@@ -1,8 +1,8 @@
-"""Which base an adapter belongs to: 16 hexadecimal digits for each frozen tensor, as files hold it.
+"""The fingerprint of a base: 16 hexadecimal digits for each frozen tensor, as files hold it.
 
-By tensor, so that an error can name the first that differs, and so that a head that came later, or that
-trains, does not count. The same for layers that are stacked and for layers one by one. Left out: packed
-tensors, whose values are not the base's any more, and trees of shapes.
+Each tensor has its own digits, so that an error can name the first that differs, and so that a head that
+came later, or that trains, does not count. Stacked layers have the same digits as layers one by one. Left
+out: packed tensors, whose values are not the base's any more, and trees of shapes.
 """
 
 import hashlib
@@ -13,14 +13,15 @@ import flax.linen as nn
 import numpy as np
 
 from .._packed.packed import Packed
-from .._paths import is_array, is_shape
-from ._adapters import weights_of
-from ._families import Family, tensors_of
+from .._paths import is_array, is_shape, named_leaves
+from .._tree.nodes import is_node, weight_of
+from ._families import Family
+from ._tensors import tensors_of
 
 
 def fingerprint(model: nn.Module, family: Family, frozen: Any) -> dict[str, str]:
-    """The digits by the tensor's name, which change with its shape, its dtype and any of its values."""
-    leaves = weights_of(frozen)
+    """The digits of each tensor by its name. They change with its shape, its dtype and any of its values."""
+    leaves = {path: weight_of(leaf) for path, leaf in named_leaves(frozen, is_leaf=is_node)}
     digits = {}
     for tensor in tensors_of(model, family):
         leaf = leaves.get(tensor.path)
@@ -35,18 +36,19 @@ def _digits(array: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_base(source: Any, saved: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
+def check_base(source: Any, facts: Mapping[str, Any], model: nn.Module, family: Family, frozen: Any) -> None:
     """Raises `ValueError` where a tensor of the base is not the one beside which the adapter in `source`
-    was saved.
+    was saved. `facts`: what its file carries, which need not have a fingerprint.
     """
-    if not saved or not found:
+    saved: Mapping[str, str] = facts.get("base", {})
+    if not saved:
         return
+    found = fingerprint(model, family, frozen)
     different = [name for name in found if name in saved and saved[name] != found[name]]
     if different:
         more = f" and {len(different) - 1} more tensors" if len(different) > 1 else ""
         raise ValueError(
             f"{source} was saved beside another base: {different[0]!r}{more} of `params` have other values, "
-            "or another dtype, than there. Load the "
-            "base that it was trained on, or, if it shall go onto this one all the same, pass "
-            "`check_base=False`."
+            "or another dtype, than there. Load the base that it was trained on, or pass `check_base=False` "
+            "to put it onto this one all the same."
         )

@@ -1,11 +1,11 @@
-"""Which head a file of adapters brings along, told by its tensors."""
+"""The head that a file of adapters brings along, recognised by its tensors."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
-# The modules of our heads; the last gives the number of labels. A `classifier` alone decides nothing: a
-# DeBERTa may have a frozen pooler before it.
+# The modules of our heads; the last one gives the number of labels. A `classifier` alone does not decide
+# between two heads: a DeBERTa may have a frozen pooler before it.
 _HEADS = (
     ("sequence_classification", ("classifier.dense", "classifier.out_proj")),
     ("sequence_classification", ("pooler.dense", "classifier")),
@@ -14,7 +14,7 @@ _HEADS = (
 
 
 def head_in(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What to pass to `hf.load` for a head that is there as a whole; empty if there is none."""
+    """The arguments of `hf.load` for a head that the file holds as a whole; empty if it holds none."""
     token = ("token_classification", ("classifier",))
     heads = (*_HEADS, token) if any(name.startswith("roberta.") for name in stored) else _HEADS
     for head, modules in heads:

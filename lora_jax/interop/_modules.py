@@ -1,7 +1,7 @@
-"""A model's modules as PyTorch names them: what adapter files speak of, where our own trees have paths.
+"""A model's modules under PyTorch's names, which adapter files use where our own trees have paths.
 
-The tensors are those of the table in `_families.py`; here they are brought together by module, and named
-shortly where a config names them.
+The tensors are those of the tables in `_families.py`, here grouped by module. Configs name modules by their
+last components, so that this file also finds the shortest such endings.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from ._families import Family, Tensor, tensors_of
+from ._families import Family
+from ._tensors import Tensor, tensors_of
 
 
 ADAPTABLE = ("linear", "conv1d", "embedding", "convolution")
@@ -24,26 +25,34 @@ class Module(NamedTuple):
     kind: str  # one of ADAPTABLE, or "norm" or "other"
     weight: Tensor | None
     bias: Tensor | None
-    tied: bool  # a head whose weight is the embedding's, which is `weight` here
+    tied: bool  # whether this is a head whose weight is the embedding's
 
     @property
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
 
     @property
+    def matrix(self) -> Tensor:
+        """The weight of a module that has one, as every adaptable module does."""
+        assert self.weight is not None, f"{self.name} has a bias only"
+        return self.weight
+
+    @property
     def outs(self) -> int:
-        """Its width on the way out; an embedding's is that of its rows."""
-        shape = self.weight.shape
+        """The width of its result; for an embedding, of its rows."""
+        shape = self.matrix.shape
         return shape[0] if self.kind in ("linear", "convolution") or self.tied else shape[1]
 
     @property
     def ins(self) -> tuple[int, ...]:
-        shape = self.weight.shape
+        shape = self.matrix.shape
         return shape[1:] if self.kind in ("linear", "convolution") or self.tied else shape[:1]
 
 
 def modules_of(model: nn.Module, family: Family) -> list[Module]:
-    """Every module with parameters, in the order of the table; last, a head that is tied to the embedding."""
+    """Every module with parameters, in the order of the table. A head that is tied to the embedding comes
+    last.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     tensors = tensors_of(model, family)
     for tensor in tensors:
@@ -87,7 +96,7 @@ def _kind(weight: Tensor) -> str:
 
 
 def containers(names: Iterable[str]) -> set[str]:
-    """The modules that these are in."""
+    """The modules that contain these."""
     return {
         ".".join(parts[:depth])
         for parts in (name.split(".") for name in names)
@@ -96,8 +105,8 @@ def containers(names: Iterable[str]) -> set[str]:
 
 
 def ends_with(name: str, ending: str) -> bool:
-    """Whether `ending` is the whole of a module's name or its last components: how PEFT reads a list of
-    targets.
+    """Whether `ending` is the whole of a module's name or its last components. PEFT reads lists of targets
+    so.
     """
     return name == ending or name.endswith("." + ending)
 
@@ -117,10 +126,10 @@ def short_names(wanted: Collection[str], others: Collection[str]) -> list[str]:
 
 
 def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[str]:
-    """`wanted` with what makes up the whole of a larger module in its place: `classifier` for its two layers.
+    """`wanted`, with a larger module in place of all that it contains: `classifier` for its two layers.
 
-    Not where another module's name ends alike, dot or no dot: PEFT would take that for meant too, as
-    `word_embeddings` for `embeddings`.
+    A module is left as it is where another one's name ends like its container's, dot or no dot, because PEFT
+    would take both: `word_embeddings` for `embeddings`.
     """
     every = {*all_names, *containers(all_names)}
 
@@ -139,5 +148,5 @@ def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[s
 
 
 def covered_by(names: Iterable[str], module: str) -> bool:
-    """Whether a module is one of `names` or within one: how PEFT keeps adapters out of `modules_to_save`."""
+    """Whether a module is one of `names` or within one. PEFT keeps adapters out of `modules_to_save` so."""
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)

@@ -2,8 +2,8 @@
 tensor at a time.
 
 A file that is written with `facts` carries them and its own SHA-256 in its metadata, so that `facts_of` finds
-any bit that has changed since. The same tensors and facts give the same bytes. What a header may say, the
-`safetensors` library decides, which reads every file first. Left out: dtypes that NumPy does not have, of
+any bit that has changed since. The same tensors and facts give the same bytes. The `safetensors` library
+reads every file first and decides whether its header is valid. Left out: dtypes that NumPy does not have, of
 four and six bits.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open, SafetensorError
 
-from ._files import checked_facts, digest as digest, json_of, NO_DIGITS, read_json, write_json
+from ._files import checked_facts, digest as digest, json_of, NO_DIGITS, read_weight_map, write_json
 
 
 _DTYPES = {
@@ -32,7 +32,7 @@ _DTYPES = {
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
-# The digits come first of what differs between files, so that they are always in the same place.
+# The digits come before all that differs between files, so that they are always in the same place.
 _START = '{"__metadata__":{"format":"pt","sha256":"'
 _DIGITS_AT = 8 + len(_START)
 
@@ -50,8 +50,8 @@ class Stored(NamedTuple):
         """A read-only view of the file, whose pages are read as they are used."""
         if self.dtype not in _DTYPES:
             raise ValueError(
-                f"{self.file}: {self.name!r} has dtype {self.dtype}, which NumPy does not have; it must "
-                f"have one of {list(_DTYPES)}"
+                f"{self.file}: {self.name!r} has dtype {self.dtype}, which NumPy does not have; it must have "
+                f"one of {list(_DTYPES)}."
             )
         dtype = _DTYPES[self.dtype]
         try:
@@ -63,14 +63,14 @@ class Stored(NamedTuple):
         except (ValueError, OverflowError) as error:
             raise ValueError(
                 f"{self.file}: {self.name!r} of shape {self.shape} cannot be read ({error}); copy or "
-                "download it again"
+                "download it again."
             ) from error
-        # Old writers did not pad the header; what computes on arrays may count on aligned ones.
+        # Old writers did not pad the header, and code that computes may rely on aligned arrays.
         return array if array.flags.aligned else array.copy()
 
 
 class Pending(NamedTuple):
-    """A tensor to be written, not fetched yet, so that one at a time is in memory."""
+    """A tensor to be written, not fetched yet, so that only one is in memory at a time."""
 
     name: str
     shape: tuple[int, ...]
@@ -78,47 +78,44 @@ class Pending(NamedTuple):
     fetch: Callable[[], np.ndarray]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def stored_tensors(dir: Path, stem: str = "model") -> dict[str, Stored]:
+def stored_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
     """Every tensor of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` lists, by
     name.
     """
-    whole, index = dir / f"{stem}.safetensors", dir / f"{stem}.safetensors.index.json"
+    whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if whole.is_file():
         return {stored.name: stored for stored in _header(whole)[1]}
     if not index.is_file():
-        found = sorted(entry.name for entry in dir.iterdir())
+        found = sorted(entry.name for entry in directory.iterdir())
         binary = any(name.endswith((".bin", ".pt")) for name in found)
-        hint = "; write the .bin files as safetensors with transformers' `save_pretrained`" if binary else ""
-        raise ValueError(f"{dir} has neither {whole.name} nor {index.name}; found there: {found}{hint}")
+        fix = " Write the .bin files as safetensors with transformers' `save_pretrained`." if binary else ""
+        raise ValueError(f"{directory} has neither {whole.name} nor {index.name}; found there: {found}.{fix}")
 
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{index} has no `weight_map` from tensors to files")
-    shards = sorted(set(places.values()))
-    for shard in shards:
-        # The index is a stranger's: it may name files beside it and no others.
-        if Path(shard).name != shard or not (dir / shard).is_file():
-            raise ValueError(f"{index} names the file {shard!r}, which is not in {dir}")
+    files = read_weight_map(index)
     stored = {}
-    for shard in shards:
-        for tensor in _header(dir / shard)[1]:
-            if places.get(tensor.name) != shard:
+    for shard in sorted(set(files.values())):
+        for tensor in _header(directory / shard)[1]:
+            if files.get(tensor.name) != shard:
                 raise ValueError(
-                    f"{dir / shard} holds {tensor.name!r}, which {index.name} does not place there"
+                    f"{directory / shard} holds {tensor.name!r}, which {index.name} does not place there; "
+                    "copy or download both again."
                 )
             stored[tensor.name] = tensor
-    lost = sorted(set(places) - set(stored))
+    lost = sorted(set(files) - set(stored))
     if lost:
-        raise ValueError(f"{index} lists {lost[0]!r} in {places[lost[0]]!r}, which does not hold it")
+        raise ValueError(
+            f"{index} lists {lost[0]!r} in {files[lost[0]]!r}, which does not hold it; copy or download both "
+            "again."
+        )
     return stored
 
 
 def write_tensors(
-    dir: Path,
+    directory: Path,
     tensors: list[Pending],
     shard_bytes: int,
     stem: str = "model",
@@ -127,8 +124,8 @@ def write_tensors(
     """Writes one file, or shards of at most `shard_bytes` (a larger tensor has a shard of its own) and their
     index.
 
-    With `facts`, a JSON object, each file carries them and its checksum, and among them, in `beside`, the
-    digest of the index; with None it is a file like any other tool's.
+    With `facts`, a JSON object, each file carries its checksum and these facts, to which the digest of the
+    index is added under `beside`. With None the file is like any other tool's.
     """
     _check_pending(tensors)
     shards = _shards(tensors, shard_bytes)
@@ -136,22 +133,22 @@ def write_tensors(
     if len(shards) > 1:
         names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index = {
-            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
             "weight_map": {
                 tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
             },
         }
-        file = dir / f"{stem}.safetensors.index.json"
+        file = directory / f"{stem}.safetensors.index.json"
         write_json(file, index)
         if facts is not None:
             facts = {**facts, "beside": {**facts.get("beside", {}), file.name: digest(file)}}
     for name, shard in zip(names, shards, strict=True):
-        _write(dir / name, shard, facts)
+        _write(directory / name, shard, facts)
 
 
 def fetch_tensors(tensors: list[Pending], shard_bytes: int) -> None:
-    """Fetches in the order in which `write_tensors` does, and keeps nothing: what the other processes do
-    while one writes.
+    """Fetches the tensors in the order in which `write_tensors` does, and keeps none. The other processes
+    call this while one writes.
     """
     for shard in _shards(tensors, shard_bytes):
         for tensor in shard:
@@ -171,11 +168,10 @@ def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
 def _shards(tensors: list[Pending], shard_bytes: int) -> list[list[Pending]]:
     shards: list[list[Pending]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    # The larger the items the further in front, as the library has it: each then begins at a multiple of its
-    # item's size.
+    # Larger items first, as the library has them: each tensor then begins at a multiple of its item's size.
     return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
@@ -185,12 +181,13 @@ def _check_pending(tensors: list[Pending]) -> None:
         if tensor.name in names or tensor.name == "__metadata__":
             raise ValueError(
                 f"`tensors` has the name {tensor.name!r} "
-                + ("twice" if tensor.name in names else "which the format keeps for itself")
+                + ("twice." if tensor.name in names else "which the format keeps for itself.")
+                + " Give each tensor a name of its own."
             )
         if tensor.dtype not in _WORDS:
             raise ValueError(
                 f"{tensor.name!r} has dtype {tensor.dtype!r}, which safetensors does not have; it must have "
-                f"one of {list(_DTYPES)}"
+                f"one of {list(_DTYPES)}."
             )
         names.add(tensor.name)
 
@@ -205,7 +202,7 @@ def _write(file: Path, tensors: list[Pending], facts: dict[str, Any] | None) -> 
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
-        begin, end = end, end + tensor.bytes
+        begin, end = end, end + tensor.nbytes
         header[tensor.name] = {
             "dtype": _WORDS[tensor.dtype],
             "shape": list(tensor.shape),
@@ -216,7 +213,7 @@ def _write(file: Path, tensors: list[Pending], facts: dict[str, Any] | None) -> 
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{file}: the name {error.object[max(0, error.start - 40) : error.end]!r} is not Unicode text "
-            f"({error.reason})"
+            f"({error.reason})."
         ) from error
     text += b" " * (-len(text) % 8)
 
@@ -233,14 +230,14 @@ def _write(file: Path, tensors: list[Pending], facts: dict[str, Any] | None) -> 
 
 
 def _append(stream, hashed, tensor: Pending) -> None:
-    # A function of its own, so that its array is gone before the next is fetched.
+    # A function, so that its array is freed before the next is fetched.
     array = np.asarray(tensor.fetch())
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise ValueError(
             f"{tensor.name!r} was announced as {tensor.dtype} of shape {tensor.shape} and came as "
-            f"{array.dtype} of shape {array.shape}"
+            f"{array.dtype} of shape {array.shape}."
         )
-    # As bytes: the buffers of bfloat16 arrays are unknown to `write`.
+    # As bytes, because `write` does not take the buffers of bfloat16 arrays.
     data = array.reshape(-1).view(np.uint8)
     stream.write(data)
     hashed.update(data)
@@ -255,20 +252,20 @@ def _header(file: Path) -> tuple[dict[str, str], list[Stored]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length).decode(), object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", None) or {}
-        places = [
+        entries = [
             (name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()
         ]
-    # TypeError: the library also takes `["F32", [1], [0, 4]]` for the description of a tensor.
+    # `TypeError`, because the library also takes `["F32", [1], [0, 4]]` for the description of a tensor.
     except (SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file} is not a complete safetensors file ({error}); copy or download it again"
+            f"{file} is not a complete safetensors file ({error}); copy or download it again."
         ) from error
-    return metadata, [Stored(file, *place) for place in places]
+    return metadata, [Stored(file, *entry) for entry in entries]
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two tensors with one name, JSON's readers keep the last, and say nothing.
+    # JSON's readers keep the last of two tensors with one name, and say nothing.
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

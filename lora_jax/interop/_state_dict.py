@@ -1,4 +1,4 @@
-"""The tensors of a `.pt` or `.bin` file by name, wherever in it the state dict is."""
+"""The tensors of a `.pt` or `.bin` file by name, wherever the file has its state dict."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _torch_files
-from ._files import read_json
+from ._files import read_weight_map
 
 
-# What trainers wrap around a state dict; the first that is there is meant.
+# What trainers wrap around a state dict. The first that a file has is read.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 _WORDS = {
     np.dtype(np.float16): "F16",
@@ -22,7 +22,7 @@ _WORDS = {
 
 
 class Read(NamedTuple):
-    """A tensor of the file, described like one that is not read yet."""
+    """A tensor that has been read, with the same interface as `Stored`, one that has not."""
 
     name: str
     array: np.ndarray
@@ -41,7 +41,9 @@ class Read(NamedTuple):
 
 
 def tensors(file: Path) -> dict[str, Read]:
-    """Raises `ValueError` for a file that does not hold one flat dict of tensors, among whatever else."""
+    """The state dict of a file, which may hold other things beside it. Raises `ValueError` if it is not one
+    flat dict of tensors.
+    """
     content = _torch_files.read(file)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -49,7 +51,7 @@ def tensors(file: Path) -> dict[str, Read]:
             break
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"{file} holds a {type(content).__name__}, not a state dict; save `{{name: tensor}}`"
+            f"{file} holds a {type(content).__name__}, not a state dict; save `{{name: tensor}}`."
         )
     wrong = next(
         (
@@ -62,26 +64,23 @@ def tensors(file: Path) -> dict[str, Read]:
     if wrong is not None:
         raise ValueError(
             f"{file} has a {type(content[wrong]).__name__} under {wrong!r}, where a tensor was expected; "
-            f"save `{{name: tensor}}`, alone or under one of {list(_WRAPPERS)}"
+            f"save `{{name: tensor}}`, alone or under one of {list(_WRAPPERS)}."
         )
     return {name: Read(name, array) for name, array in content.items()}
 
 
-def stored_binaries(dir: Path, stem: str) -> dict[str, Read]:
+def stored_binaries(directory: Path, stem: str) -> dict[str, Read]:
     """Every tensor of `stem.bin`, or of the shards that `stem.bin.index.json` lists."""
-    whole, index = dir / f"{stem}.bin", dir / f"{stem}.bin.index.json"
+    whole, index = directory / f"{stem}.bin", directory / f"{stem}.bin.index.json"
     if whole.is_file():
         return tensors(whole)
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{index} has no `weight_map` from tensors to files")
+    files = read_weight_map(index)
     found: dict[str, Read] = {}
-    for shard in sorted(set(places.values())):
-        # The index is a stranger's: it may name files beside it and no others.
-        if Path(shard).name != shard or not (dir / shard).is_file():
-            raise ValueError(f"{index} names the file {shard!r}, which is not in {dir}")
-        found |= tensors(dir / shard)
-    lost = sorted(places.keys() ^ found.keys())
+    for shard in sorted(set(files.values())):
+        found |= tensors(directory / shard)
+    lost = sorted(files.keys() ^ found.keys())
     if lost:
-        raise ValueError(f"{index} and its files do not agree about {lost[0]!r}")
+        raise ValueError(
+            f"{index} and its files do not agree about {lost[0]!r}; copy or download them again."
+        )
     return found

@@ -1,8 +1,8 @@
-"""The checks that every reader shares: nothing is missing, unexpected, of another shape or dtype, or not
-a number.
+"""The checks that all readers share: no tensor is missing, unexpected, of another shape or dtype, or not
+finite.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "F64": j
 def check_tensors(summary: str, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless `stored` has exactly these tensors, floating point and of these shapes.
 
-    `stored`: by the name expected, anything with the `name`, `shape` and `dtype` that it has in the file.
+    `stored`: by the expected name, tensors with the `name`, `shape` and `dtype` that they have in the file.
     """
     unexpected = [name for name in stored if name not in expected]
     problems = []
@@ -37,12 +37,24 @@ def check_tensors(summary: str, expected: Mapping[str, tuple[int, ...]], stored:
     report(summary, problems)
 
 
+def renamed(source: Any, stored: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """The tensors in `source` under other names. Raises `ValueError` where two of them get the same."""
+    found: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        other = found.setdefault(rename(name), tensor)
+        if other is not tensor:
+            raise ValueError(
+                f"{source} holds one tensor under two names, {other.name!r} and {name!r}; remove one."
+            )
+    return found
+
+
 def report(summary: str, problems: Iterable[str], shown: int = 8) -> None:
     """Raises `ValueError` if there are any problems, naming the first ones."""
     problems = sorted(problems)
     if problems:
         more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
-        raise ValueError(f"{summary}: {'; '.join(problems[:shown])}{more}")
+        raise ValueError(f"{summary}: {'; '.join(problems[:shown])}{more}.")
 
 
 def check_finite(file: Path, name: str, array: np.ndarray) -> np.ndarray:
@@ -50,8 +62,8 @@ def check_finite(file: Path, name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
         raise ValueError(
-            f"{file} has {count} values in {name!r} that are infinite or no numbers: what wrote it went "
-            "wrong; take an earlier file, or pass `verify=False`"
+            f"{file} has {count} values in {name!r} that are infinite or no numbers: the training or the "
+            "program that wrote them went wrong. Take an earlier file, or pass `verify=False`."
         )
     return array
 
@@ -61,7 +73,7 @@ def check_writable(name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(
             f"{name!r} has values that are infinite or no numbers, so nothing is written: the training that "
-            "made it went wrong"
+            "made them went wrong. Save an earlier state."
         )
     return array
 
@@ -72,23 +84,21 @@ def check_beside(file: Path, facts: Mapping[str, Any] | None) -> None:
         other = file.parent / Path(name).name
         if not other.is_file() or digest(other) != digits:
             raise ValueError(
-                f"{other} {'has changed since it was' if other.is_file() else 'is missing, which was'} "
-                f"saved with {file.name}: copy it again, or, if you changed it on "
-                "purpose, pass `verify=False`"
+                f"{other} {'has changed since it was' if other.is_file() else 'is missing, which was'} saved "
+                f"with {file.name}; copy it again, or pass `verify=False` if you changed it on purpose."
             )
 
 
 def on_device(path: str, array: np.ndarray) -> jax.Array:
-    """A copy of what a file holds, in its own dtype, where JAX puts arrays by default."""
+    """A copy of an array from a file, in its own dtype, where JAX puts arrays by default."""
     check_width(path, array.dtype)
     return jnp.array(array)
 
 
 def check_width(path: str, dtype: Any) -> None:
-    """Raises `ValueError` for what JAX would narrow."""
+    """Raises `ValueError` for a dtype that JAX would narrow."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             f"{path!r} is {dtype} in the file and would be narrowed; call "
-            "`jax.config.update('jax_enable_x64', True)` "
-            "first, or convert the file"
+            "`jax.config.update('jax_enable_x64', True)` first, or convert the file."
         )

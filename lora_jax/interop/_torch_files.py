@@ -1,8 +1,8 @@
-"""PyTorch's files (`.bin`, `.pt`; a zip of a pickle and of bytes), read and written without PyTorch and
-without running a pickle.
+"""PyTorch's files (`.bin`, `.pt`), zips of a pickle and of bytes: read and written without PyTorch, and
+without running the pickle.
 
 A file that `write` made carries facts and its own SHA-256, so that `facts_of` finds any bit that has changed
-since. Left out: files of PyTorch before 1.6, big-endian ones, and what `_torch_pickle` leaves out.
+since. Left out: files of PyTorch before 1.6, big-endian files, and what `_torch_pickle` leaves out.
 """
 
 import contextlib
@@ -22,25 +22,27 @@ from ._torch_pickle import check_values, DTYPES, Name, pickled, Refused, Storage
 
 _ZIP = b"PK\x03\x04"
 _COMMENT = b"lora_jax sha256 "
-_ALIGNED = 64  # to what PyTorch aligns its tensors in the file
+_ALIGNMENT = 64  # of the tensors in PyTorch's files, in bytes
+_FILE_HEADER = 30  # bytes before a record's name (section 4.3.7 of the zip format)
 
 
 def read(file: Path) -> Any:
-    """What `torch.save` wrote: dicts, lists, tuples, numbers and text as they were, and each tensor or
-    parameter as a read-only array.
+    """The value that `torch.save` wrote: dicts, lists, tuples, numbers and text as they were, and each tensor
+    or parameter as a read-only array.
 
-    A device or layout is its name, a `torch.Size` a tuple. Tensors that shared memory share it still.
+    A device or layout becomes its name, and a `torch.Size` a tuple. Tensors that shared memory still share
+    it.
 
-    Raises `ValueError` for a file that is damaged, or that asks for anything else, which would be code to
-    run.
+    Raises:
+      ValueError: a file that is damaged, or that asks for anything else, which would be code to run.
     """
     with _opened(file) as (archive, root):
-        record = f"{root}/byteorder"  # younger than the format
+        record = f"{root}/byteorder"  # missing in older files
         order = archive.read(record) if record in archive.namelist() else b"little"
         if order != b"little":
             raise Refused(
                 f"{file} has the byte order {order[:16]!r} and must have b'little'; save it again on a "
-                "little-endian machine"
+                "little-endian machine."
             )
         storages: dict[str, Storage] = {}
 
@@ -64,15 +66,15 @@ def read(file: Path) -> Any:
 def write(
     file: Path, tensors: Mapping[str, np.ndarray], *, facts: dict[str, Any], overwrite: bool = True
 ) -> None:
-    """A state dict, `{name: tensor}`, as `torch.load(file, weights_only=True)` reads it; it appears
-    complete or not at all.
+    """Writes a state dict, `{name: tensor}`, that `torch.load(file, weights_only=True)` reads. The file
+    appears complete or not at all.
     """
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     for name, array in arrays.items():
         if array.dtype not in STORAGES:
             raise ValueError(
                 f"`tensors` has {name!r} with dtype {array.dtype}, which must be one of "
-                f"{[str(dtype) for dtype in STORAGES]}"
+                f"{[str(dtype) for dtype in STORAGES]}."
             )
     new = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
@@ -86,17 +88,19 @@ def write(
             archive.comment = _COMMENT + NO_DIGITS.encode()
         digits_at = new.stat().st_size - len(NO_DIGITS)
         digits = digest(new, digits_at=digits_at)
-        with open(new, "r+b") as stream:
-            stream.seek(digits_at)
-            stream.write(digits.encode())
+        with open(new, "r+b") as written:
+            written.seek(digits_at)
+            written.write(digits.encode())
         if overwrite:
             os.replace(new, file)
         else:
-            os.link(new, file)  # which the system refuses where something is
+            os.link(new, file)  # the system refuses this where a file exists
             new.unlink()
     except FileExistsError as error:
         new.unlink(missing_ok=True)
-        raise ValueError(f"{file} appeared while it was being written: nothing is replaced") from error
+        raise ValueError(
+            f"{file} appeared while it was being written: nothing is replaced. Choose another name."
+        ) from error
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -118,22 +122,24 @@ def facts_of(file: Path, *, verify: bool = True) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
-    """The zip and the name of its one folder; what goes wrong inside the block is the file's fault."""
+    """The zip and the name of its one folder. An exception within the block is raised as an error of the
+    file.
+    """
     if not file.is_file():
         raise Refused(
-            f"{file} {'is a directory' if file.is_dir() else 'is not there'}; pass a file of PyTorch's"
+            f"{file} {'is a directory' if file.is_dir() else 'is not there'}; pass a file of PyTorch's."
         )
     with open(file, "rb") as stream:
         start = stream.read(len(_ZIP))
         if start[:1] == b"\x80":
             raise Refused(
                 f"{file} has the format that PyTorch wrote before 1.6; load it with PyTorch where you trust "
-                "it, and save it again"
+                "it, and save it again."
             )
         if start != _ZIP:
             raise Refused(
                 f"{file} is not a PyTorch file: it begins with {start!r}, not with {_ZIP!r}; copy or "
-                "download it again"
+                "download it again."
             )
         try:
             with zipfile.ZipFile(stream) as archive:
@@ -144,7 +150,7 @@ def _opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
         except Exception as error:
             raise ValueError(
                 f"{file} is damaged, or no plain PyTorch file ({type(error).__name__}: {error}); copy or "
-                "download it again"
+                "download it again."
             ) from error
 
 
@@ -153,13 +159,13 @@ def _root(file: Path, archive: zipfile.ZipFile) -> str:
     names = {record.filename for record in records}
     if len(names) != len(records):
         raise ValueError("it has two records of one name")
-    # Compressed, or lying over each other, a few bytes could fill the memory.
+    # A few bytes could fill the memory if records were compressed, or lay over each other.
     if any(
         record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
         for record in records
     ):
         raise Refused(
-            f"{file} is a compressed zip, which PyTorch does not write; save it again with `torch.save`"
+            f"{file} is a compressed zip, which PyTorch does not write; save it again with `torch.save`."
         )
     if sum(record.file_size for record in records) > file.stat().st_size:
         raise ValueError("its records are larger than itself")
@@ -168,14 +174,15 @@ def _root(file: Path, archive: zipfile.ZipFile) -> str:
     ]
     if len(roots) != 1:
         raise Refused(
-            f"{file} is a zip with {len(roots)} records `*/data.pkl`, not the one that `torch.save` writes"
+            f"{file} is a zip with {len(roots)} records `*/data.pkl`, not the one that `torch.save` writes; "
+            "save it again with `torch.save`."
         )
     return roots[0]
 
 
 def _add(archive: zipfile.ZipFile, stream, name: str, data: Any) -> None:
-    record = zipfile.ZipInfo(f"archive/{name}")  # of 1980, so that equal tensors give equal files
+    record = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, so that equal tensors give equal files
     record.create_system, record.external_attr = 3, 0o644 << 16
-    room = -(stream.tell() + zipfile.sizeFileHeader + len(record.filename) + 4) % _ALIGNED
+    room = -(stream.tell() + _FILE_HEADER + len(record.filename) + 4) % _ALIGNMENT
     record.extra = b"FB" + room.to_bytes(2, "little") + b"Z" * room
     archive.writestr(record, data)

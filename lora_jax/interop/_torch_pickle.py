@@ -1,8 +1,9 @@
-"""The pickle in a PyTorch file, followed opcode by opcode, and written.
+"""The pickle in a PyTorch file, read opcode by opcode, and written.
 
-No unpickler is at work here: it would call, set attributes and hash as the file says. `unpickled` knows the
-opcodes that make dicts, lists, tuples, numbers, text and tensors, and refuses every other. Left out: dtypes
-younger than bfloat16, sparse, quantised and complex tensors, and attributes on tensors and dicts.
+Python's unpickler is not used, because it calls functions, sets attributes and hashes values as the file
+says. `unpickled` knows the opcodes that make dicts, lists, tuples, numbers, text and tensors, and refuses
+every other. Left out: dtypes younger than bfloat16, sparse, quantised and complex tensors, and attributes on
+tensors and dicts.
 """
 
 import collections
@@ -40,19 +41,19 @@ _KNOWN = {
     "torch.device",
     "torch.serialization._get_layout",
 }
-_SAVE = "load it with PyTorch where you trust it, and save `{name: tensor}` only"
-# Bounds on what a small file may stand for; real ones are far below.
+_FIX = "load it with PyTorch where you trust it, and save `{name: tensor}` only"
+# Bounds on the values that a small file may stand for. Real files are far below.
 _MOST_VALUES = 10_000_000
 _MOST_REPEATED = 2**26
 
 
 class Refused(ValueError):
-    """What is said of a file in full, beside the errors of the zip and pickle formats."""
+    """An error whose text is complete. Those of the zip and pickle formats get a sentence around them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Name:
-    """What a pickle calls `module.name`: here a word, which stands for nothing."""
+    """A function or class that a pickle names, `module.name`: only a word here, never looked up."""
 
     word: str
 
@@ -62,12 +63,13 @@ class Storage:
     array: np.ndarray  # flat, read-only
 
 
-def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -> Any:
-    """What a pickle describes. The only things called are the functions of this file."""
+def unpickled(file: Path, content: bytes, storage_of: Callable[[Any], Storage]) -> Any:
+    """The value that a pickle describes. Only functions of this file are called."""
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
-    for opcode, argument, position in pickletools.genops(pickle):
+    argument: Any  # the opcode decides its type
+    for opcode, argument, position in pickletools.genops(content):
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -96,13 +98,13 @@ def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -
                 if opcode.name == "TUPLE":
                     stack.append(tuple(items))
                 else:
-                    _fill(stack[-1], items, list if opcode.name == "APPENDS" else dict)
+                    (_extend if opcode.name == "APPENDS" else _fill)(stack[-1], items)
             case "APPEND":
                 item = stack.pop()
-                _fill(stack[-1], [item], list)
+                _extend(stack[-1], [item])
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _fill(stack[-1], [key, value], dict)
+                _fill(stack[-1], [key, value])
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -119,16 +121,16 @@ def unpickled(file: Path, pickle: bytes, storage_of: Callable[[Any], Storage]) -
             case "REDUCE":
                 arguments, name = stack.pop(), stack.pop()
                 stack.append(_made(name, arguments))
-            case "BUILD":  # only for what hangs on the dict of `Module.state_dict()`: versions of modules
+            case "BUILD":  # only for the attribute of `Module.state_dict()` that has the versions of modules
                 if not isinstance(stack.pop(), dict) or not isinstance(stack[-1], collections.OrderedDict):
                     raise ValueError("it sets the state of something that has none")
             case "STOP":
-                if len(stack) != 1 or outer or position != len(pickle) - 1:
+                if len(stack) != 1 or outer or position != len(content) - 1:
                     raise ValueError("its pickle ends with something left over")
                 return stack[0]
             case other:
                 raise Refused(
-                    f"{file} has the opcode {other} in its pickle, which no state dict needs; {_SAVE}"
+                    f"{file} has the opcode {other} in its pickle, which no state dict needs; {_FIX}."
                 )
     raise ValueError("its pickle has no end")
 
@@ -138,18 +140,21 @@ def _known(file: Path, module: Any, name: Any) -> Name:
         raise ValueError("it asks for something without a name")
     word = f"{module}.{name}"
     if word not in _KNOWN:
-        raise Refused(f"{file} asks for {word!r}, and code that files ask for is never run; {_SAVE}")
+        raise Refused(f"{file} asks for {word!r}, and code that files ask for is never run; {_FIX}.")
     return Name(word)
 
 
-def _fill(container: Any, items: list[Any], kind: type) -> None:
-    if not isinstance(container, kind):
-        raise ValueError(f"it puts items of a {kind.__name__} into a {type(container).__name__}")
-    if kind is list:
-        container.extend(items)
-        return
+def _extend(container: Any, items: list[Any]) -> None:
+    if not isinstance(container, list):
+        raise ValueError(f"it puts items of a list into a {type(container).__name__}")
+    container.extend(items)
+
+
+def _fill(container: Any, items: list[Any]) -> None:
+    if not isinstance(container, dict):
+        raise ValueError(f"it puts items of a dict into a {type(container).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Nothing else is hashed: the hash of a tuple of tuples can take for ever.
+        # No other type is hashed, because the hash of nested tuples can take for ever.
         if type(key) not in (str, int, float, bool):
             raise ValueError(f"a dict has a {type(key).__name__} as a key")
         if key in container:
@@ -158,13 +163,11 @@ def _fill(container: Any, items: list[Any], kind: type) -> None:
 
 
 def _made(name: Any, arguments: Any) -> Any:
-    """What the functions that a pickle may name would return, each for the arguments that PyTorch gives
-    it.
-    """
+    """The result of a function that a pickle may name, for the arguments that PyTorch gives it."""
     match name, arguments:
         case Name("collections.OrderedDict"), ():
             return collections.OrderedDict()
-        # Marks: `neg`, of a tensor that PyTorch has yet to negate.
+        # A mark may be `neg`: such a tensor, which PyTorch has yet to negate, is refused.
         case Name("torch._utils._rebuild_tensor_v2"), (
             Storage(array),
             offset,
@@ -201,7 +204,7 @@ def _made(name: Any, arguments: Any) -> Any:
 
 
 def _view(array: np.ndarray, offset: Any, size: tuple, stride: tuple) -> np.ndarray:
-    """A tensor of a storage; never one of bytes outside it."""
+    """The tensor in a storage, after a check that it lies within."""
     if len(size) != len(stride) or not all(
         type(number) is int and number >= 0 for number in (offset, *size, *stride)
     ):
@@ -223,8 +226,8 @@ def _view(array: np.ndarray, offset: Any, size: tuple, stride: tuple) -> np.ndar
 
 
 def check_values(contents: Any) -> None:
-    """No part of the machinery among the values, nothing that holds itself, and no few dicts that stand
-    for millions.
+    """Raises `ValueError` where a name or a storage is among the values, a value holds itself, or a few dicts
+    stand for millions of values.
     """
     counts: dict[int, int | None] = {}
 
@@ -249,7 +252,7 @@ def check_values(contents: Any) -> None:
 
 
 def pickled(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The state dict in pickle's protocol 2, which is what `weights_only=True` takes."""
+    """The state dict in pickle's protocol 2, which `weights_only=True` takes."""
     parts = [b"\x80\x02}("]
     for key, (name, array) in enumerate(arrays.items()):
         strides = [

@@ -1,10 +1,10 @@
-"""Flax linen models that know nothing of LoRA. They import flax; the core of `lora_jax` does not import
+"""Flax linen models that know nothing of LoRA. They import flax, and the core of `lora_jax` does not import
 them.
 """
 
 from ._cache import Cache as Cache
 from ._encoder import HEADS as HEADS
-from ._layers import stack_layers as stack_layers, unstack_layers as unstack_layers
+from ._layouts import stack_layers as stack_layers, unstack_layers as unstack_layers
 from .deberta import DebertaV2 as DebertaV2, DebertaV2Config as DebertaV2Config
 from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config
 from .roberta import Roberta as Roberta, RobertaConfig as RobertaConfig

@@ -1,8 +1,7 @@
-"""Keys and values kept between the steps of decoding, as an explicit pytree: it is passed in and comes out
-again.
+"""Keys and values that decoding keeps between its steps: a pytree that the model takes and returns.
 
-Explicit rather than a linen collection, because decoding loops carry and extend it, and `scan` over the
-layers maps over it as over any other array.
+It is no linen collection, because decoding loops carry and extend it, and `scan` over the layers maps over it
+as over any other array.
 """
 
 from typing import NamedTuple
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far, in slots that all rows of a batch fill in step.
+    """Keys and values of the tokens seen so far, in slots that all rows of a batch fill together.
 
-    A padding token takes a slot too, marked false in `mask`, so that shapes and the place of the next write
-    are the same for every row and a step compiles once.
+    A padding token takes a slot too, with false in `mask`. So shapes and the next slot are the same for every
+    row, and a step compiles once.
     """
 
     # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`).
@@ -25,8 +24,8 @@ class Cache(NamedTuple):
     length: jax.Array  # () int32: slots filled
 
     def extended(self, slots: int) -> "Cache":
-        """The same cache with `slots` more, empty. Slots may outnumber the model's positions where beams
-        share a row.
+        """The same cache with `slots` more, which are empty. It may have more slots than the model has
+        positions, where beams share a row.
         """
         layers = jax.tree.map(
             lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)]), self.layers
@@ -34,16 +33,16 @@ class Cache(NamedTuple):
         return Cache(layers, jnp.pad(self.mask, [(0, 0), (0, slots)]), self.length)
 
 
-def advance(cache, mask_BxT, shape, positions):
-    """What the new tokens may look at, (B, 1, T, S), their positions (B, T), and the cache that counts
-    them.
+def advance(cache: Cache, mask_BxT, shape: tuple[int, int], positions: int):
+    """The slots that the new tokens attend to, (B, 1, T, S), their positions (B, T), and the cache that
+    counts them. `shape` is that of the tokens, and `positions` the number of the model's positions.
     """
     batch, tokens = shape
     slots = cache.mask.shape[1]
     mask_BxT = jnp.ones(shape, bool) if mask_BxT is None else mask_BxT
     before_Bx1 = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
     position_BxT = jnp.maximum(before_Bx1 + jnp.cumsum(mask_BxT, -1, dtype=jnp.int32) - 1, 0)
-    # A full cache would be overwritten in silence; a position out of range turns the logits into NaN instead.
+    # A write into a full cache would overwrite it in silence. A position out of range makes the logits NaN.
     position_BxT = jnp.where(cache.length + tokens <= slots, position_BxT, positions)
     mask_BxS = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BxT, cache.length, axis=1)
     past_TxS = jnp.arange(slots)[None, :] <= cache.length + jnp.arange(tokens)[:, None]
@@ -53,11 +52,11 @@ def advance(cache, mask_BxT, shape, positions):
 
 
 def write(slots, new, start):
-    """Keys and values with those of the new tokens in their place, each (B, S, H, K)."""
+    """The keys and values in all slots, each (B, S, H, K), after those of the new tokens are written."""
     if slots[0].dtype != new[0].dtype:
         raise TypeError(
-            f"`cache` holds {slots[0].dtype} and the model computes in {new[0].dtype}; "
-            f"make it with `model.init_cache(batch, slots, dtype=jnp.{new[0].dtype})`"
+            f"`cache` holds {slots[0].dtype} and the model computes in {new[0].dtype}; make it with "
+            f"`model.init_cache(batch, slots, dtype=jnp.{new[0].dtype})`."
         )
     return tuple(
         jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1) for old, x in zip(slots, new, strict=True)

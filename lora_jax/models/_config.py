@@ -1,5 +1,5 @@
-"""What the configurations of all models share: Hugging Face's `config.json`, every key of it honoured,
-known to be idle, or refused.
+"""What the configurations of all models share. Every key of Hugging Face's `config.json` is used, known to be
+idle, or refused.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 from ._layers import ACTIVATIONS
 
 
-# Keys found in configurations that leave the outputs as they are: bookkeeping and defaults of `generate`.
-# Names that start with an underscore are idle too.
+# Keys that do not change a model's outputs: bookkeeping and defaults of `generate`. Keys that start with an
+# underscore are idle too.
 IDLE = frozenset(
     """
     architectures attn_implementation bos_token_id chunk_size_feed_forward directionality dtype
@@ -21,50 +21,53 @@ IDLE = frozenset(
 )
 
 
-class Config:
-    """Fields under the names and with the defaults of Hugging Face's `config.json`; subclasses are frozen
-    dataclasses.
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Fields under the names and with the defaults of Hugging Face's `config.json`, declared by subclasses,
+    which are frozen dataclasses.
     """
 
-    family: ClassVar[str]  # what messages call the model
+    family: ClassVar[str]  # the model's name in errors
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]  # the published ones
     idle: ClassVar[frozenset[str]] = IDLE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # bool is an int to Python and an int is a good float; neither the other way round.
-            kind = {float: int | float, float | None: int | float | None}.get(field.type, field.type)
-            kind = tuple if getattr(kind, "__origin__", None) is tuple else kind
-            if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
+            value, annotation = getattr(self, field.name), field.type
+            if not _fits(value, annotation):
                 raise TypeError(
-                    f"`{field.name}`={value!r} must be {getattr(field.type, '__name__', field.type)}"
+                    f"`{field.name}`={value!r} must be {getattr(annotation, '__name__', annotation)}."
                 )
             if (
                 field.name.endswith(("_pdrop", "dropout", "dropout_prob"))
                 and value is not None
                 and not 0 <= value < 1
             ):
-                raise ValueError(f"`{field.name}`={value!r} must be a probability below 1")
+                raise ValueError(f"`{field.name}`={value!r} must be a probability below 1.")
 
     def check_positive(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
+            value: float | None = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"`{name}`={value!r} must be positive")
+                raise ValueError(f"`{name}`={value!r} must be positive.")
 
     def check_activation(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value not in ACTIVATIONS:
-                raise ValueError(f"`{name}`={value!r} is not supported; choose one of {sorted(ACTIVATIONS)}")
+                raise ValueError(f"`{name}`={value!r} is not supported; choose one of {sorted(ACTIVATIONS)}.")
 
     @classmethod
-    def named(cls, name: str, **changes) -> Self:
-        """One of the published sizes, with `changes` to its other fields."""
+    def named(cls, name: str, **changes: Any) -> Self:
+        """A published size, with `changes` to its other fields.
+
+        Raises:
+          ValueError: a `name` that is no published size, or a change that is out of range.
+          TypeError: a change of the wrong type, or to a field that does not exist.
+        """
         if name not in cls.sizes:
             raise ValueError(
-                f"`name`={name!r} is not a published size of {cls.family}; choose one of {list(cls.sizes)}"
+                f"`name`={name!r} is not a published size of {cls.family}; choose one of {list(cls.sizes)}."
             )
         return cls(**{**cls.sizes[name], **changes})
 
@@ -72,8 +75,12 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """The configuration that a `config.json` describes.
 
-        A key that is neither a field nor known to be idle is refused, because it may change the computation;
-        if it is null, false or empty it is taken as a feature that is switched off.
+        A key that is neither a field nor known to be idle is refused, because it may change the computation.
+        A key that is null, false or empty is taken for a feature that is switched off.
+
+        Raises:
+          ValueError: a key that is not supported, or a value out of range.
+          TypeError: a value of the wrong type.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {}
@@ -82,15 +89,14 @@ class Config:
                 fields[key] = tuple(value) if isinstance(value, list) else value
             elif value and key not in cls.idle and not key.startswith("_"):
                 raise ValueError(
-                    f"`{key}`={value!r} in config.json is not supported for {cls.family}: it may change "
-                    "what the model "
-                    "computes; if it does not, remove the key"
+                    f"`{key}`={value!r} in config.json is not supported for {cls.family}: it may change what "
+                    "the model computes; remove the key if it does not."
                 )
         return cls(**fields)
 
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`config` with what is spelled otherwise there than here in our spelling."""
+        """`config` with our names and values where Hugging Face has others."""
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -99,3 +105,15 @@ class Config:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a field with this annotation takes the value. An integer is a good float, and a boolean, which
+    Python takes for an integer, is not a number.
+    """
+    if isinstance(value, bool):
+        return annotation is bool
+    if getattr(annotation, "__origin__", None) is tuple:
+        return isinstance(value, tuple)
+    accepted: Any = {float: int | float, float | None: int | float | None}.get(annotation, annotation)
+    return isinstance(value, accepted)

@@ -31,13 +31,16 @@ class DebertaV2Config(EncoderConfig):
     DebertaV2Config.from_hf(json.loads(text))                           # what a config.json says
     ```
 
-    `relative_attention`: attention sees distances, by the terms in `pos_att_type`: "c2p", content to
-    position, and "p2c", position to content. Distances are exact up to half of `position_buckets` and
-    logarithmic beyond (a value below 1: all exact), and those past `max_relative_positions` (below 1:
-    `max_position_embeddings`) are one. `share_att_key`: content and position use the same projections.
-    `conv_kernel_size`: of the convolution beside the first layer, 0 for none. `legacy`: the masked-LM head of
-    `transformers`' first version; False is the authors'. Raises `ValueError` or `TypeError`, naming the key,
-    for a value that cannot be.
+    With `relative_attention` the scores depend on distances, by the terms in `pos_att_type`: "c2p", content
+    to position, and "p2c", position to content. Distances are exact up to half of `position_buckets`, and
+    logarithmic beyond; a value below 1 makes all exact. Distances from `max_relative_positions` on count as
+    one; a value below 1 stands for `max_position_embeddings`. With `share_att_key` content and position use
+    the same projections. `conv_kernel_size` is that of the convolution beside the first layer, 0 for none.
+    With `legacy` the masked-LM head is that of `transformers`' first version; False is the authors'.
+
+    Raises:
+      ValueError: a value out of range, or values that do not fit each other.
+      TypeError: a value of the wrong type.
     """
 
     vocab_size: int = 128100
@@ -46,13 +49,8 @@ class DebertaV2Config(EncoderConfig):
     num_attention_heads: int = 24
     intermediate_size: int = 6144
     embedding_size: int | None = None  # None: hidden_size
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     cls_dropout: float | None = None  # None: hidden_dropout_prob
-    max_position_embeddings: int = 512
     type_vocab_size: int = 0
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-7
     relative_attention: bool = False
     max_relative_positions: int = -1
@@ -70,9 +68,6 @@ class DebertaV2Config(EncoderConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
-    tie_word_embeddings: bool = True
-    problem_type: str | None = None
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     family: ClassVar = "DeBERTa-v2"
     sizes: ClassVar = {
@@ -88,43 +83,46 @@ class DebertaV2Config(EncoderConfig):
         ),
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("embedding_size", "conv_groups")
         self.check_activation("hidden_act", "conv_act", "pooler_hidden_act")
         _check_words("pos_att_type", self.pos_att_type, ("c2p", "p2c"))
         _check_words("norm_rel_ebd", self.norm_rel_ebd, ("none", "layer_norm"))
         if self.type_vocab_size < 0:
-            raise ValueError(f"`type_vocab_size`={self.type_vocab_size} must not be negative")
+            raise ValueError(f"`type_vocab_size`={self.type_vocab_size} must not be negative.")
         if self.conv_kernel_size < 0 or (self.conv_kernel_size and self.conv_kernel_size % 2 == 0):
             raise ValueError(
                 f"`conv_kernel_size`={self.conv_kernel_size} must be odd, for as many outputs as inputs, or "
-                "0 for no convolution"
+                "0, for no convolution."
             )
         if self.hidden_size % self.conv_groups:
-            raise ValueError(f"`conv_groups`={self.conv_groups} must divide `hidden_size`={self.hidden_size}")
+            raise ValueError(
+                f"`conv_groups`={self.conv_groups} must divide `hidden_size`={self.hidden_size}."
+            )
         if self.position_buckets == 1:
-            raise ValueError("`position_buckets`=1 must be at least 2, or below 1 for none")
+            raise ValueError("`position_buckets`=1 must be at least 2, or below 1 for none.")
         if self.position_buckets > 1 and self.furthest - 1 <= self.position_buckets // 2:
             raise ValueError(
                 f"`position_buckets`={self.position_buckets} must be less than twice the largest distance, "
-                f"{self.furthest - 1}"
+                f"{self.furthest - 1}."
             )
         if not self.legacy and self.embedding_width != self.hidden_size:
             raise ValueError(
-                "`legacy`=False decodes by the embedding, and needs an `embedding_size` that is `hidden_size`"
+                "`legacy`=False decodes by the embedding, and needs an `embedding_size` that is "
+                "`hidden_size`."
             )
 
     @property
     def furthest(self) -> int:
-        """Distances from here on are one."""
+        """The distance from which on all distances count as one."""
         return (
             self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
         )
 
     @property
     def span(self) -> int:
-        """Rows of the relative embedding to each side of distance 0."""
+        """The rows of the relative embedding to each side of distance 0."""
         return self.position_buckets if self.position_buckets > 0 else self.furthest
 
     @property
@@ -139,7 +137,7 @@ class DebertaV2Config(EncoderConfig):
                 config[name] = [word.strip() for word in value.lower().split("|")]
             elif value is None:
                 del config[name]
-        # Sizes that could be chosen apart from the width, and that no published model does.
+        # Sizes that follow from the width in all published models.
         width, heads = (
             config.get("hidden_size", cls.hidden_size),
             config.get("num_attention_heads", cls.num_attention_heads),
@@ -148,16 +146,16 @@ class DebertaV2Config(EncoderConfig):
             if config.pop(name, value) != value:
                 raise ValueError(
                     f"`{name}` in config.json is not supported for {cls.family} unless it is {value:g}, as "
-                    "`hidden_size` has it"
+                    "`hidden_size` has it."
                 )
         if config.pop("z_steps", 0) > 1:
-            raise ValueError(f"`z_steps` in config.json is not supported for {cls.family}")
+            raise ValueError(f"`z_steps` in config.json is not supported for {cls.family} above 1.")
         return config
 
-    def to_hf(self):
+    def to_hf(self) -> dict[str, Any]:
         fields = super().to_hf()
         fields["norm_rel_ebd"] = "|".join(self.norm_rel_ebd)
-        if self.embedding_size is None:  # read as a number wherever it stands
+        if self.embedding_size is None:  # because readers take whatever is there for a number
             del fields["embedding_size"]
         return fields
 
@@ -165,4 +163,4 @@ class DebertaV2Config(EncoderConfig):
 def _check_words(name: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
     strangers = [word for word in words if word not in known]
     if strangers:
-        raise ValueError(f"`{name}` has {strangers[0]!r}; known are {', '.join(known)}")
+        raise ValueError(f"`{name}` has {strangers[0]!r}; known are {', '.join(known)}.")

@@ -1,9 +1,10 @@
-"""What RoBERTa and DeBERTa share: BERT's layer (norm after each residual), and the heads and configuration of
-encoders.
+"""What RoBERTa and DeBERTa share: BERT's layer (a norm after each residual), the names of the heads and what
+ends in logits, and the configuration of encoders.
 
 Letters beyond those of `_layers.py`: E width of the embedding, N labels.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ._config import Config
+from . import _rules
+from ._config import ModelConfig
 from ._layers import accumulator, ACTIVATIONS, LayerNorm, Part
 
 
-# What a model ends in, and the shape of what it then returns.
+# The heads of a model, and the shape of the result with each.
 HEADS = {
     "features": "(batch, time, width): no head, the states of the last layer",
     "masked_lm": "(batch, time, vocabulary)",
@@ -25,12 +27,27 @@ HEADS = {
 }
 
 
-class EncoderConfig(Config):
-    """What the configurations of encoders have in common; `labels` are the names of the classes, Hugging
-    Face's `id2label`.
-    """
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """What the configurations of encoders have in common. Each model gives the sizes its own defaults."""
 
-    def __post_init__(self):
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    type_vocab_size: int
+    layer_norm_eps: float
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    problem_type: str | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the names of the classes, Hugging Face's `id2label`
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
@@ -39,10 +56,10 @@ class EncoderConfig(Config):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size`={self.hidden_size} must be a multiple of "
-                f"`num_attention_heads`={self.num_attention_heads}"
+                f"`num_attention_heads`={self.num_attention_heads}."
             )
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
-            raise ValueError(f"`labels`={self.labels!r} must be the names of the classes, one at least")
+            raise ValueError(f"`labels`={self.labels!r} must be the names of the classes, at least one.")
 
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,11 +69,11 @@ class EncoderConfig(Config):
             names = {int(number): str(name) for number, name in names.items()}
             if sorted(names) != list(range(len(names))):
                 raise ValueError(
-                    f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap"
+                    f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap."
                 )
             if count is not None and count != len(names):
                 raise ValueError(
-                    f"`num_labels`={count} in config.json, but `id2label` has {len(names)} names"
+                    f"`num_labels`={count} in config.json, but `id2label` has {len(names)} names."
                 )
             config["labels"] = tuple(names[number] for number in range(len(names)))
         elif count is not None:
@@ -78,8 +95,22 @@ class EncoderConfig(Config):
 
 
 def numbered_labels(count: int) -> tuple[str, ...]:
-    """The names that Hugging Face gives to classes without one."""
+    """Hugging Face's names for classes that have none."""
     return tuple(f"LABEL_{i}" for i in range(count))
+
+
+class EncoderModel(nn.Module):
+    """The fields of an encoder with one of the heads of `HEADS`."""
+
+    partition_rules = _rules.ENCODER
+
+    config: Any
+    head: str = "masked_lm"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    checkpoint: bool = False
+    implementation: str | None = None
 
 
 class EncoderPart(Part):
@@ -91,7 +122,7 @@ class EncoderPart(Part):
 
 
 class Dense(EncoderPart):
-    """A dense layer in a module of its own, as Hugging Face names it: `intermediate/dense`."""
+    """A dense layer in a module of its own, because Hugging Face's names have one: `intermediate/dense`."""
 
     features: int = 0
 
@@ -101,7 +132,7 @@ class Dense(EncoderPart):
 
 
 class Residual(EncoderPart):
-    """LayerNorm(residual + dropout(dense(x))), which ends both halves of a layer."""
+    """LayerNorm(residual + dropout(dense(x))), the end of both halves of a layer."""
 
     @nn.compact
     def __call__(self, x_BxTxF, residual_BxTxD):
@@ -110,9 +141,9 @@ class Residual(EncoderPart):
         return self.norm("LayerNorm")(residual_BxTxD + x_BxTxD)
 
 
-class FeedForward:
-    """The second half of a layer. A mixin, because its two modules have no common parent in Hugging
-    Face's names.
+class EncoderLayer(EncoderPart):
+    """A layer's second half, the same in both models. It is a method, because its two modules have no parent
+    of their own in Hugging Face's names.
     """
 
     def feed_forward(self, x_BxTxD):
@@ -121,9 +152,7 @@ class FeedForward:
 
 
 class Logits(Part):
-    """A dense layer whose result is accumulated and left in float32 or wider, with its bias: `kernel`,
-    `bias`.
-    """
+    """A dense layer, `kernel` and `bias`, whose result is accumulated and left in float32 or wider."""
 
     features: int = 0
 
@@ -142,10 +171,8 @@ def contracted(x, kernel, axes, bias):
 
 
 class Decoder(Part):
-    """The last step of a masked-LM head: to the vocabulary by the embedding, or by a kernel of its own, plus
-    a bias.
-
-    Its bias stands beside it in the head, which passes it.
+    """The last step of a masked-LM head: logits by the embedding, or by a kernel of its own, plus a bias. The
+    head, which has the bias as a parameter, passes it.
     """
 
     @nn.compact
@@ -162,23 +189,24 @@ class Decoder(Part):
 
 def check_head(head: str, config: EncoderConfig) -> None:
     if head not in HEADS:
-        raise ValueError(f"`head`={head!r} must be one of {list(HEADS)}")
+        raise ValueError(f"`head`={head!r} must be one of {list(HEADS)}.")
     if head == "question_answering" and config.num_labels != 2:
         raise ValueError(
             "`head`='question_answering' has two outputs, start and end, and `labels` are "
-            f"{config.num_labels}"
+            f"{config.num_labels}; name two labels."
         )
 
 
-def check_token_types(token_type_ids, input_ids, count: int) -> None:
+def check_token_types(token_type_ids: Any, input_ids: Any, count: int) -> None:
     if token_type_ids is None:
         return
     if count == 0:
         raise ValueError(
-            "`token_type_ids` were given to a model without token types (`type_vocab_size`=0); leave them out"
+            "`token_type_ids` were given to a model without token types (`type_vocab_size`=0); leave them "
+            "out."
         )
     if jnp.shape(token_type_ids) != jnp.shape(input_ids):
         raise ValueError(
             f"`token_type_ids` must have the shape of `input_ids`, {jnp.shape(input_ids)}, got "
-            f"{jnp.shape(token_type_ids)}"
+            f"{jnp.shape(token_type_ids)}."
         )

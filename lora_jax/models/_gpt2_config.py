@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-from ._config import Config, IDLE
+from ._config import IDLE, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config(Config):
+class GPT2Config(ModelConfig):
     """Sizes and choices of a GPT-2, under the names and with the defaults of Hugging Face's `config.json`.
 
     ```python
@@ -16,9 +16,12 @@ class GPT2Config(Config):
     GPT2Config.from_hf(json.loads(text))  # what a config.json says, or an error that names the key
     ```
 
-    `reorder_and_upcast_attn` asks for attention scores in float32; they always are here, so both values are
-    honoured. The token ids take no part in the computation and are carried for tokenizers and generation.
-    Raises `ValueError` or `TypeError`, naming the key, for a value that cannot be.
+    `reorder_and_upcast_attn` asks for attention scores in float32. They always are here, so that both values
+    do the same. The token ids take no part in the computation; they are kept for tokenizers and generation.
+
+    Raises:
+      ValueError: a value out of range.
+      TypeError: a value of the wrong type.
     """
 
     vocab_size: int = 50257
@@ -48,7 +51,7 @@ class GPT2Config(Config):
         "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
         "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
     }
-    # With the settings of heads that this model has not.
+    # The further keys are of heads that this model does not have.
     idle: ClassVar = IDLE | frozenset(
         """
         id2label label2id n_ctx n_special num_labels predict_special_tokens summary_activation
@@ -56,11 +59,11 @@ class GPT2Config(Config):
     """.split()
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
             "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "n_inner"
         )
         self.check_activation("activation_function")
         if self.n_embd % self.n_head:
-            raise ValueError(f"`n_embd`={self.n_embd} must be a multiple of `n_head`={self.n_head}")
+            raise ValueError(f"`n_embd`={self.n_embd} must be a multiple of `n_head`={self.n_head}.")

@@ -1,20 +1,18 @@
-"""What the transformer models share: activations, attention, layer norm, repeated layers and their two
-layouts.
+"""What the transformer models share: activations, attention, layer norm and repeated layers.
 
 Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), S slots
 (keys and values), H heads, K width of one head, D width of the model, F inner width, V vocabulary, L layers.
 
-The dtype policy, for every model, is stated here once:
+Every model has this dtype policy:
 
-* parameters are created in `param_dtype`, and used in whatever dtype they have;
-* the computation runs in `dtype`; `None` means the dtype of the parameters, so that a float64 or a bfloat16
-  tree needs no other setting;
-* attention scores, softmax and the statistics of layer norm are float32 (float64 in a float64 model), and so
-  are the logits: they are accumulated there and never rounded to bfloat16, where neighbouring logits would
-  tie.
+* Parameters are created in `param_dtype`, and used in the dtype that they have.
+* The computation runs in `dtype`. `None` means the dtype of the parameters, so that a float64 or a bfloat16
+  tree needs no other setting.
+* Attention scores, softmax and the statistics of layer norm are float32 (float64 in a float64 model). So are
+  the logits: they are accumulated there and never rounded to bfloat16, where neighbouring logits would tie.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,11 +20,9 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
-# Hugging Face's names. `gelu_new`, `gelu_fast` and `gelu_pytorch_tanh` are three spellings of one tanh
-# approximation.
+# By Hugging Face's names. `gelu_new`, `gelu_fast` and `gelu_pytorch_tanh` are one tanh approximation.
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_fast": partial(jax.nn.gelu, approximate=True),
@@ -41,16 +37,16 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def accumulator(dtype) -> jnp.dtype:
-    """The dtype to accumulate in: float32, or `dtype` itself where that is wider."""
+    """The dtype to accumulate in: float32, or `dtype` itself if that is wider."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 class LayerNorm(nn.Module):
     """y = scale · (x − mean) / sqrt(var + epsilon) + bias over the last axis (Ba et al. 2016, equation 4).
 
-    Written out because linen's `LayerNorm` mixes bfloat16 with float32 implicitly, which strict dtype
-    promotion forbids, and by default takes the variance as E[x²] − E[x]², which cancels where the mean is
-    large.
+    It is written out, because linen's `LayerNorm` mixes bfloat16 with float32 implicitly, which strict dtype
+    promotion forbids. Linen also takes the variance as E[x²] − E[x]² by default, which loses digits where the
+    mean is large.
     """
 
     epsilon: float
@@ -59,7 +55,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def affine(self, width):
-        """The scale and the bias, for `layer_norm` elsewhere."""
+        """The scale and the bias, for a caller that applies `layer_norm` itself."""
         scale_D = self.param("scale", nn.initializers.ones, (width,), self.param_dtype)
         return scale_D, self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
 
@@ -85,7 +81,7 @@ def layer_norm(x, scale_D, bias_D, epsilon, out_dtype):
 
 
 class Part(nn.Module):
-    """The fields that every part of a model has, and the layers that it is made of."""
+    """The fields that every part of a model has, and the layers that parts are made of."""
 
     config: Any
     dtype: Any = None
@@ -93,8 +89,8 @@ class Part(nn.Module):
     deterministic: bool = True
     implementation: str | None = None
 
-    def options(self):
-        """The fields, for the parts of this part."""
+    def options(self) -> tuple[Any, Any, Any, bool, str | None]:
+        """The fields, to be passed to the parts of this part."""
         return self.config, self.dtype, self.param_dtype, self.deterministic, self.implementation
 
     def normal(self):
@@ -124,12 +120,12 @@ class Part(nn.Module):
         return nn.Dropout(rate)(x, deterministic=self.deterministic)
 
     def random(self, rate):
-        """The dropout of this rate as a function, or `None` where nothing would be dropped."""
+        """The dropout of this rate as a function, or `None` if nothing would be dropped."""
         return partial(self.drop, rate) if rate > 0 and not self.deterministic else None
 
 
 class _Unrolled(nn.Module):
-    """The layers one after the other, named "0", "1", …, called as the scanned block is."""
+    """The layers one after the other, named "0", "1", …, with the arguments of the scanned block."""
 
     block: Callable
     layers: int
@@ -138,19 +134,18 @@ class _Unrolled(nn.Module):
     def __call__(self, x_BxTxD, numbers_L, slots, *shared):
         filled = []
         for i in range(self.layers):
-            mine = None if slots is None else slots[i]
-            x_BxTxD, mine = self.block(name=str(i))(x_BxTxD, numbers_L[i], mine, *shared)
-            filled.append(mine)
+            own = None if slots is None else slots[i]
+            x_BxTxD, own = self.block(name=str(i))(x_BxTxD, numbers_L[i], own, *shared)
+            filled.append(own)
         return x_BxTxD, None if slots is None else tuple(filled)
 
 
 def repeated(block, options, layers, *, scan, checkpoint, shared, name):
-    """`layers` times `block(*options)` as one module, called as `(x, numbers_L, slots, *shared) -> (x,
-    slots)`.
+    """`layers` times `block(*options)` as one module, `(x, numbers_L, slots, *shared) -> (x, slots)`.
 
-    A block gets its own number and its own slots of the cache (`None` without one), and all get the `shared`
-    arguments, whose count is given. With `scan` one block is traced and parameters and slots have a leading
-    axis of layers.
+    Each block gets its number and its slots of the cache (`None` without one). All get the same further
+    arguments; `shared` is how many these are. With `scan` one block is traced, and parameters and slots have
+    a leading axis of layers.
     """
     # Under `scan` the loop itself keeps XLA from merging the recomputation with the forward pass.
     block = nn.remat(block, prevent_cse=not scan) if checkpoint else block
@@ -167,25 +162,25 @@ def repeated(block, options, layers, *, scan, checkpoint, shared, name):
 
 
 def check_inputs(input_ids, attention_mask, position_ids, *, limit, limited_by):
-    """The mistakes a caller can make, as errors that say what was passed; `chex` guards our own shapes."""
+    """Raises `ValueError` or `TypeError` for a caller's mistakes. Our own shapes are checked by `chex`."""
     if jnp.ndim(input_ids) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
         found = f"{jnp.result_type(input_ids)}{jnp.shape(input_ids)}"
-        raise TypeError(f"`input_ids` must be integers of shape (batch, time), got {found}")
+        raise TypeError(f"`input_ids` must be integers of shape (batch, time), got {found}.")
     batch, tokens = jnp.shape(input_ids)
     if limit is not None and tokens > limit:
-        raise ValueError(f"`input_ids` has {tokens} tokens and the model {limited_by}; shorten it")
+        raise ValueError(f"`input_ids` has {tokens} tokens and the model {limited_by}; shorten it.")
     if attention_mask is not None:
         if jnp.issubdtype(jnp.result_type(attention_mask), jnp.floating):
             raise TypeError(
-                "`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add"
+                "`attention_mask` is floating point; pass 1 at tokens and 0 at padding, not a bias to add."
             )
         if jnp.shape(attention_mask) != (batch, tokens):
-            found = jnp.shape(attention_mask)
             raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got {found}"
+                f"`attention_mask` must have the shape of `input_ids`, {(batch, tokens)}, got "
+                f"{jnp.shape(attention_mask)}."
             )
     if position_ids is not None and jnp.shape(position_ids) not in [(batch, tokens), (1, tokens)]:
-        raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}")
+        raise ValueError(f"`position_ids` must have shape {(batch, tokens)}, got {jnp.shape(position_ids)}.")
 
 
 def attention(
@@ -202,10 +197,10 @@ def attention(
 ):
     """softmax(scale · q kᵀ + bias, masked) v, for every head; returns (B, T, H, K) in the dtype of `q`.
 
-    `mask` is boolean, true where a query may look; its T axis may be 1 (a mask of keys only). A query that
-    may look nowhere, such as a padding token on the left, gets the mean of all values, as in PyTorch, and no
-    NaN. `dropout` is a function applied to the attention weights. `jax.nn.dot_product_attention` serves
-    wherever it can; it has no dropout and takes its softmax in float32 even of float64 scores, so these two
+    `mask` is boolean, true where a query attends; its T axis may be 1 (a mask of keys only). A query that
+    attends to no key, such as a padding token on the left, gets the mean of all values, as in PyTorch, and
+    not NaN. `dropout` is a function of the attention weights. `jax.nn.dot_product_attention` is used where it
+    can be. It has no dropout, and takes its softmax in float32 even of float64 scores, so that these two
     cases are written out.
     """
     batch, tokens, heads, width = q_BxTxHxK.shape
@@ -215,8 +210,7 @@ def attention(
         chex.assert_type(mask_Bx1xTxS, bool)
 
     if dropout is None and q_BxTxHxK.dtype != jnp.float64:
-        # It promotes bfloat16 to its float32 accumulator implicitly, which a user's strict setting would
-        # refuse.
+        # It promotes bfloat16 to its float32 accumulator implicitly, which strict dtype promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
                 q_BxTxHxK,
@@ -241,60 +235,3 @@ def attention(
     if dropout is not None:
         weights_BxHxTxS = dropout(weights_BxHxTxS)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, v_BxSxHxK)
-
-
-def stack_layers(params: Mapping, at: str = "h") -> dict:
-    """The parameters of an unrolled model in the layout of the scanned one.
-
-    ```python
-    params["h"]["11"]["attn"]["c_attn"]["kernel"].shape    # (768, 2304), one of "0" .. "11"
-    stacked = stack_layers(params)
-    stacked["h"]["attn"]["c_attn"]["kernel"].shape         # (12, 768, 2304)
-    ```
-
-    `at`: the path of the dict of layers, components joined by `/`. Leaves are arrays (numpy stays numpy) or
-    `None`. Raises `ValueError` where the layers are not numbered from 0 without a gap, as in a tree that is
-    already stacked.
-    """
-
-    def stack(layers):
-        # Sorted as numbers: as strings, layer 10 would come before layer 2.
-        expected = [str(i) for i in range(len(layers))]
-        if not layers or set(layers) != set(expected):
-            raise ValueError(
-                f"`params` has {sorted(layers)} under {at!r}, not layers numbered from 0; "
-                "perhaps they are stacked already: then use them as they are"
-            )
-        return jax.tree.map(_stack, *(layers[i] for i in expected))
-
-    return _change(params, at.split("/"), stack)
-
-
-def unstack_layers(params: Mapping, at: str = "h") -> dict:
-    """The inverse of `stack_layers`: one subtree a layer, numbered from "0".
-
-    Raises `ValueError` where the leaves do not share their first axis, as in a tree that is not stacked.
-    """
-
-    def unstack(layers):
-        lengths = {leaf.shape[0] for leaf in jax.tree.leaves(layers) if leaf.ndim}
-        if len(lengths) != 1 or "0" in layers:
-            raise ValueError(
-                f"`params` is not stacked under {at!r}: the first axes there are {sorted(lengths)}, and all "
-                "must be the "
-                "number of layers; perhaps they are unstacked already: then use them as they are"
-            )
-        return {str(i): jax.tree.map(lambda leaf: leaf[i], layers) for i in range(*lengths)}
-
-    return _change(params, at.split("/"), unstack)
-
-
-def _stack(*leaves):
-    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
-
-
-def _change(tree, path, change):
-    head, *rest = path
-    if head not in tree:
-        raise ValueError(f"`params` has no {head!r}; it has {sorted(tree)}")
-    return {**tree, head: _change(tree[head], rest, change) if rest else change(tree[head])}

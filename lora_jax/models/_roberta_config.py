@@ -18,8 +18,11 @@ class RobertaConfig(EncoderConfig):
     ```
 
     Positions are counted from `pad_token_id` + 1, so that 514 of them hold 512 tokens. `problem_type` and the
-    token ids other than padding take no part in the computation and are carried. Raises `ValueError` or
-    `TypeError`, naming the key.
+    token ids other than padding take no part in the computation; they are kept for other tools.
+
+    Raises:
+      ValueError: a value out of range.
+      TypeError: a value of the wrong type.
     """
 
     vocab_size: int = 50265
@@ -27,20 +30,12 @@ class RobertaConfig(EncoderConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None  # None: hidden_dropout_prob
-    max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
     bos_token_id: int | None = 0
     eos_token_id: int | tuple | None = 2
-    tie_word_embeddings: bool = True
-    problem_type: str | None = None
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     family: ClassVar = "RoBERTa"
     sizes: ClassVar = {
@@ -56,13 +51,13 @@ class RobertaConfig(EncoderConfig):
         ),
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("type_vocab_size")
         self.check_activation("hidden_act")
         if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
             raise ValueError(
-                f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it"
+                f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it."
             )
 
     @classmethod
@@ -72,6 +67,6 @@ class RobertaConfig(EncoderConfig):
         if kind != "absolute":
             raise ValueError(
                 f"`position_embedding_type`={kind!r} in config.json is not supported for RoBERTa: only "
-                "'absolute' is"
+                "'absolute' is; load a model that was trained with it."
             )
         return config

@@ -1,8 +1,9 @@
-"""How each model's weights lie on a mesh with the axes `data`, `fsdp` and `tensor` (`lora_jax.sharding`).
+"""How each model's weights are split over a mesh with the axes `data`, `fsdp` and `tensor`
+(`lora_jax.sharding`).
 
-Column-parallel into a block, row-parallel out of it, so that one reduction a sublayer suffices; fsdp takes
-the other axis. Embeddings are split by feature: GPT-2's vocabulary, 50257 = 29 * 1733, divides by no mesh one
-would build. What has no row is everywhere: norms, biases, small heads.
+Weights into a block are column-parallel and those out of it row-parallel, so that one reduction a sublayer
+suffices; fsdp takes the other axis. Embeddings are split by feature, because GPT-2's vocabulary, 50257 = 29 ·
+1733, divides by no usual mesh. Leaves without a row are on every device: norms, biases, small heads.
 """
 
 from jax.sharding import PartitionSpec as P
@@ -18,7 +19,7 @@ GPT2 = (
     ("lm_head/kernel", _DECODER),
 )
 
-# RoBERTa's and DeBERTa's; token types, one or two of them, have no place in it.
+# RoBERTa and DeBERTa. Their token types, of which there are one or two, are not split.
 ENCODER = (
     (
         "self/(query|key|value|query_proj|key_proj|value_proj|pos_key_proj|pos_query_proj)/kernel|intermediate/dense/kernel",

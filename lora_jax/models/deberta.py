@@ -2,24 +2,29 @@
 with their heads.
 
 Parameter names follow Hugging Face without the prefix `deberta`, with Flax's words for the leaves:
-`encoder/layer/0/attention/self/query_proj/kernel`, `encoder/rel_embeddings/embedding`; with `scan` the layers
-are stacked, and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
+`encoder/layer/0/attention/self/query_proj/kernel`, `encoder/rel_embeddings/embedding`. With `scan` the layers
+are stacked, as `stack_layers(params, "encoder/layer")` stacks them. The modules know nothing of LoRA.
 
 Left out: multiple choice, a mask per query, output of attention weights. Letter beyond those of `_layers.py`:
 R rows of the relative embedding, two sides of `span` each.
 """
 
-import functools
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
-from . import _rules
 from ._deberta_config import DebertaV2Config as DebertaV2Config
-from ._encoder import check_head, check_token_types, Decoder, EncoderPart, FeedForward, Logits, Residual
-from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, layer_norm, LayerNorm, repeated
+from ._disentangled import distance_rows, SelfAttention
+from ._encoder import (
+    check_head,
+    check_token_types,
+    Decoder,
+    EncoderLayer,
+    EncoderModel,
+    EncoderPart,
+    Logits,
+    Residual,
+)
+from ._layers import ACTIVATIONS, check_inputs, layer_norm, LayerNorm, repeated
 
 
 class Embeddings(EncoderPart):
@@ -42,66 +47,6 @@ class Embeddings(EncoderPart):
         return self.drop(config.hidden_dropout_prob, x_BxTxD), words.embedding
 
 
-class SelfAttention(EncoderPart):
-    """Disentangled attention: the score of i and j is made of content and content, content and distance,
-    distance and content.
-
-    With δ(i, j) the bucket of the distance i − j, P the relative embedding, and d the width of a head times
-    the number of terms: (q_i k_j + q_i K_{δ(i,j)} + k_j Q_{δ(i,j)}) / sqrt(d), where K and Q are the
-    projections of P (He et al., equation 4; `transformers` takes −δ(j, i) for the second δ, which is the
-    same).
-    """
-
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxT, distances_RxD, rows_TxT):
-        config = self.config
-        terms = config.pos_att_type
-        project = {name: self._projection(name) for name in ("query_proj", "key_proj", "value_proj")}
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (projection(x_BxTxD) for projection in project.values())
-        scale = (q_BxTxHxK.shape[-1] * (1 + len(set(terms)))) ** -0.5
-
-        bias_BxHxTxT = None
-        if config.relative_attention and terms:
-            distances_1xRxD = self.drop(config.hidden_dropout_prob, distances_RxD)[None]
-            if not config.share_att_key:
-                project["key_proj"] = self._projection("pos_key_proj") if "c2p" in terms else None
-                project["query_proj"] = self._projection("pos_query_proj") if "p2c" in terms else None
-            found = []
-            if "c2p" in terms:
-                found.append(_by_distance(q_BxTxHxK, project["key_proj"](distances_1xRxD)[0], rows_TxT))
-            if "p2c" in terms:
-                # Of each key: the axes of queries and keys change places, and the distance its sign.
-                by_key = _by_distance(k_BxTxHxK, project["query_proj"](distances_1xRxD)[0], rows_TxT.T)
-                found.append(by_key.swapaxes(-1, -2))
-            bias_BxHxTxT = scale * functools.reduce(jnp.add, found)
-
-        y_BxTxHxK = attention(
-            q_BxTxHxK,
-            k_BxTxHxK,
-            v_BxTxHxK,
-            bias_BxHxTxS=bias_BxHxTxT,
-            mask_Bx1xTxS=mask_Bx1xTxT,
-            scale=scale,
-            dropout=self.random(config.attention_probs_dropout_prob),
-            implementation=self.implementation,
-        )
-        return y_BxTxHxK.reshape(x_BxTxD.shape)
-
-    def _projection(self, name):
-        heads, width = self.config.num_attention_heads, self.config.hidden_size
-        dense = self.dense(width, name)
-        return lambda x: dense(x).reshape(*x.shape[:-1], heads, width // heads)
-
-
-def _by_distance(x_BxTxHxK, distances_RxHxK, rows_TxT):
-    """x_i · P_{δ(i,j)} for every i and j: the products with all rows of P, of which each pair takes its
-    own.
-    """
-    wide = accumulator(x_BxTxHxK.dtype)
-    products_BxHxTxR = jnp.einsum("BTHK,RHK->BHTR", x_BxTxHxK, distances_RxHxK, preferred_element_type=wide)
-    return jnp.take_along_axis(products_BxHxTxR, rows_TxT[None, None], axis=-1)
-
-
 class Attention(EncoderPart):
     @nn.compact
     def __call__(self, x_BxTxD, *shared):
@@ -109,15 +54,15 @@ class Attention(EncoderPart):
         return Residual(*self.options(), name="output")(y_BxTxD, x_BxTxD)
 
 
-class Layer(FeedForward, EncoderPart):
-    """One layer. Takes and returns what `scan` carries; the slots of a cache are not used."""
+class Layer(EncoderLayer):
+    """One layer, with the arguments and results of `repeated`; its slots are not used."""
 
     @nn.compact
     def __call__(self, x_BxTxD, number, slots, joined, mask_Bx1xTxT, distances_RxD, rows_TxT):
         x_BxTxD = Attention(*self.options(), name="attention")(x_BxTxD, mask_Bx1xTxT, distances_RxD, rows_TxT)
         x_BxTxD = self.feed_forward(x_BxTxD)
         if joined is not None:
-            # Every layer computes it and the first one keeps it, so that `scan` has one layer to trace.
+            # Every layer computes this and only the first uses it, so that `scan` has one layer to trace.
             y_BxTxD, scale_D, bias_D, mask_BxT = joined
             y_BxTxD = layer_norm(
                 x_BxTxD + y_BxTxD, scale_D, bias_D, self.config.layer_norm_eps, x_BxTxD.dtype
@@ -127,8 +72,8 @@ class Layer(FeedForward, EncoderPart):
 
 
 class Convolution(EncoderPart):
-    """Beside the first layer, from the same input: returns act(conv(x)) and the norm of its sum with that
-    layer's result.
+    """The convolution beside the first layer, with the same input. It returns act(conv(x)), and the scale and
+    bias of the norm that the first layer applies to the sum with its own result.
     """
 
     @nn.compact
@@ -164,7 +109,7 @@ class Encoder(EncoderPart):
             rows_TxT = jnp.asarray(distance_rows(config, x_BxTxD.shape[1]))
         if "layer_norm" in config.norm_rel_ebd:
             norm = self.norm("LayerNorm")
-            # Its parameters belong to the model even where there is nothing to normalise.
+            # The norm's parameters belong to the model even if there is nothing to normalise.
             distances_RxD = norm(
                 distances_RxD
                 if config.relative_attention
@@ -181,26 +126,6 @@ class Encoder(EncoderPart):
         return layers(x_BxTxD, jnp.arange(count), None, joined, mask_Bx1xTxT, distances_RxD, rows_TxT)[0]
 
 
-def distance_rows(config: DebertaV2Config, tokens: int) -> np.ndarray:
-    """The row of the relative embedding for every query and key, (T, T) integers: the bucket of their
-    distance, plus `span`.
-
-    In NumPy and in float32, because PyTorch's rounding decides on which side of a bucket's border a distance
-    falls.
-    """
-    signed = np.arange(1 - tokens, tokens)
-    buckets = signed
-    if config.position_buckets > 0:
-        middle = config.position_buckets // 2
-        far = np.maximum(np.abs(signed), middle)
-        ratio = np.log((far / middle).astype(np.float32)) / np.log(np.float32((config.furthest - 1) / middle))
-        logarithmic = np.sign(signed) * (np.ceil(ratio * np.float32(middle - 1)) + middle)
-        buckets = np.where(np.abs(signed) <= middle, signed, logarithmic).astype(np.int64)
-    rows = np.clip(buckets + config.span, 0, 2 * config.span - 1).astype(np.int32)
-    places = np.arange(tokens)
-    return rows[places[:, None] - places[None, :] + tokens - 1]
-
-
 def _zero_padding(x_BxTxD, mask_BxT):
     return (
         x_BxTxD if mask_BxT is None else jnp.where(mask_BxT[..., None], x_BxTxD, jnp.zeros((), x_BxTxD.dtype))
@@ -208,7 +133,7 @@ def _zero_padding(x_BxTxD, mask_BxT):
 
 
 class Pooler(EncoderPart):
-    """From the state of the first token, `[CLS]`."""
+    """The state that is classified, from that of the first token, `[CLS]`."""
 
     @nn.compact
     def __call__(self, x_BxTxD):
@@ -259,7 +184,7 @@ class Predictions(EncoderPart):
         return PredictionHead(*self.options(), name="lm_head")(x_BxTxD, embedding_VxD)
 
 
-class DebertaV2(nn.Module):
+class DebertaV2(EncoderModel):
     """DeBERTa-v2 or v3 with one of the heads of `transformers`.
 
     ```python
@@ -274,26 +199,22 @@ class DebertaV2(nn.Module):
     `position_biased_input`; `token_type_ids` (B, T), for a model that has token types. Returns float32 logits
     (float64 in a float64 model): masked_lm (B, T, V), sequence_classification (B, N), one label being a
     regression, token_classification (B, T, N), question_answering (B, T, 2), start and end. `head="features"`
-    returns the states of the last layer (B, T, D), in the dtype of the computation. Evaluation mode unless
-    `deterministic=False`, which needs `rngs={"dropout": key}`.
+    returns the states of the last layer (B, T, D), in the dtype of the computation. The model is in
+    evaluation mode unless `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
-    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
-    `jax.nn.dot_product_attention`, to which the terms of position are a bias: "xla" or "cudnn".
+    **Fields.** `scan`: one traced layer with stacked parameters, so that compile time does not grow with
+    depth. `checkpoint`: each layer is recomputed in the backward pass. `dtype`, `param_dtype`: see
+    `_layers.py`. `implementation`: of `jax.nn.dot_product_attention`, to which the terms of position are a
+    bias: "xla" or "cudnn".
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
-    a model with absolute positions; without them no length is too long.
+    Raises:
+      ValueError: an argument of another shape; a sequence longer than a model with absolute positions
+      (without
+        them no length is too long); a `head` that does not exist.
+      TypeError: an argument of another dtype.
     """
 
-    partition_rules = _rules.ENCODER
-
     config: DebertaV2Config
-    head: str = "masked_lm"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    scan: bool = False
-    checkpoint: bool = False
-    implementation: str | None = None
 
     @nn.compact
     def __call__(

@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019) in Flax linen, equal to `transformers`' PyTorch `GPT2LMHeadModel`.
 
 Parameter names follow Hugging Face, with Flax's words for the leaves: `h/0/attn/c_attn/kernel`,
-`wte/embedding`, `ln_f/scale`; with `scan` the layers are stacked, `h/attn/c_attn/kernel` has shape (layers,
-in, out), and `stack_layers` / `unstack_layers` lead from one layout to the other. The modules know nothing of
+`wte/embedding`, `ln_f/scale`. With `scan` the layers are stacked: `h/attn/c_attn/kernel` has shape (layers,
+in, out), and `stack_layers` and `unstack_layers` convert one layout to the other. The modules know nothing of
 LoRA.
 
 Left out: cross-attention, classification and double heads, token types, output of attention weights. The
@@ -25,8 +25,8 @@ from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, LayerNor
 
 class _Part(Part):
     def residual_dense(self, features, name):
-        # Each layer adds to the residual stream twice: 1/sqrt(2L) keeps its variance at the start (section
-        # 2.3).
+        # Each layer adds to the residual stream twice. 1/sqrt(2L) keeps the variance of the stream at the
+        # start (section 2.3).
         std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
         return self.dense(features, name, kernel_init=nn.initializers.normal(std))
 
@@ -47,15 +47,15 @@ class Attention(_Part):
 
         scale = (width // heads) ** -0.5 if self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
-            # On the queries, because under `scan` the layer's number is traced and a fused kernel wants a
-            # static scale.
+            # The queries are divided, because the layer's number is traced under `scan`, and a fused kernel
+            # needs a static scale.
             q_BxTxHxK = q_BxTxHxK / (layer + 1).astype(q_BxTxHxK.dtype)
         y_BxTxHxK = attention(
             q_BxTxHxK,
             k_BxSxHxK,
             v_BxSxHxK,
             mask_Bx1xTxS=mask_Bx1xTxS,
-            causal=slots is None,  # with slots, the mask says it all
+            causal=slots is None,  # with slots, the mask is causal itself
             scale=scale,
             dropout=self.random(self.config.attn_pdrop),
             implementation=self.implementation,
@@ -74,8 +74,8 @@ class MLP(_Part):
 
 
 class Block(_Part):
-    """One layer, norm first. Takes and returns what `scan` carries (the residual stream) and maps over
-    (its slots).
+    """One layer, norm first. It takes and returns the residual stream, which `scan` carries, and its slots,
+    over which `scan` maps.
     """
 
     @nn.compact
@@ -103,23 +103,25 @@ class GPT2(nn.Module):
 
     **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on
     either side; `position_ids` (B, T) or (1, T). Positions default to 0, 1, 2, …, padding counted, as in
-    `transformers`. Returns logits (B, T, V) in float32, or float64 in a float64 model; (B, 1, V) with
-    `last_only`, which spares a prompt the logits of all but its last column. Evaluation mode unless
+    `transformers`. Returns logits (B, T, V) in float32, or float64 in a float64 model. With `last_only` only
+    those of the last column are computed, (B, 1, V). The model is in evaluation mode unless
     `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **With a `cache`** the mask is that of the new tokens, each attends to every real token before it,
-    positions default to the number of real tokens before, and `(logits, cache)` is returned. Writing past the
-    last slot cannot raise inside `jit`: it gives NaN logits, as a position or token id out of range does.
-    `visible` (B, T, S) booleans narrows down the slots that each new token attends to, its own among them:
-    tokens of one call that are alternatives of each other, as the beams of a search, then share the slots of
-    a row. It needs `position_ids`, and the caller sees to the room.
+    **With a `cache`** the mask is that of the new tokens, and each attends to every real token before it.
+    Positions default to the number of real tokens before, and `(logits, cache)` is returned. Writing past the
+    last slot cannot raise inside `jit`; it gives NaN logits, as a position or token id out of range does.
+    `visible`, booleans (B, T, S), restricts the slots that each new token attends to, its own among them. So
+    tokens of one call that are alternatives of each other, as the beams of a search, share the slots of a
+    row. It needs `position_ids`, and the caller makes sure that there are slots.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
-    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
-    `jax.nn.dot_product_attention`, "xla" or "cudnn" (fused, needs an NVIDIA GPU and a 16-bit `dtype`).
+    **Fields.** `scan`: one traced layer with stacked parameters, so that compile time does not grow with
+    depth. `checkpoint`: each layer is recomputed in the backward pass. `dtype`, `param_dtype`: see
+    `_layers.py`. `implementation`: of `jax.nn.dot_product_attention`, "xla" or "cudnn" (fused, needs an
+    NVIDIA GPU and a 16-bit `dtype`).
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
-    the model.
+    Raises:
+      ValueError: an argument of another shape; a sequence longer than the model.
+      TypeError: an argument of another dtype.
     """
 
     partition_rules = _rules.GPT2
@@ -181,22 +183,25 @@ class GPT2(nn.Module):
     def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens, padding included.
 
-        `dtype` is that of the keys and values: the model's `dtype` or, where that is None, `param_dtype`.
+        `dtype` is that of the keys and values: None is the model's `dtype`, or its `param_dtype`.
+
+        Raises:
+          ValueError: more slots than the model has positions.
         """
         config = self.config
         if not 0 < slots <= config.n_positions:
             raise ValueError(
-                f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}"
+                f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}."
             )
-        shape = (batch, slots, config.n_head, config.n_embd // config.n_head)
-        shape = (config.n_layer, *shape) if self.scan else shape
+        layers = (config.n_layer,) if self.scan else ()
+        shape = (*layers, batch, slots, config.n_head, config.n_embd // config.n_head)
         dtype = dtype or self.dtype or self.param_dtype
 
-        def pair():  # distinct arrays, so that a cache can be donated
+        def pair() -> tuple[jax.Array, jax.Array]:  # two arrays, so that a cache can be donated
             return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-        layers = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
-        return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+        pairs = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
+        return Cache(pairs, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
     def _head(self, wte, x_BxTxD):
         if not self.config.tie_word_embeddings:
@@ -221,16 +226,19 @@ def _check(config, input_ids, attention_mask, position_ids, cache, visible):
     )
     batch, tokens = jnp.shape(input_ids)
     if cache is not None and cache.mask.shape[0] != batch:
-        raise ValueError(f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}")
+        raise ValueError(
+            f"`cache` is for {cache.mask.shape[0]} rows, and `input_ids` has {batch}; make it with "
+            "`model.init_cache(batch, slots)`."
+        )
     if visible is not None:
         if cache is None or position_ids is None:
             raise ValueError(
-                "`visible` goes with `cache` and `position_ids`: it says which of the cache's slots a token "
-                "sees"
+                "`visible` goes with `cache` and `position_ids`: it says which slots of the cache a token "
+                "attends to; pass all three, or none."
             )
         expected = (batch, tokens, cache.mask.shape[1])
         if jnp.shape(visible) != expected or jnp.result_type(visible) != bool:
             raise ValueError(
                 f"`visible` must be booleans of shape {expected}, got "
-                f"{jnp.result_type(visible)}{jnp.shape(visible)}"
+                f"{jnp.result_type(visible)}{jnp.shape(visible)}."
             )

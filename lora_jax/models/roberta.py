@@ -1,21 +1,28 @@
 """RoBERTa (Liu et al. 2019) in Flax linen, equal to `transformers`' PyTorch classes, with their heads.
 
 Parameter names follow Hugging Face without the prefix `roberta`, with Flax's words for the leaves:
-`encoder/layer/0/attention/self/query/kernel`, `embeddings/word_embeddings/embedding`; with `scan` the layers
-are stacked, and `stack_layers(params, "encoder/layer")` leads there. The modules know nothing of LoRA.
+`encoder/layer/0/attention/self/query/kernel`, `embeddings/word_embeddings/embedding`. With `scan` the layers
+are stacked, as `stack_layers(params, "encoder/layer")` stacks them. The modules know nothing of LoRA.
 
 Left out: use as a decoder, cross-attention, multiple choice, output of attention weights.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from . import _rules
-from ._encoder import check_head, check_token_types, Decoder, EncoderPart, FeedForward, Logits, Residual
+from ._encoder import (
+    check_head,
+    check_token_types,
+    Decoder,
+    EncoderLayer,
+    EncoderModel,
+    EncoderPart,
+    Logits,
+    Residual,
+)
 from ._layers import attention, check_inputs, repeated
 from ._roberta_config import RobertaConfig as RobertaConfig
 
@@ -26,8 +33,8 @@ class Embeddings(EncoderPart):
         config = self.config
         words = self.embed(config.vocab_size, config.hidden_size, "word_embeddings")
         types = self.embed(config.type_vocab_size, config.hidden_size, "token_type_embeddings")
-        places = self.embed(config.max_position_embeddings, config.hidden_size, "position_embeddings")
-        x_BxTxD = words(input_ids) + types(token_type_ids) + places(position_ids)
+        positions = self.embed(config.max_position_embeddings, config.hidden_size, "position_embeddings")
+        x_BxTxD = words(input_ids) + types(token_type_ids) + positions(position_ids)
         x_BxTxD = self.norm("LayerNorm")(x_BxTxD)
         return self.drop(config.hidden_dropout_prob, x_BxTxD), words.embedding
 
@@ -60,8 +67,8 @@ class Attention(EncoderPart):
         return Residual(*self.options(), name="output")(y_BxTxD, x_BxTxD)
 
 
-class Layer(FeedForward, EncoderPart):
-    """One layer. Takes and returns what `scan` carries; its number and the slots of a cache are not used."""
+class Layer(EncoderLayer):
+    """One layer, with the arguments and results of `repeated`; its number and slots are not used."""
 
     @nn.compact
     def __call__(self, x_BxTxD, number, slots, mask_Bx1xTxS):
@@ -89,7 +96,7 @@ class Pooler(EncoderPart):
 
 
 class ClassificationHead(EncoderPart):
-    """From the state of the first token, `<s>`."""
+    """Logits from the state of the first token, `<s>`."""
 
     @nn.compact
     def __call__(self, x_BxTxD):
@@ -109,7 +116,7 @@ class LMHead(EncoderPart):
         return Decoder(*self.options(), name="decoder")(x_BxTxD, tied, bias_V)
 
 
-class Roberta(nn.Module):
+class Roberta(EncoderModel):
     """RoBERTa with one of the heads of `transformers`.
 
     ```python
@@ -124,26 +131,19 @@ class Roberta(nn.Module):
     token types default to 0. Returns float32 logits (float64 in a float64 model): masked_lm (B, T, V),
     sequence_classification (B, N), one label being a regression, token_classification (B, T, N),
     question_answering (B, T, 2), start and end. `head="features"` returns the states of the last layer (B, T,
-    D) and the pooled first one (B, D), in the dtype of the computation. Evaluation mode unless
-    `deterministic=False`, which needs `rngs={"dropout": key}`.
+    D) and the pooled first one (B, D), in the dtype of the computation. The model is in evaluation mode
+    unless `deterministic=False`, which needs `rngs={"dropout": key}`.
 
-    **Fields.** `scan`: one traced layer, parameters stacked, compile time constant in depth. `checkpoint`:
-    recompute each layer in the backward pass. `dtype`, `param_dtype`: see `_layers.py`. `implementation`: of
-    `jax.nn.dot_product_attention`, "xla" or "cudnn".
+    **Fields.** `scan`: one traced layer with stacked parameters, so that compile time does not grow with
+    depth. `checkpoint`: each layer is recomputed in the backward pass. `dtype`, `param_dtype`: see
+    `_layers.py`. `implementation`: of `jax.nn.dot_product_attention`, "xla" or "cudnn".
 
-    Raises `ValueError` or `TypeError` for arguments of a wrong shape or dtype and for a sequence longer than
-    the model.
+    Raises:
+      ValueError: an argument of another shape; a sequence longer than the model; a `head` that does not
+      exist. TypeError: an argument of another dtype.
     """
 
-    partition_rules = _rules.ENCODER
-
     config: RobertaConfig
-    head: str = "masked_lm"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    scan: bool = False
-    checkpoint: bool = False
-    implementation: str | None = None
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""`hf.load`: a Hugging Face directory as a model and its parameters."""
+"""`hf.load` reads a Hugging Face directory as a model and its parameters."""
 
 import dataclasses
 import functools
@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from ...models._encoder import EncoderConfig, numbered_labels
 from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
-from .._families import Family, family_of, head_of, shapes_of, Tensor, tensors_of
+from .._families import Family, family_of, head_of
 from .._files import read_json
 from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
-from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device
+from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device, renamed
+from .._tensors import shapes_of, Tensor, tensors_of
 
 
 def load(
@@ -48,7 +49,7 @@ def load(
 
     model, params = hf.load("path/to/gpt2", tie="untie")   # the head as a leaf of its own, lm_head/kernel
     model, params = hf.load("path/to/gpt2", scan=True, checkpoint=True, dtype=jnp.bfloat16)
-    model, params = hf.load("path/to/gpt2", place=lambda path, array: array)  # stays on disk until used
+    model, params = hf.load("path/to/gpt2", place=lambda path, array: array)  # on disk until it is used
     model, params = hf.load("path/to/gpt2", mesh=mesh, scan=True)  # split over a mesh from the start
 
     # The pretrained encoder with a new head, drawn from `key`: where fine-tuning begins.
@@ -57,49 +58,56 @@ def load(
     )
     ```
 
-    Parameters keep the dtype they have in the file, or are cast to `param_dtype` as they are read, each part
-    before it goes to its device. `tie="share"` follows the config: a tied head is the embedding, used twice.
-    `tie="untie"` always gives the head its own leaf: the file's, if it has one, and otherwise the embedding's
-    values. `head`, one of `lora_jax.models.HEADS`, or another `num_labels` for it, takes the place of what
-    the config names: the encoder is read as strictly as ever, tensors of other heads are passed over, and
-    unless the file has the whole new head, for as many labels, all of it is drawn from `key` (None:
-    `jax.random.key(0)`) as the model draws it. `scan`, `checkpoint` and `dtype` (of the computation) are the
-    model's. `place(path, array)` puts each leaf where it shall live, on one device or across several; the
-    default copies it to JAX's default device. Unless the model is scanned, it is given a read-only memory map
-    of the file: returned as it is, the weights take no memory, and `save` merges and writes models larger
-    than that. `jax.device_put` on a CPU may keep the map, too.
-
-    With a `mesh` of the axes data, fsdp and tensor, each weight is split as `rules` say (see
-    `lora_jax.sharding`; None: the model's `partition_rules`): every device gets its own part and no other.
-    All processes of a mesh call this, with the same arguments; each reads the parts of its own devices, and
-    what is wrong in the eyes of one is raised in all.
-
     Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run.
-    `verify` compares with the checksums of directories that `save` wrote, and looks for values that are not
-    finite: both read everything once.
+    Parameters keep the dtype of the file, unless `param_dtype` is given. With a mesh that spans several
+    processes, all of them call this with the same arguments; each reads the parts of its own devices, and an
+    error in one is raised in all.
 
-    Raises `ValueError` naming the file, key or tensor that is missing, unexpected, damaged or of another
-    shape or dtype.
+    Args:
+      dir: has a `config.json` and the tensors.
+      tie: `"share"` follows the config: a tied head is the embedding, used twice. `"untie"` always gives the
+        head a leaf of its own: the file's, if it has one, and otherwise with the embedding's values.
+      head: one of `lora_jax.models.HEADS`, in place of the head that the config names. The encoder is read as
+        strictly as ever, and tensors of other heads are passed over. Unless the file has the whole new head,
+        for as many labels, all of it is drawn as the model draws it.
+      num_labels: the number of labels of that head.
+      key: for a head that is drawn; None is `jax.random.key(0)`.
+      scan, checkpoint, dtype: of the model; `dtype` is that of the computation.
+      param_dtype: a dtype to which parameters are cast as they are read, each part before it goes to its
+        device.
+      place: a function of a leaf's path and array that puts the leaf on its devices. The default copies it to
+        JAX's default device. Unless the model is scanned, the array is a read-only memory map of the file:
+        returned as it is, it takes no memory, and `save` merges and writes models that are larger than that.
+        `jax.device_put` on a CPU may keep the map, too.
+      mesh: a mesh with the axes data, fsdp and tensor. Each weight is split over it: every device gets its
+        own part and no other.
+      rules: how weights are split (see `lora_jax.sharding`); None is the model's `partition_rules`.
+      verify: whether to compare the files with the checksums of `save`, if they carry any, and to look for
+        values that are not finite. Both read everything once.
+
+    Raises:
+      ValueError: a file, key or tensor that is missing, unexpected, damaged, or of another shape or dtype; a
+        head that the model does not have; a mesh that does not divide a weight.
     """
     if tie not in ("share", "untie"):
-        raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'")
-    dir = Path(dir)
+        raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'.")
+    directory = Path(dir)
     span = mesh is not None and spanning(mesh)
     with together(span):
-        settings = read_json(dir / "config.json")
+        settings = read_json(directory / "config.json")
         family = family_of(settings)
         named = family.config.from_hf(settings)
         config = named if num_labels is None else _with_labels(named, head, num_labels)
         chosen = head_of(settings, family, head)
-        # The config's own head, asked for by name, is as strict as any other part.
+        # Where `head` is the config's own head, its tensors are read as strictly as all others.
         own = {family.heads.get(name) for name in settings.get("architectures") or ()}
         replaced = head is not None and (own != {head} or config != named)
-        stored = _named_as_in_table(dir, family, _stored(dir, verify, divided=span))
+        stored = renamed(directory, _stored(directory, verify, divided=span), family.full_name)
         build = functools.partial(family.build, head=chosen, dtype=dtype, scan=scan, checkpoint=checkpoint)
-        config = _tied_or_untied(dir, family, build, config, stored, tie)
+        config = _tied_or_untied(directory, family, build, config, stored, tie)
         model = build(config)
         tensors = tensors_of(model, family)
-        layout = None if mesh is None else _layout(model, mesh, rules)
+        layout = None if mesh is None else _shardings(model, mesh, rules)
         expected = {tensor.name for tensor in tensors}
         stored = {
             name: tensor
@@ -109,12 +117,12 @@ def load(
         stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
         kept = [tensor for tensor in tensors if tensor.path not in fresh]
         check_tensors(
-            f"{dir} does not hold the model that its config.json describes",
+            f"{directory} does not hold the model that its config.json describes",
             {tensor.name: tensor.shape for tensor in kept},
             stored,
         )
-        # What a new cache or a new head would be made of, were it float32, would not fit the other
-        # parameters.
+        # The model makes caches and new heads in `param_dtype`; float32 would not fit parameters of another
+        # dtype.
         model = model.clone(
             param_dtype=DTYPES[stored[family.embedding].dtype]
             if param_dtype is None
@@ -122,7 +130,7 @@ def load(
         )
 
         def checked(name: str, array: np.ndarray) -> np.ndarray:
-            array = check_finite(dir, name, array) if verify else array
+            array = check_finite(directory, name, array) if verify else array
             return array if param_dtype is None else array.astype(model.param_dtype, copy=False)
 
         def placed(path: str, names: list[str], arrays: list[np.ndarray], stacked: bool) -> Any:
@@ -150,8 +158,8 @@ def load(
         return model, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _layout(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]:
-    """The sharding of every leaf, or a `ValueError` for a mesh that does not divide one."""
+def _shardings(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]:
+    """The sharding of every leaf. Raises `ValueError` for a mesh that does not divide one."""
     shapes = dict(shapes_of(model))
     return shardings(mesh, partition_specs(shapes, model.partition_rules if rules is None else rules), shapes)
 
@@ -164,13 +172,14 @@ def _split(
     stacked: bool,
     checked: Callable[[int, np.ndarray], np.ndarray],
 ) -> jax.Array:
-    """One array over the devices, of which each part is read when its device asks for it. `arrays`: the
-    layers of a stack, or one.
+    """One array over the devices; each part is read when its device asks for it. `arrays` has the layers of a
+    stack, or one array.
     """
     check_width(path, arrays[0].dtype if dtype is None else jnp.dtype(dtype))
     shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # which JAX asserts too; only its annotation is wider
         if not stacked:
             return np.array(checked(0, arrays[0][index]))
         return np.stack(
@@ -180,44 +189,31 @@ def _split(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _stored(dir: Path, verify: bool, *, divided: bool) -> Mapping[str, Any]:
+def _stored(directory: Path, verify: bool, *, divided: bool) -> Mapping[str, Any]:
     """The tensors in the directory, not read yet, with their `name`, `shape`, `dtype` and `read()`.
 
-    To verify a file is to read all of it: if `divided`, each is by one of the processes.
+    A file that is verified is read as a whole. With `divided`, each process verifies its share of the files.
     """
-    safe = any(dir.glob("model.safetensors*"))
-    stored = (
-        stored_tensors(dir)
-        if safe or not any(dir.glob("pytorch_model.bin*"))
-        else _state_dict.stored_binaries(dir, "pytorch_model")
-    )
+    if any(directory.glob("pytorch_model.bin*")) and not any(directory.glob("model.safetensors*")):
+        return _state_dict.stored_binaries(directory, "pytorch_model")
+    stored = stored_tensors(directory)
     if verify:
-        files = sorted({tensor.file for tensor in stored.values()}) if safe else []
+        files = sorted({tensor.file for tensor in stored.values()})
         for file in files[jax.process_index() :: jax.process_count()] if divided else files:
             check_beside(file, facts_of(file))
     return stored
-
-
-def _named_as_in_table(dir: Path, family: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        full = family.full_name(name)
-        if full in named:
-            raise ValueError(f"{dir} holds one tensor under two names, {named[full].name!r} and {name!r}")
-        named[full] = tensor
-    return named
 
 
 def _with_labels(config: Any, head: str | None, count: int) -> Any:
     if not isinstance(config, EncoderConfig):
         raise ValueError(
             f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it "
-            "out"
+            "out."
         )
     if head is None:
         raise ValueError(
             f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} "
-            "labels it was trained for"
+            "labels it was trained for. Pass `head` too, for a new one."
         )
     return (
         config if count == config.num_labels else dataclasses.replace(config, labels=numbered_labels(count))
@@ -225,10 +221,10 @@ def _with_labels(config: Any, head: str | None, count: int) -> Any:
 
 
 def _tied_or_untied(
-    dir: Path, family: Family, build: functools.partial, config: Any, stored: dict[str, Any], tie: str
+    directory: Path, family: Family, build: functools.partial, config: Any, stored: dict[str, Any], tie: str
 ) -> Any:
-    """The config after `tie`, with `stored` brought to it: each array under one name, the head's own
-    where it is apart.
+    """The config that `tie` asks for. `stored` is changed to fit it: each tensor has one name, and a head
+    that is not tied has a tensor of its own.
     """
     decoder, embedding = family.decoder, family.embedding
     tied = config.tie_word_embeddings
@@ -240,33 +236,36 @@ def _tied_or_untied(
                 stored[decoder] = stored[embedding]
         elif build.keywords["head"] == "masked_lm":
             raise ValueError(
-                f"`tie`='untie' was passed for {dir}, whose head is the embedding by definition "
-                "(`legacy`=false); leave it out"
+                f"`tie`='untie' was passed for {directory}, whose head is the embedding by definition "
+                "(`legacy`=false); leave it out."
             )
     elif tied and decoder in stored and embedding in stored:
-        _check_equal(dir, stored, decoder, embedding, "; keep both with `tie='untie'`, or remove the tensor")
+        _check_equal(
+            directory, stored, decoder, embedding, "keep both with `tie='untie'`, or remove the tensor"
+        )
         del stored[decoder]
     for alias, name in family.aliases.items():
         if alias in stored:
             if tied and name in stored:
-                _check_equal(dir, stored, alias, name, "; remove the first")
-            # Apart, it is the one that PyTorch adds.
+                _check_equal(directory, stored, alias, name, "remove the first")
+            # Where the two are not tied, PyTorch uses the value under the second name.
             stored[name] = stored.pop(alias)
     return config
 
 
-def _check_equal(dir: Path, stored: dict[str, Any], one: str, other: str, fix: str) -> None:
+def _check_equal(directory: Path, stored: dict[str, Any], one: str, other: str, fix: str) -> None:
     if not np.array_equal(stored[one].read(), stored[other].read()):
         raise ValueError(
-            f"{dir} has a {one!r} that differs from its {other!r}, though its config.json ties them{fix}"
+            f"{directory} has a {one!r} that differs from its {other!r}, though its config.json ties them; "
+            f"{fix}."
         )
 
 
 def _head_of_file_or_new(
     family: Family, tensors: list[Tensor], stored: dict[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
-    """`stored` without the tensors of other heads, and the paths to be drawn: none, or the whole head if
-    any of it is not there or does not fit.
+    """`stored` without the tensors of other heads, and the paths of leaves to be drawn: the whole head if any
+    of its tensors is missing or has another shape, and otherwise none.
     """
     body = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
     own = [tensor for tensor in tensors if not tensor.name.startswith(family.prefix)]
@@ -280,7 +279,7 @@ def _drawn(model: nn.Module, paths: set[str], key: jax.Array | None) -> dict[str
     if not paths:
         return {}
 
-    def draw(key):
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
         flat = traverse_util.flatten_dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], sep="/")
         return {path: flat[path] for path in sorted(paths)}
 

@@ -1,8 +1,8 @@
 """loralib's checkpoints (microsoft/LoRA): a state dict with `lora_A` and `lora_B` beside the names of the
 model, in one `.pt` or `.bin` file.
 
-Left out: what loralib has no layout for: methods other than LoRA are written as the LoRA that computes the
-same, or refused.
+Left out: methods other than LoRA, for which loralib has no layout. They are written as the LoRA that computes
+the same, or refused.
 """
 
 from ._load import head_of as head_of, load as load

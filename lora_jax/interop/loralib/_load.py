@@ -1,5 +1,5 @@
-"""`load`: a state dict that loralib's layers gave, on the parameters of the base; `head_of`, what to load
-these with.
+"""`load` puts a state dict of loralib's layers onto the parameters of the base; `head_of` says which head the
+base needs.
 """
 
 import math
@@ -16,15 +16,17 @@ from ..._paths import is_array, is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import LoRA
 from .. import _fingerprint, _state_dict, _torch_files
-from .._adapters import adapted, once, Part
-from .._families import Family, family_of_model, Tensor
+from .._adapters import Part
+from .._families import Family, family_of_model
 from .._heads import head_in
+from .._imports import adapted
 from .._modules import ADAPTABLE, Module, modules_of
-from .._processes import agree, spanning, together
-from .._strict import check_finite, check_tensors
+from .._processes import spanning, together
+from .._strict import check_finite, check_tensors, renamed
+from .._tensors import Tensor
 
 
-# Which of GPT-2's fused query, key and value the authors adapt.
+# The authors adapt these of GPT-2's fused query, key and value.
 _AUTHORS = (True, False, True)
 
 
@@ -47,9 +49,9 @@ def load(
     ```
 
     Ranks, and the number of blocks of a `MergedLinear`, follow from the shapes. Names may begin with
-    `module.`, and the state dict may be in `{"model_state_dict": ...}`. Tensors of the base in the file must
-    be those of `params`, and are left there; those that differ have been trained, and become leaves that
-    train (`Full`).
+    `module.`, and the state dict may be in `{"model_state_dict": ...}`. Where the file holds tensors of the
+    base, those that equal `params` are left out. The others have been trained, and become leaves that train
+    (`Full`).
 
     Where arrays of `params` span several processes, all of them call this, and an error is raised in all. A
     and B come on each process's default device: `jax.device_put(delta, shardings(mesh, delta_specs(delta,
@@ -66,16 +68,17 @@ def load(
       verify, check_base: as in `peft.load`.
 
     Raises:
-      ValueError: naming a tensor that is missing, unexpected, of another shape or dtype, or not finite; a
-        weight that an adapter is merged into already; a file that is damaged or that asks for code; an
-        `alpha` or `blocks` that the file contradicts.
+      ValueError: a tensor that is missing, unexpected, of another shape or dtype, or not finite; a weight
+        that an adapter is merged into already; a file that is damaged or that asks for code; an `alpha` or
+        `blocks` that the file contradicts; an adapter of only one of two modules that share their weight
+        (then `OneSided`).
     """
     file = Path(file)
     with together(spanning(params)):
         _, _, family = family_of_model(model)
         facts = _torch_files.facts_of(file, verify=verify)
         weights = _weights(model, family)
-        stored = _named(file, _state_dict.tensors(file), family, weights)
+        stored = _under_full_names(file, _state_dict.tensors(file), family, weights)
         layers = {
             module.name: module
             for module in modules_of(model, family)
@@ -88,9 +91,9 @@ def load(
         }
         if not pairs:
             raise ValueError(
-                f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}"
+                f"{file} holds no `lora_A` of a layer of this model; it has {sorted(stored)[:5]}."
             )
-        fused = {name: family.fused.get(name.rpartition(".")[2]) for name in pairs}
+        fused = {name: family.projections_in(name) for name in pairs}
         expected = {name: weights[name].shape for name in stored if name in weights}
         for name, module in pairs.items():
             shapes = _shapes(module, fused[name], stored.get(f"{name}.lora_A"), stored.get(f"{name}.lora_B"))
@@ -110,25 +113,22 @@ def load(
         _check_arguments(file, parts, alpha, blocks, facts or {})
         plain = {name: arrays[name] for name in arrays if name in weights}
         whole = _trained(file, params, weights, plain, {f"{name}.weight" for name in pairs})
-        agree()
-        result = adapted(model, family, params, parts, once(model, family, whole, file), {}, file)
+        result = adapted(model, family, params, parts, whole, {}, file)
         if check_base and facts:
-            _fingerprint.check_base(
-                file, facts.get("base"), _fingerprint.fingerprint(model, family, result.frozen)
-            )
+            _fingerprint.check_base(file, facts, model, family, result.frozen)
         return result
 
 
 def head_of(file: str | Path) -> dict[str, Any]:
-    """The head that a checkpoint brings along: what to pass to `hf.load` for its base.
+    """The head that a checkpoint brings along, as arguments of `hf.load` for its base.
 
     ```python
     # head="sequence_classification", num_labels=3
     model, params = hf.load("roberta-base", **loralib.head_of("mnli.bin"))
     ```
 
-    Empty where the file does not hold the whole of a head; then the base must have it. The head that is drawn
-    is replaced by the file's.
+    The result is empty where the file does not hold the whole of a head; the base must have it then.
+    `loralib.load` replaces the head that `hf.load` draws by the file's.
     """
     return head_in(
         {name.removeprefix("module."): tensor for name, tensor in _state_dict.tensors(Path(file)).items()}
@@ -136,50 +136,48 @@ def head_of(file: str | Path) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module, family: Family) -> dict[str, Tensor]:
-    """The tensors of the model, those with a second name under both."""
+    """The tensors of the model by name. A tensor that has a second name stands under both."""
     found = {tensor.name: tensor for module in modules_of(model, family) for tensor in module.tensors}
-    found |= {f"{module.name}.weight": module.weight for module in modules_of(model, family) if module.tied}
+    found |= {f"{module.name}.weight": module.matrix for module in modules_of(model, family) if module.tied}
     return found | {alias: found[name] for alias, name in family.aliases.items() if name in found}
 
 
-def _named(
+def _under_full_names(
     file: Path, stored: Mapping[str, Any], family: Family, weights: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """By the names of the model: without what training in parallel puts in front, with the prefix that
-    the bare model lacks.
+    """The tensors under the model's names: without the `module.` of data-parallel training, and with the
+    prefix that files of the bare model lack.
     """
-    named: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        full = _full_name(family, name.removeprefix("module."))
-        # What one head leaves over is a part of another.
-        if full not in weights and family.leftovers.fullmatch(full):
-            continue
-        if full in named:
-            raise ValueError(f"{file} holds one tensor under two names, {named[full].name!r} and {name!r}")
-        named[full] = tensor
-    return named
+    full = lambda name: _full_name(family, name.removeprefix("module."))
+    # A tensor that one head does not need may belong to another.
+    kept = {
+        name: tensor
+        for name, tensor in stored.items()
+        if full(name) in weights or not family.leftovers.fullmatch(full(name))
+    }
+    return renamed(file, kept, full)
 
 
 def _full_name(family: Family, name: str) -> str:
     module, _, last = name.rpartition(".")
     if last not in ("lora_A", "lora_B"):
         return family.full_name(name)
-    # The table has weights: where that of `lm_head` is known without a prefix, so is its adapter.
+    # The table has weights, not adapters: an adapter's name needs the prefix if its weight's name does.
     return family.full_name(f"{module}.weight").removesuffix("weight") + last
 
 
-def _blocks_in(file_shapes: tuple[tuple[int, ...], ...], module: Module, fused: int | None) -> int | None:
-    """How many blocks of a fused projection A and B are for; None for the layout of a plain layer."""
+def _blocks_in(file_shapes: tuple[tuple[int, ...], ...], module: Module, fused: int) -> int | None:
+    """The number of blocks of a fused projection that A and B adapt; None for the layout of a plain layer."""
     a, b = file_shapes
-    if not fused or len(a) != 2 or len(b) != 2 or not a[0] or not b[1] or a[0] % b[1]:
+    if fused == 1 or len(a) != 2 or len(b) != 2 or not a[0] or not b[1] or a[0] % b[1]:
         return None
     count = a[0] // b[1]
     return None if count == 1 and b[0] == module.outs else count
 
 
-def _shapes(module: Module, fused: int | None, a: Any, b: Any) -> dict[str, tuple[int, ...]]:
-    """What A and B of a module must be, given the rank that they have and the number of blocks."""
-    if not a or not b:  # the other is missing, which says enough
+def _shapes(module: Module, fused: int, a: Any, b: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that A and B of a module must have, given their rank and number of blocks."""
+    if not a or not b:  # the error will be that the other is missing
         return {"lora_A": a.shape if a else (), "lora_B": b.shape if b else ()}
     rank = max(b.shape[1], 1) if len(b.shape) == 2 else 1
     blocks = _blocks_in((a.shape, b.shape), module, fused)
@@ -192,7 +190,7 @@ def _shapes(module: Module, fused: int | None, a: Any, b: Any) -> dict[str, tupl
 def _part(
     file: Path,
     module: Module,
-    fused: int | None,
+    fused: int,
     a: np.ndarray,
     b: np.ndarray,
     options: dict[str, Any],
@@ -205,8 +203,7 @@ def _part(
     if chosen is None or len(chosen) != fused or sum(map(bool, chosen)) != count:
         raise ValueError(
             f"{file} adapts {count} of the {fused} blocks of {module.name!r}, and `blocks`={blocks!r} does "
-            "not say which: "
-            f"pass {fused} truth values, {count} of them True"
+            f"not say which: pass {fused} truth values, {count} of them True."
         )
     a, b = (array.reshape(count, -1, array.shape[1]).transpose(1, 2, 0) for array in (a, b))
     return Part(module, LoRA(rank, blocks=chosen, **options), {"a": a, "b": b})
@@ -215,15 +212,16 @@ def _part(
 def _check_arguments(
     file: Path, parts: list[Part], alpha: float, blocks: tuple[bool, ...] | None, facts: Mapping[str, Any]
 ) -> None:
-    if blocks is not None and all(part.method.blocks is None for part in parts):
+    found = any(isinstance(part.method, LoRA) and part.method.blocks is not None for part in parts)
+    if blocks is not None and not found:
         raise ValueError(
-            f"`blocks`={blocks!r} was passed, and {file} has the adapters of whole layers only: leave it out"
+            f"`blocks`={blocks!r} was passed, and {file} has adapters of whole layers only; leave it out."
         )
     saved = facts.get("alpha", alpha)
-    if not math.isclose(saved, alpha, rel_tol=1e-4):  # who copies it from a screen has the first few digits
+    if not math.isclose(saved, alpha, rel_tol=1e-4):  # an alpha copied from a screen has few digits
         raise ValueError(
             f"`alpha`={alpha!r} was passed, and {file} was saved with {saved!r}: pass that; for another "
-            "effect, scale the result, `arithmetic.scaled`"
+            "effect, scale the result, `arithmetic.scaled`."
         )
 
 
@@ -234,7 +232,7 @@ def _trained(
     arrays: Mapping[str, np.ndarray],
     adapted_weights: set[str],
 ) -> dict[str, np.ndarray]:
-    """Those of these tensors that differ from the base's, with the other layers of what is stacked."""
+    """The tensors that differ from the base's, and with one layer of a stack all of its layers."""
     leaves = dict(named_leaves(params, is_leaf=is_node))
     different = set()
     for name, array in arrays.items():
@@ -242,18 +240,18 @@ def _trained(
         if is_shape(leaf) or isinstance(leaf, Packed):
             raise ValueError(
                 f"{file} has a {name!r}, and that of `params` is "
-                f"{'a shape' if is_shape(leaf) else 'quantised'}: nothing tells whether the "
-                "file's was trained. Load onto plain parameters, and `quantize` what is frozen then"
+                f"{'a shape' if is_shape(leaf) else 'quantised'}: nothing tells whether the file's was "
+                "trained. Load onto plain parameters, and `quantize` what is frozen then."
             )
         if is_array(leaf) and np.array_equal(array, weights[name].to_theirs(leaf)):
             continue
         if name in adapted_weights:
             raise ValueError(
-                f"{file} has a {name!r} that differs from that of `params`, beside an adapter of it: "
-                "loralib merges adapters into the weights in "
-                "evaluation mode, and then they would count twice; back in training mode it takes them out "
-                "but for roundings. Save "
-                "`lora.lora_state_dict(model)`, which has no weights, or load the base that it was trained on"
+                f"{file} has a {name!r} that differs from that of `params`, beside an adapter of it: loralib "
+                "merges adapters into the weights in evaluation mode, and the adapter would count twice "
+                "then. Training mode takes them out again, but for rounding. Save "
+                "`lora.lora_state_dict(model)`, which has no weights, or load the base that it was trained "
+                "on."
             )
         different.add(weights[name].path)
     return {name: array for name, array in arrays.items() if weights[name].path in different}

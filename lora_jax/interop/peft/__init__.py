@@ -1,4 +1,4 @@
-"""PEFT's adapter directories: `adapter_config.json` and `adapter_model.safetensors`, both ways, without
+"""PEFT's adapter directories, `adapter_config.json` and `adapter_model.safetensors`: read and written without
 PyTorch.
 """
 

@@ -1,7 +1,7 @@
-"""`adapter_config.json`: what it may say, and what of it we refuse rather than guess.
+"""`adapter_config.json`: the keys that we read, and those that we refuse rather than guess.
 
-A key that we know and do not support must have the value that switches it off; a key that we do not know must
-look switched off (null, false, empty), since a newer PEFT may mean anything by it.
+A key that we know and do not support must have the value that switches it off. A key that we do not know must
+look switched off (null, false, empty), because a newer PEFT may mean anything by it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from ..._paths import nearest
 KINDS = ("LORA", "ADALORA", "VERA")
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", None)
 
-# Say where an adapter came from, how it began or how it was trained, and change nothing of what it computes.
+# Keys that say where an adapter came from, how it began or how it was trained. They do not change its result.
 _SILENT = set(
     "auto_mapping base_model_name_or_path revision inference_mode peft_version fan_in_fan_out megatron_core "
     "runtime_config eva_config "
@@ -25,7 +25,7 @@ _SILENT = set(
         qalora_group_size init_weights beta1 beta2 deltaT orth_reg_weight target_r tfinal tinit total_step
     """.split()
 )
-# What they switch on is not supported.
+# Keys of what is not supported, with the values that switch it off.
 _OFF: dict[str, tuple] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -44,7 +44,7 @@ _OFF: dict[str, tuple] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-# Starts that leave the base as it is, so that the tensors say everything.
+# Starts that leave the base as it is, so that the tensors are all that is needed.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _OWN = {
     "LORA": set(
@@ -67,8 +67,8 @@ _COMMON = set(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The keys that mean something here; the others are checked by `parse` and gone."""
+class AdapterConfig:
+    """The keys that are used here. `parse` checks the others and drops them."""
 
     peft_type: str = "LORA"
     task_type: str | None = None
@@ -77,14 +77,14 @@ class Config:
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"  # or "all", or "only": the targets' own
+    bias: str = "none"  # or "all", or "only" those of the targets
     r: int = 8
     lora_alpha: float = 8
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of AdaLoRA, masks
+    rank_pattern: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for AdaLoRA, masks
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     d_initial: float = 0.1
     projection_prng_key: int = 0
@@ -92,28 +92,32 @@ class Config:
     base: str | None = None
 
 
-def parse(file: Path, content: Mapping[str, Any]) -> Config:
-    """The config in `file`, whose JSON is `content`. Raises `ValueError` naming the field that is wrong
-    or not supported.
+def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
+    """The config in `file`, whose JSON is `content`. Raises `ValueError` with the name of a field that is
+    wrong or not supported.
     """
     kind = content.get("peft_type")
     if kind not in KINDS:
-        raise ValueError(f"`peft_type`={kind!r} in {file} is not supported; supported are {', '.join(KINDS)}")
+        raise ValueError(
+            f"`peft_type`={kind!r} in {file} is not supported; supported are {', '.join(KINDS)}."
+        )
     _check_keys(file, kind, content)
     read = _Reader(file, content)
     ada = kind == "ADALORA"
     if ada:
-        read.off("use_rslora", False), read.off("use_dora", False), read.off("alpha_pattern", None, {})
+        read.off("use_rslora", False)
+        read.off("use_dora", False)
+        read.off("alpha_pattern", None, {})
     task = read.one_of("task_type", None, *TASKS)
-    return Config(
+    return AdapterConfig(
         peft_type=kind,
         task_type=task,
         target_modules=read.names("target_modules", regex=True),
         exclude_modules=read.names("exclude_modules", regex=True) or None,
         layers_to_transform=read.layers("layers_to_transform"),
-        layers_pattern=_several(read.names("layers_pattern", regex=True)),
-        # What PEFT adds by itself where it sees the task.
-        modules_to_save=_several(read.names("modules_to_save"))
+        layers_pattern=_as_tuple(read.names("layers_pattern", regex=True)),
+        # PEFT adds these two by itself for such tasks.
+        modules_to_save=_as_tuple(read.names("modules_to_save"))
         + (("classifier", "score") if task in ("SEQ_CLS", "TOKEN_CLS") else ()),
         bias=read.bias("vera_only" if kind == "VERA" else "lora_only"),
         r=read.rank("init_r" if ada else "r", {"LORA": 8, "ADALORA": 12, "VERA": 256}[kind]),
@@ -131,7 +135,7 @@ def parse(file: Path, content: Mapping[str, Any]) -> Config:
     )
 
 
-def _several(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
+def _as_tuple(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
@@ -142,27 +146,27 @@ def _check_keys(file: Path, kind: str, content: Mapping[str, Any]) -> None:
             value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF[name]
         ):
             raise ValueError(
-                f"`{name}`={value!r} in {file} is not supported: what it changes cannot be represented "
-                "here; train or convert the adapter without it"
+                f"`{name}`={value!r} in {file} is not supported, because what it changes cannot be "
+                "represented here; train or convert the adapter without it."
             )
         if name not in known and value not in (None, False, [], {}, ""):
             close = nearest(name, sorted(known), 1)
             raise ValueError(
                 f"`{name}`={value!r} in {file} is not a key of {kind} in PEFT 0.21, and what it changes is "
-                f"unknown (is it {close[0]!r}?); "
-                "remove it if it changes nothing of what the adapter computes"
+                f"unknown (is it {close[0]!r}?); remove it if it changes nothing of what the adapter "
+                "computes."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """The values of one file, each of the kind it must be."""
+    """Reads the values of one file, each of the type that it must have."""
 
     file: Path
     content: Mapping[str, Any]
 
     def wrong(self, name: str, wanted: str) -> ValueError:
-        return ValueError(f"`{name}`={self.content.get(name)!r} in {self.file} must be {wanted}")
+        return ValueError(f"`{name}`={self.content.get(name)!r} in {self.file} must be {wanted}.")
 
     def off(self, name: str, *values: Any) -> None:
         if self.content.get(name, values[0]) not in values:
@@ -195,7 +199,7 @@ class _Reader:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(
-                    f"`{name}`={self.content[name]!r} in {self.file} is not a regular expression ({error})"
+                    f"`{name}`={self.content[name]!r} in {self.file} is not a regular expression ({error})."
                 ) from error
 
     def layers(self, name: str) -> tuple[int, ...] | None:
@@ -249,9 +253,8 @@ class _Reader:
         if not isinstance(value, bool | str) or value not in _STARTS:
             raise ValueError(
                 f"`{name}`={value!r} in {self.file} is not supported: PEFT changes the base by a start that "
-                "cannot be computed again here. Convert the "
-                "adapter to a plain LoRA first, with the `path_initial_model_for_weight_conversion` of "
-                "PEFT's `save_pretrained`"
+                "cannot be computed again here. Convert the adapter to a plain LoRA first, with the "
+                "`path_initial_model_for_weight_conversion` of PEFT's `save_pretrained`."
             )
         return value
 

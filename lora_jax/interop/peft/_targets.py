@@ -1,30 +1,30 @@
-"""Which modules a config names, by PEFT's own rules."""
+"""The modules that a config names, by PEFT's own rules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._modules import ADAPTABLE, covered_by, ends_with, Module
-from ._config import Config
+from ._config import AdapterConfig
 
 
-# Where `target_modules` is null (PEFT's table).
+# PEFT's table, for configs whose `target_modules` is null.
 _DEFAULTS = {"gpt2": ("c_attn",), "roberta": ("query", "value"), "deberta-v2": ("query_proj", "value_proj")}
 _DEFAULTS_OF_ADALORA = _DEFAULTS | {
     "roberta": ("query", "key", "value", "dense"),
     "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
 }
-# With this, what reads like a mistake in one name costs the user nothing: PEFT adds both of them by itself.
+# PEFT's names for the head of a classifier, which "all-linear" leaves out.
 _HEADS = ("classifier", "score")
 
 
 def targeted(
-    config: Config, modules: list[Module], model_type: str, output: str | None, source: Any
+    config: AdapterConfig, modules: list[Module], model_type: str, output: str | None, source: Any
 ) -> list[Module]:
-    """The modules that get an adapter. `output` is the one that "all-linear" leaves out: it turns features
-    into logits.
+    """The modules that get an adapter. `output` is the module that turns features into logits, which
+    "all-linear" leaves out.
 
-    Raises `ValueError` for a target that matches nothing, or a module that has no adapter.
+    Raises `ValueError` for a target that matches nothing, or a module that cannot be adapted.
     """
     defaults = _DEFAULTS_OF_ADALORA if config.peft_type == "ADALORA" else _DEFAULTS
     names = defaults[model_type] if config.target_modules is None else config.target_modules
@@ -33,7 +33,7 @@ def targeted(
         if module.kind not in ADAPTABLE:
             raise ValueError(
                 f"`target_modules` of {source} names {module.name!r}, which is not a linear layer, a "
-                "convolution or an embedding"
+                "convolution or an embedding, and has no adapter here."
             )
     unused = (
         [name for name in names if not any(ends_with(module.name, name) for module in modules)]
@@ -43,22 +43,22 @@ def targeted(
     if unused:
         raise ValueError(
             f"`target_modules` of {source} names {unused[0]!r}, which this model does not have: "
-            f"{_endings(modules)}"
+            f"{_endings(modules)}."
         )
     if not found:
         raise ValueError(
             f"`target_modules`={config.target_modules!r} of {source} matches no module of this model: "
-            f"{_endings(modules)}"
+            f"{_endings(modules)}."
         )
     return found
 
 
-def saved_whole(config: Config, modules: list[Module]) -> list[Module]:
-    """The modules that the adapter replaces."""
+def saved_whole(config: AdapterConfig, modules: list[Module]) -> list[Module]:
+    """The modules that the adapter's file holds whole, in place of the base's."""
     return [module for module in modules if covered_by(config.modules_to_save, module.name)]
 
 
-def _matches(config: Config, names: tuple[str, ...] | str, module: Module, output: str | None) -> bool:
+def _matches(config: AdapterConfig, names: tuple[str, ...] | str, module: Module, output: str | None) -> bool:
     if _listed(config.exclude_modules, module.name) or covered_by(config.modules_to_save, module.name):
         return False
     if isinstance(names, str) and names.lower() == "all-linear":
@@ -73,7 +73,7 @@ def _listed(names: tuple[str, ...] | str | None, module: str) -> bool:
     return any(ends_with(module, name) for name in names or ())
 
 
-def _layer_chosen(config: Config, module: str) -> bool:
+def _layer_chosen(config: AdapterConfig, module: str) -> bool:
     if config.layers_to_transform is None:
         return True
     patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in config.layers_pattern] or [
@@ -89,6 +89,6 @@ def _endings(modules: Iterable[Module]) -> str:
     )
 
 
-def pattern_value(pattern: dict, name: str, default: Any) -> Any:
+def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first key that matches a module's name, or its end."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

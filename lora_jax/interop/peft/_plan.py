@@ -1,0 +1,107 @@
+"""The tensors that a config leads one to expect in the file of an adapter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from .._families import Family
+from .._modules import Module, modules_of
+from ._config import AdapterConfig
+from ._layout import entries, PREFIX, PROJECTIONS
+from ._targets import pattern_value, saved_whole, targeted
+
+
+class Plan(NamedTuple):
+    """The tensors that the config leads one to expect in the file."""
+
+    bare: bool  # whether names lack the model's prefix: the adapter was trained on the encoder alone
+    targets: list[Module]
+    ranks: dict[str, int]
+    names: dict[str, dict[str, str]]  # by module: our names of its arrays, and the file's
+    expected: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # without the axes of length one that only files have
+    whole: dict[str, str]  # of tensors that replace the base's: the file's name, and the tensor's
+
+
+def plan_of(
+    directory: Path,
+    config: AdapterConfig,
+    model_type: str,
+    model: nn.Module,
+    family: Family,
+    stored: Mapping[str, Any],
+) -> Plan:
+    own = modules_of(model, family)
+    bare = _is_bare(family, own, stored)
+    own = [module for module in own if not bare or module.name.startswith(family.prefix)]
+    named = [
+        module._replace(name=module.name.removeprefix(family.prefix)) if bare else module for module in own
+    ]
+    output = family.decoder.rpartition(".")[0]
+    targets = targeted(config, named, model_type, output, directory)
+    ranks = {
+        module.name: config.r
+        if config.peft_type != "LORA"
+        else pattern_value(config.rank_pattern, module.name, config.r)
+        for module in targets
+    }
+    names: dict[str, dict[str, str]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    own_shapes: dict[str, tuple[int, ...]] = {}
+    for module in targets:
+        rank = ranks[module.name]
+        if config.peft_type == "ADALORA" and f"{module.name}.lora_E" in config.rank_pattern:
+            rank = sum(config.rank_pattern[f"{module.name}.lora_E"])
+        found = entries(config.peft_type, config.use_dora, module, rank)
+        names[module.name] = {ours: f"{PREFIX}{module.name}.{entry.ending}" for ours, entry in found.items()}
+        expected |= {names[module.name][ours]: entry.shape for ours, entry in found.items()}
+        own_shapes |= {names[module.name][ours]: entry.own_shape for ours, entry in found.items()}
+    if config.peft_type == "VERA" and config.save_projection:
+        ins, outs = max(module.ins[0] for module in targets), max(module.outs for module in targets)
+        expected |= {PROJECTIONS["shared_a"]: (config.r, ins), PROJECTIONS["shared_b"]: (outs, config.r)}
+    whole = _tensors_saved_whole(config, named, {module.name for module in targets}, family, stored)
+    shapes = {tensor.name: tensor.shape for module in own for tensor in module.tensors}
+    shapes |= {family.decoder: shapes[family.embedding]} | {
+        alias: shapes[name] for alias, name in family.aliases.items() if name in shapes
+    }
+    expected |= {name: shapes[tensor] for name, tensor in whole.items()}
+    return Plan(bare, targets, ranks, names, expected, own_shapes, whole)
+
+
+def _is_bare(family: Family, modules: list[Module], stored: Mapping[str, Any]) -> bool:
+    """Whether the names are those of the model without a head, which lack its prefix."""
+    inside = {
+        module.name.removeprefix(family.prefix) for module in modules if module.name.startswith(family.prefix)
+    }
+    names = [name.removeprefix(PREFIX) for name in stored]
+    owners = {name.partition(".lora_")[0].partition(".vera_lambda")[0] for name in names}
+    return bool(owners & inside) and not any(name.startswith(family.prefix) for name in names)
+
+
+def _tensors_saved_whole(
+    config: AdapterConfig, modules: list[Module], targets: set[str], family: Family, stored: Mapping[str, Any]
+) -> dict[str, str]:
+    found = {}
+    saved = saved_whole(config, modules)
+    for module in saved:
+        for tensor in module.tensors:
+            own = family.decoder if module.tied else tensor.name
+            found[f"{PREFIX}{module.name}.{own.rpartition('.')[2]}"] = own
+    if config.bias != "none":
+        for module in modules:
+            if (
+                module.bias
+                and (config.bias == "all" or module.name in targets)
+                and PREFIX + module.bias.name not in found
+            ):
+                found[f"{PREFIX}{module.name}{'.base_layer' if module.name in targets else ''}.bias"] = (
+                    module.bias.name
+                )
+    # PEFT writes a bias that has two names under both, or under one.
+    return found | {
+        PREFIX + alias: alias
+        for alias, name in family.aliases.items()
+        if name in found.values() and PREFIX + alias in stored
+    }
