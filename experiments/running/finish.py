@@ -26,6 +26,7 @@ from experiments.training import precision
 from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.interop import hf, peft
+from lora_jax.processes import on_first
 
 
 # Rows of validation data on which the export is compared.
@@ -110,7 +111,7 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
     return {
         "max_difference": float(np.abs(adapted - reloaded).max()),
         "max_logit": float(np.abs(adapted).max()),
-        "pytorch": processes.by_first(lambda: _in_pytorch(directory, ids, adapted)),
+        "pytorch": on_first(lambda: _in_pytorch(directory, ids, adapted)),
     }
 
 
@@ -152,7 +153,7 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base"
     )
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
-    processes.by_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
+    on_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
@@ -171,7 +172,7 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
             for name in whole
         }
 
-    return {"samples": samples, "scores": processes.by_first(score)}
+    return {"samples": samples, "scores": on_first(score)}
 
 
 def _write_lines(file: Path, lines: list[str]) -> None:

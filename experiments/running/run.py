@@ -25,6 +25,7 @@ from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
 from experiments.training import precision, trainer as train
 from lora_jax.checkpoint import Checkpoints, fingerprint, NoneIntact, State
+from lora_jax.processes import on_first
 
 
 # What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer
@@ -44,7 +45,7 @@ def run(
     numbers then agree as far as float32 rounds, and not bit for bit.
     """
     resolved = configs.to_json(config)
-    if processes.by_first(lambda: is_finished(workdir, resolved)):
+    if on_first(lambda: is_finished(workdir, resolved)):
         processes.say(f"{config.name}: already finished, see {workdir / 'report.md'}")
         return workdir
     ready = _prepare(config, config_path, data, workdir)
@@ -85,10 +86,10 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
     processes.check_shared(workdir)
     if config.generate is not None:
         data = workdir / "data"
-        processes.by_first(lambda: str(generate.write(config.generate, data)))
+        on_first(lambda: str(generate.write(config.generate, data)))
     contents = tasks.read(config.data, data)
     base_run = _run_base(config, config_path, data, workdir)
-    if base_run is not None and not processes.by_first((base_run / "report.md").is_file):
+    if base_run is not None and not on_first((base_run / "report.md").is_file):
         return None
     keys = dict(
         zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True)
@@ -96,9 +97,7 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
     own_tokenizer = None
     if config.base.vocabulary is not None:
         own_tokenizer = workdir / "tokenizer"
-        processes.by_first(
-            lambda: str(tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer))
-        )
+        on_first(lambda: str(tokenizer.train(contents["train"], config.base.vocabulary, own_tokenizer)))
     base = bases.load(
         config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision
     )
@@ -130,7 +129,7 @@ def _train(
     with _checkpoints(ready, config, workdir) as checkpoints:
         if checkpoints.latest() is not None:
             state = _restored(checkpoints, state, config)
-        processes.by_first(lambda: _mark(workdir, resolved))
+        on_first(lambda: _mark(workdir, resolved))
         with Record(
             workdir, config.name, config.train.steps, state.step, silent=not processes.first()
         ) as record:
@@ -195,7 +194,7 @@ def _finish(ready: _Ready, state: State, config: Config, workdir: Path) -> None:
         else {},
         "finishing_seconds": time.perf_counter() - started,
     }
-    processes.by_first(lambda: report.write(workdir, config, facts))
+    on_first(lambda: report.write(workdir, config, facts))
 
 
 def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:

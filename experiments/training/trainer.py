@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
 from experiments.config import Config, Mesh as MeshSection
-from experiments.running import processes
 from experiments.running.preemption import Asked
 from experiments.running.progress import Record
 from experiments.tasks.examples import Splits
@@ -33,6 +32,7 @@ from experiments.training.spread import EXAMPLES, spread
 from experiments.training.step import compiled_for, step_of
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.methods import orthogonality
+from lora_jax.processes import on_first
 from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings
 
 
@@ -208,7 +208,7 @@ class Trainer:
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))
 
-        before = processes.by_first(lambda: not_finite_steps(record.directory, state.step))
+        before = on_first(lambda: not_finite_steps(record.directory, state.step))
         guards = Guards(
             state.delta,
             record.directory,
@@ -218,9 +218,7 @@ class Trainer:
             before=before,
         )
         with Asked() as asked:
-            if state.step % train.eval_every == 0 and not processes.by_first(
-                lambda: record.evaluated(state.step)
-            ):
+            if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
                 record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
             started, since = time.perf_counter(), state.step
             for number in range(state.step, train.steps):

@@ -22,9 +22,9 @@ from .._paths import is_array, named_leaves
 from .._tree.method import Grouped, Method, Spec
 from .._tree.nodes import Adapter, Fixed, is_node, Shared, weight_of
 from ..methods import LoRA
+from ..processes import on_host
 from ._families import Family, shapes_of, Tensor, tensors_of
 from ._modules import Module, modules_of, tied_head
-from ._processes import on_host
 from ._strict import on_device
 
 

@@ -21,7 +21,7 @@ from flax import traverse_util
 from ..models.deberta import DebertaV2, DebertaV2Config
 from ..models.gpt2 import GPT2, GPT2Config
 from ..models.roberta import Roberta, RobertaConfig
-from ._processes import on_host
+from ..processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)

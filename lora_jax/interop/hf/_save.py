@@ -16,10 +16,10 @@ from ..._lorafy import partition
 from ..._merge import merge
 from ..._packed.packed import Packed
 from ..._tree.nodes import Adapted, resolved, Trained
+from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint
 from .._families import family_of_model, shapes_of, tensors_of
 from .._files import digest, new_directory, write_json
-from .._processes import agree, spanning, together
 from .._safetensors import fetch_tensors, Pending, write_tensors
 from .._strict import check_writable, DTYPES, report
 
@@ -68,7 +68,7 @@ def save(
     Raises `ValueError` naming a leaf that is missing, unexpected or of another shape, and `TypeError` for one
     that is no array, as in the two halves that `lorafy` returns.
     """
-    with together(spanning(params)) as writes:
+    with all_or_none(spanning(params)) as writes:
         _save(Path(dir), model, params, source, overwrite, shard_bytes, writes)
 
 

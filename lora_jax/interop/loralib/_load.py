@@ -15,12 +15,12 @@ from ..._packed.packed import Packed
 from ..._paths import is_array, is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import LoRA
+from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint, _state_dict, _torch_files
 from .._adapters import adapted, once, Part
 from .._families import Family, family_of_model, Tensor
 from .._heads import head_in
 from .._modules import ADAPTABLE, Module, modules_of
-from .._processes import agree, spanning, together
 from .._strict import check_finite, check_tensors
 
 
@@ -71,7 +71,7 @@ def load(
         `alpha` or `blocks` that the file contradicts.
     """
     file = Path(file)
-    with together(spanning(params)):
+    with all_or_none(spanning(params)):
         _, _, family = family_of_model(model)
         facts = _torch_files.facts_of(file, verify=verify)
         weights = _weights(model, family)

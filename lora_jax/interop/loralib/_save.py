@@ -12,12 +12,12 @@ from ..._packed.lazy import value_of
 from ..._tree.nodes import Adapter, Shared
 from ...arithmetic._leaves import times
 from ...methods import LoRA
+from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint, _torch_files
 from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
 from .._exports import check_trees, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
 from .._families import family_of_model, tensors_of
 from .._modules import modules_of
-from .._processes import agree, spanning, together
 from .._strict import check_writable
 
 
@@ -43,7 +43,7 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
     Raises `ValueError` for a file that exists, unless `overwrite=True`; for DoRA, which no LoRA equals; for a
     convolution, of which loralib has another adapter.
     """
-    with together(spanning(frozen, delta)) as writes:
+    with all_or_none(spanning(frozen, delta)) as writes:
         return _save(Path(file), model, frozen, delta, overwrite, writes)
 
 

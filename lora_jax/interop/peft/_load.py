@@ -13,13 +13,13 @@ from ..._packed.packed import Packed
 from ..._paths import is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
+from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint, _state_dict
 from .._adapters import adapted, once, Part, plain_number, with_blocks
 from .._families import Family, family_of_model
 from .._files import read_json
 from .._heads import head_in
 from .._modules import Module, modules_of
-from .._processes import agree, spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from ._config import Config, parse
@@ -63,7 +63,7 @@ def load(
         another base; an adapter of one side only of a tied embedding.
     """
     dir = Path(dir)
-    with together(spanning(params)):
+    with all_or_none(spanning(params)):
         kind, _, family = family_of_model(model)
         config = parse(dir / "adapter_config.json", read_json(dir / "adapter_config.json"))
         file, stored = _stored(dir)

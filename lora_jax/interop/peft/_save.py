@@ -13,13 +13,13 @@ from ... import arithmetic
 from ..._packed.lazy import value_of
 from ..._tree.nodes import Fixed, is_node, Shared
 from ...methods import AdaLoRA, DoRA, VeRA
+from ...processes import all_or_none, on_host, spanning
 from .._adapters import adapters_of, Part, parts_of, plain_number, trained_whole, weights_of
 from .._exports import check_trees, NEW_HEADS, NOTHING_ADAPTED, with_heads_whole
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
 from .._modules import containers, covered_by, Module, modules_of, short_names, tied_head, whole_modules
-from .._processes import on_host, spanning, together
 from .._safetensors import digest, Pending, write_tensors
 from .._strict import check_writable
 from ._layout import places, PREFIX, PROJECTIONS, TASKS
@@ -65,7 +65,7 @@ def save(
       ValueError: nothing is adapted; a mixture of DoRA and others; biases that train in some adapted modules
         and not in others; values that are not finite; trees of another model, or that do not belong together.
     """
-    with together(spanning(frozen, delta)) as writes:
+    with all_or_none(spanning(frozen, delta)) as writes:
         _save(Path(dir), model, frozen, delta, base, overwrite, writes)
 
 
