@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from benchmarks.ports import free_port, is_free
 from experiments.command_line import main
 from experiments.config import Mesh
-from experiments.training import trainer as train
+from experiments.training import sharded
 
 
 CONFIG = {
@@ -322,7 +322,7 @@ def test_an_idle_process(monkeypatch):
         ValueError,
         match=r"takes 2 devices, and the 2 processes have 8, of which none may be idle: set `mesh.data` to 4",
     ):
-        train.make_mesh(Mesh(1, 2, 1))
+        sharded.make_mesh(Mesh(1, 2, 1))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from experiments.config import (
 from experiments.running import finish
 from experiments.running.progress import read_metrics, Record
 from experiments.tasks.examples import Examples, Splits
-from experiments.training import loss as losses, optimizer, trainer as train
+from experiments.training import loss as losses, optimizer, sharded, trainer as train
 from lora_jax._paths import named_leaves
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
@@ -82,8 +82,8 @@ def weights():
 def started(settings):
     """A trainer and its first state, on the mesh that `settings` asks for."""
     params = weights()
-    mesh = train.make_mesh(settings.mesh)
-    params, specs = train.place(mesh, params, MODEL.partition_rules)
+    mesh = sharded.make_mesh(settings.mesh)
+    params, specs = sharded.on_mesh(mesh, params, MODEL.partition_rules)
     frozen, delta = lora_jax.lorafy(
         params, list(settings.targets), method=method_value(settings.method), key=jax.random.key(1)
     )
@@ -357,7 +357,7 @@ def test_what_of_a_run_is_exported(tmp_path, result):
 
 def test_a_mesh_larger_than_the_machine():
     with pytest.raises(ValueError, match="`mesh` 4 x 4 x 1 needs 16 devices, but there are 8"):
-        train.make_mesh(Mesh(4, 4, 1))
+        sharded.make_mesh(Mesh(4, 4, 1))
 
 
 # --- other methods ------------------------------------------------------------------------------------------

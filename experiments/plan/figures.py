@@ -13,8 +13,9 @@ from experiments.config import Mesh
 from experiments.plan import accelerators, claims, devices, flops, models, size
 from experiments.plan.collectives import Collectives
 from experiments.plan.models import Subject
-from experiments.plan.step import make_mesh, Step, targets_of, training_step, Workload
+from experiments.plan.step import Step, targets_of, training_step, Workload
 from experiments.strict_json import nearest
+from experiments.training.sharded import make_mesh
 from lora_jax import Full
 from lora_jax._tree.nodes import Adapter
 

@@ -98,7 +98,7 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
     ids = splits.valid.batch(rows)["input_ids"]
     everywhere = NamedSharding(trainer.mesh, P())
     logits = jax.jit(
-        lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids),
+        lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids),
         out_shardings=everywhere,
     )
     adapted = np.asarray(logits(delta, trainer.frozen), np.float32)

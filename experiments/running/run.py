@@ -23,7 +23,9 @@ from experiments.running import base as bases, finish, processes
 from experiments.running.progress import Record
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
-from experiments.training import precision, trainer as train
+from experiments.training import precision
+from experiments.training.sharded import make_mesh, on_mesh
+from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, fingerprint, NoneIntact, State
 from lora_jax.processes import on_first
 
@@ -72,7 +74,7 @@ class _Ready(NamedTuple):
     specs: Any
     splits: Splits
     decoder: Decoder
-    trainer: train.Trainer
+    trainer: Trainer
     first: State
     identity: dict[str, str]
 
@@ -81,7 +83,7 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
     """Finds what is wrong with the input, the cheap things first; None if the base is not finished,
     having been asked to stop.
     """
-    mesh = train.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     _check_against_shapes(config, config_path)
     processes.check_shared(workdir)
     if config.generate is not None:
@@ -110,12 +112,12 @@ def _prepare(config: Config, config_path: Path, data: Path, workdir: Path) -> _R
         "config": _digest(config),
         "data": _data_fingerprint(splits),
     }
-    params, specs = train.place(mesh, base.params, base.model.partition_rules)
+    params, specs = on_mesh(mesh, base.params, base.model.partition_rules)
     base = dataclasses.replace(base, params=params)
     frozen, delta = lora_jax.lorafy(
         params, list(config.targets), method=precision.method(config), key=keys["adapter"]
     )
-    trainer = train.Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
+    trainer = Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
     return _Ready(
         base, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
     )
