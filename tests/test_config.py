@@ -171,8 +171,8 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
         (
             {"method": {"name": "Lora"}},
             ValueError,
-            "`method.name` must be one of LoRA, DoRA, VeRA, LoRAFA, DyLoRA, DeltaLoRA, AdaLoRA, PiSSA, "
-            "Full, got 'Lora'; did you mean `LoRA`?",
+            "`method.name` must be one of AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, "
+            "VeRA, got 'Lora'; did you mean `LoRA`?",
         ),
         (
             {"method": {"name": "LoRA", "ranks": 2}},

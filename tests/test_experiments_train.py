@@ -464,7 +464,11 @@ def test_the_budget_is_spent():
         (LORA, {"lorafa": True}, "`optimizer.lorafa` is for the method LoRAFA, and `method.name` is LoRA"),
         (ROWS["AdaLoRA"], {}, "`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`"),
         ({"name": "DeltaLoRA", "delayed": True}, {}, "`method.delayed` waits for `start_delta`"),
-        ({"name": "Dora"}, {}, "`method.name` must be one of LoRA, DoRA, .*got 'Dora'; did you mean `DoRA`"),
+        (
+            {"name": "Dora"},
+            {},
+            "`method.name` must be one of AdaLoRA, DeltaLoRA, .*got 'Dora'; did you mean `DoRA`",
+        ),
     ],
 )
 def test_rules_belong_to_methods(method, rules, message):

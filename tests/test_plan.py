@@ -423,7 +423,7 @@ def test_help_has_an_example(capsys):
         ),
         (["gpt2", "--batch", "0"], "`--batch` must be at least 1, got 0"),
         (["gpt2", "--seq", "2048"], "`--seq` is 2048, and gpt2 has positions for 1024"),
-        (["gpt2", "--method", "Lora"], "`--method` is 'Lora', and must be one of LoRA, DoRA"),
+        (["gpt2", "--method", "Lora"], "`--method` is 'Lora', and must be one of AdaLoRA, DeltaLoRA"),
         (["gpt2", "--method", "DoRA", "--blocks", "1,0,1"], "`--blocks` is not an option of DoRA"),
         (["gpt2", "--rank", "10000"], "`rank` is 10000, above min(in, out) = 768"),
         (["gpt2", "--targets", "c_atn/kernel"], "`targets` pattern 'c_atn/kernel' matches no leaf"),

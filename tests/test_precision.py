@@ -28,7 +28,7 @@ from experiments.config import (
     Budget,
     Config,
     Mesh,
-    METHODS,
+    methods,
     Optimizer,
     Precision,
     Source,
@@ -302,7 +302,7 @@ def test_master_weights_do_not_widen_the_products():
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [*((name, "bfloat16") for name in METHODS), ("LoRA", "float32"), ("Full", "float32")]
+    "name, dtype", [*((name, "bfloat16") for name in methods()), ("LoRA", "float32"), ("Full", "float32")]
 )
 def test_what_trains_and_its_moments(name, dtype):
     """And the start is the base, exactly, whatever the factors are rounded to."""

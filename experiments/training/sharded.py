@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments.config import Mesh as MeshSection, Optimizer, Train
+from experiments.config import AXES, Mesh as MeshSection, Optimizer, Train
 from experiments.training import loss as losses, optimizer
 from experiments.training.spread import EXAMPLES, spread
 from experiments.training.step import compiled_for, step_of
@@ -26,7 +26,6 @@ from lora_jax.methods import orthogonality
 from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings
 
 
-AXES = ("data", "fsdp", "tensor")
 # The parts of a batch come one after the other, and the examples of each are spread.
 BATCH = P(None, EXAMPLES)
 
