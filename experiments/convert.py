@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import lora_jax
-from experiments.running.progress import Count
+from experiments.progress import Count
 from lora_jax import Adapter
 from lora_jax.interop import hf, loralib, OneSided, peft
 

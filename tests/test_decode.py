@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import progress
 from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
 from experiments.decoding import decoder as decode
 from experiments.decoding.sample import draw
 from experiments.decoding.search import search
-from experiments.running import progress
 from experiments.tasks.examples import padded_width, Prompt
 from experiments.training import sharded
 from lora_jax.interop import hf

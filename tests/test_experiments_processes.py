@@ -252,9 +252,9 @@ def test_what_one_finds_all_learn():
     shared, own = sys.argv[1:]
     processes.check_shared(pathlib.Path(shared))
     found.append([path.name for path in pathlib.Path(shared).iterdir()])
-    from experiments.running.preemption import Asked
+    from experiments.running.preemption import StopRequest
     on_first(lambda: None)
-    with Asked() as asked:  # the signal comes before the first step, whatever its number
+    with StopRequest() as asked:  # the signal comes before the first step, whatever its number
         if jax.process_index() == 1:
             import os, signal, time
             os.kill(os.getpid(), signal.SIGTERM)

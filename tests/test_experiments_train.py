@@ -25,8 +25,8 @@ from experiments.config import (
     TextData,
     Train,
 )
+from experiments.progress import read_metrics, Record
 from experiments.running import finish
-from experiments.running.progress import read_metrics, Record
 from experiments.tasks.examples import Examples, Splits
 from experiments.training import loss as losses, optimizer, sharded, trainer as train
 from lora_jax._paths import named_leaves

@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax
 from experiments.config import Architecture, Base, Config, Source, TextData, Train
-from experiments.running.progress import read_metrics, Record
+from experiments.progress import read_metrics, Record
 from experiments.tasks.examples import Blocks, Splits
 from experiments.training import guards, order, sharded, trainer as train
 from experiments.training.guards import Guards, NotFinite

@@ -12,11 +12,12 @@ from .data import E2EData as E2EData, Generate as Generate, TextData as TextData
 from .decode import Decode as Decode, Sample as Sample
 from .experiment import Config as Config, Source as Source
 from .files import (
-    but_defaults as but_defaults,
     difference as difference,
     load as load,
     to_json as to_json,
     with_defaults as with_defaults,
+    without_defaults as without_defaults,
+    without_mesh as without_mesh,
 )
 from .method import method_value as method_value, methods as methods
 from .training import Budget as Budget, Optimizer as Optimizer, Train as Train

@@ -53,7 +53,7 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def but_defaults(section: Any) -> Any:
+def without_defaults(section: Any) -> Any:
     """What the config says beyond the defaults, as JSON: the same in a later version, whose new keys mean
     by default what was done before.
     """
@@ -63,7 +63,7 @@ def but_defaults(section: Any) -> Any:
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     )
     values = ((field, getattr(section, field.name)) for field in dataclasses.fields(section))
-    return {field.name: but_defaults(value) for field, value in values if value != made(field)}
+    return {field.name: without_defaults(value) for field, value in values if value != made(field)}
 
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +74,11 @@ def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
         return to_json(build(Config, tree))
     except (ValueError, TypeError):
         return tree
+
+
+def without_mesh(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config's JSON without its `mesh`: where arrays lie changes no result beyond rounding."""
+    return {name: value for name, value in tree.items() if name != "mesh"}
 
 
 def difference(old: Any, new: Any, key: str = "") -> str | None:

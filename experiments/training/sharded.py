@@ -6,6 +6,7 @@ tensor, and the optimiser's moments follow the arrays they belong to. Left out: 
 and how often it is done, which is the trainer's.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -147,8 +148,8 @@ class ShardedStep:
 
     def function(self, delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
         """`step_of` this loss: delta, opt_state and numbers."""
-        loss = lambda *arguments: self.loss(*arguments, smoothing=self.smoothing)
-        step = step_of(loss, self.tx, self.accumulate, self.penalty, self.reduce)
+        smoothed = functools.partial(self.loss, smoothing=self.smoothing)
+        step = step_of(smoothed, self.tx, self.accumulate, self.penalty, self.reduce)
         return step(delta, opt_state, frozen, batch, key)
 
     def compiled(self, delta: Any, opt_state: Any) -> Callable:

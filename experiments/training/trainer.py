@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.config import Config
-from experiments.running.preemption import Asked
-from experiments.running.progress import Record
+from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from experiments.training import loss as losses, optimizer, order, precision
 from experiments.training.due import due
@@ -120,13 +119,13 @@ class Trainer:
         splits: Splits,
         checkpoints: Checkpoints,
         record: Record,
-        stop_after: int | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> State:
-        """Trains from `state` to the last step, or until SIGTERM, after which it saves and returns what it
-        has.
+        """Trains from `state` to the last step, or until `stop_requested()`, which is asked after each step:
+        then it saves and returns what it has.
 
-        `stop_after` ends it early, after that step's checkpoint, as a lost machine would. Raises `NotFinite`
-        as `train.not_finite` says.
+        Raises:
+          NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
         """
         train, config, size = self.config.train, self.config, len(splits.train)
         step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=self.step.everywhere)
@@ -147,46 +146,45 @@ class Trainer:
             say=record.note,
             before=before,
         )
-        with Asked() as asked:
-            if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
-                record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
-            started, since = time.perf_counter(), state.step
-            for number in range(state.step, train.steps):
-                done = number + 1
-                batch = self.device_batch(splits.train, indices(done), train.accumulate)
-                delta, opt_state, numbers = step(
-                    state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number)
+        if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
+            record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+        started, since = time.perf_counter(), state.step
+        for number in range(state.step, train.steps):
+            done = number + 1
+            batch = self.device_batch(splits.train, indices(done), train.accumulate)
+            delta, opt_state, numbers = step(
+                state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number)
+            )
+            state = State(
+                delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key
+            )
+            guards.add(done, numbers)
+            record.advance(done)
+            stop = stop_requested()
+            now_due = due(done, train, stop)
+            if now_due.any() or done == BY:
+                guards.check()
+            if now_due.log:
+                now = time.perf_counter()
+                values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
+                record.log(
+                    done,
+                    **values,
+                    lr=float(rate(number - guards.skipped)),
+                    seconds_per_step=(now - started) / (done - since),
+                    tokens=int(numbers["tokens"]),
                 )
-                state = State(
-                    delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key
-                )
-                guards.add(done, numbers)
-                record.advance(done)
-                stop = asked()
-                now_due = due(done, train, stop)
-                if now_due.any() or done == BY:
-                    guards.check()
-                if now_due.log:
-                    now = time.perf_counter()
-                    values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
-                    record.log(
-                        done,
-                        **values,
-                        lr=float(rate(number - guards.skipped)),
-                        seconds_per_step=(now - started) / (done - since),
-                        tokens=int(numbers["tokens"]),
-                    )
-                    started, since = now, done
-                valid_loss = None
-                if now_due.evaluate:
-                    valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
-                    record.log(done, valid_loss=valid_loss)
-                if now_due.save:
-                    checkpoints.save(state, valid_loss, passing=now_due.passing)
-                if now_due.evaluate or now_due.save:
-                    started, since = time.perf_counter(), done
-                if stop or done == stop_after:
-                    break
+                started, since = now, done
+            valid_loss = None
+            if now_due.evaluate:
+                valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
+                record.log(done, valid_loss=valid_loss)
+            if now_due.save:
+                checkpoints.save(state, valid_loss, passing=now_due.passing)
+            if now_due.evaluate or now_due.save:
+                started, since = time.perf_counter(), done
+            if stop:
+                break
         return state
 
 
