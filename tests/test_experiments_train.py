@@ -19,7 +19,7 @@ from experiments.config import (
     Config,
     Mesh,
     method_value,
-    METHODS,
+    methods,
     Optimizer,
     Source,
     TextData,
@@ -367,14 +367,14 @@ RULES = {
     "LoRAFA": {"lorafa": True, "loraplus": 4.0},
     "DyLoRA": {"loraplus": 4.0},
 }
-ROWS = {name: {"name": name} if name == "Full" else {"name": name, "rank": 2} for name in METHODS}
+ROWS = {name: {"name": name} if name == "Full" else {"name": name, "rank": 2} for name in methods()}
 
 
 def row(name, **more):
     return config(ROWS[name], ("attn/.*/kernel", "mlp/c_fc/kernel"), rules=RULES.get(name, {}), **more)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods())
 def test_every_method_trains_and_every_mesh_gives_the_same(name):
     alone, state, step = steps(row(name), 3)
     assert state.step == 3 and step._cache_size() == 1
@@ -405,7 +405,7 @@ MESHES = [
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize(
     "name, quantize",
-    [*((name, None) for name in METHODS), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")],
+    [*((name, None) for name in methods()), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")],
 )
 def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
     alone, state = of_one_device(name, quantize)
