@@ -19,7 +19,7 @@ from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA
 from lora_jax.models import GPT2Config
 
 from . import record
-from .step_cost import _QUICK
+from .step_cost import QUICK
 from .training_steps import RANK, Setting, training_step, tree_bytes
 
 
@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def measure(name: str, config: GPT2Config) -> dict[str, Any]:
     step = training_step("adapt", Setting("all", config=config, **ROWS[name]))
-    compiled = step.lower().compile(compiler_options=_QUICK)
+    compiled = step.lower().compile(compiler_options=QUICK)
     return {
         "flops": int(compiled.cost_analysis()["flops"]),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,

@@ -46,12 +46,12 @@ SETTINGS = [
 
 # The machine code does not matter here and takes most of the time: neither figure depends on LLVM's
 # optimisations.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def measure(way: str, setting: Setting) -> dict[str, int]:
     step = training_step(way, setting)
-    compiled = step.lower().compile(compiler_options=_QUICK)
+    compiled = step.lower().compile(compiler_options=QUICK)
     return {
         "flops": int(compiled.cost_analysis()["flops"]),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 import lora_jax
-from experiments.running.progress import Count
-from lora_jax._tree.nodes import Adapter, is_node
+from experiments.progress import Count
+from lora_jax import Adapter
 from lora_jax.interop import hf, loralib, OneSided, peft
 
 
@@ -232,8 +232,7 @@ def described(delta: Any) -> str:
     >>> described(lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=2)).delta)
     'LoRA of rank 2, 1 adapter, 32 parameters'
     """
-    leaves = [leaf for leaf in jax.tree.leaves(delta, is_leaf=is_node) if leaf is not None]
-    adapters = [leaf for leaf in leaves if isinstance(leaf, Adapter)]
+    leaves, adapters = _leaves(delta), _adapters(delta)
     kinds = sorted({type(leaf.spec.method).__name__ for leaf in adapters})
     ranks = sorted({leaf.spec.method.rank for leaf in adapters})
     whole = len(leaves) - len(adapters)
@@ -245,19 +244,28 @@ def described(delta: Any) -> str:
     return ", ".join([*parts, f"{lora_jax.count(delta):,} parameters"])
 
 
+def _leaves(delta: Any) -> list[Any]:
+    """What trains, a leaf of the base at a time: an adapter, or the leaf itself."""
+    return jax.tree.leaves(delta, is_leaf=lambda node: isinstance(node, Adapter))
+
+
+def _adapters(delta: Any) -> list[Adapter]:
+    return [leaf for leaf in _leaves(delta) if isinstance(leaf, Adapter)]
+
+
 def _size(model: Any, params: Any) -> str:
     return f"a {type(model).__name__} of {lora_jax.count(params):,} parameters"
 
 
-def export(workdir: Path, target: Path, format: str) -> str:
+def export(workdir: Path, target: Path, form: str) -> str:
     """A finished run's result at `target`, where nothing is yet; returns a line about it."""
     if not (workdir / "report.md").is_file():
         raise ValueError(f"`--workdir` {workdir} holds no finished run")
-    if format == "loralib":
+    if form == "loralib":
         check_file_name("--to", target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten")
-    if format != "hf" and not (workdir / "adapter").is_dir():
+    if form != "hf" and not (workdir / "adapter").is_dir():
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
         older = (
             "it was finished by a version that wrote none; without its report.md, its command goes on from "
@@ -266,9 +274,9 @@ def export(workdir: Path, target: Path, format: str) -> str:
         raise ValueError(
             f"`--workdir` {workdir} has no adapter/: {facts.get('adapter', {}).get('missing') or older}"
         )
-    if format == "loralib":
+    if form == "loralib":
         return f"wrote {target}" + _with_alpha(_to_loralib(workdir, target))
-    shutil.copytree(workdir / {"hf": "merged", "peft": "adapter"}[format], target, dirs_exist_ok=True)
+    shutil.copytree(workdir / {"hf": "merged", "peft": "adapter"}[form], target, dirs_exist_ok=True)
     return f"wrote {target}"
 
 
@@ -277,11 +285,7 @@ def _to_loralib(workdir: Path, target: Path) -> float:
     # The merged model stands in for its base, of which the names and the shapes are all that is needed, and
     # may lie anywhere.
     frozen, delta = peft.load(workdir / "adapter", model, params, check_base=False)
-    if any(
-        type(leaf.spec.method) is not lora_jax.LoRA
-        for leaf in jax.tree.leaves(delta, is_leaf=is_node)
-        if isinstance(leaf, Adapter)
-    ):
+    if any(type(adapter.spec.method) is not lora_jax.LoRA for adapter in _adapters(delta)):
         frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)
     # As shapes, so that the file gets no fingerprint of values that are not the base's.
     return loralib.save(target, model, jax.eval_shape(lambda frozen: frozen, frozen), delta)

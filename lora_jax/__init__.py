@@ -8,6 +8,7 @@ from . import (
     drop as drop,
     methods as methods,
     optim as optim,
+    processes as processes,
     quant as quant,
     sharding as sharding,
 )

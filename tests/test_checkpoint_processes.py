@@ -36,7 +36,7 @@ import json, pathlib, shutil, warnings
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from lora_jax.checkpoint import Checkpoints, State, fingerprint, _storage
-from lora_jax.checkpoint._processes import Damaged
+from lora_jax.checkpoint._storage import Damaged
 
 me, run = jax.process_index(), pathlib.Path(sys.argv[1])
 devices = np.array(jax.devices())

@@ -171,8 +171,8 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
         (
             {"method": {"name": "Lora"}},
             ValueError,
-            "`method.name` must be one of LoRA, DoRA, VeRA, LoRAFA, DyLoRA, DeltaLoRA, AdaLoRA, PiSSA, "
-            "Full, got 'Lora'; did you mean `LoRA`?",
+            "`method.name` must be one of AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, "
+            "VeRA, got 'Lora'; did you mean `LoRA`?",
         ),
         (
             {"method": {"name": "LoRA", "ranks": 2}},
@@ -267,7 +267,7 @@ def test_what_is_said_beyond_the_defaults(tmp_path):
     else is said, counts.
     """
     tree = minimal()
-    said = configs.but_defaults(load(tmp_path, tree))
+    said = configs.without_defaults(load(tmp_path, tree))
     assert said == {
         **tree,
         "source": {"paper": None},
@@ -275,7 +275,7 @@ def test_what_is_said_beyond_the_defaults(tmp_path):
         "targets": ["attn/c_attn/kernel"],
     }
     assert (
-        configs.but_defaults(load(tmp_path, tree, "train.warmup=0", "mesh.data=1", "optimizer.b1=0.9"))
+        configs.without_defaults(load(tmp_path, tree, "train.warmup=0", "mesh.data=1", "optimizer.b1=0.9"))
         == said
     )
     for override in (
@@ -285,7 +285,7 @@ def test_what_is_said_beyond_the_defaults(tmp_path):
         "train.steps=5",
         "base.tokenizer=other",
     ):
-        assert configs.but_defaults(load(tmp_path, tree, override)) != said
+        assert configs.without_defaults(load(tmp_path, tree, override)) != said
 
 
 def test_no_default_is_mutable_or_hidden():

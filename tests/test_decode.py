@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import progress
 from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
 from experiments.decoding import decoder as decode
 from experiments.decoding.sample import draw
 from experiments.decoding.search import search
-from experiments.running import progress
 from experiments.tasks.examples import padded_width, Prompt
-from experiments.training import trainer as train
+from experiments.training import sharded
 from lora_jax.interop import hf
 from lora_jax.models import stack_layers
 from lora_jax.models.gpt2 import GPT2, GPT2Config
@@ -156,7 +156,7 @@ def test_scanned_layers_search_as_unrolled_ones():
 
 
 def test_weights_may_lie_on_a_mesh():
-    placed, _ = train.place(train.make_mesh(Mesh(2, 2, 2)), weights(2), GPT2.partition_rules)
+    placed, _ = sharded.on_mesh(sharded.make_mesh(Mesh(2, 2, 2)), weights(2), GPT2.partition_rules)
     assert generated(placed, PROMPTS, SECTIONS["ban"]) == generated(weights(2), PROMPTS, SECTIONS["ban"])
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from benchmarks.ports import free_port, is_free
 from experiments.command_line import main
 from experiments.config import Mesh
-from experiments.training import trainer as train
+from experiments.training import sharded
 
 
 CONFIG = {
@@ -173,7 +173,7 @@ def test_four_processes_train_what_one_does():
     sys.path.insert(0, sys.argv[1])
     jax.config.update("jax_numpy_rank_promotion", "raise")
     from experiments.config import Mesh
-    from experiments.running.processes import whole
+    from lora_jax.processes import on_host
     from test_experiments_train import config, examples, started, steps
 
     settings = config(mesh=Mesh(2, 2, 2), accumulate=2)
@@ -181,8 +181,8 @@ def test_four_processes_train_what_one_does():
     batch = trainer.device_batch(examples(), np.arange(8), 2)
     rows = {shard.data.shape[1] for array in batch.values() for shard in array.addressable_shards}
     losses, state, _ = steps(settings)
-    found = {"batch": {name: whole(array).tolist() for name, array in batch.items()}, "rows": sorted(rows), "losses": losses}
-    print("found", json.dumps({**found, "delta": [whole(leaf).tolist() for leaf in jax.tree.leaves(state.delta)]}))
+    found = {"batch": {name: on_host(array).tolist() for name, array in batch.items()}, "rows": sorted(rows), "losses": losses}
+    print("found", json.dumps({**found, "delta": [on_host(leaf).tolist() for leaf in jax.tree.leaves(state.delta)]}))
     """  # noqa: E501
     found = [
         json.loads(text.split("found ", 1)[1])
@@ -240,25 +240,26 @@ def test_what_one_finds_all_learn():
     script = """
     import json, pathlib
     from experiments.running import processes
+    from lora_jax.processes import Elsewhere, on_first
 
-    found = [processes.by_first(lambda: {"index": jax.process_index(), "text": "x" * 100}), processes.first()]
+    found = [on_first(lambda: {"index": jax.process_index(), "text": "x" * 100}), processes.first()]
     def fail():
         raise FileNotFoundError("no such thing")
     try:
-        processes.by_first(fail)
+        on_first(fail)
     except Exception as error:
-        found.append([type(error).__name__, str(error)])
+        found.append([isinstance(error, Elsewhere) and error.process, isinstance(error, OSError), str(error)])
     shared, own = sys.argv[1:]
     processes.check_shared(pathlib.Path(shared))
     found.append([path.name for path in pathlib.Path(shared).iterdir()])
-    from experiments.running.preemption import Asked
-    processes.by_first(lambda: None)
-    with Asked() as asked:  # the signal comes before the first step, whatever its number
+    from experiments.running.preemption import StopRequest
+    on_first(lambda: None)
+    with StopRequest() as asked:  # the signal comes before the first step, whatever its number
         if jax.process_index() == 1:
             import os, signal, time
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)
-        processes.by_first(lambda: None)
+        on_first(lambda: None)
         found.append([asked() for _ in range(3)])
     processes.VISIBLE = 0.1
     try:
@@ -273,10 +274,7 @@ def test_what_one_finds_all_learn():
         texts = processes.run(2, script, f"{directory}/shared", f"{directory}/own")
     first, second = (json.loads(text.split("found ", 1)[1]) for text in texts)
     assert first[0] == second[0] == {"index": 0, "text": "x" * 100} and (first[1], second[1]) == (True, False)
-    assert first[2] == ["FileNotFoundError", "no such thing"] and second[2] == [
-        "StoppedElsewhere",
-        "FileNotFoundError: no such thing",
-    ]
+    assert first[2] == [False, True, "no such thing"] and second[2] == [0, True, "no such thing (process 0)"]
     assert first[3] == second[3] == []
     assert first[4] == second[4] == [True, False, False]
     assert all(
@@ -324,7 +322,7 @@ def test_an_idle_process(monkeypatch):
         ValueError,
         match=r"takes 2 devices, and the 2 processes have 8, of which none may be idle: set `mesh.data` to 4",
     ):
-        train.make_mesh(Mesh(1, 2, 1))
+        sharded.make_mesh(Mesh(1, 2, 1))
 
 
 @pytest.mark.slow

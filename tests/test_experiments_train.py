@@ -19,16 +19,16 @@ from experiments.config import (
     Config,
     Mesh,
     method_value,
-    METHODS,
+    methods,
     Optimizer,
     Source,
     TextData,
     Train,
 )
+from experiments.progress import read_metrics, Record
 from experiments.running import finish
-from experiments.running.progress import read_metrics, Record
 from experiments.tasks.examples import Examples, Splits
-from experiments.training import loss as losses, optimizer, trainer as train
+from experiments.training import loss as losses, optimizer, sharded, trainer as train
 from lora_jax._paths import named_leaves
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.models.gpt2 import GPT2, GPT2Config
@@ -82,8 +82,8 @@ def weights():
 def started(settings):
     """A trainer and its first state, on the mesh that `settings` asks for."""
     params = weights()
-    mesh = train.make_mesh(settings.mesh)
-    params, specs = train.place(mesh, params, MODEL.partition_rules)
+    mesh = sharded.make_mesh(settings.mesh)
+    params, specs = sharded.on_mesh(mesh, params, MODEL.partition_rules)
     frozen, delta = lora_jax.lorafy(
         params, list(settings.targets), method=method_value(settings.method), key=jax.random.key(1)
     )
@@ -357,7 +357,7 @@ def test_what_of_a_run_is_exported(tmp_path, result):
 
 def test_a_mesh_larger_than_the_machine():
     with pytest.raises(ValueError, match="`mesh` 4 x 4 x 1 needs 16 devices, but there are 8"):
-        train.make_mesh(Mesh(4, 4, 1))
+        sharded.make_mesh(Mesh(4, 4, 1))
 
 
 # --- other methods ------------------------------------------------------------------------------------------
@@ -367,14 +367,14 @@ RULES = {
     "LoRAFA": {"lorafa": True, "loraplus": 4.0},
     "DyLoRA": {"loraplus": 4.0},
 }
-ROWS = {name: {"name": name} if name == "Full" else {"name": name, "rank": 2} for name in METHODS}
+ROWS = {name: {"name": name} if name == "Full" else {"name": name, "rank": 2} for name in methods()}
 
 
 def row(name, **more):
     return config(ROWS[name], ("attn/.*/kernel", "mlp/c_fc/kernel"), rules=RULES.get(name, {}), **more)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods())
 def test_every_method_trains_and_every_mesh_gives_the_same(name):
     alone, state, step = steps(row(name), 3)
     assert state.step == 3 and step._cache_size() == 1
@@ -405,7 +405,7 @@ MESHES = [
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize(
     "name, quantize",
-    [*((name, None) for name in METHODS), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")],
+    [*((name, None) for name in methods()), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")],
 )
 def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
     alone, state = of_one_device(name, quantize)
@@ -464,7 +464,11 @@ def test_the_budget_is_spent():
         (LORA, {"lorafa": True}, "`optimizer.lorafa` is for the method LoRAFA, and `method.name` is LoRA"),
         (ROWS["AdaLoRA"], {}, "`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`"),
         ({"name": "DeltaLoRA", "delayed": True}, {}, "`method.delayed` waits for `start_delta`"),
-        ({"name": "Dora"}, {}, "`method.name` must be one of LoRA, DoRA, .*got 'Dora'; did you mean `DoRA`"),
+        (
+            {"name": "Dora"},
+            {},
+            "`method.name` must be one of AdaLoRA, DeltaLoRA, .*got 'Dora'; did you mean `DoRA`",
+        ),
     ],
 )
 def test_rules_belong_to_methods(method, rules, message):

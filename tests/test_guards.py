@@ -13,9 +13,9 @@ import pytest
 
 import lora_jax
 from experiments.config import Architecture, Base, Config, Source, TextData, Train
-from experiments.running.progress import read_metrics, Record
+from experiments.progress import read_metrics, Record
 from experiments.tasks.examples import Blocks, Splits
-from experiments.training import guards, order, trainer as train
+from experiments.training import guards, order, sharded, trainer as train
 from experiments.training.guards import Guards, NotFinite
 from experiments.training.step import step_of
 from lora_jax.checkpoint import Checkpoints
@@ -192,8 +192,8 @@ def run(tmp_path, apply=MODEL.apply, steps=6, **settings):
     config = Config(
         "guarded", Source(None), base, data, {"name": "LoRA", "rank": 2}, ("attn/c_attn/kernel",), made
     )
-    mesh = train.make_mesh(config.mesh)
-    params, specs = train.place(
+    mesh = sharded.make_mesh(config.mesh)
+    params, specs = sharded.on_mesh(
         mesh,
         jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"],
         MODEL.partition_rules,

@@ -160,3 +160,88 @@ def test_the_static_check_can_fail(path, source, fault):
 )
 def test_the_static_check_can_pass(path, source):
     assert _faults(path, source) == []
+
+
+# -- the programs beside the library ------------------------------------------------------------------------
+
+# Each part of experiments, a folder or a file, and the parts that it imports. A part imports earlier ones
+# only, so that there is no circle. A new part is a new line.
+_PARTS = {
+    "strict_json": set(),
+    "progress": set(),
+    "metrics": set(),
+    "config": {"strict_json"},
+    "tasks": {"config"},
+    "decoding": {"config", "tasks"},
+    "training": {"config", "progress", "tasks"},
+    "plan": {"config", "strict_json", "training"},
+    "reports": {"config", "progress", "training"},
+    "convert": {"progress"},
+    "running": {"config", "decoding", "metrics", "progress", "reports", "tasks", "training"},
+    "commands": {"config", "convert", "metrics", "plan", "reports", "running", "strict_json"},
+    "command_line": {"commands"},
+    "__main__": {"command_line"},
+    "__init__": set(),
+}
+_PROGRAMS = sorted(
+    file for folder in ("experiments", "benchmarks") for file in (_REPOSITORY / folder).rglob("*.py")
+)
+
+
+def _absolute(file: Path, tree: ast.AST) -> list[str]:
+    """Full names of what a file imports; relative ones from its own folder."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = file.relative_to(_REPOSITORY).parts[: -node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def _private(file: Path, source: str) -> list[str]:
+    """Names of lora_jax with a part that begins with an underscore."""
+    tree = ast.parse(source)
+    used = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names = [name for name in [*_absolute(file, tree), *used] if _is_within(name, "lora_jax")]
+    return [name for name in names if any(part.startswith("_") for part in name.split("."))]
+
+
+@pytest.mark.parametrize("file", _PROGRAMS, ids=lambda file: file.relative_to(_REPOSITORY).as_posix())
+def test_a_program_uses_public_names_of_the_library(file):
+    assert _private(file, file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from lora_jax._tree.nodes import Adapter", "import lora_jax\nlora_jax._paths.named_leaves({})"],
+)
+def test_the_check_of_private_names_can_fail(source):
+    assert _private(_REPOSITORY / "experiments" / "convert.py", source)
+
+
+def _parts_of(names: list[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if _is_within(name, "experiments")}
+
+
+def test_the_arrows_between_the_parts_of_experiments():
+    found: dict[str, set[str]] = {}
+    for file in (file for file in _PROGRAMS if file.is_relative_to(_REPOSITORY / "experiments")):
+        part = file.relative_to(_REPOSITORY / "experiments").parts[0].removesuffix(".py")
+        names = _absolute(file, ast.parse(file.read_text(encoding="utf-8")))
+        found.setdefault(part, set()).update(_parts_of(names) - {part})
+    assert found == _PARTS
+
+
+def test_no_part_of_experiments_imports_a_later_one():
+    order = list(_PARTS)
+    for part, imported in _PARTS.items():
+        assert all(order.index(name) < order.index(part) for name in imported), part
+
+
+def test_the_check_of_arrows_sees_both_ways_of_importing():
+    source = "from experiments import tasks\ndef f():\n    from .running.run import run"
+    names = _absolute(_REPOSITORY / "experiments" / "convert.py", ast.parse(source))
+    assert _parts_of(names) == {"tasks", "running"}

@@ -27,7 +27,7 @@ from experiments.plan.collectives import Collectives
 from experiments.plan.figures import QUICK
 from experiments.plan.step import training_step, Workload
 from experiments.tasks.examples import Blocks
-from experiments.training import trainer as train
+from experiments.training import sharded, trainer as train
 from lora_jax import Full, LoRA
 from lora_jax.models import GPT2Config
 
@@ -103,16 +103,16 @@ def test_bytes_are_those_of_a_run(section, name, quantize, directories):
     config = Config(
         "plan", Source(None), base, data, method, targets, settings, mesh=section, quantize=quantize
     )
-    mesh = train.make_mesh(section)
+    mesh = sharded.make_mesh(section)
     fresh = jax.jit(subject.model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params, specs = train.place(mesh, fresh, subject.model.partition_rules)
+    params, specs = sharded.on_mesh(mesh, fresh, subject.model.partition_rules)
     axes = None if name == "Full" else "layer in out"
     frozen, delta = lora_jax.lorafy(params, list(targets), method=method_value(method), axes=axes)
     trainer = train.Trainer.create(config, mesh, subject.model.apply, frozen, delta, specs)
     state = trainer.start(delta, specs, jax.random.key(1))
 
     planned = training_step(
-        subject, step.make_mesh(section), Workload(8, 16, method_value(method), targets, quantize=quantize)
+        subject, sharded.make_mesh(section), Workload(8, 16, method_value(method), targets, quantize=quantize)
     )
     assert held(trainer.frozen) == {size.per_device(planned.frozen)}
     assert held(state.delta) == {size.per_device(planned.delta)}
@@ -144,7 +144,7 @@ SETTINGS = {
 def test_the_step_runs_in_the_bytes_of_its_plan(kind, setting, directories):
     subject = small(directories / kind)
     planned = training_step(
-        subject, step.make_mesh(Mesh(2, 2, 2)), Workload(**{**SMALL, **SETTINGS[setting]})
+        subject, sharded.make_mesh(Mesh(2, 2, 2)), Workload(**{**SMALL, **SETTINGS[setting]})
     )
     compiled = planned.lower().compile(compiler_options=QUICK)
     stored = (planned.delta, planned.opt_state, planned.frozen, planned.batch)
@@ -165,7 +165,7 @@ def test_the_step_runs_in_the_bytes_of_its_plan(kind, setting, directories):
 def test_every_device_attends_for_its_own_examples(directories):
     """Otherwise scores of (batch, heads, time, time) are computed for the whole group of an fsdp axis."""
     planned = training_step(
-        small(directories / "gpt2"), step.make_mesh(Mesh(1, 8, 1)), Workload(8, 16, LoRA(rank=2))
+        small(directories / "gpt2"), sharded.make_mesh(Mesh(1, 8, 1)), Workload(8, 16, LoRA(rank=2))
     )
     text = planned.lower().compile(compiler_options=QUICK).as_text()
     scores = {
@@ -185,7 +185,7 @@ def test_quantised_weights_are_sent_as_codes(directories):
     for quantize in (None, "nf4"):
         planned = training_step(
             small(directories / "gpt2"),
-            step.make_mesh(Mesh(1, 8, 1)),
+            sharded.make_mesh(Mesh(1, 8, 1)),
             Workload(8, 16, LoRA(rank=2), quantize=quantize),
         )
         bytes_sent[quantize] = Collectives.of(
@@ -212,7 +212,9 @@ def test_flops_are_what_the_compiler_counts_of_unrolled_layers(section, checkpoi
     config = GPT2Config(vocab_size=64, n_positions=64, n_embd=256, n_layer=2, n_head=8)
     (tmp_path / "config.json").write_text(json.dumps({**config.to_hf(), "model_type": "gpt2"}))
     unrolled = training_step(
-        small(tmp_path, checkpoint=checkpoint, scan=False), step.make_mesh(section), Workload(8, 64, method)
+        small(tmp_path, checkpoint=checkpoint, scan=False),
+        sharded.make_mesh(section),
+        Workload(8, 64, method),
     )
     counted = flops.of(unrolled.function, *unrolled.arguments)
     compiled = unrolled.lower().compile(compiler_options=QUICK).cost_analysis()["flops"]
@@ -223,7 +225,7 @@ def test_flops_are_what_the_compiler_counts_of_unrolled_layers(section, checkpoi
     )
     assert 0.95 < (counted + elements) / unrolled.mesh.size / compiled < 1.04
     scanned = training_step(
-        small(tmp_path, checkpoint=checkpoint), step.make_mesh(section), Workload(8, 64, method)
+        small(tmp_path, checkpoint=checkpoint), sharded.make_mesh(section), Workload(8, 64, method)
     )
     # One layer for all: the first one's input gets a gradient too, though nothing before it trains.
     spared = 0 if isinstance(method, Full) else 2 * 8 * 64 * 256 * 768
@@ -284,7 +286,7 @@ def test_collectives_of_a_text():
 
 
 def test_collectives_of_a_compiled_program():
-    mesh = step.make_mesh(Mesh(1, 8, 1))
+    mesh = sharded.make_mesh(Mesh(1, 8, 1))
     weights = jax.ShapeDtypeStruct(
         (5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", None))
     )
@@ -312,7 +314,7 @@ def test_collectives_of_a_compiled_program():
 )
 def test_published_models(name, method, parameters, adapters):
     planned = training_step(
-        models.named(name, "bfloat16", checkpoint=True), step.make_mesh(Mesh()), Workload(1, 8, method)
+        models.named(name, "bfloat16", checkpoint=True), sharded.make_mesh(Mesh()), Workload(1, 8, method)
     )
     assert parameters in (None, lora_jax.count(planned.params))
     assert figures._of_adapters(planned.delta) == adapters
@@ -421,7 +423,7 @@ def test_help_has_an_example(capsys):
         ),
         (["gpt2", "--batch", "0"], "`--batch` must be at least 1, got 0"),
         (["gpt2", "--seq", "2048"], "`--seq` is 2048, and gpt2 has positions for 1024"),
-        (["gpt2", "--method", "Lora"], "`--method` is 'Lora', and must be one of LoRA, DoRA"),
+        (["gpt2", "--method", "Lora"], "`--method` is 'Lora', and must be one of AdaLoRA, DeltaLoRA"),
         (["gpt2", "--method", "DoRA", "--blocks", "1,0,1"], "`--blocks` is not an option of DoRA"),
         (["gpt2", "--rank", "10000"], "`rank` is 10000, above min(in, out) = 768"),
         (["gpt2", "--targets", "c_atn/kernel"], "`targets` pattern 'c_atn/kernel' matches no leaf"),

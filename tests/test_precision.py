@@ -28,7 +28,7 @@ from experiments.config import (
     Budget,
     Config,
     Mesh,
-    METHODS,
+    methods,
     Optimizer,
     Precision,
     Source,
@@ -38,7 +38,7 @@ from experiments.config import (
 from experiments.plan import flops
 from experiments.running import base as bases, finish
 from experiments.running.run import run
-from experiments.training import loss as losses, order, precision, trainer as train
+from experiments.training import loss as losses, order, precision, sharded, spread, trainer as train
 from experiments.training.step import step_of
 from lora_jax.interop import hf
 
@@ -85,10 +85,10 @@ def of(name):
 
 def started(settings):
     """A trainer and its first state, as `run` makes them, from the base of `weights`."""
-    policy, mesh = settings.precision, train.make_mesh(settings.mesh)
+    policy, mesh = settings.precision, sharded.make_mesh(settings.mesh)
     model = precision.computing(MODEL.clone(param_dtype=policy.parameters or "float32"), policy)
     params = jax.tree.map(lambda leaf: leaf.astype(policy.parameters or leaf.dtype), weights())
-    params, specs = train.place(mesh, params, model.partition_rules)
+    params, specs = sharded.on_mesh(mesh, params, model.partition_rules)
     frozen, delta = lora_jax.lorafy(
         params, list(settings.targets), method=precision.method(settings), key=jax.random.key(1)
     )
@@ -185,15 +185,15 @@ def test_the_default_leaves_the_step_as_it_was():
     trainer, state = started(config(Precision(), accumulate=2))
 
     def plain_loss(delta, frozen, piece, key):
-        forward = lora_jax.adapt(train.spread(MODEL.apply, trainer.mesh))
+        forward = lora_jax.adapt(spread.spread(MODEL.apply, trainer.mesh))
         logits = forward({"params": lora_jax.combine(frozen, delta, key=key)}, piece["input_ids"])
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         taken = jnp.take_along_axis(logits, piece["labels"][..., None], axis=-1)[..., 0]
         mask = piece["mask"].astype(jnp.float32)
         return jnp.sum((normalizer - taken) * mask), jnp.sum(mask)
 
-    plain = jax.make_jaxpr(step_of(plain_loss, trainer.tx, 2))(*arguments(trainer, state))
-    ours = jax.make_jaxpr(step_of(trainer.loss, trainer.tx, 2, None, trainer.config.precision.reduce))(
+    plain = jax.make_jaxpr(step_of(plain_loss, trainer.step.tx, 2))(*arguments(trainer, state))
+    ours = jax.make_jaxpr(step_of(trainer.loss, trainer.step.tx, 2, None, trainer.config.precision.reduce))(
         *arguments(trainer, state)
     )
     assert str(plain) == str(ours)
@@ -222,7 +222,7 @@ def directory(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_the_base_is_stored_rounded_and_split(directory, drawn, shape):
     section = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="base") if drawn else Base(path="base")
-    mesh = train.make_mesh(Mesh(*shape))
+    mesh = sharded.make_mesh(Mesh(*shape))
     load = lambda policy: bases.load(
         section, directory, directory, None, None, jax.random.key(0), mesh, policy
     )
@@ -251,7 +251,7 @@ def test_what_is_read_is_cast_before_it_goes_to_a_device(directory, monkeypatch)
         return make(shape, sharding, part)
 
     monkeypatch.setattr(jax, "make_array_from_callback", watched)
-    hf.load(directory / "base", mesh=train.make_mesh(Mesh(1, 4, 2)), param_dtype=jnp.bfloat16)
+    hf.load(directory / "base", mesh=sharded.make_mesh(Mesh(1, 4, 2)), param_dtype=jnp.bfloat16)
     assert len(given) >= 16 and all(array.dtype == NARROW and array.shape == shape for array, shape in given)
 
 
@@ -302,7 +302,7 @@ def test_master_weights_do_not_widen_the_products():
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [*((name, "bfloat16") for name in METHODS), ("LoRA", "float32"), ("Full", "float32")]
+    "name, dtype", [*((name, "bfloat16") for name in methods()), ("LoRA", "float32"), ("Full", "float32")]
 )
 def test_what_trains_and_its_moments(name, dtype):
     """And the start is the base, exactly, whatever the factors are rounded to."""

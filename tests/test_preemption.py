@@ -5,14 +5,14 @@
 import os
 import signal
 
-from experiments.running.preemption import Asked
+from experiments.running.preemption import StopRequest
 
 
 def test_the_first_is_noted_and_the_second_goes_where_it_went_before():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
     try:
-        with Asked() as asked:
+        with StopRequest() as asked:
             assert not asked()
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked() and not heard
@@ -24,6 +24,6 @@ def test_the_first_is_noted_and_the_second_goes_where_it_went_before():
 
 def test_nothing_stays_behind():
     before = signal.getsignal(signal.SIGTERM)
-    with Asked():
+    with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before

@@ -14,8 +14,8 @@ import numpy as np
 
 from experiments.config import Config, Decode, E2EData
 from experiments.decoding.search import search
-from experiments.running.processes import whole
 from experiments.tasks.examples import padded_width, Prompt
+from lora_jax.processes import on_host
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def generate(
         mask = np.asarray(
             [[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in filled], np.int32
         )
-        tokens = whole(search(model, params, ids, mask, _keys(section, filled), section=section, end=end))
+        tokens = on_host(search(model, params, ids, mask, _keys(section, filled), section=section, end=end))
         for row, found in zip(rows, tokens.tolist(), strict=False):
             results[row] = found[: next((place for place, token in enumerate(found) if token in end), None)]
         tell(start + len(rows))

@@ -7,10 +7,9 @@ import os
 import re
 import sys
 
-from experiments.config import Mesh
+from experiments.config import AXES, Mesh
 
 
-AXES = ("data", "fsdp", "tensor")
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
 # Each costs threads and memory even when nothing runs on it, and beyond this many nobody has looked.
 MOST = 4096

@@ -9,14 +9,14 @@ import jax
 
 import lora_jax
 from experiments import config as configs
-from experiments.config import Mesh
+from experiments.config import AXES, Mesh
 from experiments.plan import accelerators, claims, devices, flops, models, size
 from experiments.plan.collectives import Collectives
 from experiments.plan.models import Subject
-from experiments.plan.step import make_mesh, Step, targets_of, training_step, Workload
+from experiments.plan.step import Step, targets_of, training_step, Workload
 from experiments.strict_json import nearest
+from experiments.training.sharded import make_mesh
 from lora_jax import Full
-from lora_jax._tree.nodes import Adapter
 
 
 # The machine code does not matter here, and takes most of the time of compiling it.
@@ -90,7 +90,7 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
             "bytes": size.whole(step.params),
             "dtype": request.dtype,
         },
-        "mesh": {name: mesh.shape[name] for name in devices.AXES},
+        "mesh": {name: mesh.shape[name] for name in AXES},
         "workload": {
             "batch": work.batch,
             "tokens": tokens,
@@ -125,12 +125,12 @@ def _method(request: Request, subject: Subject) -> Any:
     section = {"name": request.method, "rank": request.rank, "alpha": request.alpha, "blocks": request.blocks}
     if request.method == "LoRA" and request.targets is None and request.blocks is None:
         section["blocks"] = subject.blocks
-    if request.method not in configs.METHODS:
+    if request.method not in configs.methods():
         raise ValueError(
             f"`--method` is {request.method!r}, and must be one of "
-            f"{', '.join(configs.METHODS)}{nearest(request.method, configs.METHODS)}"
+            f"{', '.join(configs.methods())}{nearest(request.method, configs.methods())}"
         )
-    fields = getattr(lora_jax, request.method).__dataclass_fields__
+    fields = configs.methods()[request.method].__dataclass_fields__
     for name, value in section.items():
         if name not in ("name", *fields) and value is not None:
             raise ValueError(f"`--{name}` is not an option of {request.method}: leave it out")
@@ -144,8 +144,8 @@ def _method(request: Request, subject: Subject) -> Any:
 
 
 def _of_adapters(delta: Any) -> int:
-    nodes = jax.tree.leaves(delta, is_leaf=lambda node: isinstance(node, Adapter))
-    return sum(lora_jax.count(node) for node in nodes if isinstance(node, Adapter))
+    nodes = jax.tree.leaves(delta, is_leaf=lambda node: isinstance(node, lora_jax.Adapter))
+    return sum(lora_jax.count(node) for node in nodes if isinstance(node, lora_jax.Adapter))
 
 
 def _figures(subject: Subject, step: Step, work: Workload, request: Request) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from experiments import config as configs
 from experiments.config import Config, Decode
+from experiments.progress import read_metrics
 from experiments.reports.cost import STEPS
 from experiments.reports.provenance import command, provenance
-from experiments.running.progress import read_metrics
 
 
 def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ in the report.
 """
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,50 @@ from experiments import config as configs
 from experiments.config import Config, Train
 from experiments.decoding.decoder import Decoder
 from experiments.metrics import score_e2e, warn
+from experiments.progress import Count
+from experiments.reports import cost, report
 from experiments.running import processes
 from experiments.running.base import Loaded
-from experiments.running.progress import Count
+from experiments.running.inputs import Ready
 from experiments.tasks.examples import Splits
 from experiments.training import precision
 from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.interop import hf, peft
+from lora_jax.processes import on_first
 
 
 # Rows of validation data on which the export is compared.
 ROWS = 4
 PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
+
+
+def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config, workdir: Path) -> None:
+    """From the trained state to the report."""
+    started, trainer, splits = time.perf_counter(), ready.trainer, ready.splits
+    words, delta = chosen(checkpoints, state, config.train)
+    merged = export(trainer, delta, ready.base, workdir / "merged")
+    facts: dict[str, Any] = {
+        "base": {
+            "origin": ready.base.origin,
+            "fingerprint": ready.identity["base"],
+            "parameters": _size(ready.base.params),
+        },
+        "data": ready.identity["data"],
+        "trainable": lora_jax.count(delta),
+        "summary": str(lora_jax.summary(ready.base.params, delta)),
+        "result": words,
+        "adapter": write_adapter(trainer, delta, ready.base, workdir),
+        "comparison": compare(trainer, delta, workdir / "merged", splits),
+        "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
+        **predict(ready.decoder, ready.base.params, merged, workdir),
+        "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
+        "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train)
+        if config.compare_full
+        else {},
+        "finishing_seconds": time.perf_counter() - started,
+    }
+    on_first(lambda: report.write(workdir, config, facts))
 
 
 def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, Any]:
@@ -70,7 +102,7 @@ def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> 
             base.model,
             trainer.frozen,
             delta,
-            base=_name_for_others(trainer.config),
+            base=_base_name(trainer.config),
             overwrite=True,
         )
     except ValueError as error:
@@ -78,7 +110,7 @@ def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> 
     return {**facts, "bytes": _tensor_bytes(workdir / "adapter")}
 
 
-def _name_for_others(config: Config) -> str | None:
+def _base_name(config: Config) -> str | None:
     """The base as the config names it, or as it lies beside the adapter; None for one that was drawn at
     random and is in no directory.
     """
@@ -97,7 +129,7 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
     ids = splits.valid.batch(rows)["input_ids"]
     everywhere = NamedSharding(trainer.mesh, P())
     logits = jax.jit(
-        lambda delta, frozen: trainer.forward({"params": lora_jax.combine(frozen, delta)}, ids),
+        lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids),
         out_shardings=everywhere,
     )
     adapted = np.asarray(logits(delta, trainer.frozen), np.float32)
@@ -110,7 +142,7 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
     return {
         "max_difference": float(np.abs(adapted - reloaded).max()),
         "max_logit": float(np.abs(adapted).max()),
-        "pytorch": processes.by_first(lambda: _in_pytorch(directory, ids, adapted)),
+        "pytorch": on_first(lambda: _in_pytorch(directory, ids, adapted)),
     }
 
 
@@ -152,7 +184,7 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base"
     )
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
-    processes.by_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
+    on_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
@@ -171,8 +203,16 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
             for name in whole
         }
 
-    return {"samples": samples, "scores": processes.by_first(score)}
+    return {"samples": samples, "scores": on_first(score)}
 
 
 def _write_lines(file: Path, lines: list[str]) -> None:
     file.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+
+def _size(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -20,11 +20,11 @@ from jax.experimental import multihost_utils
 _ASKS = itertools.count(1)
 
 
-class Asked:
+class StopRequest:
     """Whether to stop: whether this process, or any of several that run as one, has had a SIGTERM.
 
     ```python
-    with Asked() as asked:
+    with StopRequest() as asked:
         for number in range(steps):
             ...                      # one step
             if asked():
@@ -41,7 +41,7 @@ class Asked:
         self._before: Any = None
         self._several = jax.process_count() > 1
 
-    def __enter__(self) -> "Asked":
+    def __enter__(self) -> "StopRequest":
         if not self._several and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self

@@ -11,15 +11,13 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from lora_jax._processes import exchange
+from lora_jax.processes import exchange, on_first
 
 
 # How a process learns that it is one of several, where nobody says so: the steps of SLURM, and Open MPI.
@@ -34,10 +32,6 @@ SILENT = 45
 VISIBLE = 60
 # What the name of a file begins with that only tells the others that a directory is shared.
 MARK = ".shared-"
-
-
-class StoppedElsewhere(Exception):
-    """The first process has met an error, and has told what it is."""
 
 
 def detected(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -116,39 +110,18 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def by_first(work: Callable[[], Any]) -> Any:
-    """What `work()` returns in the first process (as JSON has it), in all of them, after it is done.
-
-    If it raises, all do: the first what it raised, the others `StoppedElsewhere`.
-    """
-    if jax.process_count() == 1:
-        return work()
-    error, outcome = None, {}
-    if first():
-        try:
-            outcome = {"value": work()}
-        except Exception as raised:  # told first, and then raised: the others would wait for ever
-            error, outcome = raised, {"error": f"{type(raised).__name__}: {raised}"}
-    found = exchange(outcome)[0]
-    if error is not None:
-        raise error
-    if "error" in found:
-        raise StoppedElsewhere(found["error"])
-    return found["value"]
-
-
 def check_shared(directory: Path) -> None:
     """Raises `ValueError` in all processes if one of them does not see what the first writes to
     `directory`, which it creates if it must.
     """
     if jax.process_count() == 1:
         return
-    name = by_first(lambda: _leave_mark(directory))
+    name = on_first(lambda: _leave_mark(directory))
     end = time.monotonic() + VISIBLE
     while not (seen := (directory / name).is_file()) and time.monotonic() < end:
         time.sleep(0.5)
     blind = [index for index, seen in enumerate(exchange(seen)) if not seen]
-    by_first(lambda: (directory / name).unlink())
+    on_first(lambda: (directory / name).unlink())
     if blind:
         raise ValueError(
             f"`--workdir` {directory} is not one directory: process 0 writes there, and process {blind[0]} "
@@ -162,10 +135,3 @@ def _leave_mark(directory: Path) -> str:
     name = f"{MARK}{uuid.uuid4().hex}"
     (directory / name).touch()
     return name
-
-
-def whole(array: Any) -> np.ndarray:
-    """The values of an array on this host, wherever its parts are."""
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import Config, method_value, Precision
-from lora_jax._tree.nodes import Adapter
+from lora_jax import Adapter
 
 
 def computing(model: Any, section: Precision) -> Any:

@@ -2,158 +2,88 @@
 differently.
 
 What a step does depends on (config, base, data, step) and on nothing else: its examples come from `order`,
-its random key is the run's key folded with the step, its rate from the schedule. The batch, and activations
-with it, is split over the mesh's data and fsdp axes, weights over fsdp and tensor, and the optimiser's
-moments follow the arrays they belong to.
+its random key is the run's key folded with the step, its rate from the schedule. Where its arrays lie on the
+mesh is said in `sharded`.
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
 
-import lora_jax
-from experiments.config import Config, Mesh as MeshSection
-from experiments.running import processes
-from experiments.running.preemption import Asked
-from experiments.running.progress import Record
+from experiments.config import Config
+from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from experiments.training import loss as losses, optimizer, order, precision
 from experiments.training.due import due
 from experiments.training.guards import BY, Guards, not_finite_steps
-from experiments.training.spread import EXAMPLES, spread
-from experiments.training.step import compiled_for, step_of
+from experiments.training.sharded import BATCH, ShardedStep
 from lora_jax.checkpoint import Checkpoints, State
-from lora_jax.methods import orthogonality
-from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings
-
-
-# A step's batch is (accumulate, examples, tokens): the parts come one after the other, the examples of each
-# are spread.
-BATCH = P(None, EXAMPLES, None)
-
-
-def make_mesh(section: MeshSection) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over the first devices, or over all of several
-    processes; one device is the trivial mesh.
-    """
-    shape = (section.data, section.fsdp, section.tensor)
-    count, devices = math.prod(shape), jax.devices()
-    asked = f"`mesh` {section.data} x {section.fsdp} x {section.tensor}"
-    if count > len(devices):
-        raise ValueError(f"{asked} needs {count} devices, but there are {len(devices)}")
-    if jax.process_count() > 1 and count < len(devices):
-        raise ValueError(
-            f"{asked} takes {count} devices, and the {jax.process_count()} processes have {len(devices)}, "
-            "of which none may be idle: "
-            f"set `mesh.data` to {len(devices) // (section.fsdp * section.tensor)}, for example, or start "
-            "fewer processes"
-        )
-    return Mesh(np.asarray(devices[:count]).reshape(shape), ("data", "fsdp", "tensor"))
-
-
-def place(mesh: Mesh, params: Any, rules: Rules) -> tuple[Any, Any]:
-    """The base's weights on the mesh, and their specs."""
-    specs = partition_specs(params, rules)
-    return jax.device_put(params, shardings(mesh, specs, params)), specs
+from lora_jax.processes import on_first
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything of a run that stays the same: the adapted forward pass, the update rule, the mesh and the
-    frozen weights.
-
-    `penalty` is a part of the loss that depends on what trains alone.
-    """
+    """Everything of a run that stays the same: its config and its step."""
 
     config: Config
-    mesh: Mesh
-    forward: Callable
-    frozen: Any
-    tx: optax.GradientTransformation
-    penalty: Callable | None = None
+    step: ShardedStep
 
     @classmethod
     def create(
         cls, config: Config, mesh: Mesh, apply: Callable, frozen: Any, delta: Any, specs: Any
     ) -> "Trainer":
-        """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised
-        ones, are placed as they are.
-        """
-        if config.quantize is not None:
-            frozen = gather_codes(lora_jax.quantize(frozen, config.quantize, delta=delta), specs, mesh)
-        frozen = jax.device_put(frozen, shardings(mesh, frozen_specs(frozen, specs), frozen))
-        tx, budget = (
-            optimizer.for_adapters(config.optimizer, config.train, frozen, delta),
-            config.optimizer.adalora,
-        )
-        penalty = None if budget is None else lambda delta: budget.orthogonality * orthogonality(delta)
-        return cls(
-            config,
+        """`specs`: of the base."""
+        step = ShardedStep.create(
             mesh,
-            lora_jax.adapt(spread(apply, mesh), reduce=config.precision.reduce),
+            apply,
             frozen,
-            tx,
-            penalty,
+            delta,
+            specs,
+            section=config.optimizer,
+            train=config.train,
+            quantize=config.quantize,
+            reduce=config.precision.reduce,
         )
+        return cls(config, step)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.step.mesh
+
+    @property
+    def frozen(self) -> Any:
+        return self.step.frozen
 
     def of_full(self, frozen: Any) -> "Trainer":
         """The same for full fine-tuning: without the rules of a method."""
-        return replace(
-            self, frozen=frozen, tx=optimizer.create(self.config.optimizer, self.config.train), penalty=None
-        )
+        return replace(self, step=self.step.of_full(frozen, self.config.optimizer, self.config.train))
 
     def start(self, delta: Any, specs: Any, key: jax.Array) -> State:
         """The state before the first step, every array where it belongs on the mesh."""
-        placed = shardings(self.mesh, delta_specs(delta, specs), delta)
-        delta = precision.trained(delta, self.config.precision)
-        # Copied, since steps give these buffers away: a leaf that trains itself would otherwise be the base's
-        # own.
-        delta = jax.tree.map(jnp.copy, jax.device_put(delta, placed))
-        layout = optimizer.state_shardings(
-            self.tx, jax.eval_shape(self.tx.init, delta), placed, NamedSharding(self.mesh, P())
-        )
-        opt_state = jax.jit(self.tx.init, out_shardings=layout)(delta)
+        delta, opt_state = self.step.start(precision.trained(delta, self.config.precision), specs)
         return State(delta, opt_state, 0, (0, 0), key)
 
-    def loss(
-        self, delta: Any, frozen: Any, batch: dict, key: jax.Array | None = None, smoothing: float = 0.0
-    ) -> tuple:
-        """Summed loss and number of counted tokens of one part of a batch; random only with a key."""
-        params = lora_jax.combine(frozen, delta, key=key)
-        logits = self.forward({"params": params}, batch["input_ids"])
-        return losses.masked_sum(
-            logits, batch["labels"], batch["mask"], smoothing, self.config.precision.reduce
-        )
+    def loss(self, delta: Any, frozen: Any, batch: dict, key: jax.Array | None = None) -> tuple:
+        """Summed loss and number of counted tokens of one part of a batch, without smoothing; random only
+        with a key.
+        """
+        return self.step.loss(delta, frozen, batch, key)
 
     def compiled_step(self, state: State) -> Callable:
-        """`step_of` this run's loss, compiled for arrays that lie as those of `state` do."""
-        train = self.config.train
-        smoothed = functools.partial(self.loss, smoothing=train.label_smoothing)
-        return compiled_for(
-            step_of(smoothed, self.tx, train.accumulate, self.penalty, self.config.precision.reduce),
-            state.delta,
-            state.opt_state,
-            self.mesh,
-        )
+        """The step, compiled for arrays that lie as those of `state` do."""
+        return self.step.compiled(state.delta, state.opt_state)
 
     def device_batch(self, examples: Any, indices: np.ndarray, accumulate: int = 1) -> dict[str, jax.Array]:
         """These examples in `accumulate` parts, each spread over the mesh. A process reads the rows of
         its own devices; of `-1`, which is none, nothing is counted.
         """
-        rows, width, sharding = (
-            indices.reshape(accumulate, -1),
-            examples.width(indices),
-            NamedSharding(self.mesh, BATCH),
-        )
+        rows, width = indices.reshape(accumulate, -1), examples.width(indices)
         read: dict[str, dict[str, np.ndarray]] = {}
 
         def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -165,7 +95,9 @@ class Trainer:
                 read[key] = {name: array.reshape(*wanted.shape, width) for name, array in arrays.items()}
             return read[key][name]
 
-        make = functools.partial(jax.make_array_from_callback, (*rows.shape, width), sharding)
+        make = functools.partial(
+            jax.make_array_from_callback, (*rows.shape, width), NamedSharding(self.mesh, BATCH)
+        )
         return {name: make(functools.partial(part, name)) for name in ("input_ids", "labels", "mask")}
 
     def evaluate(self, compiled: Callable, delta: Any, examples: Any) -> float:
@@ -187,19 +119,16 @@ class Trainer:
         splits: Splits,
         checkpoints: Checkpoints,
         record: Record,
-        stop_after: int | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> State:
-        """Trains from `state` to the last step, or until SIGTERM, after which it saves and returns what it
-        has.
+        """Trains from `state` to the last step, or until `stop_requested()`, which is asked after each step:
+        then it saves and returns what it has.
 
-        `stop_after` ends it early, after that step's checkpoint, as a lost machine would. Raises `NotFinite`
-        as `train.not_finite` says.
+        Raises:
+          NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
         """
         train, config, size = self.config.train, self.config, len(splits.train)
-        step, evaluate = (
-            self.compiled_step(state),
-            jax.jit(self.loss, out_shardings=NamedSharding(self.mesh, P())),
-        )
+        step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=self.step.everywhere)
         rate = optimizer.warmup_linear(train)
 
         def indices(done: int) -> np.ndarray:
@@ -208,7 +137,7 @@ class Trainer:
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))
 
-        before = processes.by_first(lambda: not_finite_steps(record.directory, state.step))
+        before = on_first(lambda: not_finite_steps(record.directory, state.step))
         guards = Guards(
             state.delta,
             record.directory,
@@ -217,48 +146,45 @@ class Trainer:
             say=record.note,
             before=before,
         )
-        with Asked() as asked:
-            if state.step % train.eval_every == 0 and not processes.by_first(
-                lambda: record.evaluated(state.step)
-            ):
-                record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
-            started, since = time.perf_counter(), state.step
-            for number in range(state.step, train.steps):
-                done = number + 1
-                batch = self.device_batch(splits.train, indices(done), train.accumulate)
-                delta, opt_state, numbers = step(
-                    state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number)
+        if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
+            record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+        started, since = time.perf_counter(), state.step
+        for number in range(state.step, train.steps):
+            done = number + 1
+            batch = self.device_batch(splits.train, indices(done), train.accumulate)
+            delta, opt_state, numbers = step(
+                state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number)
+            )
+            state = State(
+                delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key
+            )
+            guards.add(done, numbers)
+            record.advance(done)
+            stop = stop_requested()
+            now_due = due(done, train, stop)
+            if now_due.any() or done == BY:
+                guards.check()
+            if now_due.log:
+                now = time.perf_counter()
+                values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
+                record.log(
+                    done,
+                    **values,
+                    lr=float(rate(number - guards.skipped)),
+                    seconds_per_step=(now - started) / (done - since),
+                    tokens=int(numbers["tokens"]),
                 )
-                state = State(
-                    delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key
-                )
-                guards.add(done, numbers)
-                record.advance(done)
-                stop = asked()
-                now_due = due(done, train, stop)
-                if now_due.any() or done == BY:
-                    guards.check()
-                if now_due.log:
-                    now = time.perf_counter()
-                    values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
-                    record.log(
-                        done,
-                        **values,
-                        lr=float(rate(number - guards.skipped)),
-                        seconds_per_step=(now - started) / (done - since),
-                        tokens=int(numbers["tokens"]),
-                    )
-                    started, since = now, done
-                valid_loss = None
-                if now_due.evaluate:
-                    valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
-                    record.log(done, valid_loss=valid_loss)
-                if now_due.save:
-                    checkpoints.save(state, valid_loss, passing=now_due.passing)
-                if now_due.evaluate or now_due.save:
-                    started, since = time.perf_counter(), done
-                if stop or done == stop_after:
-                    break
+                started, since = now, done
+            valid_loss = None
+            if now_due.evaluate:
+                valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
+                record.log(done, valid_loss=valid_loss)
+            if now_due.save:
+                checkpoints.save(state, valid_loss, passing=now_due.passing)
+            if now_due.evaluate or now_due.save:
+                started, since = time.perf_counter(), done
+            if stop:
+                break
         return state
 
 

@@ -15,14 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._paths import component
+from ..processes import KINDS, on_first, together
 from . import _average, _checksum, _storage
-from ._processes import Damaged, on_first, together
+from ._storage import Damaged
 
 
 # Of what is on the disk; 1 was before the checksums were computed on the devices.
 _FORMAT = 2
 # Seconds that a block which an error has ended waits for what several processes are writing.
 PATIENCE = 10
+# A damaged checkpoint is passed over, unless another process has met something worse.
+_KINDS = (Damaged, *KINDS)
 
 
 class State(NamedTuple):
@@ -333,8 +336,8 @@ class Checkpoints:
             self._check_arrays(step, facts["arrays"], like)
             return facts
 
-        facts = together(checked)
-        arrays = together(lambda: _storage.read_arrays(self._directory / str(step), like))
+        facts = together(checked, _KINDS)
+        arrays = together(lambda: _storage.read_arrays(self._directory / str(step), like), _KINDS)
         # Of arrays that may span processes: every process takes part in this, also one whose own are damaged.
         sums = _digits(_checksums({part: arrays[part] for part in wanted}))
 
@@ -342,7 +345,7 @@ class Checkpoints:
             if any(sums[part] != facts["sums"][part] for part in wanted):
                 raise Damaged("its arrays do not have the checksum that they were saved with")
 
-        together(compared)
+        together(compared, _KINDS)
         return facts, {part: _refill(tree, arrays[part]) for part, tree in wanted.items()}
 
     def _facts(self, step: int) -> dict[str, Any]:

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ._processes import Damaged
+
+class Damaged(Exception):
+    """Why a checkpoint is not intact."""
 
 
 # How Orbax names what it has not finished, and how we name what is being removed.

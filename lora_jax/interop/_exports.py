@@ -21,10 +21,10 @@ from .._tree.nodes import Adapted, Adapter, adapters_of, Fixed, is_node, Shared,
 from .._tree.pairs import paired
 from ..arithmetic._leaves import check_arrays
 from ..methods import LoRA
+from ..processes import on_host
 from ._adapters import FileMethod, Part
 from ._families import Family
 from ._modules import Module, modules_of
-from ._processes import on_host
 from ._tensors import layout_of, shapes_of, Tensor, tensors_of
 
 

@@ -20,10 +20,10 @@ from .._paths import is_array, named_leaves
 from .._tree.method import Spec
 from .._tree.nodes import Adapter, Fixed, is_node, Shared
 from ..methods import LoRA
+from ..processes import agree
 from ._adapters import Part
 from ._families import Family
 from ._modules import Module, modules_of, tied_head
-from ._processes import agree
 from ._strict import on_device
 from ._tensors import shapes_of, Tensor, tensors_of
 

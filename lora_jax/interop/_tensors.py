@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ..processes import on_host
 from ._families import Family
-from ._processes import on_host
 
 
 class Tensor(NamedTuple):

@@ -15,11 +15,11 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from ...models._encoder import EncoderConfig, numbered_labels
+from ...processes import all_or_none, spanning
 from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
 from .._families import Family, family_of, head_of
 from .._files import read_json
-from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device, renamed
 from .._tensors import shapes_of, Tensor, tensors_of
@@ -93,7 +93,7 @@ def load(
         raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'.")
     directory = Path(dir)
     span = mesh is not None and spanning(mesh)
-    with together(span):
+    with all_or_none(span):
         settings = read_json(directory / "config.json")
         family = family_of(settings)
         named = family.config.from_hf(settings)

@@ -15,10 +15,10 @@ from flax import traverse_util
 from ..._merge import merge
 from ..._packed.packed import Packed
 from ..._tree.nodes import Adapted, is_node, resolved, Trained
+from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint
 from .._families import family_of_model
 from .._files import digest, new_directory, write_json
-from .._processes import agree, spanning, together
 from .._safetensors import fetch_tensors, Pending, write_tensors
 from .._strict import check_writable, DTYPES, report
 from .._tensors import layout_of, shapes_of, tensors_of
@@ -72,7 +72,7 @@ def save(
         replaced; a `source` that is no directory.
       TypeError: a leaf that is no array, as in the two trees that `lorafy` returns.
     """
-    with together(spanning(params)) as writes:
+    with all_or_none(spanning(params)) as writes:
         _save(Path(dir), model, params, source, overwrite, shard_bytes, writes)
 
 

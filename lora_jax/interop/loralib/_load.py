@@ -15,13 +15,13 @@ from ..._packed.packed import Packed
 from ..._paths import is_array, is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import LoRA
+from ...processes import all_or_none, spanning
 from .. import _fingerprint, _state_dict, _torch_files
 from .._adapters import Part
 from .._families import Family, family_of_model
 from .._heads import head_in
 from .._imports import adapted
 from .._modules import ADAPTABLE, Module, modules_of
-from .._processes import spanning, together
 from .._strict import check_finite, check_tensors, renamed
 from .._tensors import Tensor
 
@@ -74,7 +74,7 @@ def load(
         (then `OneSided`).
     """
     file = Path(file)
-    with together(spanning(params)):
+    with all_or_none(spanning(params)):
         _, _, family = family_of_model(model)
         facts = _torch_files.facts_of(file, verify=verify)
         weights = _weights(model, family)

@@ -12,6 +12,7 @@ from ... import arithmetic
 from ..._lowrank.labels import scaled_by
 from ..._tree.nodes import Adapter, adapters_of, Shared
 from ...methods import LoRA
+from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint, _torch_files
 from .._adapters import Part, plain_number
 from .._exports import (
@@ -25,7 +26,6 @@ from .._exports import (
 )
 from .._families import family_of_model
 from .._modules import modules_of
-from .._processes import agree, spanning, together
 from .._strict import check_writable
 from .._tensors import tensors_of
 
@@ -54,7 +54,7 @@ def save(file: str | Path, model: nn.Module, frozen: Any, delta: Any, *, overwri
         a convolution, of which loralib has another adapter; values that are not finite.
       TypeError: a combined tree, or the two trees in the other order.
     """
-    with together(spanning(frozen, delta)) as writes:
+    with all_or_none(spanning(frozen, delta)) as writes:
         return _save(Path(file), model, frozen, delta, overwrite, writes)
 
 

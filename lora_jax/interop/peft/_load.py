@@ -13,6 +13,7 @@ from ..._packed.packed import Packed
 from ..._paths import is_shape, named_leaves
 from ..._tree.nodes import is_node
 from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
+from ...processes import all_or_none, spanning
 from .. import _fingerprint, _state_dict
 from .._adapters import Part, plain_number, with_blocks
 from .._families import Family, family_of_model
@@ -20,7 +21,6 @@ from .._files import read_json
 from .._heads import head_in
 from .._imports import adapted
 from .._modules import Module, modules_of
-from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from .._tensors import Tensor
@@ -66,7 +66,7 @@ def load(
         modules that share their weight (then `OneSided`).
     """
     directory = Path(dir)
-    with together(spanning(params)):
+    with all_or_none(spanning(params)):
         kind, _, family = family_of_model(model)
         config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
         file, stored = _stored(directory)

@@ -12,6 +12,7 @@ import numpy as np
 from ... import arithmetic
 from ..._tree.nodes import adapters_of, Fixed, is_node, Shared
 from ...methods import AdaLoRA, DoRA, VeRA
+from ...processes import all_or_none, on_host, spanning
 from .._adapters import Part
 from .._exports import (
     check_trees,
@@ -26,7 +27,6 @@ from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
 from .._modules import covered_by, Module, modules_of, tied_head, whole_modules
-from .._processes import on_host, spanning, together
 from .._safetensors import digest, Pending, write_tensors
 from .._strict import check_writable
 from ._layout import entries, PREFIX, PROJECTIONS, TASKS
@@ -74,7 +74,7 @@ def save(
         and not in others; values that are not finite; trees of another model, or that do not belong together.
       TypeError: a combined tree, or the two trees in the other order.
     """
-    with together(spanning(frozen, delta)) as writes:
+    with all_or_none(spanning(frozen, delta)) as writes:
         _save(Path(dir), model, frozen, delta, base, overwrite, writes)
 
 

@@ -1,0 +1,23 @@
+"""What a config file may say: one frozen dataclass a section, and the only place that holds a default.
+
+A config is a row of a table: `source` names the paper, the table and the numbers to expect, or says that
+there are none. Paths inside a config are relative to `--data`; `base.run`, and a `base.path` that begins with
+a dot, to the config's own file. Left out: anything that describes the machine (device counts aside) or where
+results go: those are arguments of the command line.
+"""
+
+from .base import Architecture as Architecture, Base as Base
+from .computing import AXES as AXES, Mesh as Mesh, Precision as Precision
+from .data import E2EData as E2EData, Generate as Generate, TextData as TextData
+from .decode import Decode as Decode, Sample as Sample
+from .experiment import Config as Config, Source as Source
+from .files import (
+    difference as difference,
+    load as load,
+    to_json as to_json,
+    with_defaults as with_defaults,
+    without_defaults as without_defaults,
+    without_mesh as without_mesh,
+)
+from .method import method_value as method_value, methods as methods
+from .training import Budget as Budget, Optimizer as Optimizer, Train as Train

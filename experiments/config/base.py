@@ -1,0 +1,45 @@
+"""`base`: where the weights come from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A GPT-2 to start from random weights; the vocabulary's size is the tokenizer's."""
+
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_positions: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the weights come from: exactly one of `path`, `run` and `architecture`.
+
+    `path`: a Hugging Face directory, beside this config's file if it begins with a dot, or the name of one on
+    the hub. `run`: another config, whose merged result is the base; it is run first when it is not finished,
+    in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the seed, with the
+    `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens trained on the
+    training text.
+    """
+
+    path: str | None = None
+    run: str | None = None
+    workdir: str = "base"
+    architecture: Architecture | None = None
+    tokenizer: str | None = None
+    vocabulary: int | None = None
+
+    def __post_init__(self):
+        given = [name for name in ("path", "run", "architecture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "`base` takes exactly one of `path`, `run` and `architecture`, got "
+                f"{', '.join(given) or 'none of them'}"
+            )
+        if ((self.tokenizer is None) == (self.vocabulary is None)) != (self.architecture is None):
+            raise ValueError(
+                "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`: every other "
+                "base brings its own tokenizer"
+            )

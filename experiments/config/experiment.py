@@ -1,0 +1,86 @@
+"""A whole config: its sections, and what they require of each other."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from experiments.config.base import Base
+from experiments.config.computing import Mesh, Precision
+from experiments.config.data import E2EData, Generate, TextData
+from experiments.config.decode import Decode
+from experiments.config.method import method_value
+from experiments.config.training import Optimizer, Train
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose numbers these are: `paper=None` says that no paper has this row."""
+
+    paper: str | None
+    table: str | None = None
+    row: str | None = None
+    expected: dict[str, float] = field(default_factory=dict)
+    time: str | None = None
+    device: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """`quantize`: how the weights of the frozen layers are stored (QLoRA); embeddings, heads and vectors stay
+    as they are. `compare_full`: measure a few steps of full fine-tuning too, whose memory the device then
+    needs, for the report."""
+
+    name: str
+    source: Source
+    base: Base
+    data: E2EData | TextData
+    method: dict[str, Any]
+    targets: tuple[str, ...]
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    precision: Precision = Precision()
+    decode: Decode = Decode()
+    generate: Generate | None = None
+    compare_full: bool = False
+    quantize: Literal["nf4", "int8"] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        # Imported here, because `plan` reads a config before JAX may start.
+        from lora_jax import AdaLoRA, LoRAFA
+
+        parts = self.mesh.data * self.mesh.fsdp * self.train.accumulate
+        if self.train.batch % parts:
+            raise ValueError(
+                f"`train.batch` ({self.train.batch}) must be a multiple of mesh.data * mesh.fsdp * "
+                f"train.accumulate ({parts})"
+            )
+        if self.base.vocabulary is not None and not isinstance(self.data, TextData):
+            raise ValueError(
+                '`base.vocabulary` trains a tokenizer on plain text, which `data.task` "text" has; '
+                "pass `base.tokenizer` instead"
+            )
+        method = method_value(self.method)
+        for kind, section in ((AdaLoRA, self.optimizer.adalora), (LoRAFA, self.optimizer.lorafa or None)):
+            if section is not None and not isinstance(method, kind):
+                name = kind.__name__
+                raise ValueError(
+                    f"`optimizer.{name.lower()}` is for the method {name}, and `method.name` is "
+                    f"{self.method['name']}: leave one of them out"
+                )
+        if isinstance(method, AdaLoRA) and self.optimizer.adalora is None:
+            raise ValueError(
+                "`method.name` is AdaLoRA, which needs a budget: "
+                'set `optimizer.adalora`, for example {"target_rank": 4}'
+            )
+        if self.precision.adapters is not None and getattr(method, "dtype", None) is not None:
+            raise ValueError(
+                f"`precision.adapters` is {self.precision.adapters} and `method.dtype` is {method.dtype}, "
+                "of the same arrays: leave one of them out"
+            )
+        if getattr(method, "delayed", False):
+            raise ValueError(
+                "`method.delayed` waits for `start_delta`, which a run does not call: leave it out, and the "
+                "base follows from the first step"
+            )

@@ -1,0 +1,131 @@
+"""What a run starts from: everything that can be wrong with its input is found here, the cheap things first.
+
+`read` needs no weights, so that it comes before the base is trained where that is another config's result;
+`load` needs them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import lora_jax
+from experiments import config as configs, tasks
+from experiments.config import Config
+from experiments.decoding.decoder import Decoder
+from experiments.running import base as bases, processes
+from experiments.running.base import Loaded
+from experiments.tasks import generate, tokenizer
+from experiments.tasks.examples import Splits
+from experiments.training import precision
+from experiments.training.sharded import make_mesh, on_mesh
+from experiments.training.trainer import Trainer
+from lora_jax.checkpoint import fingerprint, State
+from lora_jax.processes import on_first
+
+
+class Inputs(NamedTuple):
+    """The mesh, where the data lies, and the contents of its files."""
+
+    mesh: Mesh
+    data: Path
+    contents: Any
+
+
+class Ready(NamedTuple):
+    """What a run needs before its first step. `first`: the state there; `base`: as it is on the mesh,
+    `specs` its layout.
+    """
+
+    base: Loaded
+    specs: Any
+    splits: Splits
+    decoder: Decoder
+    trainer: Trainer
+    first: State
+    identity: dict[str, str]
+
+
+def read(config: Config, config_path: Path, data: Path, workdir: Path) -> Inputs:
+    """What is known without the base's weights. Raises `ValueError` for an input that is wrong."""
+    mesh = make_mesh(config.mesh)
+    _check_against_shapes(config, config_path)
+    processes.check_shared(workdir)
+    if config.generate is not None:
+        section, data = config.generate, workdir / "data"
+        on_first(lambda: str(generate.write(section, data)))
+    return Inputs(mesh, data, tasks.read(config.data, data))
+
+
+def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | None, workdir: Path) -> Ready:
+    """The base on the mesh, the examples as tokens, and the state before the first step.
+
+    `base_run`: the finished work directory of the config that `base.run` names.
+    """
+    mesh, data, contents = inputs
+    keys = dict(
+        zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True)
+    )
+    own_tokenizer = None
+    if config.base.vocabulary is not None:
+        size, own_tokenizer = config.base.vocabulary, workdir / "tokenizer"
+        on_first(lambda: str(tokenizer.train(contents["train"], size, own_tokenizer)))
+    base = bases.load(
+        config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision
+    )
+    _check_room(config, base.model.config.n_positions)
+    splits = tasks.prepare(config.data, contents, base.tokenizer)
+    decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
+
+    identity = {
+        "base": fingerprint(base.params),
+        "config": _digest(config),
+        "data": _data_fingerprint(splits),
+    }
+    params, specs = on_mesh(mesh, base.params, base.model.partition_rules)
+    base = dataclasses.replace(base, params=params)
+    frozen, delta = lora_jax.lorafy(
+        params, list(config.targets), method=precision.method(config), key=keys["adapter"]
+    )
+    trainer = Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
+    return Ready(
+        base, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
+    )
+
+
+def _check_against_shapes(config: Config, config_path: Path) -> None:
+    """What a base that is still to be trained already says: whether sequences have room, and whether
+    `targets` name leaves of it.
+    """
+    described = config
+    while described.base.run is not None:
+        config_path = config_path.parent / described.base.run
+        described = configs.load(config_path)
+    if described.base.architecture is None:
+        return
+    _check_room(config, described.base.architecture.n_positions)
+    model = bases.model(described.base.architecture, vocabulary=257, end=0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
+    lora_jax.lorafy(shapes, list(config.targets), method=configs.method_value(config.method))
+
+
+def _check_room(config: Config, positions: int) -> None:
+    if config.data.seq_len > positions:
+        raise ValueError(
+            f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} "
+            "positions"
+        )
+
+
+def _digest(config: Config) -> str:
+    said = configs.without_mesh(configs.without_defaults(config))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _data_fingerprint(splits: Splits) -> str:
+    return hashlib.sha256((splits.train.fingerprint() + splits.valid.fingerprint()).encode()).hexdigest()[:32]
