@@ -1,8 +1,8 @@
 """Which axes of a weight are in, out and stacked: as the user says, as the function shows, or by default.
 
 Reading them off the function is an evaluation of its trace with every floating leaf marked
-(`_adapt.observe`): each contraction then tells which stored axes it sums over, which it keeps, and which it
-pairs with the data's own axes.
+(`_interpret/function.py`). Each contraction then tells which stored axes it sums over, which it keeps, and which
+it pairs with the data's own axes.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Reading:
 @partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["path"])
 @dataclasses.dataclass(frozen=True)
 class _Marked:
-    """A leaf to be watched: a pytree node, so that tracing from shapes sees the array inside it."""
+    """A leaf to be watched. It is a pytree node, so that tracing from shapes sees the array in it."""
 
     path: str
     weight: Any
@@ -79,7 +79,7 @@ def _reading(ndim: int, uses: list[Use]) -> Reading:
     contractions = [use for use in uses if use.how == "low-rank"]
     lookups = [use for use in uses if use.how == "lookup"]
     formed = next((f"`{use.operation}` at {use.source}" for use in uses if use.how == "formed"), "")
-    # A lookup decides first: the axis it picks from is the in axis of a table, whoever else uses the table.
+    # A lookup decides first: the axis it picks from is the in axis of a table, however else it is used.
     tables = [use for use in lookups if use.summed and not _is_stack(use, contractions)]
     words = [found for use in (*tables, *contractions) if (found := _words(ndim, use)) is not None]
     if not words:

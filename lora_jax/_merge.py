@@ -73,7 +73,7 @@ def _merged(frozen: Any, delta: Any) -> Any:
 
 
 def mergeable(weight: Any, delta: Adapter) -> Adapted:
-    """The two as one node, under no name: leaves of equal shape share one compilation."""
+    """The two as one node without a path, so that leaves of equal shape share one compilation."""
     node, spec = Adapted(weight, delta), delta.spec
     if tuple(node.weight.shape) != spec.shape:
         raise ValueError(

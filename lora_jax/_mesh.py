@@ -16,21 +16,19 @@ def axis_names(entry: Any) -> tuple[str, ...]:
 
 
 def parts(mesh: Mesh | AbstractMesh, entry: Any) -> int:
-    """Into how many one entry of a `PartitionSpec` splits an axis."""
+    """The number of parts into which one entry of a `PartitionSpec` splits an axis."""
     return math.prod(mesh.shape[name] for name in axis_names(entry))
 
 
 def is_explicit(mesh: Any) -> bool:
-    """Whether JAX has to be told how results lie on it, as on those that `jax.make_mesh` makes; else XLA
-    decides.
-    """
+    """Whether JAX must be told how results lie, as on a mesh of `jax.make_mesh`. Else XLA decides."""
     return AxisType.Explicit in mesh.axis_types
 
 
 def sharding_like(
     array: jax.Array, labels: Sequence, wanted: Sequence, mesh: Any = None
 ) -> NamedSharding | None:
-    """That of `array` for the wanted labels, and whole along those it lacks; None where XLA decides."""
+    """The sharding of `array` for the wanted labels, whole along those it lacks. None where XLA decides."""
     where = jax.typeof(array).sharding
     mesh = where.mesh if mesh is None else mesh
     if not is_explicit(mesh):

@@ -166,7 +166,7 @@ def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
     Raises `ValueError` where an axis does not divide, naming the array, its shape and the sizes that would.
     """
 
-    def place(path: str, spec: P, array: Any) -> NamedSharding:
+    def sharding_of(path: str, spec: P, array: Any) -> NamedSharding:
         for axis, names in enumerate(spec):
             count, size = parts(mesh, names), array.shape[axis]
             if size % count:
@@ -180,6 +180,7 @@ def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
 
     leaves, treedef = jax.tree.flatten(specs)
     placed = [
-        place(path, spec, array) for (path, array), spec in zip(named_leaves(arrays), leaves, strict=True)
+        sharding_of(path, spec, array)
+        for (path, array), spec in zip(named_leaves(arrays), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, placed)

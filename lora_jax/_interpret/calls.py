@@ -46,7 +46,7 @@ def _inlined(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[An
 
 
 def _invariant(jaxpr: Any, carry: Sequence[Any], offset: int) -> list[bool]:
-    """Which factored weights a loop hands on unchanged in its carry: constants in fact."""
+    """Which values of the carry are factored weights that the loop never changes: they are constants."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return [
         isinstance(c, Factored) and jaxpr.outvars[i] is jaxpr.invars[offset + i] for i, c in enumerate(carry)
@@ -164,7 +164,7 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[
             split = [axis for axis, names in enumerate(spec) if names is not None]
             value = (
                 value.replace(weight=value_of(value.weight)) if split else value
-            )  # packed blocks do not follow a split
+            )  # packed blocks cannot be split
             value = values[index] = value.unwindowed(split)
             spec = value.partition_specs(spec)
         specs.append(spec)

@@ -24,9 +24,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def postponed(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """What becomes of a pending sum to which something is added, or which is split; None for any other
-    operation.
-    """
+    """The outputs of an equation that adds to a pending sum or splits it; None for any other equation."""
     positions = [position for position, value in enumerate(values) if isinstance(value, Pending)]
     if len(positions) != 1 or any(isinstance(value, Factored) for value in values):
         return None

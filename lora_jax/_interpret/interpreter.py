@@ -45,8 +45,8 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-        # A use draws its dropout from its number. Where arrays lie shall not change it, and JAX leaves
-        # constraints for one device out.
+        # A use draws its dropout from its number, which must not depend on where arrays lie. JAX leaves
+        # constraints of sharding out for one device, so they are not counted.
         counted = (eqn.primitive.name != "sharding_constraint" for eqn in jaxpr.eqns)
         numbered = zip(itertools.accumulate(counted, initial=0), jaxpr.eqns)
         for name_stack, equations in itertools.groupby(
@@ -167,12 +167,12 @@ class Interpreter:
         self.recorder.record_returned(value, forming_flops(value))
         return self._dense(value, "`fn` returning the adapted weight", "")
 
-    def _dense(self, value: Factored, operation: str, place: str) -> Any:
+    def _dense(self, value: Factored, operation: str, where: str) -> Any:
         if self.materialize == "allow":
             return value.dense()
         paths = " and ".join(map(repr, value.leaf.paths))
         message = (
-            f"`adapt` met {operation} {paths} (as {value.dtype}{list(value.shape)}){place}. The weight "
+            f"`adapt` met {operation} {paths} (as {value.dtype}{list(value.shape)}){where}. The weight "
             "W + A·B would have to be formed there. Pass `materialize='allow'` (or 'warn') to `adapt` to "
             "form it, "
             f"or leave {paths} out of `targets`."
@@ -201,5 +201,5 @@ class Interpreter:
 
         call.__name__ = call.__qualname__ = name
         function = jax.jit(call, **options)
-        self._jitted[key] = (closed, function)  # the jaxpr is kept: its id must stay its own
+        self._jitted[key] = (closed, function)  # keeps the jaxpr alive, so that no other gets its id
         return function

@@ -22,8 +22,9 @@ def _view(method: Callable[..., Factored]) -> Callable:
 
 
 def _only_weight(eqn: Any, weight: Factored, *others: Any) -> Factored:
-    """A cast, a copy or a sharding constraint of W; the factors are cast where they are used, and sharded
-    by propagation.
+    """A cast, a copy or a sharding constraint of W.
+
+    The factors are cast at their use, and sharded by propagation.
     """
     return weight.replace(
         weight=on_weight(lambda array, *others: bind(eqn, [array, *others])[0], weight.weight, *others)
@@ -43,10 +44,9 @@ def _every_part(eqn: Any, weight: Factored, *others: Any) -> Factored:
 
 
 def _barrier(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
-    """`optimization_barrier` takes and returns any number of values: all the factors go through it together.
-
-    Each W goes through one of its own, because the derivative of a barrier is one of all of its operands:
-    together with factors that train, W would get a gradient.
+    """`optimization_barrier` of any number of values. All factors go through one barrier together, and each W
+    through its own. The derivative of a barrier is that of all its operands: beside factors that train, W would
+    get a gradient.
     """
     leaves, treedef = jax.tree.flatten(
         [value.replace(weight=None, key=None) if isinstance(value, Factored) else value for value in values]
@@ -98,9 +98,7 @@ def _padded(eqn: Any, weight: Any, value: Any) -> Factored:
 
 
 def _all_gathered(eqn: Any, weight: Factored) -> Factored:
-    """A weight that a `shard_map` gathers from its shards: so are its factors, along the axis if they
-    have it.
-    """
+    """A weight that a `shard_map` gathers from its shards. Factors that have the axis are gathered too."""
     params = eqn.params
     if not params["tiled"]:
         raise NotAView
@@ -115,13 +113,13 @@ def _all_gathered(eqn: Any, weight: Factored) -> Factored:
 
 
 def _resharded(eqn: Any, weight: Factored) -> Factored:
-    """W moved to another explicit sharding; the factors to its restriction to their axes."""
+    """W moves to another explicit sharding, and each factor to that sharding restricted to its axes."""
     array = on_weight(lambda array: bind(eqn, [array])[0], weight.weight)
     mesh, spec = eqn.params["dst_sharding"].mesh, eqn.params["dst_sharding"].spec
     weight = weight.unwindowed()
-    place = lambda part, spec: jax.sharding.reshard(part, jax.sharding.NamedSharding(mesh, spec))
+    reshard = lambda part, spec: jax.sharding.reshard(part, jax.sharding.NamedSharding(mesh, spec))
     bare = weight.replace(weight=None, key=None)
-    parts = jax.tree.map(place, bare, bare.partition_specs(spec).replace(weight=None))
+    parts = jax.tree.map(reshard, bare, bare.partition_specs(spec).replace(weight=None))
     return parts.replace(weight=array, key=weight.key)
 
 

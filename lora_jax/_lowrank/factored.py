@@ -11,8 +11,8 @@ to both:
     `new`                                                     made by a view: every index has the same factors
 
 so that a view of W is the same view of its parts, restricted to the axes they have. The last axis of A, the
-first axis of B after the layers, and the last of inner is the rank. The views are in `_views.py` and
-`_joins.py`, the rules that *use* a weight in `_contract.py`.
+first axis of B after the layers, and the last of inner is the rank. The views are in `views.py` and
+`joins.py`, the rules that *use* a weight in `uses.py`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._packed.lazy import Lazy, on_weight, value_of
-from .labels import dot, place, RANK, scaled_by, widened
+from .labels import aligned, dot, RANK, scaled_by, widened
 
 
 class Axis(NamedTuple):
@@ -40,7 +40,7 @@ NEW = Axis("new")
 PLAIN = "plain"
 
 
-PARTS = ("a", "b", "inner", "outer", "tap")  # of a term, by name, those that are absent included
+PARTS = ("a", "b", "inner", "outer", "tap")  # of a term, by name
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=list(PARTS), meta_fields=["window", "scale"])
@@ -76,9 +76,7 @@ class Term:
         """`summand`, with its sum of squares for every layer as the derivative with respect to the tap."""
         if self.tap is None:
             return summand
-        own = [
-            label for label in layers if label in labels
-        ]  # of a vmapped or sliced stack, the tap has fewer
+        own = [label for label in layers if label in labels]  # the tap of a vmapped or sliced stack has fewer
         return _tapped(tuple(labels.index(label) for label in own), summand, self.tap)
 
 
@@ -190,7 +188,7 @@ class Factored:
         return (total - self._update(wide)).astype(merged.dtype)
 
     def _placed(self, magnitude: jax.Array, dtype: Any) -> jax.Array:
-        return place(magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape)
+        return aligned(magnitude.astype(dtype), self.labels("magnitude"), range(len(self.axes)), self.shape)
 
     def _update(self, wide: Any) -> jax.Array:
         """Σ A·B."""
@@ -203,7 +201,7 @@ class Factored:
                 keep=self.tagged("layer"),
                 precision=lax.Precision.HIGHEST,
             )
-            total = total + scaled_by(place(*product, everything, self.shape), term.scale)
+            total = total + scaled_by(aligned(*product, everything, self.shape), term.scale)
         return total
 
     # --- views ----------------------------------------------------------------------------------------------
@@ -260,7 +258,7 @@ class Factored:
             b, wide = term.b, widened(term.b.dtype)
             for name in ("inner", "outer"):
                 if (diagonal := getattr(term, name)) is not None:
-                    b = b.astype(wide) * place(
+                    b = b.astype(wide) * aligned(
                         diagonal.astype(wide), self.labels(name), self.labels("b"), b.shape
                     )
             return term.replace(b=b.astype(term.b.dtype), inner=None, outer=None)

@@ -1,4 +1,4 @@
-"""Joining weights.
+"""Weights that are joined to one.
 
 Models join weights at run time (the gates of an LSTM, query, key and value) and stack those of equal layers
 to scan over them. Along an `in` or `out` axis the joined weight has the terms of all, each in its window;
@@ -15,7 +15,7 @@ from jax import lax
 
 from .._packed.lazy import value_of
 from .factored import Axis, Factored, NotAView, PARTS, Term
-from .labels import place, RANK
+from .labels import aligned, RANK
 from .views import broadcast
 
 
@@ -71,7 +71,7 @@ def _in_windows(joined: Factored, operands: Sequence[Any], dimension: int) -> Fa
     if all(magnitude is None for magnitude in magnitudes):
         return joined.replace(terms=tuple(terms), windowed=dimension)
     if joined.axes[dimension].tag == "in":
-        raise NotAView  # one m for each part of a sum
+        raise NotAView  # each part of a sum would need an m of its own
     labels, dtype = joined.labels("magnitude"), next(m.dtype for m in magnitudes if m is not None)
     ones = lambda operand: jnp.ones([operand.shape[label] for label in labels], dtype)
     filled = [
@@ -108,7 +108,7 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
         if len(arrays) < len(weights):
             raise NotAView
         before, after = first.labels(name), joined.labels(name)
-        if RANK in before:  # weights of several ranks: zeros change no product
+        if RANK in before:  # of several ranks the largest: zeros change no product
             position = before.index(RANK)
             rank = max(array.shape[position] for array in arrays)
             arrays = [_padded_to(array, position, rank) for array in arrays]
@@ -118,7 +118,7 @@ def _stacked(joined: Factored, weights: Sequence[Factored], dimension: int) -> F
                 for label in after
             ]
             arrays = [
-                place(array, before, after, sizes(weight, array))
+                aligned(array, before, after, sizes(weight, array))
                 for weight, array in zip(weights, arrays, strict=True)
             ]
         return jnp.concatenate(arrays, after.index(dimension))

@@ -46,10 +46,8 @@ def dot_labels(x_labels: Sequence, y_labels: Sequence, keep: Sequence = ()) -> t
     )
 
 
-def place(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]) -> jax.Array:
-    """`x` with its axes in the wanted order, and size 1 along the wanted axes that it lacks: ready to be
-    broadcast.
-    """
+def aligned(x: jax.Array, labels: Sequence, wanted: Sequence, shape: Sequence[int]) -> jax.Array:
+    """`x` with its axes in the wanted order, and with size 1 along the wanted axes that it lacks."""
     order = tuple(labels.index(label) for label in wanted if label in labels)
     if order != tuple(range(len(order))):
         x = lax.transpose(x, order)

@@ -1,11 +1,10 @@
-"""The product of an array with a factor of an adapter, and the dtype in which that factor's gradient is
-summed.
+"""The product of an array with a factor, and the dtype in which the factor's gradient is summed.
 
-The gradient is a sum over all rows of the array. JAX's own rule gives it the array's dtype, bfloat16 in mixed
-precision, and where the rows lie on several devices, XLA adds the devices' parts in that dtype before a cast
-behind it can widen them. Here the product that makes the gradient has a wider result, of the same operands:
-no FLOP and no array more. Left out: its forward-mode derivative, which a function with a `custom_vjp` does
-not have; so this is for who asks for it (`adapt(reduce=)`).
+The gradient is a sum over all rows of the array. JAX's own rule gives it the dtype of the array, which is
+bfloat16 in mixed precision. Where the rows lie on several devices, XLA adds the devices' parts in that dtype,
+and a cast behind it comes too late. Here the product that makes the gradient has a wider result from the same
+operands. It costs no FLOP and no array more. Left out: the forward-mode derivative, which no function with a
+`custom_vjp` has. So this is for who asks for it (`adapt(reduce=)`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._mesh import sharding_like
-from .labels import dot, dot_labels, place
+from .labels import aligned, dot, dot_labels
 
 
 def with_factor(
@@ -37,9 +36,8 @@ def with_factor(
 
     def product(x: jax.Array, factor: jax.Array) -> jax.Array:
         sides = ((factor.astype(x.dtype), labels), (x, x_labels))
-        left, right = (
-            sides if factor_on_left else sides[::-1]
-        )  # as in the original: its order of axes needs no transpose
+        # The order of the original product, whose result needs no transpose.
+        left, right = sides if factor_on_left else sides[::-1]
         return dot(*left, *right, keep=keep, **options)[0]
 
     found = dot_labels(labels, x_labels, keep) if factor_on_left else dot_labels(x_labels, labels, keep)
@@ -47,8 +45,8 @@ def with_factor(
         return product(x, factor), found
 
     def forward(x: Any, factor: Any) -> tuple:
-        # What nobody differentiates (a factor that is fixed, the input of the first layer) gets no product in
-        # the backward pass.
+        # The backward pass makes no product for what is not differentiated: a fixed factor, the input of the
+        # first layer.
         return product(x.value, factor.value), (
             x.value,
             factor.value,
@@ -57,9 +55,10 @@ def with_factor(
 
     def backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         x, factor, (wanted_x, wanted_factor) = residuals
-        return of_x(x, factor, cotangent) if wanted_x is not None else None, of_factor(
-            x, factor, cotangent
-        ) if wanted_factor is not None else None
+        return (
+            of_x(x, factor, cotangent) if wanted_x is not None else None,
+            of_factor(x, factor, cotangent) if wanted_factor is not None else None,
+        )
 
     def of_x(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: product(x, factor), x)(cotangent)[0]
@@ -74,7 +73,7 @@ def with_factor(
             "out_sharding": where,
         }
         summed = dot(x, x_labels, cotangent, found, keep=labels, **others)
-        return place(*summed, labels, ()).astype(factor.dtype)
+        return aligned(*summed, labels, ()).astype(factor.dtype)
 
     reduced = jax.custom_vjp(product)
     reduced.defvjp(forward, backward, symbolic_zeros=True)

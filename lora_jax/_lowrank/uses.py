@@ -18,7 +18,7 @@ from jax import lax
 from .._mesh import moved, sharding_like
 from .._packed.lazy import on_weight, used, value_of
 from .factored import Axis, Factored, NEW, NotAView, Term
-from .labels import dot, dot_labels, place, RANK, scaled_by, widened
+from .labels import aligned, dot, dot_labels, RANK, scaled_by, widened
 from .product import with_factor
 
 
@@ -81,8 +81,7 @@ def dot_general(
             inner, tuple(x_labels), term, first, (x, x_labels), keep=(*out_labels, *weight.labels(second))
         )
         h = times(scaled_by(h, term.scale), labels, term.inner, weight.labels("inner"))
-        # As the result lies, but for an axis of which this is a part, which need not divide as the whole
-        # does.
+        # The piece lies as the result does. A part of an axis need not divide as the whole axis does.
         whole = [label if term.window is None or label != weight.windowed else None for label in out_labels]
         h, labels = contracted(h, labels, term, second, (y, whole), keep=out_labels)
         if first == "a":
@@ -91,7 +90,7 @@ def dot_general(
         shape = list(y.shape)
         if term.window is not None and weight.windowed in out_labels:
             shape[out_labels.index(weight.windowed)] = term.window[1] - term.window[0]
-        return place(h, labels, out_labels, shape)
+        return aligned(h, labels, out_labels, shape)
 
     def contracted(
         h: jax.Array, labels: tuple, term: Term, name: str, like: tuple, keep: tuple
@@ -138,9 +137,9 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
         return x
     factor = moved(
         factor, sharding_like(x, x_labels, labels)
-    )  # or the result would be split as the factor is
+    )  # otherwise the result would be split as the factor is
     wide = widened(x.dtype)
-    return (x.astype(wide) * place(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
+    return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
 
 
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
@@ -261,7 +260,7 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
         )
         options = {"keep": ("group",), "precision": params["precision"], "preferred_element_type": y.dtype}
         grouped = dot(h, (*before, "group", RANK, *behind), b, (RANK, "group", "out"), **options)
-        placed = place(*grouped, (*before, "group", "out", *behind), ())
+        placed = aligned(*grouped, (*before, "group", "out", *behind), ())
         return term.tapped(lax.reshape(placed, (*y.shape[:feature], out, *y.shape[feature + 1 :])), (), ())
 
     y = added(
@@ -294,7 +293,7 @@ def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax
             preferred_element_type=y.dtype,
         )
         summand = _window(
-            scaled_by(place(*h, narrow, ()), term.scale).astype(x.dtype),
+            scaled_by(aligned(*h, narrow, ()), term.scale).astype(x.dtype),
             weight,
             term.a,
             kernel_spec[0],
@@ -372,7 +371,7 @@ def gather(
     kept = [axis for axis in range(len(weight.axes)) if axis not in gone]
     ndim = indices.ndim - 1 + len(kept)
     batch = [position for position in range(ndim) if position not in numbers.offset_dims]
-    place_of = dict(zip(kept, numbers.offset_dims, strict=True)) | {RANK: RANK}
+    position_of = dict(zip(kept, numbers.offset_dims, strict=True)) | {RANK: RANK}
     batch_of = {
         axis: batch[column] for axis, column in zip(paired, numbers.start_indices_batching_dims, strict=True)
     }
@@ -382,7 +381,7 @@ def gather(
     ) -> tuple[jax.Array, tuple[int, ...]]:
         columns = [column for column, axis in enumerate(picked) if axis in labels]
         if not columns:
-            return array, tuple((batch_of | place_of)[label] for label in labels)
+            return array, tuple((batch_of | position_of)[label] for label in labels)
         mine = (
             indices
             if len(columns) == len(picked)
@@ -410,11 +409,11 @@ def gather(
         options = {name: params[name] for name in ("indices_are_sorted", "unique_indices")}
         mode = params["mode"] if fill is not None else "clip"
         result = lax.gather(array, mine, own, slices, fill_value=fill, mode=mode, **options)
-        return result, (*batch, *(place_of[label] for label in stay))
+        return result, (*batch, *(position_of[label] for label in stay))
 
     axes: list[Axis] = [NEW] * ndim
     for axis in kept:
-        axes[place_of[axis]] = weight.axes[axis]
+        axes[position_of[axis]] = weight.axes[axis]
     rows = on_weight(base, weight.weight, indices)
     if any(axis.tag == "?" for axis in weight.axes):
         looked_up = (stored for axis in picked for stored in weight.axes[axis].origin)
@@ -447,7 +446,7 @@ def gather(
             )
             summands.append(
                 (
-                    place(
+                    aligned(
                         term.replace(tap=tap).tapped(product, labels, layers), labels, everything, rows.shape
                     ),
                     None,
@@ -461,14 +460,14 @@ def gather(
     for position in batch:
         axes[position] = Axis("layer" if position in in_a & in_b else "in" if position in in_a else "out")
     key = None if weight.key is None else view(weight.key, weight.labels("key"), None)
-    windowed = None if weight.windowed is None else place_of[weight.windowed]
+    windowed = None if weight.windowed is None else position_of[weight.windowed]
     result = weight.replace(weight=rows, axes=tuple(axes), windowed=windowed)
 
     def stored(part: tuple | None, name: str) -> jax.Array | None:
         if part is None:
             return None
         array, labels = part
-        return place(array, labels, result.labels(name), ())
+        return aligned(array, labels, result.labels(name), ())
 
     return result.replace(
         terms=tuple(

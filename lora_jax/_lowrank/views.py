@@ -20,10 +20,10 @@ from .labels import RANK
 
 
 def transposed(weight: Factored, permutation: Sequence[int]) -> Factored:
-    place_of = {old: new for new, old in enumerate(permutation)}
-    windowed = None if weight.windowed is None else place_of[weight.windowed]
+    position_of = {old: new for new, old in enumerate(permutation)}
+    windowed = None if weight.windowed is None else position_of[weight.windowed]
     return weight.viewed(
-        lambda array, labels: (array, tuple(place_of.get(label, label) for label in labels)),
+        lambda array, labels: (array, tuple(position_of.get(label, label) for label in labels)),
         [weight.axes[old] for old in permutation],
         windowed=windowed,
     )
@@ -33,13 +33,15 @@ def squeezed(weight: Factored, dimensions: Sequence[int]) -> Factored:
     """Without these axes, all of size 1."""
     weight = weight.unwindowed(dimensions)
     kept = [index for index in range(len(weight.axes)) if index not in dimensions]
-    place_of = {old: new for new, old in enumerate(kept)} | {RANK: RANK}
+    position_of = {old: new for new, old in enumerate(kept)} | {RANK: RANK}
 
     def view(array: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
         gone = [position for position, label in enumerate(labels) if label in dimensions]
-        return lax.squeeze(array, gone), tuple(place_of[label] for label in labels if label not in dimensions)
+        return lax.squeeze(array, gone), tuple(
+            position_of[label] for label in labels if label not in dimensions
+        )
 
-    windowed = None if weight.windowed is None else place_of[weight.windowed]
+    windowed = None if weight.windowed is None else position_of[weight.windowed]
     array = on_stack(weight.weight, dimensions, lambda array: lax.squeeze(array, dimensions))
     return weight.viewed(view, [weight.axes[index] for index in kept], weight=array, windowed=windowed)
 
@@ -52,12 +54,12 @@ def broadcast(weight: Factored, shape: Sequence[int], dimensions: Sequence[int])
     for index in kept:
         axes[dimensions[index]] = weight.axes[index]
     narrow = squeezed(weight, grown)
-    place_of = {narrowed: dimensions[index] for narrowed, index in enumerate(kept)} | {RANK: RANK}
+    position_of = {narrowed: dimensions[index] for narrowed, index in enumerate(kept)} | {RANK: RANK}
     return narrow.viewed(
-        lambda array, labels: (array, tuple(place_of[label] for label in labels)),
+        lambda array, labels: (array, tuple(position_of[label] for label in labels)),
         axes,
         weight=on_weight(lambda array: lax.broadcast_in_dim(array, shape, dimensions), weight.weight),
-        windowed=None if narrow.windowed is None else place_of[narrow.windowed],
+        windowed=None if narrow.windowed is None else position_of[narrow.windowed],
     )
 
 
@@ -281,7 +283,9 @@ def rescaled(weight: Factored, array: jax.Array, factor: jax.Array, operation: C
     """
     varying = [index for index, size in enumerate(factor.shape) if size > 1]
     tags = {weight.axes[index].tag for index in varying}
-    if "?" in tags:  # in and out are not known yet; what has no other axis is no weight but a scale or a bias
+    if (
+        "?" in tags
+    ):  # In and out are not known yet. What has no other axis is a scale or a bias, and no weight.
         if all(index in varying for index, size in enumerate(weight.shape) if size > 1):
             raise NotAView
         return weight.replace(weight=array)

@@ -62,7 +62,7 @@ def _dynamic_map() -> np.ndarray:
     for exponent in range(7):
         count = 2**exponent
         index, step = np.arange(count + 1), np.float64((last - first) / np.float32(count))
-        # As torch.linspace does: from the nearer end, and rounding once, because it has fused multiply-add.
+        # torch.linspace counts from the nearer end and rounds once, by a fused multiply-add.
         edges = np.where(
             index < (count + 1) // 2, first + step * index, last - step * (count - index)
         ).astype(np.float32)
@@ -176,12 +176,11 @@ class NF4(Format):
                 _rounded(_look_up(arrays.get("nested_map", jnp.asarray(_DYNAMIC)), absmax) * nested_absmax)
                 + arrays["nested_offset"]
             )
-        # By rows where these are whole blocks: a device that has to have some columns can then unpack these
-        # alone.
+        # By rows where these are whole blocks. A device that needs some columns can then unpack these alone.
         rows = shape[:-1] if shape and shape[-1] % self.block == 0 else ()
         length = math.prod(shape[len(rows) :])
-        # Both codes of a byte by one broadcast shift and the value by a look-up: XLA makes one loop of this,
-        # with nothing stored between the bytes and the weight.
+        # One broadcast shift gives both codes of a byte, and a look-up the value. XLA makes one loop of this,
+        # and stores nothing between the bytes and the weight.
         codes = (
             arrays["codes"].reshape(*rows, -1, 1)
             >> np.array([4, 0], np.uint8).reshape(*(1,) * len(rows), 1, 2)
@@ -209,14 +208,14 @@ class Int8(Format):
     @partial(jax.jit, static_argnums=(0, 2))
     def _pack(self, weight: jax.Array, stack: int) -> dict[str, jax.Array]:
         weight = weight.astype(jnp.float32)
-        # The product is what XLA makes of a division by a constant, but only when it compiles one.
+        # XLA makes this product of a division by a constant, but only when it compiles one.
         scale = jnp.max(
             jnp.abs(weight), axis=tuple(range(stack, weight.ndim - 1)), keepdims=True
         ) * np.float32(1 / 127)
-        scale = jnp.where(scale < _TINY, jnp.float32(0), scale)  # false for NaN, which has to stay
+        scale = jnp.where(scale < _TINY, jnp.float32(0), scale)  # false for NaN, which stays
         inverse = jnp.float32(1) / jnp.where(
             scale == 0, jnp.float32(1), scale
-        )  # XLA may divide so by what it broadcasts, or not
+        )  # XLA chooses by itself whether it divides by the inverse
         codes = jnp.round(weight * inverse).astype(jnp.int8)
         return {"codes": codes, "scale": scale}
 

@@ -82,9 +82,9 @@ class Lazy:
 
 
 def on_weight(operation: Callable[..., jax.Array], weight: Any, *others: Any) -> Any:
-    """A view of a weight, `operation(weight, *others)`: now, or if it is packed, when it is used.
+    """A view of a weight, `operation(weight, *others)`. Of a packed weight it is done when that is used.
 
-    What depends on traced values is done now all the same: nothing that is kept for later may hold them.
+    A view that depends on traced values is done at once: what is kept for later may hold no tracer.
     """
     if not isinstance(weight, Lazy):
         return operation(weight, *others)
@@ -127,9 +127,10 @@ def used(use: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight:
 
 @jax.custom_batching.custom_vmap
 def _after(packed: Packed, beside: jax.Array) -> Packed:
-    """`packed`, which is not there before `beside` is.
+    """`packed`, which must wait for `beside`.
 
-    Without it XLA may unpack all weights of a model first, and take the forward pass's for the backward pass.
+    Without this XLA may unpack all weights of a model first, and keep those of the forward pass for the
+    backward pass.
     """
     barrier = lambda packed, beside: lax.optimization_barrier((packed, beside))[0]
     return lax.platform_dependent(packed, beside, cpu=_depending, default=barrier)
@@ -137,31 +138,33 @@ def _after(packed: Packed, beside: jax.Array) -> Packed:
 
 @_after.def_vmap
 def _after_one(size: int, batched: tuple, packed: Packed, beside: jax.Array) -> tuple[Packed, Packed]:
-    """To wait for one example is enough: to depend on each would be to unpack the weight for each."""
+    """One example is enough to wait for. To depend on each would be to unpack the weight for each."""
     return _after(packed, beside[0] if batched[1] else beside), batched[0]
 
 
-def _nothing(beside: jax.Array) -> jax.Array:
-    """False, computed from `beside`: that no number is above infinity, XLA does not know. A slice, since
-    a reshape gathers what is split.
+def _false_from(beside: jax.Array) -> jax.Array:
+    """False, computed from `beside`: XLA does not know that no number is above infinity.
+
+    One entry is enough. It is a slice, because a reshape of the whole gathers what is split.
     """
     if is_explicit(jax.typeof(beside).sharding.mesh):
-        return jnp.max(beside) > jnp.inf  # a slice of a part would be a type that there is not
+        return jnp.max(beside) > jnp.inf  # there is no type for one entry of a split array
     return lax.slice(beside, (0,) * beside.ndim, (1,) * beside.ndim).reshape(()) > jnp.inf
 
 
 def _depending(packed: Packed, beside: jax.Array) -> Packed:
-    """For the CPU, for which XLA drops barriers early: computed from `beside`."""
+    """The same on the CPU, for which XLA drops barriers early: `packed`, computed from `beside`."""
     if beside.size == 0:
         return packed
-    nothing = _nothing(beside)
+    false = _false_from(beside)
     integers = lambda array: jnp.issubdtype(array.dtype, jnp.integer)
-    return packed.along_stack(lambda array: array + nothing.astype(array.dtype) if integers(array) else array)
+    return packed.along_stack(lambda array: array + false.astype(array.dtype) if integers(array) else array)
 
 
 def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:
-    """`function(weight, *arrays)`, in a branch that is always taken: for the same reason, and as unknown
-    to XLA for the CPU.
+    """`function(weight, *arrays)`, on the CPU in a branch that is always taken.
+
+    XLA for the CPU does not know that it is. So it cannot move the unpacking out of the branch.
     """
 
     def branch(packed: Packed, *arrays: jax.Array) -> jax.Array:
@@ -171,7 +174,7 @@ def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:
             array for array in jax.tree.leaves((arrays, packed)) if jnp.issubdtype(array.dtype, jnp.floating)
         )
         return lax.cond(
-            _nothing(scale), lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays
+            _false_from(scale), lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays
         )
 
     return lax.platform_dependent(

@@ -19,7 +19,7 @@ def factored(node: Adapted) -> Factored:
     spec, weight = node.adapter.spec, node.weight
     sliced = len(spec.shape) - weight.ndim
     if sliced > 0 and set(spec.axes[:sliced]) == {"layer"}:
-        # A loop of the user's own, over the combined tree, has cut these off.
+        # The user's own loop over the combined tree has cut these axes off.
         spec = dataclasses.replace(spec, shape=spec.shape[sliced:], axes=spec.axes[sliced:])
     if tuple(weight.shape) != spec.shape and spec.method.needs_whole_weight:
         raise ValueError(

@@ -26,8 +26,9 @@ OfKind = TypeVar("OfKind", bound=Method)
 @tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """In place of an array: that of the same name at another leaf. It holds none, so nothing counts or
-    trains it twice.
+    """Stands for the array of the same name at another leaf.
+
+    It holds no array, so that nothing counts or trains it twice.
     """
 
     path: str
@@ -119,9 +120,7 @@ class Adapted:
 @tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A leaf that trains itself, in a combined tree: marked, so that optimiser masks can tell it from a
-    frozen one.
-    """
+    """A leaf of a combined tree that trains itself. The mark tells it from a frozen leaf."""
 
     value: Any
 
@@ -203,7 +202,5 @@ def method_of(adapter: Adapter, kind: type[OfKind]) -> OfKind:
 
 
 def is_node(leaf: Any) -> bool:
-    """Whether a tree walk should stop here: at a node of ours, or at a None that stands for an absent
-    leaf.
-    """
+    """Whether a walk over a tree should stop: at a node of ours, or at the None of an absent leaf."""
     return leaf is None or isinstance(leaf, Adapter | Fixed | Adapted | Trained | Packed)

@@ -11,9 +11,7 @@ from .nodes import Adapted, Adapter, Fixed, is_node, resolved, Trained
 
 
 def paired(join: Callable, frozen: Any, delta: Any, *rest: Any, resolve: bool = True) -> Any:
-    """`join(frozen leaf, delta leaf, *rest)` at every leaf, with shared arrays in place unless they are
-    to stay shared.
-    """
+    """`join(frozen leaf, delta leaf, *rest)` at every leaf. `resolve` puts shared arrays in place first."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
     try:

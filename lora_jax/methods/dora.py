@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._lowrank.factored import Canonical, Term
-from .._lowrank.labels import dot, dot_labels, place, RANK, widened
+from .._lowrank.labels import aligned, dot, dot_labels, RANK, widened
 from .._mesh import sharding_like
 from .._packed.lazy import layer_by_layer
 from .._tree.method import Method, Spec
@@ -101,7 +101,7 @@ class DoRA(_lowrank.LowRank):
         of_a, of_b, other = (*ins, RANK), (RANK, *outs), (*ins, "other")
         where = sharding_like(b, of_b, dot_labels(own, of_a))
         product, labels = dot(weight.astype(wide), own, a, of_a, out_sharding=where, precision=highest)
-        product = place(product, labels, of_b, b.shape)
+        product = aligned(product, labels, of_b, b.shape)
         where = sharding_like(a, of_a, (RANK, "other"))
         gram, _ = dot(a, of_a, a, other, out_sharding=where, precision=highest)
         turned, _ = dot(gram, ("other", RANK), b, of_b, precision=highest)
