@@ -1,8 +1,8 @@
 """Which axes of a weight are in, out and stacked: as the user says, as the function shows, or by default.
 
 Reading them off the function is an evaluation of its trace with every floating leaf marked
-(`_interpret/function.py`). Each contraction then tells which stored axes it sums over, which it keeps, and which
-it pairs with the data's own axes.
+(`_interpret/function.py`). Each contraction then tells which stored axes it sums over, which it keeps, and
+which it pairs with the data's own axes.
 """
 
 import dataclasses

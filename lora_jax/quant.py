@@ -1,10 +1,10 @@
 """QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., NeurIPS 2023, arXiv 2305.14314): adapters
 beside a base that is stored in 4 or 8 bits.
 
-Any method goes with any storage: what is packed is the frozen weight, and `adapt` unpacks it where it is
-used. How the bytes are laid out is in `_formats.py`, when they are unpacked in `_packed.py`. Left out: paged
-optimisers, which JAX has no need of here (Adam state exists for A and B alone), and quantised matrix
-products: a product is computed in the weight's own dtype.
+Any method goes with any storage. What is packed is the frozen weight, and `adapt` unpacks it where it is
+used. `_packed/formats.py` says how the bytes are laid out, `_packed/lazy.py` when they are unpacked. Left
+out: paged optimisers, which are not needed here, because Adam state exists for A and B alone; and quantised
+matrix products, because a product is computed in the weight's own dtype.
 """
 
 import re
@@ -27,7 +27,7 @@ from ._paths import ALL_LINEAR, is_floating, is_shape, named_leaves, resolve_tar
 from ._tree.nodes import Adapter, Fixed, is_node, weight_of
 
 
-# Of a path, what says that a leaf is a table that rows are looked up in, or a vector, stacked perhaps.
+# A component of a path that names a table of rows to look up, or a vector, which may be stacked.
 _TABLE_OR_VECTOR = re.compile(r".*embed.*|wte|wpe|lm_head|(.*_)?(bias|scale)")
 
 
@@ -50,10 +50,11 @@ def quantize(
     >>> forward(lora_jax.combine(frozen, delta), jnp.ones((1, 64))).shape
     (1, 64)
 
-    Adapt first, then quantise. The adapted function unpacks a weight where it is used and again for the
-    backward pass, never two at a time: those of a scanned stack layer by layer. It needs `adapt`, also for
-    leaves without an adapter. What a method keeps that follows from the weight (DoRA's norm) is made again
-    for the quantised one; PiSSA's start is not, so that training starts from the quantised base exactly.
+    Adapt first, then quantise. The adapted function unpacks a weight where it is used, and again for the
+    backward pass. It never holds two unpacked weights, and goes through a scanned stack layer by layer. A
+    quantised leaf without an adapter needs `adapt` too. DoRA's norm follows from the weight, and is made
+    again for the quantised one. PiSSA's start is not, so that training starts from the quantised base
+    exactly.
 
     Args:
       frozen: of `lorafy`; of arrays, or of shapes, and then nothing is allocated.
@@ -62,9 +63,10 @@ def quantize(
         those that the adapters (of `frozen` or `delta`) call `layer`, and where no adapter says, all but the
         last two.
       targets: as in `lorafy`, without methods. `"all-linear"` with `fn`: every weight that `fn` contracts
-        with and does not look rows up in. Without: every floating leaf of two or more axes, except where a
-        component of the path has `embed` in it, is `wte`, `wpe` or `lm_head`, or is, or ends in `_` and,
-        `bias` or `scale`. A stack of vectors by another name is taken for a matrix: pass `fn`, or patterns.
+        with and does not look rows up in. Without `fn`, names decide. Every floating leaf of two or more axes
+        is packed, except where a component of its path contains `embed`; is `wte`, `wpe`, `lm_head`, `bias`
+        or `scale`; or ends in `_bias` or `_scale`. A stack of vectors by another name counts as a matrix:
+        pass `fn`, or patterns.
       delta: the other tree. It says which axes are stacked, and with `fn`, what trains itself (`Full`) and is
         not in `frozen`.
       fn, args: as in `lorafy`.
@@ -139,7 +141,7 @@ def _linear(
         return [
             path
             for path, leaf in leaves
-            if is_floating(leaf) and len(leaf.shape) > 1 and not _is_named_otherwise(path)
+            if is_floating(leaf) and len(leaf.shape) > 1 and not _is_table_or_vector(path)
         ]
     treedef: Any
     nodes, treedef = jax.tree.flatten(frozen, is_leaf=is_node)
@@ -158,7 +160,7 @@ def _linear(
     return [path for path, _ in leaves if path in readings and readings[path].linear]
 
 
-def _is_named_otherwise(path: str) -> bool:
+def _is_table_or_vector(path: str) -> bool:
     return any(_TABLE_OR_VECTOR.fullmatch(component) for component in path.split("/"))
 
 

@@ -56,9 +56,10 @@ def frozen_specs(frozen: Any, specs: Any) -> Any:
     """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a
     method keeps beside it.
 
-    For LoRA, `frozen` equals `params`, and this returns `specs`. Of a quantised weight the codes are split,
-    over all the devices that would share the weight. So are the scales of their blocks after `gather_codes`,
-    which knows the mesh, where it divides them; the few numbers that are left are everywhere.
+    For LoRA, `frozen` equals `params`, and this returns `specs`. The codes of a quantised weight are split
+    over all the devices that would share the weight. After `gather_codes`, which knows the mesh, the scales
+    of the blocks are split too, where the mesh divides them. The few numbers that are left are on every
+    device.
     """
 
     def spec_of(node: Any, spec: P) -> Any:
@@ -76,14 +77,14 @@ def frozen_specs(frozen: Any, specs: Any) -> Any:
 def _packed_specs(node: Packed, spec: P) -> Packed:
     stack = len(node.stack)
     entries = [_entry(spec, axis) for axis in range(len(node.shape))]
-    # In the order in which they are stored, so that a part of the first axis is one piece of the codes.
+    # In the order of storage, so that a part of the first axis is one piece of the codes.
     own = tuple(name for entry in entries[stack:][:: -1 if node.turned else 1] for name in axis_names(entry))
 
     def split(name: str, array: Any) -> bool:
         if not own or name not in node.format.in_order:
             return False
-        # Codes in any case: where the mesh does not divide them, `shardings` says so. Their scales where that
-        # is known not to happen.
+        # Codes are always split: `shardings` raises where the mesh does not divide them. Scales are split
+        # where the mesh is known and divides them.
         return (
             name == "codes" or node.at_use is not None and array.shape[-1] % parts(node.at_use.mesh, own) == 0
         )
@@ -91,7 +92,7 @@ def _packed_specs(node: Packed, spec: P) -> Packed:
     def of(name: str, array: Any) -> P:
         if not split(name, array):
             return P(*entries[:stack]) if any(entries[:stack]) and array.ndim >= stack else P()
-        # As many codes as the weight has numbers, or all of one in a row.
+        # The codes have the shape of the weight, or stand in a row.
         return P(*entries) if array.ndim == len(node.shape) and not node.turned else P(*entries[:stack], own)
 
     return dataclasses.replace(node, arrays={name: of(name, array) for name, array in node.arrays.items()})

@@ -162,11 +162,45 @@ def test_the_static_check_can_pass(path, source):
     assert _faults(path, source) == []
 
 
-# -- the programs beside the library ------------------------------------------------------------------------
+# -- arrows -------------------------------------------------------------------------------------------------
 
-# Each part of experiments, a folder or a file, and the parts that it imports. A part imports earlier ones
-# only, so that there is no circle. A new part is a new line.
-_PARTS = {
+# Each part of lora_jax, a folder or a file, and the parts that it imports. A part imports earlier ones only,
+# so that there is no circle. A new part is a new line.
+_LIBRARY = {
+    "_mesh": set(),
+    "_paths": set(),
+    "_table": set(),
+    "processes": set(),
+    "models": set(),
+    "_packed": {"_mesh"},
+    "_lowrank": {"_mesh", "_packed"},
+    "_tree": {"_lowrank", "_packed", "_paths"},
+    "methods": {"_lowrank", "_mesh", "_packed", "_paths", "_tree"},
+    "_interpret": {"_lowrank", "_packed", "_paths", "_tree"},
+    "_adapt": {"_interpret", "_tree"},
+    "_explain": {"_interpret", "_table", "_tree"},
+    "_axes": {"_interpret", "_lowrank", "_paths"},
+    "_lorafy": {"_axes", "_packed", "_paths", "_tree", "methods"},
+    "_merge": {"_lowrank", "_packed", "_paths", "_table", "_tree"},
+    "_stack": {"_paths", "_tree"},
+    "_summary": {"_paths", "_table", "_tree", "methods"},
+    "quant": {"_axes", "_packed", "_paths", "_tree"},
+    "sharding": {"_mesh", "_packed", "_paths", "_tree"},
+    "optim": {"_lowrank", "_paths", "_tree", "methods"},
+    "drop": {"_adapt", "_lorafy", "_lowrank", "_paths", "_tree", "methods"},
+    "arithmetic": {"_lorafy", "_lowrank", "_merge", "_paths", "_tree", "methods"},
+    "checkpoint": {"_paths", "processes"},
+    "interop": {
+        *("_lorafy", "_lowrank", "_merge", "_packed", "_paths", "_tree"),
+        *("arithmetic", "methods", "models", "processes", "sharding"),
+    },
+    "__init__": {
+        *("_adapt", "_explain", "_interpret", "_lorafy", "_merge", "_stack", "_summary", "_tree"),
+        *("arithmetic", "drop", "methods", "optim", "processes", "quant", "sharding"),
+    },
+}
+# The same of experiments.
+_EXPERIMENTS = {
     "strict_json": set(),
     "progress": set(),
     "metrics": set(),
@@ -222,26 +256,28 @@ def test_the_check_of_private_names_can_fail(source):
     assert _private(_REPOSITORY / "experiments" / "convert.py", source)
 
 
-def _parts_of(names: list[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if _is_within(name, "experiments")}
+def _parts_of(names: list[str], package: str) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
 
 
-def test_the_arrows_between_the_parts_of_experiments():
+@pytest.mark.parametrize("package, expected", [("lora_jax", _LIBRARY), ("experiments", _EXPERIMENTS)])
+def test_the_arrows_between_the_parts(package, expected):
     found: dict[str, set[str]] = {}
-    for file in (file for file in _PROGRAMS if file.is_relative_to(_REPOSITORY / "experiments")):
-        part = file.relative_to(_REPOSITORY / "experiments").parts[0].removesuffix(".py")
+    for file in sorted((_REPOSITORY / package).rglob("*.py")):
+        part = file.relative_to(_REPOSITORY / package).parts[0].removesuffix(".py")
         names = _absolute(file, ast.parse(file.read_text(encoding="utf-8")))
-        found.setdefault(part, set()).update(_parts_of(names) - {part})
-    assert found == _PARTS
+        found.setdefault(part, set()).update(_parts_of(names, package) - {part})
+    assert found == expected
 
 
-def test_no_part_of_experiments_imports_a_later_one():
-    order = list(_PARTS)
-    for part, imported in _PARTS.items():
+@pytest.mark.parametrize("parts", [_LIBRARY, _EXPERIMENTS], ids=["lora_jax", "experiments"])
+def test_no_part_imports_a_later_one(parts):
+    order = list(parts)
+    for part, imported in parts.items():
         assert all(order.index(name) < order.index(part) for name in imported), part
 
 
 def test_the_check_of_arrows_sees_both_ways_of_importing():
     source = "from experiments import tasks\ndef f():\n    from .running.run import run"
     names = _absolute(_REPOSITORY / "experiments" / "convert.py", ast.parse(source))
-    assert _parts_of(names) == {"tasks", "running"}
+    assert _parts_of(names, "experiments") == {"tasks", "running"}

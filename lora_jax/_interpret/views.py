@@ -44,9 +44,10 @@ def _every_part(eqn: Any, weight: Factored, *others: Any) -> Factored:
 
 
 def _barrier(eqn: Any, values: list[Any], broadcast: list[Any]) -> list[Any]:
-    """`optimization_barrier` of any number of values. All factors go through one barrier together, and each W
-    through its own. The derivative of a barrier is that of all its operands: beside factors that train, W would
-    get a gradient.
+    """`optimization_barrier` of any number of values.
+
+    All factors go through one barrier together, and each W through its own. The derivative of a barrier is
+    that of all its operands: beside factors that train, W would get a gradient.
     """
     leaves, treedef = jax.tree.flatten(
         [value.replace(weight=None, key=None) if isinstance(value, Factored) else value for value in values]

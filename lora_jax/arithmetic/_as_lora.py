@@ -77,7 +77,7 @@ def _as_lora(frozen: Any, delta: Any) -> tuple[Any, Any]:
 
 
 def _first_scale(terms: Sequence[Term]) -> float:
-    """The others' scales go into B as multiples of it: ±1 for PiSSA, which rounds nothing."""
+    """The scale of the result. B takes the other terms' scales as multiples of it: ±1 for PiSSA, exactly."""
     return next((term.scale for term in terms if term.scale), 1.0)
 
 

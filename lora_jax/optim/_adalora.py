@@ -112,7 +112,7 @@ def adalora(
     def init(params: Any) -> AdaLoRAState:
         if jax.tree.leaves(
             params
-        ):  # without any, it is `optax.tree_map_params` that asks what would be like the parameters
+        ):  # `optax.tree_map_params` passes none, to learn which parts of the state are like the parameters
             _counts(adapters(params, AdaLoRA), target_rank)
         return AdaLoRAState(tx.init(params), jnp.zeros((), jnp.int32), _zeros(params), _zeros(params))
 
