@@ -116,7 +116,7 @@ def _check_own(leaf: Any) -> None:
             f"{kind} is on the devices of the processes {there}, and this is process {jax.process_index()} "
             f"of {jax.process_count()}: what spans processes must "
             "span all of them; make the mesh of all of `jax.devices()`, or read and write in one process "
-            "arrays that are its own."
+            "arrays that are its own"
         )
 
 
