@@ -227,7 +227,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None) -> str | None:
+def chosen_head(config: Mapping[str, Any], family: Family, wanted: str | None = None) -> str | None:
     """`wanted`, or our name for the head of the class that a `config.json` names."""
     named = config.get("architectures") or ()
     strangers = set(named) - set(family.heads)

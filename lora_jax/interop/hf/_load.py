@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ...models._encoder import EncoderConfig, numbered_labels
 from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
-from .._families import Family, family_of, head_of
+from .._families import chosen_head, Family, family_of
 from .._files import read_json
 from .._processes import spanning, together
 from .._safetensors import facts_of, stored_tensors
@@ -98,7 +98,7 @@ def load(
         family = family_of(settings)
         named = family.config.from_hf(settings)
         config = named if num_labels is None else _with_labels(named, head, num_labels)
-        chosen = head_of(settings, family, head)
+        chosen = chosen_head(settings, family, head)
         # Where `head` is the config's own head, its tensors are read as strictly as all others.
         own = {family.heads.get(name) for name in settings.get("architectures") or ()}
         replaced = head is not None and (own != {head} or config != named)
