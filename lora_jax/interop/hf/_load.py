@@ -58,10 +58,10 @@ def load(
     )
     ```
 
-    Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run.
-    Parameters keep the dtype of the file, unless `param_dtype` is given. With a mesh that spans several
-    processes, all of them call this with the same arguments; each reads the parts of its own devices, and an
-    error in one is raised in all.
+    The tensors are read from safetensors, in one file or in shards, or else from `pytorch_model.bin`, of
+    which no code is run. Parameters keep the dtype of the file, unless `param_dtype` is given. With a mesh
+    that spans several processes, all of them call this with the same arguments; each reads the parts of its
+    own devices, and an error in one is raised in all.
 
     Args:
       dir: has a `config.json` and the tensors.

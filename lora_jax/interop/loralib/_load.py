@@ -60,9 +60,9 @@ def load(
     Args:
       file: in PyTorch's zip format; no code in it is run.
       model, params: as `hf.load` returned them, with the head of the checkpoint.
-      alpha: `lora_alpha`, which loralib's files do not hold; with that of a file that `save` wrote, it must
+      alpha: `lora_alpha`, which loralib's files do not hold. A file that `save` wrote does, and the two must
         agree.
-      dropout: of training that goes on.
+      dropout: of the adapters, for further training.
       blocks: `enable_lora` of fused projections, where not all are adapted; None is the authors' (True,
         False, True) for two of three.
       verify, check_base: as in `peft.load`.
