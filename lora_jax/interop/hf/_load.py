@@ -90,7 +90,7 @@ def load(
         head that the model does not have; a mesh that does not divide a weight.
     """
     if tie not in ("share", "untie"):
-        raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'.")
+        raise ValueError(f"`tie` is {tie!r}; it must be 'share' or 'untie'.")
     directory = Path(dir)
     span = mesh is not None and spanning(mesh)
     with together(span):
@@ -207,12 +207,11 @@ def _stored(directory: Path, verify: bool, *, divided: bool) -> Mapping[str, Any
 def _with_labels(config: Any, head: str | None, count: int) -> Any:
     if not isinstance(config, EncoderConfig):
         raise ValueError(
-            f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it "
-            "out."
+            f"`num_labels` is {count}, and {config.family} has no head with labels; leave it out."
         )
     if head is None:
         raise ValueError(
-            f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} "
+            f"`num_labels` is {count} without a `head`: the config's own head has the {config.num_labels} "
             "labels it was trained for. Pass `head` too, for a new one."
         )
     return (
@@ -236,7 +235,7 @@ def _tied_or_untied(
                 stored[decoder] = stored[embedding]
         elif build.keywords["head"] == "masked_lm":
             raise ValueError(
-                f"`tie`='untie' was passed for {directory}, whose head is the embedding by definition "
+                f"`tie` is 'untie', and the head of {directory} is the embedding by definition "
                 "(`legacy`=false); leave it out."
             )
     elif tied and decoder in stored and embedding in stored:
