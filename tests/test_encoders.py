@@ -390,13 +390,18 @@ def test_a_small_task_is_learned(config, head, relaxed_promotion):
 @pytest.mark.parametrize(
     "config, key, value, message",
     [
-        (ROBERTA, "is_decoder", True, "`is_decoder`=True in config.json is not supported for RoBERTa"),
-        (ROBERTA, "add_cross_attention", True, "`add_cross_attention`=True"),
+        (
+            ROBERTA,
+            "is_decoder",
+            True,
+            "`is_decoder` is True in config.json, which is not supported for RoBERTa",
+        ),
+        (ROBERTA, "add_cross_attention", True, "`add_cross_attention` is True"),
         (ROBERTA, "position_embedding_type", "relative_key", "only 'absolute' is"),
-        (ROBERTA, "hidden_act", "mish", "`hidden_act`='mish' is not supported"),
+        (ROBERTA, "hidden_act", "mish", "`hidden_act` is 'mish', which is not supported"),
         (ROBERTA, "hidden_size", 33, "must be a multiple of `num_attention_heads`"),
         (ROBERTA, "id2label", {"0": "a", "2": "b"}, "not from 0 without a gap"),
-        (ROBERTA, "num_labels", 5, "`num_labels`=5 in config.json, but `id2label` has 2 names"),
+        (ROBERTA, "num_labels", 5, "`num_labels` is 5 in config.json, but `id2label` has 2 names"),
         (ROBERTA, "hidden_dropout_prob", 1.0, "must be a probability below 1"),
         (DEBERTA, "pos_att_type", "c2p|p2p", "`pos_att_type` has 'p2p'; known are c2p, p2c"),
         (DEBERTA, "norm_rel_ebd", "rms_norm", "`norm_rel_ebd` has 'rms_norm'"),
@@ -404,9 +409,14 @@ def test_a_small_task_is_learned(config, head, relaxed_promotion):
         (DEBERTA, "pooler_hidden_size", 16, "`pooler_hidden_size` in config.json is not supported"),
         (DEBERTA, "conv_kernel_size", 4, "must be odd"),
         (DEBERTA, "conv_groups", 5, "must divide `hidden_size`"),
-        (DEBERTA, "position_buckets", 1, "`position_buckets`=1"),
-        (DEBERTA, "embedding_size", "wide", "`embedding_size`='wide' must be"),
-        (DEBERTA, "fancy_attention", 3, "`fancy_attention`=3 in config.json is not supported for DeBERTa-v2"),
+        (DEBERTA, "position_buckets", 1, "`position_buckets` is 1"),
+        (DEBERTA, "embedding_size", "wide", "`embedding_size` is 'wide'; it must be"),
+        (
+            DEBERTA,
+            "fancy_attention",
+            3,
+            "`fancy_attention` is 3 in config.json, which is not supported for DeBERTa-v2",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -436,7 +446,7 @@ def test_mistaken_calls_are_named(config):
     ]:
         with pytest.raises(error, match=message):
             model.apply(variables, *arguments)
-    with pytest.raises(ValueError, match="`head`='sentiment' must be one of"):
+    with pytest.raises(ValueError, match="`head` is 'sentiment'; it must be one of"):
         ours(config, "sentiment").init(jax.random.key(0), ids)
     with pytest.raises(ValueError, match="two outputs, start and end, and `labels` are 3"):
         ours(changed(config, labels=("a", "b", "c")), "question_answering").init(jax.random.key(0), ids)

@@ -120,7 +120,7 @@ def test_a_head_that_is_always_tied_cannot_be_untied(tmp_path):
     model = ours(SCALED["deberta-v3-base"], "masked_lm")
     hf.save(tmp_path, model, encoders.random_params(model))
     with pytest.raises(
-        ValueError, match="`tie`='untie' was passed for .*, whose head is the embedding by definition"
+        ValueError, match="`tie` is 'untie', and the head of .* is the embedding by definition"
     ):
         hf.load(tmp_path, tie="untie")
 
@@ -252,16 +252,16 @@ def test_what_cannot_be_read_is_named(pretrained, tmp_path):
             hf.load(directory, **arguments or {})
 
     refused(
-        "`architectures`=.'RobertaForMultipleChoice'. in config.json is not supported",
+        "`architectures` is .'RobertaForMultipleChoice'. in config.json, which is not supported",
         architectures=["RobertaForMultipleChoice"],
     )
     refused(
         "does not name one class in `architectures`; pass `head=`, one of .'features'", architectures=None
     )
-    refused("`head`='sentiment' must be one of", {"head": "sentiment"})
-    refused("`num_labels`=3 goes with `head`", {"num_labels": 3})
+    refused("`head` is 'sentiment'; it must be one of", {"head": "sentiment"})
+    refused("`num_labels` is 3 without a `head`", {"num_labels": 3})
     refused("'classifier.dense.weight' is missing", architectures=["RobertaForSequenceClassification"])
-    refused("`is_decoder`=True in config.json is not supported", is_decoder=True)
+    refused("`is_decoder` is True in config.json, which is not supported", is_decoder=True)
     (directory / "config.json").write_text(json.dumps(settings))
     tensors = load_file(directory / "model.safetensors")
     save_file(
@@ -279,11 +279,9 @@ def test_gpt2_has_no_labels_and_one_head(tmp_path):
 
     model = GPT2(GPT2Config(vocab_size=11, n_positions=4, n_embd=4, n_layer=1, n_head=1))
     hf.save(tmp_path, model, model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"])
-    with pytest.raises(
-        ValueError, match="`num_labels`=2 was passed for GPT-2, which has no head with labels"
-    ):
+    with pytest.raises(ValueError, match="`num_labels` is 2, and GPT-2 has no head with labels"):
         hf.load(tmp_path, num_labels=2)
-    with pytest.raises(ValueError, match="`head`='masked_lm' was passed for 'gpt2', which has one head"):
+    with pytest.raises(ValueError, match="`head` is 'masked_lm', and 'gpt2' has one head"):
         hf.load(tmp_path, head="masked_lm")
 
 

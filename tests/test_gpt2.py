@@ -399,18 +399,18 @@ def test_layouts_are_each_others_inverse():
 @pytest.mark.parametrize(
     "settings, error, message",
     [
-        (dict(add_cross_attention=True), ValueError, "`add_cross_attention`=True"),
-        (dict(is_encoder_decoder=True), ValueError, "`is_encoder_decoder`=True"),
+        (dict(add_cross_attention=True), ValueError, "`add_cross_attention` is True"),
+        (dict(is_encoder_decoder=True), ValueError, "`is_encoder_decoder` is True"),
         (dict(quantization_config={"bits": 4}), ValueError, "`quantization_config`"),
-        (dict(rotary=True), ValueError, "`rotary`=True"),
-        (dict(activation_function="mish"), ValueError, "`activation_function`='mish'.*'gelu_new'"),
-        (dict(n_layer="12"), TypeError, "`n_layer`='12' must be int"),
-        (dict(n_layer=True), TypeError, "`n_layer`=True must be int"),
-        (dict(n_embd=None), TypeError, "`n_embd`=None must be int"),
-        (dict(scale_attn_weights=1), TypeError, "`scale_attn_weights`=1 must be bool"),
-        (dict(n_head=0), ValueError, "`n_head`=0 must be positive"),
-        (dict(n_head=5), ValueError, "`n_embd`=768 must be a multiple of `n_head`=5"),
-        (dict(attn_pdrop=1.5), ValueError, "`attn_pdrop`=1.5"),
+        (dict(rotary=True), ValueError, "`rotary` is True"),
+        (dict(activation_function="mish"), ValueError, "`activation_function` is 'mish'.*'gelu_new'"),
+        (dict(n_layer="12"), TypeError, "`n_layer` is '12'; it must be int"),
+        (dict(n_layer=True), TypeError, "`n_layer` is True; it must be int"),
+        (dict(n_embd=None), TypeError, "`n_embd` is None; it must be int"),
+        (dict(scale_attn_weights=1), TypeError, "`scale_attn_weights` is 1; it must be bool"),
+        (dict(n_head=0), ValueError, "`n_head` is 0; it must be positive"),
+        (dict(n_head=5), ValueError, "`n_embd` is 768; it must be a multiple of `n_head`=5"),
+        (dict(attn_pdrop=1.5), ValueError, "`attn_pdrop` is 1.5"),
     ],
     ids=str,
 )
@@ -467,7 +467,7 @@ def test_visible_goes_with_a_cache_and_positions():
 
 def test_wrong_caches_are_refused():
     model, params = random_params(SMALL_VOCABULARY)
-    with pytest.raises(ValueError, match="`slots`=33.*`n_positions`=32"):
+    with pytest.raises(ValueError, match="`slots` is 33.*`n_positions`=32"):
         model.init_cache(2, 33)
     with pytest.raises(TypeError, match="bfloat16.*float32.*dtype=jnp.float32"):
         apply(model, params, some_ids((2, 5)), cache=model.init_cache(2, 8, dtype=jnp.bfloat16))

@@ -215,7 +215,7 @@ def test_untie_gives_the_head_its_own_leaf(saved, tmp_path):
         again, found = hf.load(tmp_path / "untied", tie=tie)
         assert again == model
         assert_same(found, params)
-    with pytest.raises(ValueError, match="`tie`='both'"):
+    with pytest.raises(ValueError, match="`tie` is 'both'"):
         hf.load(saved, tie="both")
 
 
@@ -313,12 +313,12 @@ BIAS = "transformer.h.1.mlp.c_fc.bias"
         (shutil.rmtree, "config.json is missing; found there: no such directory"),
         (write("config.json", '{"n_layer":'), "config.json is not JSON"),
         (write("config.json", "[]"), "config.json holds a JSON list"),
-        (lambda dir: configure(dir, model_type="mamba"), "`model_type`='mamba'.*supported are .*'gpt2'"),
+        (lambda dir: configure(dir, model_type="mamba"), "`model_type` is 'mamba'.*supported are .*'gpt2'"),
         (
             lambda dir: configure(dir, architectures=["GPT2ForSequenceClassification"]),
             "'GPT2ForSequenceClassification'",
         ),
-        (lambda dir: configure(dir, add_cross_attention=True), "`add_cross_attention`=True"),
+        (lambda dir: configure(dir, add_cross_attention=True), "`add_cross_attention` is True"),
         (lambda dir: configure(dir, n_layer=3), "'transformer.h.2.attn.c_attn.bias' is missing.*and 4 more"),
         (
             lambda dir: configure(dir, n_positions=8),
@@ -400,7 +400,7 @@ def test_other_wrong_arguments_are_refused(tmp_path):
         hf.save(tmp_path / "a", {}, params)
     with pytest.raises(TypeError, match="`params` is a list"):
         hf.save(tmp_path / "a", MODEL, [params])
-    with pytest.raises(ValueError, match="`source`=.*nowhere"):
+    with pytest.raises(ValueError, match="`source` is .*nowhere"):
         hf.save(tmp_path / "a", MODEL, params, source=tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 

@@ -881,8 +881,8 @@ def test_values_that_are_not_finite_pass_where_told(ours):
     [
         (
             (True, True, False, False),
-            rf"adapts 2 of the 3 blocks of '{C_ATTN}', and `blocks`=\(True, True, False, False\) does not "
-            r"say which",
+            rf"adapts 2 of the 3 blocks of '{C_ATTN}', and `blocks` is \(True, True, False, False\), which "
+            r"does not say which",
         ),
         ((True, True, True), "pass 3 truth values, 2 of them True"),
         ((True, False, False), "pass 3 truth values, 2 of them True"),
@@ -900,8 +900,8 @@ def test_one_block_of_three_must_be_named(bases, tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            "adapts 1 of the 3 blocks of .*`blocks`=None does not say which: pass 3 truth values, 1 of them "
-            "True"
+            "adapts 1 of the 3 blocks of .*`blocks` is None, which does not say which: pass 3 truth values, "
+            "1 of them True"
         ),
     ):
         key.load()
@@ -921,7 +921,7 @@ def test_blocks_where_there_are_none_are_refused(bases, tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            r"`blocks`=\(True, False, True\) was passed, and .*ours.pt has the adapters of whole layers "
+            r"`blocks` is \(True, False, True\), and .*ours.pt has the adapters of whole layers "
             r"only: leave it out"
         ),
     ):
@@ -937,7 +937,7 @@ def test_an_alpha_that_is_no_number_is_refused(ours, alpha):
 def test_an_alpha_that_our_file_contradicts_is_refused(ours):
     with pytest.raises(
         ValueError,
-        match=r"`alpha`=32 was passed, and .*ours.pt was saved with 16: pass that; .*`arithmetic.scaled`",
+        match=r"`alpha` is 32, and .*ours.pt was saved with 16: pass that; .*`arithmetic.scaled`",
     ):
         ours.load(alpha=32)
     ours.load(alpha=16.0000001)

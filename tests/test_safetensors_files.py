@@ -425,8 +425,8 @@ def test_the_digest_is_of_the_whole_file(tmp_path):
             "'__metadata__' which the format keeps for itself",
         ),
         ([("a\ud800", (2,), "f4", np.ones(2, "f4"))], None, "is not Unicode text"),
-        ([], {"a": {1, 2}}, "`facts`=.* cannot be written as JSON"),
-        ([], {"a": float("nan")}, "`facts`=.* cannot be written as JSON"),
+        ([], {"a": {1, 2}}, "`facts` is .* cannot be written as JSON"),
+        ([], {"a": float("nan")}, "`facts` is .* cannot be written as JSON"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, tensors, facts, message):

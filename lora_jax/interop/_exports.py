@@ -28,16 +28,29 @@ from ._modules import Module, modules_of
 from ._tensors import layout_of, shapes_of, Tensor, tensors_of
 
 
-# PyTorch's user may have no such head, or a fresh one. So these heads are written, whether they trained or
-# not.
-NEW_HEADS = ("sequence_classification", "token_classification", "question_answering")
+_NEW_HEADS = ("sequence_classification", "token_classification", "question_answering")
 NOTHING_ADAPTED = (
     "`delta` holds no adapter, and such files need one; for weights that train themselves, write the model, "
     "`hf.save(dir, model, merge(frozen, delta))`."
 )
 
 
-def check_trees(frozen: Any, delta: Any) -> None:
+def has_new_head(model: nn.Module) -> bool:
+    """Whether the model's head is one that PyTorch's user may not have, or have fresh. Such heads are written
+    whole, whether they trained or not.
+    """
+    return getattr(model, "head", None) in _NEW_HEADS
+
+
+def checked_trees(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
+    """The two trees, after a check that they are those of one `lorafy`, with the adapters of a new head
+    merged.
+    """
+    _check_trees(frozen, delta)
+    return _with_head_whole(model, family, frozen, delta) if has_new_head(model) else (frozen, delta)
+
+
+def _check_trees(frozen: Any, delta: Any) -> None:
     """Raises unless these are the two trees of one `lorafy`, in this order. They must hold arrays, and no
     stacked adapters.
     """
@@ -63,7 +76,7 @@ def check_trees(frozen: Any, delta: Any) -> None:
                 )
 
 
-def with_heads_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
+def _with_head_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
     """The two trees with every adapter of the head merged. An adapter does not hold the weight that it adds
     to, and the weight of a new head is in no other file.
     """

@@ -222,12 +222,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
-            f"`model_type`={kind!r} in config.json is not supported; supported are {sorted(FAMILIES)}."
+            f"`model_type` is {kind!r} in config.json, which is not supported; supported are "
+            f"{sorted(FAMILIES)}."
         )
     return FAMILIES[kind]
 
 
-def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None) -> str | None:
+def chosen_head(config: Mapping[str, Any], family: Family, wanted: str | None = None) -> str | None:
     """`wanted`, or our name for the head of the class that a `config.json` names."""
     named = config.get("architectures") or ()
     strangers = set(named) - set(family.heads)
@@ -235,16 +236,15 @@ def head_of(config: Mapping[str, Any], family: Family, wanted: str | None = None
     if wanted is not None:
         if wanted not in known:
             if known:
-                raise ValueError(f"`head`={wanted!r} must be one of {known}.")
+                raise ValueError(f"`head` is {wanted!r}; it must be one of {known}.")
             raise ValueError(
-                f"`head`={wanted!r} was passed for {config['model_type']!r}, which has one head; leave it "
-                "out."
+                f"`head` is {wanted!r}, and {config['model_type']!r} has one head; leave it out."
             )
         return wanted
     if strangers:
         fix = f" Pass `head=`, one of {known}, to choose a head by hand." if known else ""
         raise ValueError(
-            f"`architectures`={sorted(strangers)} in config.json is not supported; of "
+            f"`architectures` is {sorted(strangers)} in config.json, which is not supported; of "
             f"{config['model_type']!r} there are {list(family.heads)}.{fix}"
         )
     found = {family.heads[name] for name in named} or set(family.heads.values())

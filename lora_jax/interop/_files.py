@@ -139,7 +139,7 @@ def json_of(facts: dict[str, Any]) -> str:
         return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"`facts`={facts!r} cannot be written as JSON ({error}); pass what JSON can hold."
+            f"`facts` is {facts!r}, which cannot be written as JSON ({error}); pass what JSON can hold."
         ) from error
 
 

@@ -60,9 +60,8 @@ def adapted(
     head = next((module for module in modules_of(model, family) if module.tied), None)
     for part in _untied(parts, head, source):
         by_path.setdefault(part.module.matrix.path, []).append(part)
-    specs = {
-        path: _spec(path, leaves[path], own, _layers(model, family), source) for path, own in by_path.items()
-    }
+    layers = _layers(model, family)
+    specs = {path: _spec(path, leaves[path], own, layers, source) for path, own in by_path.items()}
     for method in dict.fromkeys(spec.method for spec in specs.values()):
         specs.update(
             (spec.path, spec)
@@ -73,10 +72,8 @@ def adapted(
     for path, tensors in itertools.groupby(
         (tensor for tensor in tensors_of(model, family) if tensor.name in whole), lambda tensor: tensor.path
     ):
-        nodes[path] = (
-            None,
-            on_device(path, _trained_leaf(list(tensors), whole, _layers(model, family), source)),
-        )
+        trained = _trained_leaf(list(tensors), whole, layers, source)
+        nodes[path] = None, on_device(path, trained)
     treedef = jax.tree.structure(params, is_leaf=is_node)
     pairs = [nodes.get(path, (leaf, None)) for path, leaf in found]
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
@@ -99,6 +96,7 @@ def _check_params(model: nn.Module, leaves: dict[str, Any]) -> None:
 
 
 def _layers(model: nn.Module, family: Family) -> int | None:
+    """The number of layers in a stack; None for a model whose layers are not stacked."""
     return getattr(model.config, family.layers) if model.scan else None
 
 

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from ._files import checked_facts, digest, json_of, NO_DIGITS
-from ._torch_pickle import check_values, DTYPES, Name, pickled, Refused, Storage, STORAGES, unpickled
+from ._torch_pickle import (
+    check_values,
+    Name,
+    pickled,
+    Refused,
+    Storage,
+    STORAGE_DTYPES,
+    STORAGE_NAMES,
+    unpickled,
+)
 
 
 _ZIP = b"PK\x03\x04"
@@ -48,13 +57,13 @@ def read(file: Path) -> Any:
 
         def storage_of(identity: Any) -> Storage:
             match identity:
-                case ("storage", Name(word), str(key), str(), int(count)) if word in DTYPES:
+                case ("storage", Name(word), str(key), str(), int(count)) if word in STORAGE_DTYPES:
                     if key not in storages:
                         storages[key] = Storage(
-                            np.frombuffer(archive.read(f"{root}/data/{key}"), DTYPES[word])
+                            np.frombuffer(archive.read(f"{root}/data/{key}"), STORAGE_DTYPES[word])
                         )
                     array = storages[key].array
-                    if array.dtype == DTYPES[word] and array.size == count:
+                    if array.dtype == STORAGE_DTYPES[word] and array.size == count:
                         return storages[key]
             raise ValueError("a storage is not described as PyTorch does, or has another size than described")
 
@@ -71,10 +80,10 @@ def write(
     """
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype not in STORAGES:
+        if array.dtype not in STORAGE_NAMES:
             raise ValueError(
                 f"`tensors` has {name!r} with dtype {array.dtype}, which must be one of "
-                f"{[str(dtype) for dtype in STORAGES]}."
+                f"{[str(dtype) for dtype in STORAGE_NAMES]}."
             )
     new = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-DTYPES = {
+STORAGE_DTYPES = {
     "torch.FloatStorage": np.dtype("<f4"),
     "torch.DoubleStorage": np.dtype("<f8"),
     "torch.HalfStorage": np.dtype("<f2"),
@@ -30,9 +30,9 @@ DTYPES = {
     "torch.ByteStorage": np.dtype("u1"),
     "torch.BoolStorage": np.dtype(bool),
 }
-STORAGES = {dtype: word for word, dtype in DTYPES.items()}
+STORAGE_NAMES = {dtype: word for word, dtype in STORAGE_DTYPES.items()}
 _KNOWN = {
-    *DTYPES,
+    *STORAGE_DTYPES,
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_parameter",
@@ -260,7 +260,7 @@ def pickled(arrays: Mapping[str, np.ndarray]) -> bytes:
         ]
         storage = [
             _text("storage"),
-            _global(STORAGES[array.dtype]),
+            _global(STORAGE_NAMES[array.dtype]),
             _text(str(key)),
             _text("cpu"),
             _integer(array.size),

@@ -36,26 +36,28 @@ class ModelConfig:
             value, annotation = getattr(self, field.name), field.type
             if not _fits(value, annotation):
                 raise TypeError(
-                    f"`{field.name}`={value!r} must be {getattr(annotation, '__name__', annotation)}."
+                    f"`{field.name}` is {value!r}; it must be {getattr(annotation, '__name__', annotation)}."
                 )
             if (
                 field.name.endswith(("_pdrop", "dropout", "dropout_prob"))
                 and value is not None
                 and not 0 <= value < 1
             ):
-                raise ValueError(f"`{field.name}`={value!r} must be a probability below 1.")
+                raise ValueError(f"`{field.name}` is {value!r}; it must be a probability below 1.")
 
     def check_positive(self, *names: str) -> None:
         for name in names:
             value: float | None = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"`{name}`={value!r} must be positive.")
+                raise ValueError(f"`{name}` is {value!r}; it must be positive.")
 
     def check_activation(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value not in ACTIVATIONS:
-                raise ValueError(f"`{name}`={value!r} is not supported; choose one of {sorted(ACTIVATIONS)}.")
+                raise ValueError(
+                    f"`{name}` is {value!r}, which is not supported; choose one of {sorted(ACTIVATIONS)}."
+                )
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Self:
@@ -67,7 +69,8 @@ class ModelConfig:
         """
         if name not in cls.sizes:
             raise ValueError(
-                f"`name`={name!r} is not a published size of {cls.family}; choose one of {list(cls.sizes)}."
+                f"`name` is {name!r}, which is not a published size of {cls.family}; choose one of "
+                f"{list(cls.sizes)}."
             )
         return cls(**{**cls.sizes[name], **changes})
 
@@ -89,8 +92,8 @@ class ModelConfig:
                 fields[key] = tuple(value) if isinstance(value, list) else value
             elif value and key not in cls.idle and not key.startswith("_"):
                 raise ValueError(
-                    f"`{key}`={value!r} in config.json is not supported for {cls.family}: it may change what "
-                    "the model computes; remove the key if it does not."
+                    f"`{key}` is {value!r} in config.json, which is not supported for {cls.family}: it may "
+                    "change what the model computes; remove the key if it does not."
                 )
         return cls(**fields)
 

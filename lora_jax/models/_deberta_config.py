@@ -90,26 +90,26 @@ class DebertaV2Config(EncoderConfig):
         _check_words("pos_att_type", self.pos_att_type, ("c2p", "p2c"))
         _check_words("norm_rel_ebd", self.norm_rel_ebd, ("none", "layer_norm"))
         if self.type_vocab_size < 0:
-            raise ValueError(f"`type_vocab_size`={self.type_vocab_size} must not be negative.")
+            raise ValueError(f"`type_vocab_size` is {self.type_vocab_size}; it must not be negative.")
         if self.conv_kernel_size < 0 or (self.conv_kernel_size and self.conv_kernel_size % 2 == 0):
             raise ValueError(
-                f"`conv_kernel_size`={self.conv_kernel_size} must be odd, for as many outputs as inputs, or "
-                "0, for no convolution."
+                f"`conv_kernel_size` is {self.conv_kernel_size}; it must be odd, for as many outputs as "
+                "inputs, or 0, for no convolution."
             )
         if self.hidden_size % self.conv_groups:
             raise ValueError(
-                f"`conv_groups`={self.conv_groups} must divide `hidden_size`={self.hidden_size}."
+                f"`conv_groups` is {self.conv_groups}; it must divide `hidden_size`={self.hidden_size}."
             )
         if self.position_buckets == 1:
-            raise ValueError("`position_buckets`=1 must be at least 2, or below 1 for none.")
+            raise ValueError("`position_buckets` is 1; it must be at least 2, or below 1 for none.")
         if self.position_buckets > 1 and self.furthest - 1 <= self.position_buckets // 2:
             raise ValueError(
-                f"`position_buckets`={self.position_buckets} must be less than twice the largest distance, "
-                f"{self.furthest - 1}."
+                f"`position_buckets` is {self.position_buckets}; it must be less than twice the largest "
+                f"distance, {self.furthest - 1}."
             )
         if not self.legacy and self.embedding_width != self.hidden_size:
             raise ValueError(
-                "`legacy`=False decodes by the embedding, and needs an `embedding_size` that is "
+                "`legacy` is False, which decodes by the embedding, and needs an `embedding_size` that is "
                 "`hidden_size`."
             )
 

@@ -55,11 +55,13 @@ class EncoderConfig(ModelConfig):
         self.check_positive("max_position_embeddings", "layer_norm_eps")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"`hidden_size`={self.hidden_size} must be a multiple of "
+                f"`hidden_size` is {self.hidden_size}; it must be a multiple of "
                 f"`num_attention_heads`={self.num_attention_heads}."
             )
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
-            raise ValueError(f"`labels`={self.labels!r} must be the names of the classes, at least one.")
+            raise ValueError(
+                f"`labels` is {self.labels!r}; it must be the names of the classes, at least one."
+            )
 
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class EncoderConfig(ModelConfig):
                 )
             if count is not None and count != len(names):
                 raise ValueError(
-                    f"`num_labels`={count} in config.json, but `id2label` has {len(names)} names."
+                    f"`num_labels` is {count} in config.json, but `id2label` has {len(names)} names."
                 )
             config["labels"] = tuple(names[number] for number in range(len(names)))
         elif count is not None:
@@ -189,10 +191,10 @@ class Decoder(Part):
 
 def check_head(head: str, config: EncoderConfig) -> None:
     if head not in HEADS:
-        raise ValueError(f"`head`={head!r} must be one of {list(HEADS)}.")
+        raise ValueError(f"`head` is {head!r}; it must be one of {list(HEADS)}.")
     if head == "question_answering" and config.num_labels != 2:
         raise ValueError(
-            "`head`='question_answering' has two outputs, start and end, and `labels` are "
+            "`head` is 'question_answering', which has two outputs, start and end, and `labels` are "
             f"{config.num_labels}; name two labels."
         )
 

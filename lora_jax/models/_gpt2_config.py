@@ -66,4 +66,4 @@ class GPT2Config(ModelConfig):
         )
         self.check_activation("activation_function")
         if self.n_embd % self.n_head:
-            raise ValueError(f"`n_embd`={self.n_embd} must be a multiple of `n_head`={self.n_head}.")
+            raise ValueError(f"`n_embd` is {self.n_embd}; it must be a multiple of `n_head`={self.n_head}.")

@@ -57,7 +57,7 @@ class RobertaConfig(EncoderConfig):
         self.check_activation("hidden_act")
         if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
             raise ValueError(
-                f"`pad_token_id`={self.pad_token_id} must be a token, and leave positions after it."
+                f"`pad_token_id` is {self.pad_token_id}; it must be a token, and leave positions after it."
             )
 
     @classmethod
@@ -66,7 +66,7 @@ class RobertaConfig(EncoderConfig):
         kind = config.pop("position_embedding_type", "absolute")
         if kind != "absolute":
             raise ValueError(
-                f"`position_embedding_type`={kind!r} in config.json is not supported for RoBERTa: only "
-                "'absolute' is; load a model that was trained with it."
+                f"`position_embedding_type` is {kind!r} in config.json, which is not supported for RoBERTa: "
+                "only 'absolute' is; load a model that was trained with it."
             )
         return config

@@ -191,7 +191,8 @@ class GPT2(nn.Module):
         config = self.config
         if not 0 < slots <= config.n_positions:
             raise ValueError(
-                f"`slots`={slots} must be between 1 and the model's `n_positions`={config.n_positions}."
+                f"`slots` is {slots}; it must be between 1 and the model's "
+                f"`n_positions`={config.n_positions}."
             )
         layers = (config.n_layer,) if self.scan else ()
         shape = (*layers, batch, slots, config.n_head, config.n_embd // config.n_head)

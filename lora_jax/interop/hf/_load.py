@@ -18,7 +18,7 @@ from ...models._encoder import EncoderConfig, numbered_labels
 from ...processes import all_or_none, spanning
 from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
-from .._families import Family, family_of, head_of
+from .._families import chosen_head, Family, family_of
 from .._files import read_json
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device, renamed
@@ -58,10 +58,10 @@ def load(
     )
     ```
 
-    Reads safetensors, in one file or in shards, or else `pytorch_model.bin`, of which no code is run.
-    Parameters keep the dtype of the file, unless `param_dtype` is given. With a mesh that spans several
-    processes, all of them call this with the same arguments; each reads the parts of its own devices, and an
-    error in one is raised in all.
+    The tensors are read from safetensors, in one file or in shards, or else from `pytorch_model.bin`, of
+    which no code is run. Parameters keep the dtype of the file, unless `param_dtype` is given. With a mesh
+    that spans several processes, all of them call this with the same arguments; each reads the parts of its
+    own devices, and an error in one is raised in all.
 
     Args:
       dir: has a `config.json` and the tensors.
@@ -90,7 +90,7 @@ def load(
         head that the model does not have; a mesh that does not divide a weight.
     """
     if tie not in ("share", "untie"):
-        raise ValueError(f"`tie`={tie!r} must be 'share' or 'untie'.")
+        raise ValueError(f"`tie` is {tie!r}; it must be 'share' or 'untie'.")
     directory = Path(dir)
     span = mesh is not None and spanning(mesh)
     with all_or_none(span):
@@ -98,7 +98,7 @@ def load(
         family = family_of(settings)
         named = family.config.from_hf(settings)
         config = named if num_labels is None else _with_labels(named, head, num_labels)
-        chosen = head_of(settings, family, head)
+        chosen = chosen_head(settings, family, head)
         # Where `head` is the config's own head, its tensors are read as strictly as all others.
         own = {family.heads.get(name) for name in settings.get("architectures") or ()}
         replaced = head is not None and (own != {head} or config != named)
@@ -207,12 +207,11 @@ def _stored(directory: Path, verify: bool, *, divided: bool) -> Mapping[str, Any
 def _with_labels(config: Any, head: str | None, count: int) -> Any:
     if not isinstance(config, EncoderConfig):
         raise ValueError(
-            f"`num_labels`={count} was passed for {config.family}, which has no head with labels; leave it "
-            "out."
+            f"`num_labels` is {count}, and {config.family} has no head with labels; leave it out."
         )
     if head is None:
         raise ValueError(
-            f"`num_labels`={count} goes with `head`: the config's own head has the {config.num_labels} "
+            f"`num_labels` is {count} without a `head`: the config's own head has the {config.num_labels} "
             "labels it was trained for. Pass `head` too, for a new one."
         )
     return (
@@ -236,7 +235,7 @@ def _tied_or_untied(
                 stored[decoder] = stored[embedding]
         elif build.keywords["head"] == "masked_lm":
             raise ValueError(
-                f"`tie`='untie' was passed for {directory}, whose head is the embedding by definition "
+                f"`tie` is 'untie', and the head of {directory} is the embedding by definition "
                 "(`legacy`=false); leave it out."
             )
     elif tied and decoder in stored and embedding in stored:

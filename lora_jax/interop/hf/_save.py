@@ -191,7 +191,8 @@ def _carried_files(source: str | Path | None) -> list[Path]:
         return []
     if not Path(source).is_dir():
         raise ValueError(
-            f"`source`={str(source)!r} is not a directory; pass the one that has the tokenizer's files."
+            f"`source` is {str(source)!r}, which is not a directory; pass the one that has the tokenizer's "
+            "files."
         )
     return [file for name in _CARRIED if (file := Path(source) / name).is_file()]
 

@@ -60,9 +60,9 @@ def load(
     Args:
       file: in PyTorch's zip format; no code in it is run.
       model, params: as `hf.load` returned them, with the head of the checkpoint.
-      alpha: `lora_alpha`, which loralib's files do not hold; with that of a file that `save` wrote, it must
+      alpha: `lora_alpha`, which loralib's files do not hold. A file that `save` wrote does, and the two must
         agree.
-      dropout: of training that goes on.
+      dropout: of the adapters, for further training.
       blocks: `enable_lora` of fused projections, where not all are adapted; None is the authors' (True,
         False, True) for two of three.
       verify, check_base: as in `peft.load`.
@@ -202,8 +202,8 @@ def _part(
     chosen = blocks or {fused: (True,) * fused, 2: _AUTHORS}.get(count)
     if chosen is None or len(chosen) != fused or sum(map(bool, chosen)) != count:
         raise ValueError(
-            f"{file} adapts {count} of the {fused} blocks of {module.name!r}, and `blocks`={blocks!r} does "
-            f"not say which: pass {fused} truth values, {count} of them True."
+            f"{file} adapts {count} of the {fused} blocks of {module.name!r}, and `blocks` is {blocks!r}, "
+            f"which does not say which: pass {fused} truth values, {count} of them True."
         )
     a, b = (array.reshape(count, -1, array.shape[1]).transpose(1, 2, 0) for array in (a, b))
     return Part(module, LoRA(rank, blocks=chosen, **options), {"a": a, "b": b})
@@ -215,13 +215,13 @@ def _check_arguments(
     found = any(isinstance(part.method, LoRA) and part.method.blocks is not None for part in parts)
     if blocks is not None and not found:
         raise ValueError(
-            f"`blocks`={blocks!r} was passed, and {file} has adapters of whole layers only; leave it out."
+            f"`blocks` is {blocks!r}, and {file} has the adapters of whole layers only: leave it out."
         )
     saved = facts.get("alpha", alpha)
     if not math.isclose(saved, alpha, rel_tol=1e-4):  # an alpha copied from a screen has few digits
         raise ValueError(
-            f"`alpha`={alpha!r} was passed, and {file} was saved with {saved!r}: pass that; for another "
-            "effect, scale the result, `arithmetic.scaled`."
+            f"`alpha` is {alpha!r}, and {file} was saved with {saved!r}: pass that; for another effect, "
+            "scale the result, `arithmetic.scaled`."
         )
 
 

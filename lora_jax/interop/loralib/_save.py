@@ -16,13 +16,12 @@ from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint, _torch_files
 from .._adapters import Part, plain_number
 from .._exports import (
-    check_trees,
+    checked_trees,
     frozen_tensors,
-    NEW_HEADS,
+    has_new_head,
     NOTHING_ADAPTED,
     parts_of,
     trained_whole,
-    with_heads_whole,
 )
 from .._families import family_of_model
 from .._modules import modules_of
@@ -66,9 +65,7 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
         )
     agree()
     _, _, family = family_of_model(model)
-    check_trees(frozen, delta)
-    if getattr(model, "head", None) in NEW_HEADS:
-        frozen, delta = with_heads_whole(model, family, frozen, delta)
+    frozen, delta = checked_trees(model, family, frozen, delta)
     # Blocks are not brought to plain LoRA, because loralib has a layout for them, and a smaller one.
     others = any(not _has_layout(leaf) for leaf in adapters_of(delta).values())
     frozen, delta = arithmetic.as_lora(frozen, delta) if others else (frozen, delta)
@@ -86,7 +83,7 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
     for module in modules_of(model, family):
         if module.tied and module.matrix.name in trained:
             trained[f"{module.name}.weight"] = trained[module.matrix.name]
-    if getattr(model, "head", None) in NEW_HEADS:
+    if has_new_head(model):
         head = [tensor for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)]
         trained |= frozen_tensors(frozen, (tensor for tensor in head if tensor.name not in trained))
     tensors |= trained

@@ -99,7 +99,7 @@ def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
     kind = content.get("peft_type")
     if kind not in KINDS:
         raise ValueError(
-            f"`peft_type`={kind!r} in {file} is not supported; supported are {', '.join(KINDS)}."
+            f"`peft_type` is {kind!r} in {file}, which is not supported; supported are {', '.join(KINDS)}."
         )
     _check_keys(file, kind, content)
     read = _Reader(file, content)
@@ -146,15 +146,15 @@ def _check_keys(file: Path, kind: str, content: Mapping[str, Any]) -> None:
             value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF[name]
         ):
             raise ValueError(
-                f"`{name}`={value!r} in {file} is not supported, because what it changes cannot be "
+                f"`{name}` is {value!r} in {file}, which is not supported, because what it changes cannot be "
                 "represented here; train or convert the adapter without it."
             )
         if name not in known and value not in (None, False, [], {}, ""):
             close = nearest(name, sorted(known), 1)
             raise ValueError(
-                f"`{name}`={value!r} in {file} is not a key of {kind} in PEFT 0.21, and what it changes is "
-                f"unknown (is it {close[0]!r}?); remove it if it changes nothing of what the adapter "
-                "computes."
+                f"`{name}` is {value!r} in {file}, which is not a key of {kind} in PEFT 0.21, and what it "
+                f"changes is unknown (is it {close[0]!r}?); remove it if it changes nothing of what the "
+                "adapter computes."
             )
 
 
@@ -166,7 +166,7 @@ class _Reader:
     content: Mapping[str, Any]
 
     def wrong(self, name: str, wanted: str) -> ValueError:
-        return ValueError(f"`{name}`={self.content.get(name)!r} in {self.file} must be {wanted}.")
+        return ValueError(f"`{name}` is {self.content.get(name)!r} in {self.file}; it must be {wanted}.")
 
     def off(self, name: str, *values: Any) -> None:
         if self.content.get(name, values[0]) not in values:
@@ -199,7 +199,8 @@ class _Reader:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(
-                    f"`{name}`={self.content[name]!r} in {self.file} is not a regular expression ({error})."
+                    f"`{name}` is {self.content[name]!r} in {self.file}, which is not a regular expression "
+                    f"({error})."
                 ) from error
 
     def layers(self, name: str) -> tuple[int, ...] | None:
@@ -252,9 +253,9 @@ class _Reader:
         value = value.lower() if isinstance(value, str) else value
         if not isinstance(value, bool | str) or value not in _STARTS:
             raise ValueError(
-                f"`{name}`={value!r} in {self.file} is not supported: PEFT changes the base by a start that "
-                "cannot be computed again here. Convert the adapter to a plain LoRA first, with the "
-                "`path_initial_model_for_weight_conversion` of PEFT's `save_pretrained`."
+                f"`{name}` is {value!r} in {self.file}, which is not supported: PEFT changes the base by a "
+                "start that cannot be computed again here. Convert the adapter to a plain LoRA first, with "
+                "the `path_initial_model_for_weight_conversion` of PEFT's `save_pretrained`."
             )
         return value
 

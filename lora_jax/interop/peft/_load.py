@@ -41,8 +41,8 @@ def load(
     logits = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, input_ids)
     ```
 
-    Reads LoRA (rsLoRA, DoRA, PiSSA included), VeRA and AdaLoRA, on linear layers, convolutions and
-    embeddings, with heads and other modules saved whole, which become leaves that train (`Full`), and biases.
+    LoRA (rsLoRA, DoRA, PiSSA included), VeRA and AdaLoRA are read, on linear layers, convolutions and
+    embeddings. Heads, biases and other weights that the file holds whole become leaves that train (`Full`).
     A PiSSA adapter that PEFT has not converted begins at the singular vectors of the base, which are computed
     again. An adapter of GPT-2's fused `c_attn` whose B is zero outside of blocks becomes a LoRA of those
     `blocks`. Arrays keep their dtype. The rank may be above min(in, out).

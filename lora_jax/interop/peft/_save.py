@@ -15,13 +15,12 @@ from ...methods import AdaLoRA, DoRA, VeRA
 from ...processes import all_or_none, on_host, spanning
 from .._adapters import Part
 from .._exports import (
-    check_trees,
+    checked_trees,
     frozen_tensors,
-    NEW_HEADS,
+    has_new_head,
     NOTHING_ADAPTED,
     parts_of,
     trained_whole,
-    with_heads_whole,
 )
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
@@ -89,9 +88,7 @@ def _save(
 ) -> None:
     _, _, family = family_of_model(model)
     task = TASKS[getattr(model, "head", None)]
-    check_trees(frozen, delta)
-    if getattr(model, "head", None) in NEW_HEADS:
-        frozen, delta = with_heads_whole(model, family, frozen, delta)
+    frozen, delta = checked_trees(model, family, frozen, delta)
     kind, frozen, delta = _representable(frozen, delta)
     modules = modules_of(model, family)
     parts = parts_of(model, family, delta)
@@ -180,9 +177,7 @@ def _tensors_saved_whole(
     adapted = {part.module.name for part in parts}
     head = tied_head(model, family)
     wanted = {
-        module.name
-        for module in modules
-        if getattr(model, "head", None) in NEW_HEADS and not module.name.startswith(family.prefix)
+        module.name for module in modules if has_new_head(model) and not module.name.startswith(family.prefix)
     }
     wanted |= {
         module.name

@@ -47,8 +47,8 @@ def targeted(
         )
     if not found:
         raise ValueError(
-            f"`target_modules`={config.target_modules!r} of {source} matches no module of this model: "
-            f"{_endings(modules)}."
+            f"`target_modules` is {config.target_modules!r} in {source}, which matches no module of this "
+            f"model: {_endings(modules)}."
         )
     return found
 
