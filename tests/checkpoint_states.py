@@ -19,7 +19,20 @@ def state(step=3, scale=1.0):
             {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(())},
         ]
     }
-    return State(delta, optax.adamw(1e-3).init(delta), step, (1, 2), jax.random.key(7))
+    # Nothing in it is as another step has it, the optimiser's moments included.
+    moments = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(step + scale, leaf.dtype), optax.adamw(1e-3).init(delta)
+    )
+    return State(delta, moments, step, (step + 1, 2), jax.random.key(step))
+
+
+def same_state(found, expected):
+    """All five parts, to the bit."""
+    same(found.delta, expected.delta)
+    same(found.opt_state, expected.opt_state)
+    assert (found.step, found.position) == (expected.step, expected.position)
+    assert found.key.dtype == expected.key.dtype
+    assert np.array_equal(jax.random.key_data(found.key), jax.random.key_data(expected.key))
 
 
 def same(left, right):
@@ -46,9 +59,17 @@ def two(tmp_path_factory):
     """A directory with the checkpoints of steps 3 and 7."""
     dir = tmp_path_factory.mktemp("checkpoints") / "two"
     with Checkpoints(dir, identity={"base": "x"}) as checkpoints:
-        checkpoints.save(state(3, 1.0))
-        checkpoints.save(state(7, 2.0))
+        for step, scale in SCALES.items():
+            checkpoints.save(state(step, scale))
     return dir
+
+
+SCALES = {3: 1.0, 7: 2.0}
+
+
+def intact(found):
+    """That a state restored from `two` is one of those saved there."""
+    same_state(found, state(found.step, SCALES[found.step]))
 
 
 def restored(dir):

@@ -4,8 +4,9 @@ import checkpoint_states
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from checkpoint_states import same, state
+from checkpoint_states import same_state, state
 
 from lora_jax.checkpoint import Checkpoints, fingerprint, State
 
@@ -22,10 +23,14 @@ def test_round_trip(tmp_path):
     blank = jax.tree.map(jnp.zeros_like, (saved.delta, saved.opt_state))
     with Checkpoints(tmp_path / "c", identity={"base": "x"}) as checkpoints:
         found = checkpoints.restore(*blank)
-    same(found.delta, saved.delta)
-    same(found.opt_state, saved.opt_state)
-    assert (found.step, found.position) == (3, (1, 2))
-    assert jax.random.bits(found.key) == jax.random.bits(saved.key)
+    same_state(found, saved)
+
+
+def test_a_key_of_another_kind_comes_back_as_that(tmp_path):
+    saved = state()._replace(key=jax.random.key(5, impl="rbg"))
+    with Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(saved)
+        same_state(checkpoints.restore(saved.delta, saved.opt_state), saved)
 
 
 def test_keeps_the_newest(tmp_path):
@@ -93,6 +98,17 @@ def test_refuses_other_arrays(tmp_path, delta, message):
         checkpoints.save(state())
         with pytest.raises(ValueError, match=message):
             checkpoints.restore(delta, state().opt_state)
+
+
+def test_refuses_arrays_of_another_optimiser(tmp_path):
+    with Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(state())
+        plain = optax.sgd(1e-3).init(state().delta)
+        with pytest.raises(ValueError, match="opt_state .* is unexpected in the checkpoint"):
+            checkpoints.restore(state().delta, plain)
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state().opt_state)
+        with pytest.raises(ValueError, match=r"opt_state '0.count' has shape and dtype .*int32.*float32"):
+            checkpoints.restore(state().delta, wide)
 
 
 def test_nothing_to_restore(tmp_path):

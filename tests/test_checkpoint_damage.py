@@ -1,5 +1,6 @@
 """Checkpoints that are damaged: each is known as damaged, and the one before it is taken."""
 
+import json
 import re
 import shutil
 import warnings
@@ -7,7 +8,7 @@ import warnings
 import checkpoint_states
 import numpy as np
 import pytest
-from checkpoint_states import files_of, orbax_gives_up, restored, same, state
+from checkpoint_states import files_of, intact, orbax_gives_up, restored, same, state
 
 from lora_jax.checkpoint import _storage, Checkpoints, NoneIntact
 
@@ -43,7 +44,7 @@ def test_damage_is_known_and_the_one_before_is_taken(two, tmp_path, change):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = restored(copied)
-        same(found.delta, state(found.step, {3: 1.0, 7: 2.0}[found.step]).delta)
+        intact(found)
         outcomes.add(found.step)
         messages = [str(warning.message) for warning in said if "is damaged" in str(warning.message)]
         assert len(messages) == (found.step == 3)
@@ -66,11 +67,13 @@ def test_after_damage_the_step_can_be_saved_again(two, tmp_path):
         assert checkpoints.restore(state().delta, state().opt_state).delta["h"][0]["a"][0, 1] == 5
 
 
-def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path):
+@pytest.mark.parametrize("part", ["delta", "opt_state"])
+def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path, part):
     """Whole and readable, and not what was saved with the rest: what the checksum of the values is for."""
     shutil.copytree(two, tmp_path / "run")
+    other = state(7, 2.0)._replace(**{part: getattr(state(7, 9.0), part)})
     with Checkpoints(tmp_path / "other", identity={"base": "x"}) as checkpoints:
-        checkpoints.save(state(7, 9.0))
+        checkpoints.save(other)
     shutil.rmtree(tmp_path / "run" / "7" / "arrays")
     shutil.copytree(tmp_path / "other" / "7" / "arrays", tmp_path / "run" / "7" / "arrays")
     with pytest.warns(
@@ -81,7 +84,43 @@ def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(two, tmp_path):
         ),
     ):
         found = restored(tmp_path / "run")
-    same(found.delta, state(3, 1.0).delta)
+    assert found.step == 3
+    intact(found)
+
+
+CHANGED_FACTS = {
+    "format": 1,
+    "step": 8,
+    "position": [1, 3],
+    "key": [0, 8],
+    "key_impl": "rbg",
+    "identity": {"base": "y"},
+    "loss": 0.5,
+    "passing": True,
+    "arrays": {},
+    "sums": {},
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_FACTS)
+def test_a_fact_that_has_changed_is_damage(two, tmp_path, name):
+    """Readable as ever: what the checksum of the facts is for."""
+    shutil.copytree(two, tmp_path / "run")
+    file = tmp_path / "run" / "7" / "facts" / "metadata"
+    facts = json.loads(file.read_text())
+    assert facts.keys() == {*CHANGED_FACTS, "facts"} and facts[name] != CHANGED_FACTS[name]
+    file.write_text(json.dumps({**facts, name: CHANGED_FACTS[name]}))
+    with pytest.warns(UserWarning, match="step 7 .* is damaged: what it says of itself has changed since"):
+        found = restored(tmp_path / "run")
+    assert found.step == 3
+    intact(found)
+
+
+def test_a_checkpoint_under_another_number_is_damage(two, tmp_path):
+    shutil.copytree(two, tmp_path / "run")
+    (tmp_path / "run" / "7").rename(tmp_path / "run" / "9")
+    with pytest.warns(UserWarning, match="step 9 .* is damaged: what it says of itself has changed since"):
+        assert restored(tmp_path / "run").step == 3
 
 
 @orbax_gives_up
@@ -95,7 +134,7 @@ def test_any_bit_of_what_is_noted_beside_the_arrays(two, tmp_path):
     # What once passed for an array and was none, and some drawn.
     changed = [
         whole.replace(b"jax.Array", b"jax.Qrray"),
-        *(_flipped(whole, draw.integers(len(whole)), draw.integers(8)) for _ in range(40)),
+        *(_bit_flipped(whole, draw.integers(len(whole)), draw.integers(8)) for _ in range(20)),
     ]
     steps = set()
     for content in changed:
@@ -103,14 +142,14 @@ def test_any_bit_of_what_is_noted_beside_the_arrays(two, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = restored(tmp_path / "run")
-        same(found.delta, state(found.step, {3: 1.0, 7: 2.0}[found.step]).delta)
+        intact(found)
         steps.add(found.step)
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(two, tmp_path / "run")
     assert steps == {3, 7}
 
 
-def _flipped(content, place, bit):
+def _bit_flipped(content, place, bit):
     return content[:place] + bytes([content[place] ^ 1 << int(bit)]) + content[place + 1 :]
 
 

@@ -171,7 +171,7 @@ def test_killed_while_saving(tmp_path):
 
         # Forked before JAX has a backend, and so threads: to import it all again for each would take most of the time.
         unfinished = 0
-        for number in range(6):
+        for number in range(4):
             reads, writes = os.pipe()
             child = os.fork()
             if child == 0:
@@ -193,7 +193,7 @@ def test_killed_while_saving(tmp_path):
         tmp_path,
     )
     steps = [int(line.split()[1]) for line in said if line.startswith("restored")]
-    assert steps[0] == 0 and len(steps) == 6 and steps == sorted(steps) and steps[-1] > 0
+    assert steps[0] == 0 and len(steps) == 4 and steps == sorted(steps) and steps[-1] > 0
     assert int(said[-1].split()[1]) > 0, "none was killed in the middle of a write"
     delta = {str(number): jnp.zeros((512, 512)) for number in range(8)}
     with Checkpoints(tmp_path, identity={}) as checkpoints:
