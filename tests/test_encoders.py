@@ -1,5 +1,6 @@
 """RoBERTa and DeBERTa against `transformers`' PyTorch models on the same random weights."""
 
+import encoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,29 +41,31 @@ def equal_at_tokens(found, expected, mask, atol=1e-5):
     np.testing.assert_allclose(pick(found), pick(expected), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BOTH)
-def test_every_head_is_pytorchs(torch, name, head, padding):
+def test_every_head_is_pytorchs(torch, name, head):
+    """With padding on either side; without, which is another program, for one head."""
     config = BOTH[name]
     reference = theirs(torch, config, head)
-    ids, mask = some_ids(config, 11, padding)
-    found = apply(ours(config, head), from_torch(torch, reference), ids, mask)
-    if name == "roberta" and head == "features":
-        found, pooled = found
-        out = reference(torch.tensor(ids), attention_mask=None if mask is None else torch.tensor(mask))
-        np.testing.assert_allclose(pooled, out.pooler_output.detach().numpy(), atol=1e-5, rtol=0)
-    equal_at_tokens(found, run_theirs(torch, reference, ids, mask), mask)
+    params = from_torch(torch, reference)
+    for padding in ("right", "left", *(["none"] if head == "token_classification" else [])):
+        ids, mask = some_ids(config, 11, padding)
+        found = apply(ours(config, head), params, ids, mask)
+        if name == "roberta" and head == "features":
+            found, pooled = found
+            out = reference(torch.tensor(ids), attention_mask=torch.tensor(mask))
+            np.testing.assert_allclose(pooled, out.pooler_output.detach().numpy(), atol=1e-5, rtol=0)
+        equal_at_tokens(found, run_theirs(torch, reference, ids, mask), mask)
 
 
+# Of the same size, some of the published models are the same one.
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("name", SCALED)
-def test_every_published_shape_is_pytorchs(torch, name, variant):
-    config = SCALED[name]
+@pytest.mark.parametrize("config", dict.fromkeys(SCALED.values()), ids=lambda config: config.family)
+def test_every_published_shape_is_pytorchs(torch, config, variant):
     reference = theirs(torch, config, "sequence_classification")
     params = from_torch(torch, reference)
     params = stack_layers(params, "encoder/layer") if variant.get("scan") else params
-    ids, mask = some_ids(config, 13, "right")
+    ids, mask = some_ids(config, 11, "right")
     found = apply(ours(config, "sequence_classification", **variant), params, ids, mask)
     equal_at_tokens(found, run_theirs(torch, reference, ids, mask), mask)
 
@@ -153,7 +156,7 @@ def test_any_number_of_labels(torch, name, labels):
     equal_at_tokens(found, run_theirs(torch, reference, ids, mask), mask)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 5, 6, 23, 24, 25, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 25, 40])
 def test_lengths_around_the_borders_of_buckets(torch, tokens):
     """8 buckets: distances up to 4 are exact, beyond 23 are one. A model without absolute positions takes
     any length.
@@ -207,7 +210,7 @@ def test_gradients_are_pytorchs(torch, name):
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     assert largest > 0.1
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        mine = np.array(_at(found, path))
+        mine = np.array(encoders.at(found, path))
         if (
             path[-1].key == "embedding"
             and path[-2].key in ("position_embeddings", "word_embeddings")
@@ -217,13 +220,7 @@ def test_gradients_are_pytorchs(torch, name):
         np.testing.assert_allclose(mine, leaf, atol=1e-4, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
-def _at(tree, path):
-    for entry in path:
-        tree = tree[entry.key]
-    return tree
-
-
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ["roberta", "deberta"])
 def test_float64_agrees_with_pytorchs_double(torch, x64, name):
     config = BOTH[name]
     reference = theirs(torch, config, "masked_lm").double()

@@ -67,20 +67,20 @@ def test_dropout_needs_a_key_and_is_as_often_as_it_says(config):
     model = ours(config, "sequence_classification")
     params = encoders.random_params(model)
     ids, mask = some_ids(config, 10, "right")
-    draw = jax.jit(
-        lambda key: model.apply({"params": params}, ids, mask, deterministic=False, rngs={"dropout": key})
-    )
+
+    def run(model, **rngs):
+        return model.apply({"params": params}, ids, mask, deterministic=False, rngs=rngs)
+
+    draw = jax.jit(lambda key: run(model, dropout=key))
     first, again, other = (draw(jax.random.key(n)) for n in (0, 0, 1))
     assert (first == again).all() and not np.allclose(first, other)
     assert not np.allclose(first, apply(model, params, ids, mask))
     with pytest.raises(Exception, match="dropout"):
-        model.apply({"params": params}, ids, mask, deterministic=False)
+        jax.eval_shape(lambda: run(model))
     still = ours(
         changed(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), "sequence_classification"
     )
-    without = still.apply(
-        {"params": params}, ids, mask, deterministic=False, rngs={"dropout": jax.random.key(0)}
-    )
+    without = jax.jit(lambda key: run(still, dropout=key))(jax.random.key(0))
     np.testing.assert_allclose(without, apply(model, params, ids, mask), atol=1e-5)
 
 
@@ -120,8 +120,11 @@ def test_published_sizes(name, millions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
-@pytest.mark.parametrize("head", ["masked_lm", "sequence_classification"])
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [(ROBERTA, "masked_lm"), (DEBERTA, "sequence_classification")],
+    ids=["RoBERTa", "DeBERTa-v2"],
+)
 def test_a_small_task_is_learned(config, head, relaxed_promotion):
     """Which of two halves of the vocabulary the second token is from; or the token that a mask hides,
     which the first one names.
