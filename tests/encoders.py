@@ -1,6 +1,7 @@
 """RoBERTa and DeBERTa at a size for tests, and the same models in PyTorch with every parameter random."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,13 @@ def from_torch(torch, model, values=None):
     return traverse_util.unflatten_dict(flat)
 
 
+def at(tree, path):
+    """The leaf of a tree of dicts at a path of JAX's."""
+    for entry in path:
+        tree = tree[entry.key]
+    return tree
+
+
 def run_theirs(torch, model, ids, mask=None, **arguments):
     arguments = {
         name: None if value is None else torch.tensor(np.asarray(value), dtype=torch.long)
@@ -91,9 +99,15 @@ def run_theirs(torch, model, ids, mask=None, **arguments):
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
+@functools.cache
+def compiled(model):
+    """One for equal models, so that arguments of the same shapes do not compile again."""
+    return jax.jit(model.apply, compiler_options=QUICKLY)
+
+
 def apply(model, params, *args, **kwargs):
     """`model.apply` compiled as a whole, which is quicker than compiling each operation."""
-    return jax.jit(model.apply, compiler_options=QUICKLY)({"params": params}, *args, **kwargs)
+    return compiled(model)({"params": params}, *args, **kwargs)
 
 
 def some_ids(config, tokens, padding="none", batch=3, seed=3):
@@ -113,10 +127,16 @@ def some_ids(config, tokens, padding="none", batch=3, seed=3):
     return ids, mask
 
 
+@functools.cache
+def shapes_of(model, wide=False):
+    """Of its parameters; `wide` tells apart what is asked for with 64 bits."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+
+
 def random_params(model, seed=0, scale=0.15):
     """Parameters with nothing at 0 or 1, where two wrongs could cancel."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    shapes = shapes_of(model, bool(jax.config.jax_enable_x64))
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.05, scale, leaf.shape), leaf.dtype), shapes)
 
 

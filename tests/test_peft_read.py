@@ -1,0 +1,175 @@
+"""PEFT's directories against PEFT itself: what it writes is read, and written again as it was."""
+
+import numpy as np
+import peft_files
+import pytest
+from peft_files import (
+    adapters,
+    assert_close,
+    check_both_ways,
+    disturb,
+    GPT2_CONFIGS,
+    in_torch,
+    NOT_STACKED,
+    output,
+    output_of_theirs,
+    without_head,
+    written_by_peft,
+)
+from safetensors.numpy import load_file
+
+from lora_jax.interop import hf, peft
+
+
+theirs = peft_files.theirs
+bases = peft_files.bases
+pytestmark = peft_files.ignored_warnings
+
+
+@pytest.mark.parametrize("name", GPT2_CONFIGS)
+def test_gpt2_from_peft_and_back(torch, theirs, bases, tmp_path, name):
+    base = bases("gpt2")
+    expected = written_by_peft(torch, theirs, base, GPT2_CONFIGS[name], tmp_path / "adapter")
+    # Two singular values that are close leave float32 little to tell their vectors apart, in PEFT and here.
+    tolerance = 1e-4 if name == "PiSSA" else 1e-5
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, tolerance)
+    model, params = hf.load(base, scan=True)
+    if name in NOT_STACKED:
+        with pytest.raises(
+            ValueError,
+            match=r"keeps its layers in one array .* load the base with `hf.load\(dir, scan=False\)`",
+        ):
+            peft.load(tmp_path / "adapter", model, params)
+    else:
+        assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected, tolerance)
+
+
+_ENCODERS = {
+    "LoRA": lambda q, task: dict(r=3, target_modules=[q, q.replace("query", "value")], task_type=task),
+    "DoRA": lambda q, task: dict(
+        r=3, target_modules=[q, "intermediate.dense"], use_dora=True, task_type=task
+    ),
+    "all-linear": lambda q, task: dict(r=2, target_modules="all-linear", task_type=task),
+    "all biases": lambda q, task: dict(r=2, target_modules=[q], bias="all", task_type=task),
+    "embeddings": lambda q, task: dict(r=2, target_modules=["word_embeddings", q], task_type=task),
+    "AdaLoRA": lambda q, task: dict(init_r=4, target_modules=[q], total_step=10, task_type=task),
+    "VeRA": lambda q, task: dict(r=6, target_modules=[q, "intermediate.dense"], task_type=task),
+}
+_TASKS = {
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "features": "FEATURE_EXTRACTION",
+    "masked_lm": None,
+}
+# Every kind of adapter with the head of GLUE, every head with the plainest adapter.
+_PAIRS = (
+    [(kind, "sequence_classification") for kind in _ENCODERS]
+    + [("LoRA", head) for head in list(_TASKS)[1:]]
+    + [("all biases", "masked_lm")]
+)
+
+
+@pytest.mark.parametrize(("kind", "head"), _PAIRS)
+@pytest.mark.parametrize("family", ["roberta", "deberta"])
+def test_encoders_from_peft_and_back(torch, theirs, bases, tmp_path, family, kind, head):
+    base = bases(family, head)
+    options = _ENCODERS[kind]("query" if family == "roberta" else "query_proj", _TASKS[head])
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    scan = family == "deberta"
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, scan=scan)
+
+
+def test_a_convolution_from_peft_and_back(torch, theirs, bases, tmp_path):
+    base = bases("deberta", "features")
+    for dora in (False, True):
+        dir = tmp_path / f"{dora}"
+        expected = written_by_peft(
+            torch, theirs, base, dict(r=2, target_modules=["conv.conv"], use_dora=dora), dir
+        )
+        model, params = hf.load(base)
+        frozen, delta = peft.load(dir, model, params)
+        if dora:  # forms the convolution's norm from other axes than those that it adds to
+            assert adapters(delta)[0].arrays["m"].shape == (12,)
+        else:
+            check_both_ways(torch, theirs, base, dir, tmp_path, expected)
+        assert_close(output(model, frozen, delta), expected)
+
+
+def test_a_new_head_comes_with_its_adapter(torch, theirs, bases, tmp_path):
+    """As in fine-tuning: the base has another head, and the adapter brings the one that was trained."""
+    expected = written_by_peft(
+        torch,
+        theirs,
+        bases("roberta", "sequence_classification"),
+        _ENCODERS["LoRA"]("query", "SEQ_CLS"),
+        tmp_path / "adapter",
+    )
+    options = peft.head_of(tmp_path / "adapter")
+    assert options == {"head": "sequence_classification", "num_labels": 3}
+    model, params = hf.load(
+        without_head(bases("roberta", "sequence_classification"), "RobertaModel", tmp_path / "base"),
+        **options,
+    )
+    frozen, delta = peft.load(tmp_path / "adapter", model, params)
+    assert_close(output(model, frozen, delta), expected)
+    assert frozen["classifier"]["dense"]["kernel"] is None and delta["classifier"]["dense"][
+        "kernel"
+    ].shape == (12, 12)
+
+    model, params = hf.load(bases("roberta", "masked_lm"))
+    with pytest.raises(ValueError, match=r"`task_type` .* is SEQ_CLS, and `model` has another head.*head_of"):
+        peft.load(tmp_path / "adapter", model, params)
+
+
+def test_adalora_with_a_rank_pattern(torch, theirs, bases, tmp_path):
+    """PEFT stores the ranks that are left and a mask; here the others are zero, and the scale is still
+    that of the whole rank.
+    """
+    base = bases("gpt2")
+    torch.manual_seed(7)
+    model = theirs.get_peft_model(
+        in_torch(base),
+        theirs.AdaLoraConfig(
+            init_r=4, target_r=2, target_modules=["c_attn"], total_step=10, task_type="CAUSAL_LM"
+        ),
+    ).eval()
+    disturb(torch, [parameter for parameter in model.parameters() if parameter.requires_grad], 0.2)
+    pattern = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_E" in name:
+                kept = [True, False, True, "h.0" in name]
+                parameter[~torch.tensor(kept)] = 0.0
+                pattern[name.removeprefix("base_model.model.")] = kept
+    model.peft_config["default"].rank_pattern = pattern
+    expected = output_of_theirs(torch, model)
+    model.save_pretrained(tmp_path / "adapter")
+    frozen, delta = check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    assert {leaf.arrays["e"].shape for leaf in adapters(delta)} == {(4,)}
+    assert [int(np.count_nonzero(leaf.arrays["e"])) for leaf in adapters(delta)] == [3, 2]
+
+
+def test_older_files_of_dora(torch, theirs, bases, tmp_path):
+    from safetensors.numpy import save_file
+
+    expected = written_by_peft(torch, theirs, bases("gpt2"), GPT2_CONFIGS["DoRA"], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {f"{name}.weight" if "magnitude" in name else name: array for name, array in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
+    model, params = hf.load(bases("gpt2"))
+    assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected)
+
+
+def test_the_bin_file_of_old_is_read(torch, theirs, bases, tmp_path):
+    expected = written_by_peft(torch, theirs, bases("gpt2"), GPT2_CONFIGS["LoRA"], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(
+        {name: torch.tensor(array) for name, array in load_file(file).items()}, file.with_suffix(".bin")
+    )
+    file.unlink()
+    model, params = hf.load(bases("gpt2"))
+    assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected)

@@ -1,0 +1,356 @@
+"""Directories of PEFT's format that do not fit, or are damaged, and what the format cannot say: refused."""
+
+import copy
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_files
+import pytest
+from peft_files import adapters, assert_close, bytes_of, FILES, output, trained
+from safetensors.numpy import load_file
+
+import lora_jax
+from lora_jax import DoRA, Full, LoRA, VeRA
+from lora_jax.interop import hf, peft
+
+
+bases = peft_files.bases
+pytestmark = peft_files.ignored_warnings
+
+
+def test_trees_that_do_not_belong_together_are_not_written(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=VeRA(rank=3))
+    other = lora_jax.lorafy(params, "c_attn/kernel", method=VeRA(rank=3, seed=9)).frozen
+    lora = lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=3))
+    save = functools.partial(peft.save, tmp_path / "ours", model)
+    for trees, error, message in (
+        ((other, delta), ValueError, "do not belong together"),
+        ((params, delta), ValueError, "needs shared_a, shared_b in `frozen`"),
+        ((None, delta), ValueError, "do not have the same containers"),
+        ((lora.delta, lora.frozen), TypeError, "`frozen` holds adapters: the order is `frozen`, `delta`"),
+        ((frozen, lora_jax.combine(frozen, delta)), TypeError, "a combined tree was passed"),
+        (
+            (lora.frozen, jax.eval_shape(lambda: lora.delta)),
+            TypeError,
+            "computes with arrays, and was given shapes",
+        ),
+        (
+            (lora.frozen, lora_jax.stack([lora.delta, lora.delta])),
+            ValueError,
+            r"stacked adapters at 'h/0/attn/c_attn/kernel'; save one of them, `take\(stacked, 0\)`",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            save(*trees)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, lora.delta)
+    with pytest.raises(
+        ValueError, match="lora_A.weight' has values that are infinite or no numbers, so nothing is written"
+    ):
+        save(lora.frozen, broken)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_largest_dropout_is_written(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    peft.save(
+        tmp_path / "ours",
+        model,
+        *lora_jax.lorafy(params, {"c_attn/kernel": LoRA(rank=1, dropout=0.1), "c_fc/kernel": LoRA(rank=1)}),
+    )
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+
+
+@pytest.fixture
+def ours(bases, tmp_path):
+    """A base and an adapter that we wrote."""
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=2))
+    peft.save(tmp_path / "adapter", model, frozen, trained(delta))
+    return model, params, tmp_path / "adapter"
+
+
+def configure(dir, **changes):
+    settings = json.loads((dir / "adapter_config.json").read_text())
+    (dir / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
+
+
+def edit(dir, change):
+    """Rewrites the tensors as another tool would, without our checksum."""
+    from safetensors.numpy import save_file
+
+    tensors = load_file(dir / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, dir / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"peft_type": "LOHA"},
+            "`peft_type` is 'LOHA' .* is not supported; supported are LORA, ADALORA, VERA",
+        ),
+        ({"lora_bias": True}, "`lora_bias` is True .* is not supported"),
+        ({"trainable_token_indices": [1, 3]}, "`trainable_token_indices`"),
+        ({"layer_replication": [[0, 2]]}, "`layer_replication`"),
+        ({"target_parameters": ["c_attn.weight"]}, "`target_parameters`"),
+        ({"ensure_weight_tying": True}, "`ensure_weight_tying`"),
+        ({"alora_invocation_tokens": [1]}, "`alora_invocation_tokens`"),
+        (
+            {"init_lora_weights": "olora"},
+            "`init_lora_weights` is 'olora' .* PEFT changes the base by a start",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights` is 'pissa_niter_4'"),
+        ({"init_lora_weights": "loftq"}, "`init_lora_weights` is 'loftq'"),
+        ({"use_future_trick": 3}, "`use_future_trick` is 3 .* is not a key of LORA in PEFT 0.21"),
+        ({"use_rslroa": True}, r"`use_rslroa` is True .* \(is it 'use_rslora'\?\)"),
+        ({"r": 0}, "`r` is 0 .* must be a positive integer"),
+        ({"r": 2.0}, "`r` is 2.0 .* must be a positive integer"),
+        ({"lora_alpha": "16"}, "`lora_alpha` is '16' .* must be a finite number"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha` is nan .* must be a finite number"),
+        ({"lora_dropout": 1.0}, "`lora_dropout` is 1.0 .* below 1"),
+        ({"use_rslora": "yes"}, "`use_rslora` is 'yes' .* must be true or false"),
+        ({"target_modules": [1]}, "`target_modules` is .*; it must be a list of module names"),
+        (
+            {"target_modules": ["c_atn"]},
+            "`target_modules` .* names 'c_atn', which this model does not have: it has c_attn, c_fc",
+        ),
+        (
+            {"target_modules": ["ln_1"]},
+            "`target_modules` .* names 'transformer.h.0.ln_1', which is not a linear layer",
+        ),
+        ({"target_modules": "nothing"}, "matches no module of this model"),
+        ({"target_modules": "("}, "`target_modules` is .*, which is not a regular expression"),
+        (
+            {"rank_pattern": {"h.0.": "2"}},
+            "`rank_pattern` is .*; it must be a mapping from module names to positive integers",
+        ),
+        ({"task_type": "SEQ_CLS"}, "`task_type` .* is SEQ_CLS, and `model` has another head"),
+        ({"bias": "some"}, "`bias` is 'some' .* must be one of"),
+        (
+            {"use_dora": True},
+            "'base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector' is missing",
+        ),
+        ({"r": 3}, r"has shape \(2, 12\) and must have \(3, 12\)"),
+        (
+            {"target_modules": ["c_attn", "c_fc"]},
+            "'base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight' is missing",
+        ),
+        (
+            {"target_modules": ["h.0.attn.c_attn"]},
+            "'base_model.model.transformer.h.1.attn.c_attn.lora_A.weight' is unexpected",
+        ),
+        ({"modules_to_save": ["ln_f"]}, "'base_model.model.transformer.ln_f.weight' is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused_by_its_field(ours, changes, message):
+    model, params, dir = ours
+    edit(dir, lambda tensors: None)
+    configure(dir, **changes)
+    with pytest.raises(ValueError, match=message):
+        peft.load(dir, model, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(A), f"'{A}' is missing"),
+        (
+            lambda tensors: tensors.update({A.replace("c_attn", "c_atn"): tensors.pop(A)}),
+            f"'{A}' is missing .is it '{A.replace('c_attn', 'c_atn')}'",
+        ),
+        (
+            lambda tensors: tensors.update({A.removeprefix("base_model.model."): tensors.pop(A)}),
+            "is it 'transformer.h.0.attn.c_attn.lora_A.weight'",
+        ),
+        (lambda tensors: tensors.update({"extra": np.ones(1, np.float32)}), "'extra' is unexpected"),
+        (
+            lambda tensors: tensors.update({A: tensors[A].T.copy()}),
+            r"has shape \(12, 2\) and must have \(2, 12\)",
+        ),
+        (
+            lambda tensors: tensors.update({A: tensors[A].astype(np.int32)}),
+            "has dtype I32 and must have one of",
+        ),
+        (
+            lambda tensors: tensors.update({A: np.where(tensors[A] > 0, np.nan, tensors[A])}),
+            "values in '.*lora_A.weight' that are infinite or no numbers",
+        ),
+        (
+            lambda tensors: tensors.update({A: np.where(tensors[A] > 0, np.inf, tensors[A])}),
+            "values in '.*lora_A.weight' that are infinite or no numbers",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"base_model.model.transformer.wte.weight": np.ones((29, 12), np.float32)}
+            ),
+            "own copy of the base's 'transformer.wte.weight'",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(ours, change, message):
+    model, params, dir = ours
+    edit(dir, change)
+    with pytest.raises(ValueError, match=message):
+        peft.load(dir, model, params)
+
+
+def test_a_flipped_bit_anywhere_is_found(ours):
+    model, params, dir = ours
+    draw = np.random.default_rng(0)
+    for name in FILES:
+        whole = (dir / name).read_bytes()
+        for position in draw.choice(8 * len(whole), min(150, 8 * len(whole)), replace=False):
+            broken = bytearray(whole)
+            broken[position // 8] ^= 1 << (position % 8)
+            (dir / name).write_bytes(broken)
+            with pytest.raises(ValueError):
+                peft.load(dir, model, params)
+        (dir / name).write_bytes(whole)
+    peft.load(dir, model, params)
+
+
+def test_another_base_is_found_unless_told(ours):
+    model, params, dir = ours
+    other = copy.deepcopy(jax.tree.map(lambda leaf: leaf, params))
+    other["h"]["1"]["mlp"]["c_fc"]["kernel"] = other["h"]["1"]["mlp"]["c_fc"]["kernel"].at[3, 4].add(1e-6)
+    with pytest.raises(
+        ValueError,
+        match=(
+            "beside another base: 'transformer.h.1.mlp.c_fc.weight' of `params` have other "
+            "values.*`check_base=False`"
+        ),
+    ):
+        peft.load(dir, model, other)
+    peft.load(dir, model, other, check_base=False)
+
+
+def test_nothing_is_overwritten_unless_told_and_nothing_lost(ours, monkeypatch):
+    model, params, dir = ours
+    frozen, delta = lora_jax.lorafy(params, "c_fc/kernel", method=LoRA(rank=1))
+    before = bytes_of(dir)
+    with pytest.raises(
+        ValueError, match="is not empty; choose another directory, or replace it with `overwrite=True`"
+    ):
+        peft.save(dir, model, frozen, delta)
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(peft._save, "write_tensors", fail)
+        peft.save(dir, model, frozen, delta, overwrite=True)
+    assert bytes_of(dir) == before and [entry.name for entry in dir.parent.iterdir()] == ["adapter"]
+    peft.save(dir, model, frozen, delta, overwrite=True)
+    assert bytes_of(dir) != before
+    (dir.parent / "home").mkdir()
+    (dir.parent / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="no adapter_config.json: not an earlier"):
+        peft.save(dir.parent / "home", model, frozen, delta, overwrite=True)
+    # What a trainer of PEFT's leaves: its adapter, and much besides.
+    (dir / "checkpoint-500").mkdir()
+    with pytest.raises(
+        ValueError, match="holds 'checkpoint-500', which no export writes, so it is not replaced"
+    ):
+        peft.save(dir, model, frozen, delta, overwrite=True)
+    assert (dir / "checkpoint-500").is_dir()
+
+
+def test_a_link_is_followed_and_what_appears_meanwhile_stays(ours, tmp_path, monkeypatch):
+    model, params, dir = ours
+    frozen, delta = lora_jax.lorafy(params, "c_fc/kernel", method=LoRA(rank=1))
+    (tmp_path / "link").symlink_to(dir)
+    peft.save(tmp_path / "link", model, frozen, delta, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and "c_fc" in (dir / "adapter_config.json").read_text()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "link"]
+
+    write = peft._save.write_tensors
+
+    def slow(*args, **kwargs):
+        write(*args, **kwargs)
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "letter.txt").write_text("dear")
+
+    monkeypatch.setattr(peft._save, "write_tensors", slow)
+    with pytest.raises(ValueError, match="appeared while this was being written: nothing is replaced"):
+        peft.save(tmp_path / "new", model, frozen, delta)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["letter.txt"]
+
+
+def test_what_has_no_form_in_peft_is_refused(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    save = functools.partial(peft.save, tmp_path / "ours", model)
+    with pytest.raises(ValueError, match="holds no adapter.*hf.save"):
+        save(*lora_jax.lorafy(params, {"bias": Full()}))
+    with pytest.raises(ValueError, match="holds DoRA and, at 'h/0/mlp/c_fc/kernel', LoRA"):
+        save(*lora_jax.lorafy(params, {"c_attn/kernel": DoRA(rank=1), "c_fc/kernel": LoRA(rank=1)}))
+    with pytest.raises(ValueError, match="`delta` is not of `model`, whose layers are stacked"):
+        peft.save(
+            tmp_path / "ours",
+            model.clone(scan=True),
+            *lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=1)),
+        )
+    with pytest.raises(ValueError, match="was made with the axes 'out in'"):
+        save(*lora_jax.lorafy(params, "c_attn/kernel", method=DoRA(rank=1), axes="out in"))
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_axes_of_lora_may_be_called_either_way(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=2), axes="out in")
+    delta = trained(delta)
+    peft.save(tmp_path / "ours", model, frozen, delta)
+    assert_close(output(model, *peft.load(tmp_path / "ours", model, params)), output(model, frozen, delta))
+
+
+def test_dtypes_are_kept(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        frozen, delta = lora_jax.lorafy(
+            params, {"c_attn/kernel": LoRA(rank=2, dtype=dtype), "ln_f/.*": Full()}
+        )
+        delta = trained(delta)
+        peft.save(tmp_path / "ours", model, frozen, delta, overwrite=True)
+        again = peft.load(tmp_path / "ours", model, params)
+        for one, other in zip(jax.tree.leaves(delta), jax.tree.leaves(again.delta), strict=True):
+            assert one.dtype == other.dtype and np.array_equal(one, other)
+        assert {leaf.spec.method.dtype for leaf in adapters(again.delta)} == {np.dtype(dtype)}
+
+
+def test_the_config_has_few_keys_in_order(ours):
+    _, _, dir = ours
+    settings = json.loads((dir / "adapter_config.json").read_text())
+    assert list(settings) == sorted(settings)
+    assert settings == {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": True,
+        "inference_mode": True,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["c_attn"],
+        "task_type": "CAUSAL_LM",
+    }
+    with_weights = dir.parent / "copy"
+    shutil.copytree(dir, with_weights)
+    assert {file.name for file in with_weights.iterdir()} == set(FILES)
+
+
+def test_loading_computes_what_the_shapes_say_without_touching_the_base(ours):
+    """Of a base of shapes, an adapter can be looked at."""
+    model, params, dir = ours
+    shapes = jax.eval_shape(lambda: params)
+    frozen, delta = peft.load(dir, model, shapes)
+    assert lora_jax.count(delta) == 2 * 2 * (12 + 36)
+    assert all(type(leaf) is jax.ShapeDtypeStruct for leaf in jax.tree.leaves(frozen))

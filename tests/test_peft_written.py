@@ -1,0 +1,383 @@
+"""What we write in PEFT's format: PEFT reads it and computes the same."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_files
+import pytest
+from peft_files import (
+    adapters,
+    assert_close,
+    axes,
+    bytes_of,
+    check_both_ways,
+    disturb,
+    IDS,
+    in_torch,
+    output,
+    output_of_theirs,
+    trained,
+    without_head,
+    written_by_peft,
+)
+from safetensors.numpy import load_file
+
+import lora_jax
+from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
+from lora_jax.interop import hf, OneSided, peft
+
+
+theirs = peft_files.theirs
+bases = peft_files.bases
+pytestmark = peft_files.ignored_warnings
+
+
+_METHODS = {
+    "LoRA": LoRA(rank=3, alpha=6),
+    "rsLoRA": LoRA(rank=3, alpha=6, rs=True),
+    "LoRA of blocks": LoRA(rank=2, alpha=8, blocks=(True, False, True)),
+    "rsLoRA of blocks": LoRA(rank=2, alpha=8, rs=True, blocks=(False, True, True)),
+    "DoRA": DoRA(rank=2),
+    "VeRA": VeRA(rank=5, seed=3),
+    "LoRA-FA": LoRAFA(rank=2),
+    "DyLoRA": DyLoRA(rank=2),
+    "Delta-LoRA": DeltaLoRA(rank=2),
+    "AdaLoRA": AdaLoRA(rank=3),
+    "PiSSA": PiSSA(rank=2),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", _METHODS)
+def test_every_method_computes_the_same_in_peft(torch, theirs, bases, tmp_path, name, scan):
+    model, params = hf.load(bases("gpt2"), scan=scan)
+    frozen, delta = lora_jax.lorafy(params, "attn/c_attn/kernel", method=_METHODS[name], axes=axes(scan))
+    delta = trained(delta)
+    expected = output(model, frozen, delta)
+    peft.save(tmp_path / "ours", model, frozen, delta, base="gpt2")
+    assert_close(
+        output_of_theirs(
+            torch, theirs.PeftModel.from_pretrained(in_torch(bases("gpt2")), tmp_path / "ours").eval()
+        ),
+        expected,
+    )
+
+    # The layout does not matter: what a scanned model wrote, an unscanned one reads.
+    model, params = hf.load(bases("gpt2"), scan=not scan)
+    again = peft.load(tmp_path / "ours", model, params)
+    assert_close(output(model, *again), expected)
+    peft.save(tmp_path / "again", model, *again, base="gpt2")
+    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "again")
+    if "blocks" in name:
+        assert {leaf.spec.method.blocks for leaf in adapters(again.delta)} == {_METHODS[name].blocks}
+        assert all(
+            leaf.spec.method.rank == 2
+            and leaf.spec.method.scale == pytest.approx(_METHODS[name].scale, rel=1e-12)
+            for leaf in adapters(again.delta)
+        )
+
+
+def test_lora_drop_computes_the_same_in_peft(torch, theirs, bases, tmp_path):
+    base = bases("gpt2 of three layers")  # one keeps its adapter, two share one
+    for scan in (False, True):
+        model, params = hf.load(base, scan=scan)
+        frozen, delta = lora_jax.lorafy(params, "attn/c_attn/kernel", method=LoRA(rank=2), axes=axes(scan))
+        importance = {
+            leaf.spec.path: np.array([8.0, 1.0, 1.0]) if scan else 8.0 if "h/0/" in leaf.spec.path else 1.0
+            for leaf in adapters(delta)
+        }
+        whole = lora_jax.count(delta)
+        delta = trained(lora_jax.drop.share(delta, importance, threshold=0.7))
+        assert lora_jax.count(delta) == whole * 2 // 3
+        peft.save(tmp_path / str(scan), model, frozen, delta)
+        found = output_of_theirs(
+            torch, theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / str(scan)).eval()
+        )
+        assert_close(found, output(model, frozen, delta))
+
+
+def test_ranks_scales_and_kinds_of_leaves_in_one_adapter(torch, theirs, bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    targets = {
+        "h/0/attn/c_attn/kernel": LoRA(rank=2, alpha=8),
+        "attn/c_attn/kernel": LoRA(rank=3, alpha=8, rs=True),
+        "mlp/c_fc/kernel": VeRA(rank=5),
+        "h/1/mlp/c_proj/kernel": AdaLoRA(rank=3),
+        "wpe/embedding": LoRA(rank=1),
+        "ln_f/.*": Full(),
+    }
+    frozen, delta = lora_jax.lorafy(params, targets, axes={".*": "in out"})
+    delta = trained(delta)
+    peft.save(tmp_path / "ours", model, frozen, delta)
+    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["1.mlp.c_proj", "c_attn", "c_fc", "wpe"] and settings[
+        "modules_to_save"
+    ] == ["transformer.ln_f"]
+    assert_close(
+        output_of_theirs(
+            torch, theirs.PeftModel.from_pretrained(in_torch(bases("gpt2")), tmp_path / "ours").eval()
+        ),
+        output(model, frozen, delta),
+    )
+    again = peft.load(tmp_path / "ours", model, params)
+    assert_close(output(model, *again), output(model, frozen, delta))
+
+
+@pytest.mark.usefixtures("relaxed_promotion")  # optax's
+def test_peft_trains_we_go_on_peft_reads(torch, theirs, bases, tmp_path):
+    """One adapter through both trainers: the gradient here moves what PEFT trained, and PEFT computes
+    with the result.
+    """
+    base = bases("roberta", "sequence_classification")
+    torch.manual_seed(7)
+    theirs_model = theirs.get_peft_model(
+        in_torch(base), theirs.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    )
+    labels = torch.tensor([0, 1, 2])
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in theirs_model.parameters() if parameter.requires_grad], lr=1e-2
+    )
+    losses = []
+    for _ in range(5):
+        loss = theirs_model(torch.tensor(IDS), labels=labels).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    theirs_model.save_pretrained(tmp_path / "first")
+
+    import optax
+
+    model, params = hf.load(base)
+    frozen, delta = peft.load(tmp_path / "first", model, params)
+    tx = optax.adamw(1e-2)
+    forward = lora_jax.adapt(model.apply)
+
+    def loss_fn(delta):
+        logits = forward({"params": lora_jax.combine(frozen, delta)}, IDS)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(3)).mean()
+
+    @jax.jit
+    def step(delta, state):
+        loss, grads = jax.value_and_grad(loss_fn)(delta)
+        updates, state = tx.update(grads, state, delta)
+        return optax.apply_updates(delta, updates), state, loss
+
+    state = tx.init(delta)
+    for _ in range(5):
+        delta, state, loss = step(delta, state)
+        losses.append(float(loss))
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    peft.save(tmp_path / "second", model, frozen, delta)
+    theirs_model = theirs.PeftModel.from_pretrained(
+        in_torch(base), tmp_path / "second", is_trainable=True
+    ).eval()
+    with torch.no_grad():
+        found = theirs_model(torch.tensor(IDS), labels=labels)
+    assert_close(found.logits.numpy(), output(model, frozen, delta))
+    assert float(found.loss) < losses[-1]
+
+
+def test_a_quantised_base_does_not_matter(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "attn/c_attn/kernel", method=LoRA(rank=2))
+    delta = trained(delta)
+    packed = lora_jax.quantize(frozen, "nf4", targets=".*kernel")
+    peft.save(tmp_path / "packed", model, packed, delta)
+    peft.save(tmp_path / "plain", model, frozen, delta)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("packed", "plain"))
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    found = peft.load(tmp_path / "packed", model, params)
+    assert_close(output(model, *found), output(model, frozen, delta))
+    # And onto packed parameters.
+    found = peft.load(tmp_path / "plain", model, packed)
+    assert_close(output(model, *found), output(model, packed, delta))
+
+
+# --- tied embeddings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+@pytest.mark.parametrize("saved", [False, True])
+def test_one_side_of_a_tied_embedding_needs_an_untied_base(torch, theirs, bases, tmp_path, targets, saved):
+    base = bases("gpt2")
+    options = (
+        dict(r=2, target_modules=["c_attn"], modules_to_save=targets)
+        if saved
+        else dict(r=2, target_modules=targets)
+    )
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    model, params = hf.load(base)
+    with pytest.raises(
+        OneSided, match=r"one array cannot be both. Load the base with `hf.load\(dir, tie='untie'\)`"
+    ):
+        peft.load(tmp_path / "adapter", model, params)
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, tie="untie")
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), PiSSA(rank=2), Full()])
+def test_a_tied_embedding_adapted_in_both_uses_comes_back_as_one(torch, theirs, bases, tmp_path, method):
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(
+        params, {"wte/embedding": method, "c_fc/kernel": LoRA(rank=1)}, axes={".*": "in out"}
+    )
+    delta = trained(delta)
+    expected = output(model, frozen, delta)
+    peft.save(tmp_path / "ours", model, frozen, delta)
+    assert_close(
+        output_of_theirs(
+            torch, theirs.PeftModel.from_pretrained(in_torch(bases("gpt2")), tmp_path / "ours").eval()
+        ),
+        expected,
+    )
+    again = peft.load(tmp_path / "ours", model, params)
+    assert_close(output(model, *again), expected)
+    assert lora_jax.count(again.delta) == lora_jax.count(lora_jax.arithmetic.as_lora(frozen, delta).delta)
+
+
+def test_dora_on_a_tied_embedding_is_refused(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    trees = lora_jax.lorafy(params, "wte/embedding", method=DoRA(rank=2))
+    with pytest.raises(ValueError, match="acts in the head too.*tie='untie'"):
+        peft.save(tmp_path / "ours", model, *trees)
+    assert not (tmp_path / "ours").exists()
+
+
+# --- heads and biases ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta"])
+def test_a_head_is_never_left_behind(torch, theirs, bases, tmp_path, family):
+    """A frozen random head, and DeBERTa's pooler, are written all the same: PyTorch's would be other
+    random ones.
+    """
+    base = bases(family, "sequence_classification")
+    bare = without_head(base, "RobertaModel" if family == "roberta" else "DebertaV2Model", tmp_path / "base")
+    model, params = hf.load(bare, head="sequence_classification", num_labels=3, key=jax.random.key(1))
+    frozen, delta = lora_jax.lorafy(params, "layer/.*(query|query_proj)/kernel", method=LoRA(rank=2))
+    delta = trained(delta)
+    peft.save(tmp_path / "ours", model, frozen, delta)
+    fresh = in_torch(base)
+    disturb(
+        torch,
+        [
+            parameter
+            for name, parameter in fresh.named_parameters()
+            if name.startswith(("classifier", "pooler"))
+        ],
+        3.0,
+    )
+    assert_close(
+        output_of_theirs(torch, theirs.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()),
+        output(model, frozen, delta),
+    )
+
+
+def test_biases_as_peft_counts_them(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+
+    def word(targets):
+        frozen, delta = lora_jax.lorafy(
+            params, {"c_attn/kernel": LoRA(rank=1), **{pattern: Full() for pattern in targets}}
+        )
+        peft.save(tmp_path / "ours", model, frozen, trained(delta), overwrite=True)
+        settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+        return settings["bias"], settings["modules_to_save"]
+
+    assert word([]) == ("none", None)
+    assert word(["c_attn/bias"]) == ("lora_only", None)
+    assert word(["bias"]) == ("all", None)
+    assert word(["ln_f/bias"]) == ("none", ["transformer.ln_f"])
+    with pytest.raises(
+        ValueError,
+        match=(
+            "the bias of 'transformer.h.1.attn.c_attn.bias' is frozen and that of "
+            "'transformer.h.0.attn.c_attn.bias' trains"
+        ),
+    ):
+        word(["h/0/attn/c_attn/bias"])
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("roberta", "sequence_classification"),
+        ("deberta", "sequence_classification"),
+        ("roberta", "token_classification"),
+    ],
+)
+def test_an_adapted_head_is_written_merged(torch, theirs, bases, tmp_path, family, head):
+    """PEFT saves it whole, and has no adapter there; and the weight of a new head is in no base."""
+    base = bases(family, head)
+    bare = without_head(base, "RobertaModel" if family == "roberta" else "DebertaV2Model", tmp_path / "base")
+    model, params = hf.load(bare, head=head, num_labels=3, key=jax.random.key(1))
+    for number, method in enumerate((LoRA(rank=2), VeRA(rank=3), DoRA(rank=2))):
+        frozen, delta = lora_jax.lorafy(params, "layer/.*kernel|(classifier|pooler)/.*kernel", method=method)
+        delta = trained(delta)
+        peft.save(tmp_path / f"{number}", model, frozen, delta)
+        found = output_of_theirs(
+            torch, theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / f"{number}").eval()
+        )
+        assert_close(found, output(model, frozen, delta))
+        assert_close(
+            output(model, *peft.load(tmp_path / f"{number}", model, params)), output(model, frozen, delta)
+        )
+
+
+def test_only_the_head_adapted_and_only_the_encoder_known(torch, theirs, bases, tmp_path):
+    """Names that lack the prefix of the model: of a head, and of everything that PEFT trained without one."""
+    base = bases("gpt2")
+    expected = written_by_peft(
+        torch,
+        theirs,
+        base,
+        dict(r=2, target_modules=["lm_head"], modules_to_save=["ln_f"]),
+        tmp_path / "head",
+    )
+    check_both_ways(torch, theirs, base, tmp_path / "head", tmp_path, expected, tie="untie")
+    assert peft.head_of(tmp_path / "head") == {}
+
+    bare = bases("roberta", "features")
+    written_by_peft(
+        torch,
+        theirs,
+        bare,
+        dict(r=2, target_modules=["query"], bias="all", task_type="FEATURE_EXTRACTION"),
+        tmp_path / "bare",
+    )
+    assert peft.head_of(tmp_path / "bare") == {"head": "features"}
+    model, params = hf.load(bases("roberta", "sequence_classification"))
+    frozen, delta = peft.load(tmp_path / "bare", model, params)
+    assert len(adapters(delta)) == 2 and frozen["classifier"]["dense"]["bias"] is not None
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta"])
+def test_all_embeddings_trained_in_a_model_without_a_head(torch, theirs, bases, tmp_path, family):
+    """PEFT reads `embeddings` as any name that ends so, `word_embeddings` too."""
+    base = bases(family, "features")
+    model, params = hf.load(base)
+    frozen, delta = lora_jax.lorafy(params, {"query(_proj)?/kernel": LoRA(rank=2), "embeddings/.*": Full()})
+    delta = trained(delta)
+    peft.save(tmp_path / "ours", model, frozen, delta)
+    assert_close(
+        output_of_theirs(torch, theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / "ours").eval()),
+        output(model, frozen, delta),
+    )
+
+
+@pytest.mark.parametrize("alpha", [0, -2])
+def test_adalora_of_no_alpha(torch, theirs, bases, tmp_path, alpha):
+    """PEFT takes the rank instead, for this method alone."""
+    options = dict(init_r=4, target_modules=["c_attn"], total_step=10, lora_alpha=alpha)
+    expected = written_by_peft(torch, theirs, bases("gpt2"), options, tmp_path / "adapter")
+    check_both_ways(torch, theirs, bases("gpt2"), tmp_path / "adapter", tmp_path, expected)
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=AdaLoRA(rank=2, alpha=alpha))
+    delta = trained(delta)
+    peft.save(tmp_path / "own", model, frozen, delta)
+    assert_close(
+        output_of_theirs(
+            torch, theirs.PeftModel.from_pretrained(in_torch(bases("gpt2")), tmp_path / "own").eval()
+        ),
+        output(model, frozen, delta),
+    )
