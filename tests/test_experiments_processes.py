@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import processes
 import pytest
-import test_experiments_train as train_tests
+import training
 from safetensors.numpy import load_file
+from training import optax_promotes as optax_promotes
 
 from benchmarks.ports import free_port, is_free
 from experiments import train
@@ -43,13 +44,6 @@ CONFIG = {
     "mesh": {"data": 2, "fsdp": 2},
     "decode": {"max_tokens": 4, "prompts": 4, "shown": 1},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +168,7 @@ def test_four_processes_train_what_one_does():
     jax.config.update("jax_numpy_rank_promotion", "raise")
     from experiments.config import Mesh
     from experiments.processes import whole
-    from test_experiments_train import config, examples, started, steps
+    from training import config, examples, started, steps
 
     settings = config(mesh=Mesh(2, 2, 2), accumulate=2)
     trainer, _ = started(settings)
@@ -188,9 +182,9 @@ def test_four_processes_train_what_one_does():
         json.loads(text.split("found ", 1)[1])
         for text in processes.run(4, script, processes.REPOSITORY / "tests")
     ]
-    settings = train_tests.config(mesh=Mesh(2, 2, 2), accumulate=2)
-    losses, state, _ = train_tests.steps(settings)
-    expected = train_tests.examples().batch(np.arange(8))
+    settings = training.config(mesh=Mesh(2, 2, 2), accumulate=2)
+    losses, state, _ = training.steps(settings)
+    expected = training.examples().batch(np.arange(8))
     for each in found:
         assert each["rows"] == [1], "a fourth of the four examples of a part"
         for name, array in expected.items():

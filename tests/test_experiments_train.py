@@ -1,123 +1,31 @@
-"""Loss, schedule and the training step: against definitions written out by hand, and against themselves
-on other meshes.
-"""
+"""Loss, schedule and the training step against definitions written by hand, and what of a run is exported."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import (
+    close,
+    config,
+    examples,
+    LORA,
+    MODEL,
+    on_one_device,
+    optax_promotes as optax_promotes,
+    started,
+    steps,
+    weights,
+)
 
 import lora_jax
-from experiments import finish, loss as losses, optimizer, train
-from experiments.config import (
-    Architecture,
-    Base,
-    Budget,
-    Config,
-    Mesh,
-    method_value,
-    METHODS,
-    Optimizer,
-    Source,
-    TextData,
-    Train,
-)
+from experiments import finish, loss as losses, optimizer
+from experiments.config import Optimizer, Train
 from experiments.progress import read_metrics, Record
-from experiments.tasks.examples import Examples, Splits
-from lora_jax._paths import named_leaves
+from experiments.tasks.examples import Splits
 from lora_jax.checkpoint import Checkpoints
-from lora_jax.models.gpt2 import GPT2, GPT2Config
-
-
-LORA = {"name": "LoRA", "rank": 2, "alpha": 4, "init": "kaiming", "blocks": [True, False, True]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
-    strict.
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def config(
-    method=LORA,
-    targets=("attn/c_attn/kernel",),
-    mesh=Mesh(),
-    clip=None,
-    name="adamw",
-    rules=(),
-    quantize=None,
-    **settings,
-):
-    section = Train(**{"steps": 6, "batch": 8, "lr": 1e-2, "warmup": 2, "label_smoothing": 0.1, **settings})
-    architecture = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="none")
-    data = TextData("text", "none", "none", 12)
-    rule = Optimizer(name, weight_decay=0.01, clip=clip, **dict(rules))
-    return Config(
-        "tiny", Source(None), architecture, data, method, targets, section, rule, mesh, quantize=quantize
-    )
-
-
-def examples(count=24, seq_len=12):
-    random = np.random.default_rng(0)
-    draw = lambda low, high: random.integers(1, 31, size=random.integers(low, high)).tolist()
-    return Examples([(draw(2, 5), draw(2, 7)) for _ in range(count)], seq_len)
-
-
-MODEL = GPT2(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-
-
-@functools.cache
-def weights():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def started(settings):
-    """A trainer and its first state, on the mesh that `settings` asks for."""
-    params = weights()
-    mesh = train.make_mesh(settings.mesh)
-    params, specs = train.place(mesh, params, MODEL.partition_rules)
-    frozen, delta = lora_jax.lorafy(
-        params, list(settings.targets), method=method_value(settings.method), key=jax.random.key(1)
-    )
-    trainer = train.Trainer.create(settings, mesh, MODEL.apply, frozen, delta, specs)
-    return trainer, trainer.start(delta, specs, jax.random.key(2))
-
-
-def steps(settings, count=3, quickly=False):
-    """Losses of `count` steps, and the state after them. `quickly`: compiled with little care, which
-    takes a third less time.
-    """
-    trainer, state = started(settings)
-    step, data, found = trainer.compiled_step(state), examples(), []
-    for number in range(count):
-        indices = np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data)
-        batch = trainer.device_batch(data, indices, settings.train.accumulate)
-        arguments = (
-            state.delta,
-            state.opt_state,
-            trainer.frozen,
-            batch,
-            jax.random.fold_in(state.key, number),
-        )
-        if quickly and number == 0:
-            step = step.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
-        delta, opt_state, numbers = step(*arguments)
-        state = state._replace(delta=delta, opt_state=opt_state, step=number + 1)
-        found.append(float(numbers["loss"]))
-    return found, state, step
-
-
-def close(left, right, tolerance=1e-6):
-    jax.tree.map(
-        lambda one, two: np.testing.assert_allclose(one, two, atol=tolerance, rtol=tolerance), left, right
-    )
 
 
 def test_loss_is_the_definition():
@@ -187,41 +95,6 @@ def test_accumulation_is_the_big_batch(accumulate):
     close(state.delta, other.delta, 1e-5)
 
 
-@functools.cache
-def on_one_device(full=False):
-    """What the sharded and the accumulated runs are compared with."""
-    return steps(config({"name": "Full"}, (".*",)) if full else config())[:2]
-
-
-@pytest.mark.parametrize(
-    "full, shape",
-    [(False, (2, 1, 1)), (False, (1, 2, 1)), (False, (1, 1, 2)), (False, (2, 2, 2)), (True, (2, 2, 2))],
-    ids=str,
-)
-def test_every_mesh_gives_the_same_adapter(full, shape):
-    whole, state = on_one_device(full)
-    method, targets = ({"name": "Full"}, (".*",)) if full else (LORA, ("attn/c_attn/kernel",))
-    spread, other, _ = steps(config(method, targets, Mesh(*shape)))
-    np.testing.assert_allclose(whole, spread, rtol=1e-5)
-    close(state.delta, jax.device_get(other.delta), 2e-5)
-    halved = [
-        leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state)
-    ]
-    # With `blocks`, B stays whole, so only fsdp splits anything of LoRA's.
-    assert any(halved) == (full or shape[1] > 1), "the moments are split as their arrays are"
-
-
-def test_the_authors_optimizer_on_a_mesh():
-    """Its moments are split and its counters are everywhere, as those of optax's own."""
-    whole, state, _ = steps(config(name="adamw_authors"))
-    spread, other, _ = steps(config(name="adamw_authors", mesh=Mesh(2, 2, 2)))
-    np.testing.assert_allclose(whole, spread, rtol=1e-5)
-    close(state.delta, jax.device_get(other.delta), 2e-5)
-    assert any(
-        leaf.addressable_shards[0].data.shape != leaf.shape for leaf in jax.tree.leaves(other.opt_state)
-    )
-
-
 def test_the_base_outlives_full_fine_tuning():
     """Donated buffers are the run's own copies: the base is needed at the end, for what it says before
     training.
@@ -259,25 +132,6 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert trainer.loss(delta, trainer.frozen, batch)[0] == trainer.loss(delta, trainer.frozen, batch)[0], (
         "no key, no dropout"
     )
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2)])
-def test_dropout_is_the_same_on_every_mesh(shape):
-    """A run that goes on with other devices sees what it would have seen."""
-    settings = {**LORA, "dropout": 0.5}
-    found = []
-    for mesh in (Mesh(), Mesh(*shape)):
-        trainer, state = started(config(settings, mesh=mesh))
-        batch = jax.tree.map(lambda array: array[0], trainer.device_batch(examples(), np.arange(8)))
-        found.append(
-            jax.jit(trainer.loss)(
-                jax.tree.map(jnp.ones_like, state.delta),
-                trainer.frozen,
-                batch,
-                jax.random.fold_in(state.key, 0),
-            )[0]
-        )
-    np.testing.assert_allclose(*map(float, found), rtol=1e-6)
 
 
 def test_clipping_by_the_global_norm():
@@ -352,120 +206,3 @@ def test_what_of_a_run_is_exported(tmp_path, result):
     else:
         assert saved == [4, 8] and words == "the last step, 8"
         np.testing.assert_allclose(found, losses_of[8], rtol=1e-6)
-
-
-def test_a_mesh_larger_than_the_machine():
-    with pytest.raises(ValueError, match="`mesh` 4 x 4 x 1 needs 16 devices, but there are 8"):
-        train.make_mesh(Mesh(4, 4, 1))
-
-
-# --- other methods ------------------------------------------------------------------------------------------
-
-RULES = {
-    "AdaLoRA": {"adalora": Budget(target_rank=1, final_steps=1, orthogonality=0.1)},
-    "LoRAFA": {"lorafa": True, "loraplus": 4.0},
-    "DyLoRA": {"loraplus": 4.0},
-}
-ROWS = {name: {"name": name} if name == "Full" else {"name": name, "rank": 2} for name in METHODS}
-
-
-def row(name, **more):
-    return config(ROWS[name], ("attn/.*/kernel", "mlp/c_fc/kernel"), rules=RULES.get(name, {}), **more)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_and_every_mesh_gives_the_same(name):
-    alone, state, step = steps(row(name), 3)
-    assert state.step == 3 and step._cache_size() == 1
-    spread, other, _ = steps(row(name, mesh=Mesh(2, 2, 2)), 3)
-    close(alone, spread)
-    close(state.delta, jax.device_get(other.delta))
-    assert all(
-        len(leaf.sharding.device_set) == 8
-        for leaf in jax.tree.leaves(started(row(name, mesh=Mesh(2, 2, 2)))[0].frozen)
-    )
-
-
-@functools.cache
-def of_one_device(name, quantize=None):
-    return steps(row(name, quantize=quantize), 3)[:2]
-
-
-# All ways of giving eight devices to the axes, but for the one above.
-MESHES = [
-    (data, fsdp, 8 // data // fsdp)
-    for data in (1, 2, 4, 8)
-    for fsdp in (1, 2, 4, 8)
-    if data * fsdp <= 8 and (data, fsdp) != (2, 2)
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize(
-    "name, quantize",
-    [*((name, None) for name in METHODS), ("LoRA", "nf4"), ("LoRA", "int8"), ("DoRA", "nf4")],
-)
-def test_every_mesh_gives_every_method_the_same(name, quantize, shape):
-    alone, state = of_one_device(name, quantize)
-    spread, other, _ = steps(row(name, quantize=quantize, mesh=Mesh(*shape)), 3, quickly=True)
-    close(alone, spread)
-    close(state.delta, jax.device_get(other.delta))
-
-
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "Full"])
-def test_a_quantised_base_trains(name):
-    settings = (
-        row(name, quantize="nf4") if name != "Full" else config({"name": "Full"}, ("bias",), quantize="nf4")
-    )
-    trainer, _ = started(settings)
-    packed = [leaf for leaf in jax.tree.leaves(trainer.frozen) if leaf.dtype == jnp.uint8]
-    assert len(packed) >= 4, "the matrices of the layer"
-    losses, state, _ = steps(settings, 4)
-    assert np.all(np.isfinite(losses))
-    spread, other, _ = steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)), 4)
-    close(losses, spread)
-    # But for the bias of the keys, whose gradient is nothing but rounding, which Adam makes large.
-    compared = lambda delta: {
-        path: np.delete(leaf, np.s_[8:16]) if path.endswith("c_attn/bias") else leaf
-        for path, leaf in named_leaves(jax.device_get(delta))
-    }
-    close(compared(state.delta), compared(other.delta))
-
-
-def test_the_budget_is_spent():
-    """Of rank 2 in three matrices three ranks are left at the end, and the penalty reaches the gradient."""
-    settings = row("AdaLoRA", steps=5)
-    _, state, _ = steps(settings, 5)
-    assert sum(int(np.sum(left)) for left in lora_jax.optim.ranks(state.delta).values()) == 3
-    free = dataclasses.replace(
-        settings,
-        optimizer=dataclasses.replace(
-            settings.optimizer, adalora=Budget(target_rank=1, final_steps=1, orthogonality=0.0)
-        ),
-    )
-    _, other, _ = steps(free, 2)
-    _, state, _ = steps(settings, 2)
-    assert any(
-        not np.allclose(one, two)
-        for one, two in zip(jax.tree.leaves(state.delta), jax.tree.leaves(other.delta), strict=True)
-    )
-
-
-@pytest.mark.parametrize(
-    "method, rules, message",
-    [
-        (
-            LORA,
-            {"adalora": Budget(1)},
-            "`optimizer.adalora` is for the method AdaLoRA, and `method.name` is LoRA",
-        ),
-        (LORA, {"lorafa": True}, "`optimizer.lorafa` is for the method LoRAFA, and `method.name` is LoRA"),
-        (ROWS["AdaLoRA"], {}, "`method.name` is AdaLoRA, which needs a budget: set `optimizer.adalora`"),
-        ({"name": "DeltaLoRA", "delayed": True}, {}, "`method.delayed` waits for `start_delta`"),
-        ({"name": "Dora"}, {}, "`method.name` must be one of LoRA, DoRA, .*got 'Dora'; did you mean `DoRA`"),
-    ],
-)
-def test_rules_belong_to_methods(method, rules, message):
-    with pytest.raises(ValueError, match=message):
-        config(method, rules=rules)

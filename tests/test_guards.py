@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import optax_promotes as optax_promotes
 
 import lora_jax
 from experiments import guards, order, train
@@ -23,15 +24,6 @@ from lora_jax.models.gpt2 import GPT2, GPT2Config
 
 
 MODEL = GPT2(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
-    strict.
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 # --- the step -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import optax_promotes as optax_promotes
 
 from experiments import loss as losses, optimizer
 from experiments.config import Optimizer, Train
@@ -15,15 +16,6 @@ from experiments.config import Optimizer, Train
 STEPS = 20
 TRAIN = Train(steps=STEPS, batch=1, lr=1e-2, warmup=5, label_smoothing=0.1)
 SECTION = Optimizer("adamw_authors", b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
-    strict.
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def rate(step):
