@@ -218,6 +218,35 @@ def test_refusals_name_the_key(tmp_path, change, kind, message):
     assert str(caught.value).startswith(message)
 
 
+NUMBERS = [("train", name) for name in ("lr", "label_smoothing")] + [
+    ("optimizer", name) for name in ("b1", "b2", "eps", "weight_decay", "clip", "loraplus")
+]
+NUMBERS += [("optimizer.adalora", "orthogonality"), ("decode", "length_penalty")]
+NUMBERS += [("decode.sample", name) for name in ("temperature", "top_p")]
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN"])
+@pytest.mark.parametrize("section, name", NUMBERS, ids=".".join)
+def test_no_number_is_infinite(tmp_path, section, name, value):
+    """JSON has no such numbers, and Python's reader takes them all the same."""
+    overrides = ["optimizer.adalora.target_rank=1"] if section == "optimizer.adalora" else []
+    with pytest.raises(ValueError, match=f"^`{section}.{name}` must be "):
+        load(tmp_path, minimal(), *overrides, f"{section}.{name}={value}")
+
+
+def test_every_number_of_a_section_is_looked_at():
+    """What the list above leaves out is counted in whole numbers, which are finite."""
+    sections = {"train": configs.Train, "optimizer": configs.Optimizer, "decode": configs.Decode}
+    sections |= {"optimizer.adalora": configs.Budget, "decode.sample": configs.Sample}
+    found = {
+        (section, field.name)
+        for section, kind in sections.items()
+        for field in dataclasses.fields(kind)
+        if "float" in str(field.type)
+    }
+    assert found == set(NUMBERS)
+
+
 def test_a_mean_of_more_than_are_saved(tmp_path):
     load(tmp_path, minimal(), "train.result=mean", "train.checkpoint_every=2")
     with pytest.raises(

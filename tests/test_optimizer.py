@@ -23,6 +23,15 @@ def rate(step):
     return TRAIN.lr * (step / 5 if step < 5 else max(0, STEPS - step) / (STEPS - 5))
 
 
+def test_schedule_starts_at_zero_and_ends_at_zero():
+    rate = optimizer.warmup_linear(Train(steps=26290, batch=8, lr=2e-4, warmup=500))
+    expected = {0: 0.0, 250: 1e-4, 499: 0.998 * 2e-4, 500: 2e-4, 13395: 1e-4, 26290: 0.0, 26300: 0.0}
+    for step, wanted in expected.items():
+        np.testing.assert_allclose(rate(step), wanted, rtol=1e-6)
+    flat = optimizer.warmup_linear(Train(steps=4, batch=1, lr=1.0))
+    np.testing.assert_allclose([flat(step) for step in range(5)], [1, 0.75, 0.5, 0.25, 0])
+
+
 def followed(section, weights, gradients, train=TRAIN):
     """The weights after one update a gradient."""
     tx = optimizer.create(section, train)
@@ -33,6 +42,39 @@ def followed(section, weights, gradients, train=TRAIN):
         weights = optax.apply_updates(weights, updates)
         found.append(weights)
     return found
+
+
+def test_adamw_is_its_definition():
+    """Twenty updates by random gradients, beside the same in float64 numpy: what decays is the weight before
+    its update, and epsilon stands beside the corrected root.
+    """
+    random = np.random.default_rng(0)
+    start = random.normal(size=(3, 4)).astype(np.float32)
+    gradients = [(1e-3 * random.normal(size=(3, 4))).astype(np.float32) for _ in range(STEPS)]
+    p, m, v = start.astype(np.float64), 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        g = g.astype(np.float64)
+        m, v = 0.8 * m + 0.2 * g, 0.99 * v + 0.01 * g**2
+        root = np.sqrt(v / (1 - 0.99**t)) + 1e-3
+        p = p - rate(t - 1) * (m / (1 - 0.8**t) / root + 0.1 * p)
+    found = followed(Optimizer("adamw", 0.8, 0.99, 1e-3, 0.1), jnp.asarray(start), gradients)
+    np.testing.assert_allclose(found[-1], p, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_authors"])
+def test_clipping_is_by_the_norm_of_all(name):
+    """A gradient above the limit is scaled down, one below is left alone. Adam's first step alone would say
+    nothing: it is the same for every size of the gradient.
+    """
+    weights = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    large, small = ({"a": size * jnp.array([3.0, 4.0]), "b": size * jnp.array([12.0])} for size in (1, 0.01))
+    scaled = jax.tree.map(lambda leaf: leaf * (0.5 / 13), large)
+    found = followed(Optimizer(name, clip=0.5), weights, [large, small, small])[-1]
+    expected = followed(Optimizer(name), weights, [scaled, small, small])[-1]
+    unclipped = followed(Optimizer(name), weights, [large, small, small])[-1]
+    for key in weights:
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-6)
+        assert np.abs(found[key] - unclipped[key]).min() > 1e-4
 
 
 # 1e-6 is epsilon's own size, where its place decides the step; at 1 it is lost beside the gradient.
