@@ -1,6 +1,7 @@
-"""Loss, schedule and the training step against definitions written by hand, and what of a run is exported."""
+"""Loss and training step against definitions written by hand, and what of a run is exported."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from training import (
+    alike,
     close,
     config,
     examples,
@@ -21,10 +23,10 @@ from training import (
 )
 
 import lora_jax
-from experiments import finish, loss as losses, optimizer
-from experiments.config import Optimizer, Train
+from experiments import finish, loss as losses, optimizer, order, train
 from experiments.progress import read_metrics, Record
-from experiments.tasks.examples import Splits
+from experiments.step import step_of
+from experiments.tasks.examples import Blocks, Examples, Splits
 from lora_jax.checkpoint import Checkpoints
 
 
@@ -49,57 +51,85 @@ def test_loss_is_the_definition():
     ), "nothing counted is no NaN"
 
 
-def test_schedule_starts_at_zero_and_ends_at_zero():
-    rate = optimizer.warmup_linear(Train(steps=26290, batch=8, lr=2e-4, warmup=500))
-    for step, expected in [(0, 0.0), (250, 1e-4), (500, 2e-4), (26290, 0.0), (13395, 1e-4)]:
-        np.testing.assert_allclose(rate(step), expected, rtol=1e-6)
-    flat = optimizer.warmup_linear(Train(steps=4, batch=1, lr=1.0))
-    np.testing.assert_allclose([flat(step) for step in range(5)], [1, 0.75, 0.5, 0.25, 0])
+@functools.cache
+def one_step():
+    return steps(config(), 1)
+
+
+def moments(ran):
+    """Adam's first ones, as trees of what trains."""
+    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+    (state,) = filter(is_adam, jax.tree.leaves(ran.state.opt_state, is_leaf=is_adam))
+    return state.mu
 
 
 def test_the_first_step_changes_nothing():
     """Its rate is 0, but the moments of Adam take it in."""
     _, before = started(config())
-    _, after, _ = steps(config(), 1)
-    close(before.delta, after.delta, 0)
-    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim)
+    close(before.delta, one_step().state.delta, 0)
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(moments(one_step())))
 
 
 def test_a_step_is_optax_on_the_plain_loss():
-    """Two steps of the trainer against the same two written directly, with merged weights and no
+    """Three steps of the trainer against the same three written directly, with merged weights and no
     adapters' transform.
     """
     settings = config()
-    _, state = on_one_device()
     trainer, first = started(settings)
     delta, data = first.delta, examples()
     tx = optax.adamw(optimizer.warmup_linear(settings.train), eps=1e-8, weight_decay=0.01)
     opt_state = tx.init(delta)
-    for number in range(3):
-        batch = data.batch(np.arange(number * 8, number * 8 + 8))
 
-        def loss(delta, batch=batch):
+    @jax.jit
+    def step(delta, opt_state, batch):
+        def loss(delta):
             logits = MODEL.apply({"params": lora_jax.merge(trainer.frozen, delta)}, batch["input_ids"])
             return losses.mean(*losses.masked_sum(logits, batch["labels"], batch["mask"], 0.1))
 
         updates, opt_state = tx.update(jax.grad(loss)(delta), opt_state, delta)
-        delta = optax.apply_updates(delta, updates)
-    close(state.delta, delta, 1e-5)
+        return optax.apply_updates(delta, updates), opt_state
+
+    for number in range(3):
+        delta, opt_state = step(delta, opt_state, data.batch(np.arange(number * 8, number * 8 + 8)))
+    close(on_one_device().state.delta, delta, 1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulation_is_the_big_batch(accumulate):
-    whole, state = on_one_device()
-    parts, other, _ = steps(config(accumulate=accumulate))
-    np.testing.assert_allclose(whole, parts, rtol=1e-6)
-    close(state.delta, other.delta, 1e-5)
+def test_accumulation_is_the_big_batch():
+    """Parts of different numbers of tokens: the whole batch's gradient is not the mean of theirs."""
+    masks = examples().batch(np.arange(8))["mask"].reshape(4, -1).sum(-1)
+    assert len(set(masks)) > 1
+    alike(on_one_device(), steps(config(accumulate=4)), 1e-5)
+
+
+def test_each_part_of_a_batch_has_its_own_key():
+    """The gradient of w[i] is what part i drew."""
+    loss = lambda delta, frozen, piece, key: (
+        jnp.sum(delta["w"] * piece["one"] * jax.random.normal(key)),
+        jnp.float32(1),
+    )
+    tx, delta = optax.sgd(1.0), {"w": jnp.zeros(4)}
+    batch = {"one": jnp.eye(4)}
+    draw = lambda seed: jax.jit(step_of(loss, tx, 4))(
+        delta, tx.init(delta), None, batch, jax.random.key(seed)
+    )[0]["w"].tolist()
+    assert len({*draw(0), *draw(1)}) == 8
+    assert draw(0) == draw(0)
+
+
+def test_clipping_by_the_global_norm():
+    """Seen in the moments, a tenth of the first gradient: by itself Adam's first step has always one size."""
+    plain, clipped = moments(one_step()), moments(steps(config(clip=1e-4), 1))
+    norm = float(optax.tree.norm(plain))
+    assert norm > 1e-4
+    np.testing.assert_allclose(optax.tree.norm(clipped), 0.1 * 1e-4, rtol=1e-5)
+    close(jax.tree.map(lambda leaf: leaf * (0.1 * 1e-4 / norm), plain), clipped, 1e-8)
 
 
 def test_the_base_outlives_full_fine_tuning():
     """Donated buffers are the run's own copies: the base is needed at the end, for what it says before
     training.
     """
-    _, state, _ = steps(config({"name": "Full"}, (".*",)), 1)
+    state = steps(config({"name": "Full"}, (".*",)), 1).state
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((weights(), state.delta)))
 
 
@@ -117,49 +147,73 @@ def test_one_compilation_and_donated_buffers():
     assert all(leaf.is_deleted() for leaf in old)
 
 
-def test_dropout_depends_on_seed_and_step_alone():
-    settings = config({**LORA, "dropout": 0.5})
-    assert steps(settings)[0] == steps(settings)[0]
-    trainer, state = started(settings)
+def test_dropout_depends_on_its_key_alone():
+    trainer, state = started(config({**LORA, "dropout": 0.5}))
+    loss = jax.jit(trainer.loss)
     # At the start B is 0, and what is dropped before it makes no difference.
     delta = jax.tree.map(jnp.ones_like, state.delta)
     batch = jax.tree.map(lambda array: array[0], trainer.device_batch(examples(), np.arange(8)))
-    keyed = [
-        float(trainer.loss(delta, trainer.frozen, batch, jax.random.fold_in(state.key, step))[0])
-        for step in (0, 1)
-    ]
-    assert keyed[0] != keyed[1]
-    assert trainer.loss(delta, trainer.frozen, batch)[0] == trainer.loss(delta, trainer.frozen, batch)[0], (
-        "no key, no dropout"
-    )
+    of = lambda *key: float(loss(delta, trainer.frozen, batch, *key)[0])
+    first, second = (jax.random.fold_in(state.key, step) for step in (0, 1))
+    assert of(first) == of(first) != of(second)
+    assert of() == of(), "no key, no dropout"
 
 
-def test_clipping_by_the_global_norm():
-    tx = optimizer.create(Optimizer(clip=1.0), Train(steps=2, batch=1, lr=1.0))
-    plain = optimizer.create(Optimizer(), Train(steps=2, batch=1, lr=1.0))
-    weight, gradient = {"w": jnp.ones(2)}, {"w": jnp.array([30.0, 40.0])}
-    clipped, _ = tx.update(gradient, tx.init(weight), weight)
-    expected, _ = plain.update({"w": jnp.array([0.6, 0.8])}, plain.init(weight), weight)
-    close(clipped, expected)
+def test_each_step_has_its_own_examples_and_key(tmp_path, monkeypatch):
+    """Over two epochs and a part of the third. All examples are the same and nothing is learned, so that
+    losses differ by what is dropped.
+    """
+    settings = config({**LORA, "dropout": 0.5}, steps=7, lr=0.0, warmup=0, log_every=1, eval_every=100)
+    settings = dataclasses.replace(settings, seed=3)
+    trainer, state = started(settings)
+    state = state._replace(delta=jax.tree.map(jnp.ones_like, state.delta))
+    data, valid, seen = Examples([([5, 6, 9], [7, 8, 9])] * 20, 12), examples(8), []
+    device_batch = train.Trainer.device_batch
+
+    def watched(trainer, source, indices, *more):
+        if source is data:
+            seen.append(indices.tolist())
+        return device_batch(trainer, source, indices, *more)
+
+    monkeypatch.setattr(train.Trainer, "device_batch", watched)
+    with (
+        Checkpoints(tmp_path / "checkpoints", identity={}) as checkpoints,
+        Record(tmp_path, "run", 7, 0) as record,
+    ):
+        trainer.fit(state, Splits(data, valid), checkpoints, record)
+    assert seen == [order.indices(3, number, 20, 8).tolist() for number in range(7)]
+    for epoch in (seen[:3], seen[3:6]):
+        assert set(sum(epoch, [])) == set(range(20))
+    found = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert len(found) == len(set(found)) == 7
 
 
-def test_evaluation_counts_every_example_once():
-    trainer, state = started(config())
-    data = examples(count=21)
-    compiled = jax.jit(trainer.loss)
-    found = trainer.evaluate(compiled, state.delta, data)
-    arrays = jax.tree.map(jnp.asarray, data.batch(np.arange(21)))
-    total, count = trainer.loss(state.delta, trainer.frozen, arrays)
-    np.testing.assert_allclose(found, losses.mean(total, count), rtol=1e-6)
+def by_hand(params, arrays):
+    """The mean negative log-likelihood of the counted tokens, in float64."""
+    logits = np.asarray(jax.jit(MODEL.apply)({"params": params}, arrays["input_ids"]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    taken = np.take_along_axis(log_p, arrays["labels"][..., None], -1)[..., 0]
+    return -(taken * arrays["mask"]).sum() / (arrays["mask"].sum() + 1e-4)
+
+
+@pytest.mark.parametrize("kind", [Examples, Blocks])
+def test_evaluation_counts_every_example_once(kind):
+    """21 of them in batches of 8, of which the last is filled up; without smoothing or dropout."""
+    trainer, state = started(config({**LORA, "dropout": 0.5}))
+    delta = jax.tree.map(lambda leaf: leaf + 0.1, state.delta)
+    tokens = np.random.default_rng(0).integers(1, 31, 21 * 12 + 1)
+    data = examples(count=21) if kind is Examples else Blocks(tokens, 12)
+    assert len(data) == 21
+    compiled, params = jax.jit(trainer.loss), lora_jax.merge(trainer.frozen, delta)
+    expected = by_hand(params, data.batch(np.arange(21)))
+    np.testing.assert_allclose(trainer.evaluate(compiled, delta, data), expected, rtol=1e-5)
     limited = dataclasses.replace(
         trainer.config, train=dataclasses.replace(trainer.config.train, eval_batches=1)
     )
-    arrays = jax.tree.map(lambda array: array[:8], arrays)
-    expected = losses.mean(*trainer.loss(state.delta, trainer.frozen, arrays))
     np.testing.assert_allclose(
-        dataclasses.replace(trainer, config=limited).evaluate(compiled, state.delta, data),
-        expected,
-        rtol=1e-6,
+        dataclasses.replace(trainer, config=limited).evaluate(compiled, delta, data),
+        by_hand(params, data.batch(np.arange(8))),
+        rtol=1e-5,
     )
 
 

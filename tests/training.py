@@ -1,6 +1,8 @@
 """A tiny model, its data, and a few steps of it on any mesh: what tests of training share."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from experiments.config import (
     Train,
 )
 from experiments.tasks.examples import Examples
+from lora_jax.checkpoint import State
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 
 
@@ -83,28 +86,26 @@ def started(settings):
     return trainer, trainer.start(delta, specs, jax.random.key(2))
 
 
-def steps(settings, count=3, quickly=False):
-    """Losses of `count` steps, and the state after them. `quickly`: compiled with little care, which
-    takes a third less time.
-    """
+class Ran(NamedTuple):
+    """`losses`: one a step. `state`: after the last."""
+
+    losses: list[float]
+    state: State
+    step: Callable
+    trainer: train.Trainer
+
+
+def steps(settings, count=3):
     trainer, state = started(settings)
     step, data, found = trainer.compiled_step(state), examples(), []
     for number in range(count):
         indices = np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data)
         batch = trainer.device_batch(data, indices, settings.train.accumulate)
-        arguments = (
-            state.delta,
-            state.opt_state,
-            trainer.frozen,
-            batch,
-            jax.random.fold_in(state.key, number),
-        )
-        if quickly and number == 0:
-            step = step.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
-        delta, opt_state, numbers = step(*arguments)
+        key = jax.random.fold_in(state.key, number)
+        delta, opt_state, numbers = step(state.delta, state.opt_state, trainer.frozen, batch, key)
         state = state._replace(delta=delta, opt_state=opt_state, step=number + 1)
         found.append(float(numbers["loss"]))
-    return found, state, step
+    return Ran(found, state, step, trainer)
 
 
 def close(left, right, tolerance=1e-6):
@@ -113,10 +114,16 @@ def close(left, right, tolerance=1e-6):
     )
 
 
+def alike(ran, other, tolerance=1e-6):
+    """Two runs of the same steps, to rounding."""
+    np.testing.assert_allclose(ran.losses, other.losses, rtol=max(tolerance / 2, 1e-6))
+    close(jax.device_get(ran.state.delta), jax.device_get(other.state.delta), tolerance)
+
+
 @functools.cache
 def on_one_device(full=False):
     """What the sharded and the accumulated runs are compared with."""
-    return steps(config({"name": "Full"}, (".*",)) if full else config())[:2]
+    return steps(config({"name": "Full"}, (".*",)) if full else config())
 
 
 RULES = {
