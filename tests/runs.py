@@ -1,5 +1,6 @@
 """Runs of a tiny model through the command line, as several files of tests look at them."""
 
+import functools
 import json
 import runpy
 import sys
@@ -57,14 +58,30 @@ LORA = {
 }
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A directory with the two configs and the finished run `done`, of the command line."""
-    root = tmp_path_factory.mktemp("runs")
+@pytest.fixture(autouse=True, scope="module")
+def without_java():
+    """METEOR starts java, which costs more than any of these runs. `test_metrics` has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        yield
+
+
+@functools.cache
+def _finished(directory):
+    root = directory / "runs"
+    root.mkdir()
     (root / "base.json").write_text(json.dumps(BASE))
     (root / "tiny.json").write_text(json.dumps(LORA))
     assert main(["run", "--config", str(root / "tiny.json"), "--workdir", str(root / "done")]) == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with the two configs and the finished run `done`, of the command line. Made once a
+    process, so that nothing may change it.
+    """
+    return _finished(tmp_path_factory.getbasetemp())
 
 
 def snapshot(directory):
@@ -92,24 +109,3 @@ def refused(capsys, monkeypatch, *arguments):
 
 def close(left, right):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), left, right)
-
-
-@pytest.fixture(scope="module")
-def inputs(root):
-    """Data and bases to be refused, beside good ones, and the config of a run that would use them."""
-    inputs = root / "inputs"
-    inputs.mkdir()
-    for name in ("train.txt", "valid.txt", "test.txt"):
-        (inputs / name).write_bytes((root / "done" / "data" / name).read_bytes())
-    (inputs / "empty.txt").write_text("")
-    (inputs / "bare.txt").write_text("name : A||A .\nno separator\n")
-    truncated = inputs / "truncated"
-    truncated.mkdir()
-    for path in (root / "done" / "base" / "merged").iterdir():
-        content = path.read_bytes()
-        (truncated / path.name).write_bytes(
-            content[: len(content) // 2] if path.suffix == ".safetensors" else content
-        )
-    tree = {**LORA, "base": {"path": str(root / "done" / "base" / "merged")}, "generate": None}
-    (root / "plain.json").write_text(json.dumps(tree))
-    return inputs

@@ -86,6 +86,28 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
             TypeError,
             "`train.steps` must be an integer, got true (a boolean)",
         ),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": True}},
+            TypeError,
+            "`train.lr` must be a number, got true (a boolean)",
+        ),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": 1, "warmup": 5}},
+            ValueError,
+            "`train.warmup` must be between 0 and `train.steps` (4), got 5",
+        ),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": 1, "label_smoothing": 1}},
+            ValueError,
+            "`train.label_smoothing` must be at least 0 and less than 1, got 1.0",
+        ),
+        ({"optimizer": {"loraplus": 0}}, ValueError, "`optimizer.loraplus` must be positive, got 0.0"),
+        ({"optimizer": {"b1": -0.1}}, ValueError, "`optimizer.b1` must be at least 0 and below 1, got -0.1"),
+        (
+            {"decode": {"sample": {"top_p": 0}}},
+            ValueError,
+            "`decode.sample.top_p` must be more than 0 and at most 1, or null, got 0.0",
+        ),
         ({"train": {"steps": 4, "lr": 1}}, ValueError, "missing key `train.batch`"),
         (
             {"base": {"path": "gpt2", "vocabulary": 300}},
@@ -226,7 +248,7 @@ NUMBERS += [("decode.sample", name) for name in ("temperature", "top_p")]
 
 
 @pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN"])
-@pytest.mark.parametrize("section, name", NUMBERS, ids=".".join)
+@pytest.mark.parametrize("section, name", NUMBERS, ids=[".".join(pair) for pair in NUMBERS])
 def test_no_number_is_infinite(tmp_path, section, name, value):
     """JSON has no such numbers, and Python's reader takes them all the same."""
     overrides = ["optimizer.adalora.target_rank=1"] if section == "optimizer.adalora" else []

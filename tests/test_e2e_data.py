@@ -334,6 +334,8 @@ def test_order_is_a_function_of_seed_and_step(count, batch):
             "each example once, then draws that fill the last batch"
         )
         assert len(drawn) == steps * batch and drawn.max() < count
+    fillers = [drawn[count:].tolist() for drawn in epochs]
+    assert len(fillers[0]) < 5 or (len(set(fillers[0])) > 1 and fillers[0] != fillers[1])
     backwards = [order.indices(7, step, count, batch).tolist() for step in reversed(range(2 * steps))]
     assert backwards[::-1] == [order.indices(7, step, count, batch).tolist() for step in range(2 * steps)]
     assert order.indices(7, 0, 1000, 8).tolist() != order.indices(8, 0, 1000, 8).tolist()

@@ -2,14 +2,25 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from runs import inputs as inputs, LORA, refused, root as root, snapshot
+from runs import BASE, GENERATE, LORA, refused, snapshot, without_java as without_java
+from stopping import lost_in
 from training import optax_promotes as optax_promotes
 
-from experiments import config as configs
+import experiments
+from experiments import base as bases, config as configs
 from experiments.command_line import main
+from experiments.config import Architecture, Generate
 from experiments.run import run
+from experiments.tasks import generate
+from lora_jax.interop import hf
+
+
+SMALL = Path(experiments.__file__).parent / "bases" / "small"
 
 
 BAD_ARGUMENTS = {
@@ -42,18 +53,50 @@ BAD_ARGUMENTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The two configs; `data`, with bases to be refused beside a good one; the config of a run that would
+    use them.
+    """
+    inputs = tmp_path_factory.mktemp("inputs")
+    data = generate.write(Generate(**GENERATE), inputs / "data")
+    (data / "empty.txt").write_text("")
+    (data / "bare.txt").write_text("name : A||A .\nno separator\n")
+    model = bases.model(Architecture(8, 1, 2, 160), vocabulary=4096, end=0)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    hf.save(data / "base", model, params, source=SMALL)
+    (data / "truncated").mkdir()
+    for path in (data / "base").iterdir():
+        content = path.read_bytes()
+        (data / "truncated" / path.name).write_bytes(
+            content[: len(content) // 2] if path.suffix == ".safetensors" else content
+        )
+    (inputs / "base.json").write_text(json.dumps(BASE))
+    (inputs / "tiny.json").write_text(json.dumps(LORA))
+    (inputs / "plain.json").write_text(json.dumps({**LORA, "base": {"path": "base"}, "generate": None}))
+    return inputs
+
+
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_input_is_one_line(root, inputs, tmp_path, capsys, monkeypatch, case):
+def test_bad_input_is_one_line(inputs, tmp_path, capsys, monkeypatch, case):
     arguments, message = BAD_ARGUMENTS[case]
-    config = [] if "--config" in arguments else ["--config", root / "plain.json"]
+    config = [] if "--config" in arguments else ["--config", inputs / "plain.json"]
     line = refused(
-        capsys, monkeypatch, "run", *config, "--data", inputs, "--workdir", tmp_path / "work", *arguments
+        capsys,
+        monkeypatch,
+        "run",
+        *config,
+        "--data",
+        inputs / "data",
+        "--workdir",
+        tmp_path / "work",
+        *arguments,
     )
     assert message in line
     assert not (tmp_path / "work").exists(), "nothing was written"
 
 
-def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
+def test_a_base_beside_the_config(inputs, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text(
         json.dumps({**LORA, "base": {"path": "./bases/tiny"}, "compare_full": False})
     )
@@ -61,16 +104,15 @@ def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
         "run",
         str(tmp_path / "config.json"),
         "--data",
-        str(root),
+        str(inputs),
         "--workdir",
         str(tmp_path / "run"),
     ]
     line = refused(capsys, monkeypatch, *arguments)
     assert f"no directory `{tmp_path / 'bases' / 'tiny'}`" in line
-    shutil.copytree(root / "done" / "base" / "merged", tmp_path / "bases" / "tiny")
-    run(
-        configs.load(tmp_path / "config.json"), tmp_path / "config.json", root, tmp_path / "run", stop_after=1
-    )
+    shutil.copytree(inputs / "data" / "base", tmp_path / "bases" / "tiny")
+    with lost_in(1):
+        run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", inputs, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
@@ -83,32 +125,36 @@ def test_a_base_beside_the_config(root, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_what_a_base_would_not_fit_is_found_before_it_is_trained(
-    root, tmp_path, capsys, monkeypatch, override, message
+    inputs, tmp_path, capsys, monkeypatch, override, message
 ):
     line = refused(
-        capsys, monkeypatch, "run", root / "tiny.json", "--workdir", tmp_path / "work", "--set", override
+        capsys, monkeypatch, "run", inputs / "tiny.json", "--workdir", tmp_path / "work", "--set", override
     )
     assert message in line
     assert not (tmp_path / "work").exists(), "nothing was written"
 
 
-def test_another_config_is_refused(root, capsys, monkeypatch):
-    before = snapshot(root / "done")
-    line = refused(
-        capsys, monkeypatch, "run", root / "tiny.json", "--workdir", root / "done", "--set", "train.lr=0.5"
-    )
-    assert "holds a run of another config: `train.lr` was 0.01 and is now 0.5" in line
-    assert snapshot(root / "done") == before
+def test_another_config_is_refused(inputs, tmp_path, capsys, monkeypatch):
+    """Whether it has finished or not."""
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_json(configs.load(inputs / "tiny.json"))))
+    for _ in range(2):
+        before = snapshot(tmp_path)
+        line = refused(
+            capsys, monkeypatch, "run", inputs / "tiny.json", "--workdir", tmp_path, "--set", "train.lr=0.5"
+        )
+        assert "holds a run of another config: `train.lr` was 0.01 and is now 0.5" in line
+        assert snapshot(tmp_path) == before
+        (tmp_path / "report.md").write_text("")
 
 
-def test_a_directory_of_something_else_is_refused(root, tmp_path, capsys, monkeypatch):
+def test_a_directory_of_something_else_is_refused(inputs, tmp_path, capsys, monkeypatch):
     (tmp_path / "thesis.tex").write_text("chapter one")
-    line = refused(capsys, monkeypatch, "run", root / "tiny.json", "--workdir", tmp_path)
+    line = refused(capsys, monkeypatch, "run", inputs / "tiny.json", "--workdir", tmp_path)
     assert "is not empty and holds no run" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_the_command_line_itself(root, capsys, monkeypatch):
+def test_the_command_line_itself(capsys, monkeypatch):
     assert "takes one config" in refused(capsys, monkeypatch, "run")
     assert "takes one config" in refused(capsys, monkeypatch, "run", "a.json", "--config", "b.json")
     assert "invalid choice" in refused(

@@ -4,12 +4,14 @@ import json
 
 import jax
 import numpy as np
-from runs import close, GENERATE, inputs as inputs, refused, root as root
+from runs import close, GENERATE, refused, root as root, without_java as without_java
 from training import optax_promotes as optax_promotes
 
 import lora_jax
-from experiments import config as configs
+from experiments import config as configs, tasks
+from experiments.base import load_tokenizer
 from experiments.command_line import main
+from experiments.decode import Decoder
 from lora_jax.interop import hf, loralib, peft
 
 
@@ -84,6 +86,17 @@ def test_the_report_scores_and_weighs(root, capsys):
     assert main(["report", str(done)]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.count("|") == 10 and f"{100 * facts['scores']['after']['BLEU']:.2f}" in row
+
+
+def test_the_predictions_are_those_of_the_base_and_of_the_merged_model(root):
+    done, config = root / "done", configs.load(root / "tiny.json")
+    for directory, file in (("base/merged", "predictions_before.txt"), ("merged", "predictions.txt")):
+        model, params = hf.load(done / directory)
+        words = load_tokenizer(done / directory)
+        splits = tasks.prepare(config.data, tasks.read(config.data, done / "data"), words)
+        texts = Decoder.create(config, model, words, splits.prompts).texts(params)
+        assert (done / file).read_text().splitlines() == texts
+    assert (done / "predictions.txt").read_text() != (done / "predictions_before.txt").read_text()
 
 
 def test_the_base_stays_and_the_merged_model_moves(root):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from training import (
 )
 
 import lora_jax
-from experiments import finish, loss as losses, optimizer, order, train
+from experiments import base as bases, finish, loss as losses, optimizer, order, train
 from experiments.progress import read_metrics, Record
 from experiments.step import step_of
 from experiments.tasks.examples import Blocks, Examples, Splits
@@ -260,3 +261,17 @@ def test_what_of_a_run_is_exported(tmp_path, result):
     else:
         assert saved == [4, 8] and words == "the last step, 8"
         np.testing.assert_allclose(found, losses_of[8], rtol=1e-6)
+
+
+def test_the_comparison_sees_what_went_wrong(tmp_path, monkeypatch):
+    """Of the adapted model with its own export, and with that of another adapter."""
+    monkeypatch.setitem(sys.modules, "torch", None)  # whose comparison is another one
+    trainer, state = started(config())
+    base = bases.Loaded(MODEL, weights(), None, tmp_path, "a test")
+    splits, moved = Splits(examples(), examples()), jax.tree.map(lambda leaf: leaf + 0.3, state.delta)
+    finish.export(trainer, moved, base, tmp_path / "merged")
+    good, bad = (
+        finish.compare(trainer, delta, tmp_path / "merged", splits) for delta in (moved, state.delta)
+    )
+    assert good["max_difference"] < 1e-5 < 1e-2 < bad["max_difference"] < good["max_logit"]
+    assert good["pytorch"] is None
