@@ -9,8 +9,10 @@ import optax
 import pytest
 from training import optax_promotes as optax_promotes
 
+import lora_jax
 from experiments import loss as losses, optimizer
-from experiments.config import Optimizer, Train
+from experiments.config import Budget, Optimizer, Train
+from lora_jax import optim
 
 
 STEPS = 20
@@ -96,6 +98,43 @@ def test_authors_adamw_is_its_definition(size):
     if size == 1e-6:
         optax_adamw = followed(Optimizer("adamw", 0.9, 0.999, 1e-6, 0.1), jnp.asarray(start), gradients)
         assert np.abs(optax_adamw[-1] - p).max() > 1e-3, "epsilon stands elsewhere in optax.adamw"
+
+
+def after(tx, delta, count=6):
+    """`delta` after updates by the same random gradients."""
+    random, state, update = np.random.default_rng(0), tx.init(delta), jax.jit(tx.update)
+    for _ in range(count):
+        gradient = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), delta)
+        updates, state = update(gradient, state, delta)
+        delta = optax.apply_updates(delta, updates)
+    return delta
+
+
+RULES = {
+    "LoRA": ({"loraplus": 4.0}, lambda tx, frozen, delta: optim.loraplus(tx, 4.0)),
+    "LoRAFA": ({"lorafa": True}, lambda tx, frozen, delta: optax.chain(optim.lorafa(frozen, delta), tx)),
+    "AdaLoRA": (
+        {"adalora": Budget(target_rank=1, initial_steps=1, final_steps=2, every=2)},
+        lambda tx, frozen, delta: optim.adalora(
+            tx, total_steps=6, target_rank=1, initial_steps=1, final_steps=2, every=2
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rules_of_a_method_are_as_the_config_has_them(name):
+    """And make a difference."""
+    section, rule = RULES[name]
+    train = Train(steps=6, batch=1, lr=0.1)
+    params = {"v": jnp.ones((6, 4)), "w": 2 * jnp.ones((6, 4))}
+    frozen, delta = lora_jax.lorafy(params, ".*", method=getattr(lora_jax, name)(rank=2))
+    delta = jax.tree.map(lambda leaf: leaf + 0.1, delta)
+    plain = optimizer.create(Optimizer(), train)
+    found = after(optimizer.for_adapters(Optimizer(**section), train, frozen, delta), delta)
+    jax.tree.map(np.testing.assert_array_equal, found, after(rule(plain, frozen, delta), delta))
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(after(plain, delta)), strict=True)
+    assert not all(np.allclose(one, two) for one, two in pairs)
 
 
 def test_what_decays_is_the_updated_weight():
