@@ -82,6 +82,7 @@ def of_one_device(name, quantize=None):
     return steps(row(name, quantize=quantize))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_every_mesh_gives_the_same(name):
     alone, spread = of_one_device(name), steps(row(name, mesh=Mesh(2, 2, 2)))
@@ -115,6 +116,7 @@ def packed(trainer):
     return [leaf for leaf in jax.tree.leaves(trainer.frozen) if leaf.dtype == jnp.uint8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LoRA", "DoRA"])
 def test_a_quantised_base_trains(name):
     """On every mesh: see above."""
@@ -123,6 +125,7 @@ def test_a_quantised_base_trains(name):
     assert np.all(np.isfinite(alone.losses)) and alone.losses[2] != alone.losses[0]
 
 
+@pytest.mark.slow
 def test_the_biases_of_a_quantised_base_train():
     settings = config({"name": "Full"}, ("bias",), quantize="nf4")
     alone, spread = steps(settings), steps(dataclasses.replace(settings, mesh=Mesh(2, 2, 2)))

@@ -27,6 +27,10 @@ from experiments.run import run
 from lora_jax.interop import hf
 
 
+# The run that all of them look at.
+pytestmark = pytest.mark.slow
+
+
 def words(root, workdir, *more):
     """The command of `done`, but for what is only measured."""
     sets = [word for item in ("compare_full=false", *more) for word in ("--set", item)]
@@ -50,7 +54,6 @@ def parts(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "parts")
 
 
-@pytest.mark.slow
 def test_resume_is_bit_for_bit(root, parts, capsys):
     """Lost as `stopped` was, then told to stop where it would have been evaluated, where nothing was due, and
     at the last step: the run ends as the uninterrupted one, told step by step.
@@ -74,7 +77,6 @@ def test_resume_is_bit_for_bit(root, parts, capsys):
     assert numbers_of(parts) == numbers_of(root / "done"), "each step is told once"
 
 
-@pytest.mark.slow
 def test_another_mesh_goes_on(root, parts, capsys):
     """Begun on one device and ended on four: the numbers of `done`, to float32 rounding, and the
     directory says which mesh was the last.

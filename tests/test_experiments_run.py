@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from runs import close, GENERATE, refused, root as root, without_java as without_java
 from training import optax_promotes as optax_promotes
 
@@ -13,6 +14,10 @@ from experiments.base import load_tokenizer
 from experiments.command_line import main
 from experiments.decode import Decoder
 from lora_jax.interop import hf, loralib, peft
+
+
+# The run that all of them look at.
+pytestmark = pytest.mark.slow
 
 
 def test_a_finished_work_directory(root):
