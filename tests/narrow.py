@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from training import examples, MODEL, optax_promotes as optax_promotes, weights
+from training import examples, MODEL, weights
 
 import lora_jax
 from experiments import order, precision, train
@@ -79,8 +79,8 @@ def arguments(trainer, state, number=0):
     return state.delta, state.opt_state, trainer.frozen, batch, jax.random.fold_in(state.key, number)
 
 
-def steps(settings, count):
-    trainer, state = started(settings)
+def steps(trainer, state, count):
+    """The losses of `count` steps from `state`, whose arrays they take, and the state after them."""
     step, found = trainer.compiled_step(state), []
     for number in range(count):
         delta, opt_state, numbers = step(*arguments(trainer, state, number))

@@ -6,6 +6,7 @@ from the traced step.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -15,10 +16,11 @@ import numpy as np
 import optax
 import pytest
 from narrow import ALL, arguments, config, dtypes, LORA, NARROW, of, started, steps, traced, WIDE
-from training import MODEL, optax_promotes as optax_promotes, weights
+from stopping import lost_in
+from training import examples, MODEL, optax_promotes as optax_promotes, weights
 
 import lora_jax
-from experiments import base as bases, config as configs, finish, loss as losses, train
+from experiments import base as bases, config as configs, finish, loss as losses, order, train
 from experiments.command_line import main
 from experiments.config import Architecture, Base, Mesh, METHODS, Precision
 from experiments.run import run
@@ -91,19 +93,20 @@ def test_the_default_leaves_the_step_as_it_was():
     assert "bf16" not in str(ours) and "custom_vjp" not in str(ours)
 
 
-@pytest.fixture
-def directory(tmp_path):
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
     """A base in float32 on the disk, with a tokenizer."""
     import tokenizers
     import transformers
 
     words = {word: number for number, word in enumerate(["<end>", "a", "b", "c"])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
-    hf.save(tmp_path / "base", MODEL, weights())
+    made = tmp_path_factory.mktemp("bases")
+    hf.save(made / "base", MODEL, weights())
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(
-        tmp_path / "base"
+        made / "base"
     )
-    return tmp_path
+    return made
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -183,6 +186,14 @@ def test_master_weights_do_not_widen_the_products():
         assert dtypes(state.delta) == {WIDE} and dtypes(trainer.frozen) == {NARROW}
 
 
+@functools.cache
+def narrow_logits():
+    """The base's, of the batch of the first step."""
+    params = jax.tree.map(lambda leaf: leaf.astype(NARROW), weights())
+    batch = examples().batch(order.indices(0, 0, 24, 8))
+    return jax.jit(MODEL.clone(dtype=NARROW).apply)({"params": params}, batch["input_ids"])
+
+
 @pytest.mark.parametrize(
     "name, dtype", [*((name, "bfloat16") for name in METHODS), ("LoRA", "float32"), ("Full", "float32")]
 )
@@ -194,7 +205,12 @@ def test_what_trains_and_its_moments(name, dtype):
     trained = dict(jax.tree_util.tree_flatten_with_path(state.delta)[0])
     always_wide = {path for path in trained if name == "DoRA" and "m" in jax.tree_util.keystr(path[-1:])}
     assert {leaf.dtype for path, leaf in trained.items() if path not in always_wide} == {jnp.dtype(dtype)}
-    found, after = steps(settings, 3)
+    batch = jax.tree.map(lambda array: array[0], arguments(trainer, state)[3])
+    expected = losses.masked_sum(narrow_logits(), batch["labels"], batch["mask"])[0]
+    np.testing.assert_allclose(
+        jax.jit(trainer.loss)(state.delta, trainer.frozen, batch)[0], expected, rtol=1e-6
+    )
+    found, after = steps(trainer, state, 3)
     assert jax.tree.map(lambda leaf: leaf.dtype, after.delta) == jax.tree.map(
         lambda leaf: leaf.dtype, state.delta
     )
@@ -211,14 +227,6 @@ def test_what_trains_and_its_moments(name, dtype):
             lambda leaf: leaf.dtype, after.delta
         )
     assert np.all(np.isfinite(found)) and found[2] != found[0]
-    batch = jax.tree.map(lambda array: array[0], arguments(trainer, state)[3])
-    logits = jax.jit(MODEL.clone(dtype=NARROW).apply)(
-        {"params": jax.tree.map(lambda leaf: leaf.astype(NARROW), weights())}, batch["input_ids"]
-    )
-    expected = losses.masked_sum(logits, batch["labels"], batch["mask"])[0]
-    np.testing.assert_allclose(
-        jax.jit(trainer.loss)(state.delta, trainer.frozen, batch)[0], expected, rtol=1e-6
-    )
 
 
 def _has_moments(node):
@@ -232,7 +240,7 @@ def test_bfloat16_learns_what_float32_learns():
         "batch": 24,
         "lr": 0.005,
     }
-    wide, narrow = (steps(config(policy, **task), 40)[0] for policy in (Precision(), ALL))
+    wide, narrow = (steps(*started(config(policy, **task)), 40)[0] for policy in (Precision(), ALL))
     assert wide[-1] < 0.93 * wide[0]
     assert abs(narrow[-1] - wide[-1]) < 0.03 * (wide[0] - wide[-1])
 
@@ -288,7 +296,8 @@ def test_a_run_in_bfloat16_resumes_and_exports(tmp_path):
     settings = itertools.chain.from_iterable(("--set", item) for item in policy)
     assert main(["run", "--config", str(path), "--workdir", str(tmp_path / "whole"), *settings]) == 0
     narrow = configs.load(path, policy)
-    run(narrow, path, tmp_path, tmp_path / "parts", stop_after=3)
+    with lost_in(5):
+        run(narrow, path, tmp_path, tmp_path / "parts")
     assert not (tmp_path / "parts" / "merged").exists()
     run(narrow, path, tmp_path, tmp_path / "parts")
     whole, parts = (
