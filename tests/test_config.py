@@ -86,6 +86,28 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
             TypeError,
             "`train.steps` must be an integer, got true (a boolean)",
         ),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": True}},
+            TypeError,
+            "`train.lr` must be a number, got true (a boolean)",
+        ),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": 1, "warmup": 5}},
+            ValueError,
+            "`train.warmup` must be between 0 and `train.steps` (4), got 5",
+        ),
+        (
+            {"train": {"steps": 4, "batch": 2, "lr": 1, "label_smoothing": 1}},
+            ValueError,
+            "`train.label_smoothing` must be at least 0 and less than 1, got 1.0",
+        ),
+        ({"optimizer": {"loraplus": 0}}, ValueError, "`optimizer.loraplus` must be positive, got 0.0"),
+        ({"optimizer": {"b1": -0.1}}, ValueError, "`optimizer.b1` must be at least 0 and below 1, got -0.1"),
+        (
+            {"decode": {"sample": {"top_p": 0}}},
+            ValueError,
+            "`decode.sample.top_p` must be more than 0 and at most 1, or null, got 0.0",
+        ),
         ({"train": {"steps": 4, "lr": 1}}, ValueError, "missing key `train.batch`"),
         (
             {"base": {"path": "gpt2", "vocabulary": 300}},
@@ -216,6 +238,35 @@ def test_refusals_name_the_key(tmp_path, change, kind, message):
     with pytest.raises(kind) as caught:
         load(tmp_path, minimal(**change))
     assert str(caught.value).startswith(message)
+
+
+NUMBERS = [("train", name) for name in ("lr", "label_smoothing")] + [
+    ("optimizer", name) for name in ("b1", "b2", "eps", "weight_decay", "clip", "loraplus")
+]
+NUMBERS += [("optimizer.adalora", "orthogonality"), ("decode", "length_penalty")]
+NUMBERS += [("decode.sample", name) for name in ("temperature", "top_p")]
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN"])
+@pytest.mark.parametrize("section, name", NUMBERS, ids=[".".join(pair) for pair in NUMBERS])
+def test_no_number_is_infinite(tmp_path, section, name, value):
+    """JSON has no such numbers, and Python's reader takes them all the same."""
+    overrides = ["optimizer.adalora.target_rank=1"] if section == "optimizer.adalora" else []
+    with pytest.raises(ValueError, match=f"^`{section}.{name}` must be "):
+        load(tmp_path, minimal(), *overrides, f"{section}.{name}={value}")
+
+
+def test_every_number_of_a_section_is_looked_at():
+    """What the list above leaves out is counted in whole numbers, which are finite."""
+    sections = {"train": configs.Train, "optimizer": configs.Optimizer, "decode": configs.Decode}
+    sections |= {"optimizer.adalora": configs.Budget, "decode.sample": configs.Sample}
+    found = {
+        (section, field.name)
+        for section, kind in sections.items()
+        for field in dataclasses.fields(kind)
+        if "float" in str(field.type)
+    }
+    assert found == set(NUMBERS)
 
 
 def test_a_mean_of_more_than_are_saved(tmp_path):

@@ -162,11 +162,28 @@ def test_weights_may_lie_on_a_mesh():
 
 @pytest.mark.parametrize("scores, expected", [([1.0, 1.0, 0.0], [0]), ([0.0, 1.0, 1.0], [1])])
 def test_ties_go_to_the_lower_token(scores, expected):
-    """The last layer norm turned into a constant gives the same logits whatever the tokens."""
+    params = constant(t0=scores[0], t1=scores[1], t2=scores[2])
+    assert generated(params, [[7]], Decode(max_tokens=1, beams=2), end=(12,)) == [expected]
+
+
+def constant(**logits):
+    """Weights under which the next token has these logits, whatever came before; every other has 0."""
     params = jax.tree.map(np.zeros_like, weights(0))
     params["ln_f"]["bias"] = np.eye(8, dtype=np.float32)[0]
-    params["wte"]["embedding"][:3, 0] = scores
-    assert generated(params, [[7]], Decode(max_tokens=1, beams=2), end=(12,)) == [expected]
+    for token, logit in logits.items():
+        params["wte"]["embedding"][int(token[1:]), 0] = logit
+    return params
+
+
+@pytest.mark.parametrize(
+    "penalty, expected", [(1.0, []), (0.9, []), (1.1, [3])], ids=["equal", "shorter", "longer"]
+)
+def test_of_equal_texts_the_one_that_ended_first_is_kept(penalty, expected):
+    """Token 3 and the end are equally likely: with penalty 1 texts of one and of two tokens have the same
+    mean. At the last step the text that ends comes before the one that is cut off.
+    """
+    section = Decode(max_tokens=2, beams=2, length_penalty=penalty)
+    assert generated(constant(t3=9.0, t12=9.0), [[7]], section, end=(12,)) == [expected]
 
 
 def test_one_program_serves_all_batches_of_a_width():

@@ -175,15 +175,26 @@ def test_too_long_is_refused_by_name(generated, small_tokenizer):
 
 
 def test_prompts_are_grouped_by_context(generated, small_tokenizer):
-    section = E2EData("e2e", "train.txt", "valid.txt", "test.txt", max_rows=5)
+    section = E2EData("e2e", "train.txt", "valid.txt", "test.txt", max_rows=5, max_valid_rows=3)
     splits = e2e.prepare(section, e2e.read(section, generated), small_tokenizer)
-    assert len(splits.train) == 5
+    assert (len(splits.train), len(splits.valid)) == (5, 3)
     assert len(splits.prompts) == SECTION.held_out
     first = splits.prompts[0]
     assert (
         small_tokenizer.decode(first.ids[:-1]) == first.text and first.ids[-1] == small_tokenizer.eos_token_id
     )
     assert 1 <= len(first.references) <= SECTION.references
+
+
+def test_a_prompt_has_every_wording_that_there_is(small_tokenizer):
+    """In the order of the file, wherever they stand, one that is repeated twice, and none that is empty."""
+    rows = [("b", ""), ("a", "one"), ("b", "three"), ("a", "two"), ("a", "one"), ("a", ""), ("c", "")]
+    section = E2EData("e2e", "train.txt", "valid.txt", "test.txt")
+    splits = e2e.prepare(
+        section, {"train": [("a", "x")], "valid": [("a", "x")], "test": rows}, small_tokenizer
+    )
+    found = [(prompt.text, prompt.references) for prompt in splits.prompts]
+    assert found == [("b", ("three",)), ("a", ("one", "two", "one")), ("c", ())]
 
 
 def test_generated_data(generated, tmp_path):
@@ -225,11 +236,38 @@ def test_text_is_packed(small_tokenizer, tmp_path, suffix):
     assert batch["mask"].all()
 
 
+def test_blocks_are_told_apart():
+    """By every token and by their length; what is left of the tokens makes no block."""
+    tokens = np.arange(30)
+    assert [len(examples.Blocks(tokens[:count], 4)) for count in (0, 1, 4, 5, 8, 9)] == [0, 0, 0, 1, 1, 2]
+    other = tokens.copy()
+    other[17] += 1
+    made = [examples.Blocks(tokens, 4), examples.Blocks(other, 4), examples.Blocks(tokens, 5)]
+    assert len({blocks.fingerprint() for blocks in made}) == 3
+    assert examples.Blocks(tokens.tolist(), 4).fingerprint() == made[0].fingerprint()
+    batch = made[0].batch(np.array([2, 0]))
+    assert batch["input_ids"].tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[9, 10, 11, 12], [1, 2, 3, 4]]
+
+
+def test_examples_are_told_apart():
+    """By every token, by where the completion begins and where an example ends, and by their length."""
+    pairs = [([5, 6], [7]), ([5], [6, 7])], [([5], [6, 7]), ([5], [6, 7])], [([5, 6], [7]), ([5], [6, 8])]
+    made = [examples.Examples(each, 8) for each in (*pairs, [([5, 6], [7, 5]), ([6], [7])])]
+    made.append(examples.Examples(pairs[0], 9))
+    assert len({each.fingerprint() for each in made}) == len(made)
+    assert examples.Examples(pairs[0], 8).fingerprint() == made[0].fingerprint()
+
+
 def test_text_of_several_files(generated, tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(
             f"The text of {name}, which is long enough for a block of it.\n"
         )
+    limited = text.read(
+        TextData("text", ("one.txt", "two.txt"), "one.txt", 4, max_bytes=11, max_valid_bytes=8), tmp_path
+    )
+    assert limited == {"train": ["The text of"] * 2, "valid": ["The text"]}
     section = TextData("text", ("one.txt", "two.txt"), "one.txt", 4)
     assert text.read(section, tmp_path)["train"] == [
         f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")
@@ -297,6 +335,8 @@ def test_order_is_a_function_of_seed_and_step(count, batch):
             "each example once, then draws that fill the last batch"
         )
         assert len(drawn) == steps * batch and drawn.max() < count
+    fillers = [drawn[count:].tolist() for drawn in epochs]
+    assert len(fillers[0]) < 5 or (len(set(fillers[0])) > 1 and fillers[0] != fillers[1])
     backwards = [order.indices(7, step, count, batch).tolist() for step in reversed(range(2 * steps))]
     assert backwards[::-1] == [order.indices(7, step, count, batch).tolist() for step in range(2 * steps)]
     assert order.indices(7, 0, 1000, 8).tolist() != order.indices(8, 0, 1000, 8).tolist()

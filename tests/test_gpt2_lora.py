@@ -15,7 +15,7 @@ from lora_jax.models import GPT2, GPT2Config, stack_layers
 
 
 # No activation has as many elements as a weight.
-CONFIG = GPT2Config(vocab_size=53, n_positions=16, n_embd=12, n_layer=3, n_head=2)
+CONFIG = GPT2Config(vocab_size=53, n_positions=16, n_embd=12, n_layer=2, n_head=2)
 IDS = jnp.arange(14).reshape(2, 7) * 3 % 53
 EVERYTHING = (
     "wte/embedding",
@@ -35,6 +35,19 @@ def _randomised(tree, seed=0):
     )
 
 
+def _initial(model):
+    """As `init` draws it, without compiling that."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
+    draw = np.random.default_rng(0).normal
+
+    def leaf(path, shape):
+        constant = {"scale": 1.0, "bias": 0.0}.get(path[-1].key)
+        value = 0.02 * draw(size=shape.shape) if constant is None else np.full(shape.shape, constant)
+        return jnp.asarray(value, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
 def _adapted(model, params, targets, method):
     axes = {".*kernel": "layer in out"} if model.scan else None
     frozen, delta = lora_jax.lorafy(params, targets, method=method, axes=axes)
@@ -46,7 +59,7 @@ def _adapted(model, params, targets, method):
 @pytest.mark.parametrize("which", ["q,v", "everything"])
 def test_adapted_is_merged_and_nothing_is_formed(which, scan, checkpoint, x64):
     model = GPT2(CONFIG, scan=scan, checkpoint=checkpoint, param_dtype=jnp.float64)
-    params = model.init(jax.random.key(0), IDS)["params"]
+    params = _initial(model)
     targets, blocks = (EVERYTHING[2:3], (True, False, True)) if which == "q,v" else (EVERYTHING, None)
     frozen, delta = _adapted(model, params, targets, LoRA(rank=2, alpha=3, blocks=blocks))
     forward = lora_jax.adapt(model.apply)
@@ -69,43 +82,45 @@ def test_adapted_is_merged_and_nothing_is_formed(which, scan, checkpoint, x64):
     jaxpr = gradient(leaves, delta)
     for index, path in enumerate(paths):
         if any(path.endswith(target) for target in targets):
-            layers = 3 if scan and path.startswith("h/") else 1
+            layers = CONFIG.n_layer if scan and path.startswith("h/") else 1
             for size in {leaves[index].size, leaves[index].size // layers}:
                 assert not formed(jaxpr, [index], size), path
 
 
 def test_the_layouts_agree(x64):
     unrolled, scanned = (GPT2(CONFIG, scan=scan, param_dtype=jnp.float64) for scan in (False, True))
-    params = unrolled.init(jax.random.key(0), IDS)["params"]
+    params = _initial(unrolled)
     frozen, delta = _adapted(unrolled, params, EVERYTHING[2:3], LoRA(rank=2))
     merged = lora_jax.merge(frozen, delta)
     stacked_frozen, stacked_delta = _adapted(scanned, stack_layers(params), EVERYTHING[2:3], LoRA(rank=2))
     arrays = {
-        name: jnp.stack([delta["h"][str(i)]["attn"]["c_attn"]["kernel"].arrays[name] for i in range(3)])
+        name: jnp.stack(
+            [delta["h"][str(i)]["attn"]["c_attn"]["kernel"].arrays[name] for i in range(CONFIG.n_layer)]
+        )
         for name in ("a", "b")
     }
     stacked_delta["h"]["attn"]["c_attn"]["kernel"].arrays.update(arrays)
-    out = lora_jax.adapt(scanned.apply)({"params": lora_jax.combine(stacked_frozen, stacked_delta)}, IDS)
-    np.testing.assert_allclose(out, unrolled.apply({"params": merged}, IDS), rtol=1e-12, atol=1e-12)
+    out = jax.jit(lora_jax.adapt(scanned.apply))(
+        {"params": lora_jax.combine(stacked_frozen, stacked_delta)}, IDS
+    )
+    np.testing.assert_allclose(out, jax.jit(unrolled.apply)({"params": merged}, IDS), rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_base_with_float32_adapters():
     model = GPT2(CONFIG, param_dtype=jnp.bfloat16)
-    frozen, delta = _adapted(
-        model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2, alpha=2)
-    )
+    frozen, delta = _adapted(model, _initial(model), EVERYTHING[2:], LoRA(rank=2, alpha=2))
     # Adapters of about 0.4 of the weights' size. Ones that outweigh them make the model itself
     # ill-conditioned.
     delta = jax.tree.map(lambda array: 0.25 * array, delta)
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(jnp.float32)}
     exact_frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
-    exact = GPT2(CONFIG).apply({"params": lora_jax.merge(exact_frozen, delta)}, IDS)
+    exact = jax.jit(GPT2(CONFIG).apply)({"params": lora_jax.merge(exact_frozen, delta)}, IDS)
 
     def error(logits):
         return float(jnp.abs(logits - exact).max() / jnp.abs(exact).max())
 
-    adapted = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
-    merged = model.apply({"params": lora_jax.merge(frozen, delta)}, IDS)
+    adapted = jax.jit(lora_jax.adapt(model.apply))({"params": lora_jax.combine(frozen, delta)}, IDS)
+    merged = jax.jit(model.apply)({"params": lora_jax.merge(frozen, delta)}, IDS)
     assert error(adapted) < 2**-6 and error(merged) < 2**-6
     assert float(jnp.abs(adapted - merged).max() / jnp.abs(exact).max()) < 2**-6
 
@@ -134,9 +149,7 @@ def test_decoding_with_a_cache():
     model.
     """
     model = GPT2(CONFIG)
-    frozen, delta = _adapted(
-        model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2)
-    )
+    frozen, delta = _adapted(model, _initial(model), EVERYTHING[2:], LoRA(rank=2))
     step = jax.jit(lora_jax.adapt(model.apply))
     variables = {"params": lora_jax.combine(frozen, delta)}
     logits, cache = step(variables, IDS[:, :4], cache=model.init_cache(2, 8))
@@ -144,7 +157,7 @@ def test_decoding_with_a_cache():
     for column in range(4, 7):
         logits, cache = step(variables, IDS[:, column : column + 1], cache=cache)
         found.append(logits[:, 0])
-    exact = model.apply({"params": lora_jax.merge(frozen, delta)}, IDS)[:, 3:]
+    exact = jax.jit(model.apply)({"params": lora_jax.merge(frozen, delta)}, IDS)[:, 3:]
     np.testing.assert_allclose(jnp.stack(found, 1), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -153,9 +166,7 @@ def test_the_merged_export_is_pytorchs(scan, tmp_path, torch):
     import transformers
 
     model = GPT2(CONFIG, scan=scan)
-    frozen, delta = _adapted(
-        model, model.init(jax.random.key(0), IDS)["params"], EVERYTHING[2:], LoRA(rank=2)
-    )
+    frozen, delta = _adapted(model, _initial(model), EVERYTHING[2:], LoRA(rank=2))
     hf.save(tmp_path / "merged", model, lora_jax.merge(frozen, delta))
     loaded, report = transformers.GPT2LMHeadModel.from_pretrained(
         tmp_path / "merged", output_loading_info=True
@@ -163,5 +174,5 @@ def test_the_merged_export_is_pytorchs(scan, tmp_path, torch):
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     with torch.no_grad():
         theirs = loaded(torch.tensor(np.asarray(IDS))).logits.numpy()
-    ours = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, IDS)
+    ours = jax.jit(lora_jax.adapt(model.apply))({"params": lora_jax.combine(frozen, delta)}, IDS)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from stopping import told_after
+from training import optax_promotes as optax_promotes
 
 import lora_jax
 from experiments.config import Architecture, Base, Config, Source, TextData, Train
@@ -23,15 +25,6 @@ from lora_jax.models.gpt2 import GPT2, GPT2Config
 
 
 MODEL = GPT2(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _optax_promotes():
-    """Optax raises floats to integer powers of its counters, which strict promotion refuses. Ranks stay
-    strict.
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 # --- the step -----------------------------------------------------------------------------------------------
@@ -77,6 +70,7 @@ def test_numbers_of_a_sound_step():
     # Sorted by name, the unused first; sums of parts over the tokens, whose guard is 1e-4.
     np.testing.assert_allclose(numbers["largest"], [0, 7 / 2.0001], rtol=1e-6)
     np.testing.assert_allclose(numbers["loss"], 14 / 2.0001, rtol=1e-6)
+    np.testing.assert_allclose(numbers["gradient_norm"], math.sqrt(2) * 7 / 2.0001, rtol=1e-6)
     assert (np.asarray(delta["w"]) < 1).all() and (np.asarray(delta["unused"]) == 1).all()
 
 
@@ -182,7 +176,7 @@ def test_an_adapter_without_a_gradient_is_reported_once(tmp_path, largest, names
 
 def run(tmp_path, apply=MODEL.apply, steps=6, **settings):
     """Trains a tiny model on 40 blocks, of which step 4 sees a poisoned one where `apply` is `poisoned`;
-    returns the last state.
+    returns the last state. Goes on where it was stopped.
     """
     tokens = np.arange(40 * 8 + 1) % 31
     tokens[8 * order.indices(0, 3, 40, 4)[1]] = 31
@@ -203,11 +197,11 @@ def run(tmp_path, apply=MODEL.apply, steps=6, **settings):
     )
     trainer = train.Trainer.create(config, mesh, apply, frozen, delta, specs)
     state = trainer.start(delta, specs, jax.random.key(2))
-    with (
-        Checkpoints(tmp_path / "checkpoints", identity={}) as checkpoints,
-        Record(tmp_path, "guarded", steps, 0) as record,
-    ):
-        return trainer.fit(state, splits, checkpoints, record)
+    with Checkpoints(tmp_path / "checkpoints", identity={}) as checkpoints:
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state.delta, state.opt_state)
+        with Record(tmp_path, "guarded", steps, state.step) as record:
+            return trainer.fit(state, splits, checkpoints, record)
 
 
 def poisoned(params, ids):
@@ -242,6 +236,21 @@ def test_a_run_skips_the_step_and_goes_on(tmp_path, capsys):
         rtol=1e-6,
         err_msg="the rate of the update that was taken",
     )
+
+
+def test_a_run_that_was_stopped_remembers_what_it_skipped(tmp_path, capsys):
+    """Its rates stay a step behind, and the step is told once."""
+    lines = []
+    for name in ("whole", "parts"):
+        directory = tmp_path / name
+        directory.mkdir()
+        if name == "parts":
+            with told_after(5):
+                run(directory, poisoned, not_finite="skip")
+        run(directory, poisoned, not_finite="skip")
+        found = read_metrics(directory / "metrics.jsonl")
+        lines.append([(line["step"], line.get("loss"), line.get("lr")) for line in found])
+    assert lines[0] == lines[1] and len(lines[0]) == 6
 
 
 def test_a_run_reports_layers_that_are_not_used(tmp_path, capsys):

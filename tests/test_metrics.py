@@ -2,6 +2,7 @@
 must not change a score.
 """
 
+import functools
 import importlib
 import json
 import math
@@ -31,6 +32,18 @@ def no_java(monkeypatch):
     monkeypatch.setenv("PATH", "")
 
 
+@functools.cache
+def _treebank(tokenize, lines):
+    return tokenize(lines)
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """The references of all made-up systems but one are the same."""
+    tokenize = ptb.tokenize
+    monkeypatch.setattr(ptb, "tokenize", lambda lines: _treebank(tokenize, tuple(lines)))
+
+
 def _words(*texts):
     return [text.split() for text in texts]
 
@@ -47,7 +60,7 @@ def test_own_sentences_score_as_officially(no_java):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _GOLDEN["testset_w_refs"])
-def test_e2e_test_set_scores_as_officially(name, data_dir, no_java):
+def test_e2e_test_set_scores_as_officially(name, data_dir, no_java, read_once):
     """Nine made-up systems on the 630 inputs: equal but for the order in which floats are summed."""
     systems = oracle_e2e.systems(oracle_e2e.read(data_dir / "e2e" / "testset_w_refs.csv"))
     references, hypotheses = next((groups, outputs) for known, groups, outputs in systems if known == name)
@@ -57,6 +70,7 @@ def test_e2e_test_set_scores_as_officially(name, data_dir, no_java):
     )
 
 
+@pytest.mark.slow
 def test_meteor_scores_as_officially():
     scores = score_e2e(_OWN["references"], _OWN["hypotheses"])
     if scores["METEOR"] is None:
@@ -176,6 +190,20 @@ def test_nist_halves_at_two_thirds_of_the_length():
     assert nist.score([_words("a b c a b a")], _words("a x a y")) == pytest.approx(2 / 4 * 0.5)
 
 
+def test_nist_expects_the_mean_length_of_the_references():
+    """Not the shortest, the longest or the nearest; what is longer than expected loses nothing."""
+    # Lengths 2 and 4 make 3, and the output has two thirds of it. `a` is one of six words.
+    expected = math.log2(6) / 2 * 0.5
+    assert nist.score([_words("a b", "c d e f")], _words("a x")) == pytest.approx(expected)
+    # Each of the two words tells one bit, the second nothing after the first; the output has three.
+    assert nist.score([_words("a b")], _words("a b x")) == pytest.approx(2 / 3)
+
+
+def test_bleu_asks_for_no_more_than_the_length_of_the_reference():
+    expected = (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert bleu.score([_words("a b c d")], _words("a b c d x y")) == pytest.approx(expected)
+
+
 def test_rouge_by_hand():
     # Precision from the first reference (3 of 3), recall from the second (1 of 1).
     assert rouge.score([_words("a x b c", "b")], _words("a b c")) == pytest.approx(1.0)
@@ -195,6 +223,12 @@ def test_cider_by_hand():
     longer = cider.score([_words("one two"), _words("x")], _words("one two two", "x"))
     cosines = (1 + 1) / math.sqrt(2 * 5), 1 / math.sqrt(2)
     assert longer == pytest.approx(10 * (sum(cosines) / 4 * math.exp(-1 / 72) + 1 / 4) / 2)
+
+
+def test_cider_is_the_mean_over_references():
+    # The second reference of the first input has nothing of it; of the second input nothing is right.
+    references = [_words("a cheap pub", "q r s"), _words("a nice hotel")]
+    assert cider.score(references, _words("a cheap pub", "z")) == pytest.approx(10 * 0.75 / 2 / 2)
 
 
 @given(_TEXTS, _TEXTS)

@@ -1,0 +1,177 @@
+"""Every kind of bad input to the command line is one line, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import BASE, GENERATE, LORA, refused, snapshot, without_java as without_java
+from stopping import lost_in
+from training import optax_promotes as optax_promotes
+
+import experiments
+from experiments import config as configs
+from experiments.command_line import main
+from experiments.config import Architecture, Generate
+from experiments.running import base as bases
+from experiments.running.run import run
+from experiments.tasks import generate
+from lora_jax.interop import hf
+
+
+SMALL = Path(experiments.__file__).parent / "bases" / "small"
+
+
+BAD_ARGUMENTS = {
+    "unknown key": (["--set", "train.lrr=1"], "unknown key `train.lrr`; did you mean `train.lr`?"),
+    "wrong type": (["--set", "train.lr=fast"], '`train.lr` must be a number, got "fast" (a string)'),
+    "no config": (["--config", "nowhere.json"], "no config file `nowhere.json`"),
+    "missing data": (["--set", "data.train=absent.txt"], "no data file"),
+    "empty data": (["--set", "data.train=empty.txt"], "the data set `empty.txt` is empty"),
+    "no separator": (["--set", "data.valid=bare.txt"], "row 2: expected exactly one `||`"),
+    "too long for seq_len": (["--set", "data.seq_len=20"], "more than `data.seq_len` (20)"),
+    "too long for the model": (
+        ["--set", "data.seq_len=500"],
+        "`data.seq_len` (500) is longer than the model, which has 160 positions",
+    ),
+    "too long to decode": (
+        ["--set", "decode.max_tokens=150"],
+        "`decode.max_tokens` (150) exceed the model's 160 positions",
+    ),
+    "end of two tokens": (
+        ["--set", 'decode.end=["no one"]'],
+        "`decode.end` has 'no one', which the tokenizer encodes as",
+    ),
+    "missing base": (["--set", 'base={"path": "/absent"}'], "`base.path`: no directory"),
+    "unreachable hub": (["--set", 'base={"path": "gpt2-medium"}'], "the hub does not give it"),
+    "truncated safetensors": (["--set", 'base={"path": "truncated"}'], "model.safetensors"),
+    "no target": (["--set", 'targets=["c_attn"]'], "`targets` pattern 'c_attn' matches no leaf"),
+    "rank too large": (["--set", "method.rank=99"], "`rank` is 99"),
+    "mesh too large": (["--set", "mesh.tensor=16"], "needs 16 devices, but there are 8"),
+    "mesh that does not divide": (["--set", "mesh.tensor=5"], "does not divide"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The two configs; `data`, with bases to be refused beside a good one; the config of a run that would
+    use them.
+    """
+    inputs = tmp_path_factory.mktemp("inputs")
+    data = generate.write(Generate(**GENERATE), inputs / "data")
+    (data / "empty.txt").write_text("")
+    (data / "bare.txt").write_text("name : A||A .\nno separator\n")
+    model = bases.model(Architecture(8, 1, 2, 160), vocabulary=4096, end=0)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    hf.save(data / "base", model, params, source=SMALL)
+    (data / "truncated").mkdir()
+    for path in (data / "base").iterdir():
+        content = path.read_bytes()
+        (data / "truncated" / path.name).write_bytes(
+            content[: len(content) // 2] if path.suffix == ".safetensors" else content
+        )
+    (inputs / "base.json").write_text(json.dumps(BASE))
+    (inputs / "tiny.json").write_text(json.dumps(LORA))
+    (inputs / "plain.json").write_text(json.dumps({**LORA, "base": {"path": "base"}, "generate": None}))
+    return inputs
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_input_is_one_line(inputs, tmp_path, capsys, monkeypatch, case):
+    arguments, message = BAD_ARGUMENTS[case]
+    config = [] if "--config" in arguments else ["--config", inputs / "plain.json"]
+    line = refused(
+        capsys,
+        monkeypatch,
+        "run",
+        *config,
+        "--data",
+        inputs / "data",
+        "--workdir",
+        tmp_path / "work",
+        *arguments,
+    )
+    assert message in line
+    assert not (tmp_path / "work").exists(), "nothing was written"
+
+
+def test_a_base_beside_the_config(inputs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        json.dumps({**LORA, "base": {"path": "./bases/tiny"}, "compare_full": False})
+    )
+    arguments = [
+        "run",
+        str(tmp_path / "config.json"),
+        "--data",
+        str(inputs),
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    line = refused(capsys, monkeypatch, *arguments)
+    assert f"no directory `{tmp_path / 'bases' / 'tiny'}`" in line
+    shutil.copytree(inputs / "data" / "base", tmp_path / "bases" / "tiny")
+    with lost_in(1):
+        run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", inputs, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ('targets=["attn/c_atn/kernel"]', "matches no leaf"),
+        ("data.seq_len=161", "`data.seq_len` (161) is longer than the model, which has 160 positions"),
+        ("method.rank=9", "`rank` is 9, above min(in, out) = 8"),
+    ],
+)
+def test_what_a_base_would_not_fit_is_found_before_it_is_trained(
+    inputs, tmp_path, capsys, monkeypatch, override, message
+):
+    line = refused(
+        capsys, monkeypatch, "run", inputs / "tiny.json", "--workdir", tmp_path / "work", "--set", override
+    )
+    assert message in line
+    assert not (tmp_path / "work").exists(), "nothing was written"
+
+
+def test_another_config_is_refused(inputs, tmp_path, capsys, monkeypatch):
+    """Whether it has finished or not."""
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_json(configs.load(inputs / "tiny.json"))))
+    for _ in range(2):
+        before = snapshot(tmp_path)
+        line = refused(
+            capsys, monkeypatch, "run", inputs / "tiny.json", "--workdir", tmp_path, "--set", "train.lr=0.5"
+        )
+        assert "holds a run of another config: `train.lr` was 0.01 and is now 0.5" in line
+        assert snapshot(tmp_path) == before
+        (tmp_path / "report.md").write_text("")
+
+
+def test_a_directory_of_something_else_is_refused(inputs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("chapter one")
+    line = refused(capsys, monkeypatch, "run", inputs / "tiny.json", "--workdir", tmp_path)
+    assert "is not empty and holds no run" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_command_line_itself(capsys, monkeypatch):
+    assert "takes one config" in refused(capsys, monkeypatch, "run")
+    assert "takes one config" in refused(capsys, monkeypatch, "run", "a.json", "--config", "b.json")
+    assert "invalid choice" in refused(
+        capsys, monkeypatch, "export", "--workdir", "a", "--to", "b", "--format", "onnx"
+    )
+    assert "unrecognized arguments" in refused(capsys, monkeypatch, "run", "a.json", "--worckdir", "x")
+    assert "required" in refused(capsys, monkeypatch)
+    for arguments in (
+        ["--help"],
+        ["run", "--help"],
+        ["export", "--help"],
+        ["convert", "--help"],
+        ["report", "--help"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+    with pytest.raises(FileNotFoundError):
+        main(["run", "nowhere.json", "--traceback"])
