@@ -1,0 +1,57 @@
+"""What the columns share: the adapted model, its loss, and when two results are equal."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from method_rows import ADAPTERS, BY_NAME, model, moved, parameters, TOKENS
+
+import lora_jax
+from lora_jax._nodes import Fixed
+from lora_jax._paths import named_leaves
+
+
+FORWARD = lora_jax.adapt(model)
+rows = pytest.mark.parametrize("name", BY_NAME)
+adapters = pytest.mark.parametrize("name", ADAPTERS)
+distinct = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if row.like else []) for name, row in BY_NAME.items()],
+)
+
+
+def adapted(frozen, delta, *args, key=None):
+    return FORWARD(lora_jax.combine(frozen, delta, key=key), *(args or (TOKENS,)))
+
+
+def weight_of(node):
+    return node.weight if isinstance(node, Fixed) else node
+
+
+def close(left, right, tolerance):
+    """Equal within `tolerance` of the largest number of each array."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, one), two in zip(named_leaves(left), jax.tree.leaves(right), strict=True):
+        one, two = np.asarray(one, np.float64), np.asarray(two, np.float64)
+        assert one.shape == two.shape and np.all(np.isfinite(one)), path
+        assert np.max(np.abs(one - two)) <= tolerance * np.max(np.abs(two)), (
+            path,
+            np.max(np.abs(one - two)) / np.max(np.abs(two)),
+        )
+
+
+TEACHER = moved(parameters("float32"), 0.15, seed=7)
+
+
+def loss(frozen, delta, tokens, target, key=None):
+    return jnp.mean(jnp.square(adapted(frozen, delta, tokens, key=key) - target))
+
+
+def defaults():
+    """JAX's default promotion, which optax counts on."""
+    both = contextlib.ExitStack()
+    both.enter_context(jax.numpy_dtype_promotion("standard"))
+    both.enter_context(jax.numpy_rank_promotion("allow"))
+    return both
