@@ -41,6 +41,15 @@ def every_use(params, x):
         0, 2, lambda step, out: out.at[step].set(x @ params["v"]), jnp.zeros((2, *x.shape))
     )
     outputs |= {"loop 0": looped[0], "loop 1": looped[1], "picked": x @ params["stack"][1]}
+
+    # A loop of an unknown number of steps is a `while`, which hands weights on as constants and in its carry.
+    def step(number, state):
+        masks, carried = state
+        return masks.at[number].set(jnp.stack([x @ params["v"], x @ carried])), carried
+
+    unknown = jnp.asarray(x[0, 0] + 1, int)
+    masks, _ = lax.fori_loop(0, unknown, step, (jnp.zeros((2, 2, *x.shape)), params["q"]))
+    outputs |= {f"while {index}": mask for index, mask in enumerate(masks.reshape(4, *x.shape))}
     outputs["branch"] = lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, params["v"])
     outputs["checkpoint"] = jax.checkpoint(lambda w: x @ w)(params["v"])
     outputs["jit"] = jax.jit(lambda w: x @ w)(params["v"])
@@ -60,7 +69,7 @@ def uses():
 
 def test_every_use_has_its_own_mask(uses):
     masks = {name: np.asarray(output) for name, output in uses(jax.random.key(0)).items()}
-    assert len(masks) == 15
+    assert len(masks) == 19
     kept = 1 / (1 - RATE)
     for name, mask in masks.items():
         assert set(np.unique(mask)) == {np.float32(0), np.float32(kept)}, name

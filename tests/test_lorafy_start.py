@@ -9,7 +9,7 @@ import pytest
 from shapes import adapters, QV, RANK_2, shape
 
 import lora_jax
-from lora_jax import LoRA
+from lora_jax import AdaLoRA, DeltaLoRA, DoRA, DyLoRA, LoRA, LoRAFA, VeRA
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_numpy_weights():
 
 
 INS, OUTS = 400, 8
+GAUSSIAN = 1 / math.sqrt(INS)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,44 @@ def test_initialisation(init, sizes, axes, blocks):
         groups = a.reshape(a.shape[0], -1)
         correlation = np.corrcoef(groups)[np.triu_indices(len(groups), 1)]
         assert np.all(np.abs(correlation) < 5 / math.sqrt(groups.shape[1]))
+
+
+# Of every array that starts in its own way: its mean, its deviation, and the largest number that it can have.
+# None: normal. The shared projections are Kaiming-uniform of gain √2, on their own fan-in: 400 and the rank.
+STARTS = {
+    AdaLoRA(rank=OUTS): {"a": (0, 0.02, None), "b": (0, 0.02, None), "e": (0, 0, 0)},
+    VeRA(rank=64): {
+        "b": (0, 0, 0),
+        "d": (0.1, 0, 0.1),
+        "shared_a": (0, math.sqrt(2 / INS), math.sqrt(6 / INS)),
+        "shared_b": (0, math.sqrt(2 / 64), math.sqrt(6 / 64)),
+    },
+    VeRA(rank=64, d_initial=0.3): {"d": (0.3, 0, 0.3)},
+    DoRA(rank=OUTS): {"a": (0, GAUSSIAN, None), "b": (0, 0, 0), "m": (20, 0, 20), "square": (400, 0, 400)},
+    LoRAFA(rank=OUTS): {"a": (0, GAUSSIAN, None), "b": (0, 0, 0)},
+    DyLoRA(rank=OUTS): {"a": (0, GAUSSIAN, None), "b": (0, 0, 0)},
+    DeltaLoRA(rank=OUTS): {
+        "a": (0, GAUSSIAN / math.sqrt(3), GAUSSIAN),
+        "b": (0, 0, 0),
+        "start_a": (0, GAUSSIAN / math.sqrt(3), GAUSSIAN),
+        "start_b": (0, 0, 0),
+    },
+}
+
+
+@pytest.mark.parametrize("method", STARTS, ids=repr)
+def test_every_method_starts_as_its_paper_says(method):
+    frozen, delta = lora_jax.lorafy({"w": np.ones((INS, OUTS), np.float32)}, "w", method=method)
+    arrays = delta["w"].arrays | getattr(frozen["w"], "arrays", {})
+    assert STARTS[method].keys() == arrays.keys() or method.rank == 64
+    for name, (mean, std, largest) in STARTS[method].items():
+        array = np.asarray(arrays[name], np.float64)
+        assert abs(array.mean() - mean) <= 5 * std / math.sqrt(array.size) + 1e-6 * mean, name
+        assert abs(array.std() - std) <= 5 * std / math.sqrt(2 * array.size) + 1e-6 * mean, name
+        if largest is None:
+            assert np.abs(array).max() > 2.2 * std, name
+        else:
+            assert 0.97 * largest <= np.abs(array).max() <= largest * (1 + 1e-6), name
 
 
 PAIR = {"q": jnp.ones((4, 4)), "v": jnp.ones((4, 4)), "o": jnp.ones((4, 6))}

@@ -182,6 +182,24 @@ def test_a_part_of_a_weight_is_refused(method):
         lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(part, delta), jnp.ones((1, 4)))
 
 
+FIXED = [name for name in APART if BY_NAME[name].fixed]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_is_fixed_is_constant(name):
+    """No array beside W in `frozen` has a derivative, whoever differentiates with respect to `frozen`."""
+    _, frozen, start, _ = single(name, (6, 4), "in out")
+    forward = lora_jax.adapt(lambda params, x: jnp.tanh(x @ params["w"]))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)), "float32")
+
+    def value(frozen, delta):
+        return jnp.sum(jnp.square(forward(lora_jax.combine(frozen, delta), x)))
+
+    gradient = quickly(jax.grad(value))(frozen, moved(start))["w"]
+    assert set(gradient.arrays) == set(BY_NAME[name].fixed) and np.any(gradient.weight != 0)
+    assert not any(map(np.any, gradient.arrays.values())), gradient.arrays
+
+
 def test_summary_of_what_is_at_hand(capsys):
     """Of `frozen` too, where the parameters are gone."""
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}

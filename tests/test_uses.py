@@ -245,6 +245,12 @@ MAGNITUDES = {
         lambda w: contracted(jnp.concatenate([w, cosines(6, 3), w], axis=1), "io"),
     ),
     "padded": ((6, 4), "in out", lambda w: contracted(jnp.pad(w, ((1, 0), (0, 2))), "io")),
+    # Of what is added along the out axis, m must be 1: a zero would hide any other.
+    "padded with 2": (
+        (6, 4),
+        "in out",
+        lambda w: contracted(jnp.pad(w, ((0, 0), (1, 2)), constant_values=2.0), "io"),
+    ),
 }
 
 
