@@ -1,12 +1,13 @@
 """What the columns share: the adapted model, its loss, and when two results are equal."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_rows import ADAPTERS, BY_NAME, model, moved, parameters, TOKENS
+from method_rows import ADAPTERS, APART, BY_NAME, literal, model, moved, parameters, quickly, TOKENS
 
 import lora_jax
 from lora_jax._nodes import Fixed
@@ -14,16 +15,32 @@ from lora_jax._paths import named_leaves
 
 
 FORWARD = lora_jax.adapt(model)
+# Compiled once for all rows, or once for all columns of a row.
+MODEL = quickly(model)
+COMPILED = quickly(FORWARD)
 rows = pytest.mark.parametrize("name", BY_NAME)
 adapters = pytest.mark.parametrize("name", ADAPTERS)
-distinct = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if row.like else []) for name, row in BY_NAME.items()],
-)
+distinct = pytest.mark.parametrize("name", [*APART, "Full"])
 
 
 def adapted(frozen, delta, *args, key=None):
     return FORWARD(lora_jax.combine(frozen, delta, key=key), *(args or (TOKENS,)))
+
+
+@functools.lru_cache(maxsize=None)
+def equation(name):
+    """In float64: W' by the equation, compiled, and what it makes of a gradient with respect to W'."""
+    row = BY_NAME[name]
+
+    @quickly
+    def weights(frozen, delta):
+        return literal(row, frozen, delta)
+
+    @quickly
+    def pulled_back(frozen, delta, cotangent):
+        return jax.vjp(lambda delta: literal(row, frozen, delta), delta)[1](cotangent)[0]
+
+    return weights, pulled_back
 
 
 def weight_of(node):

@@ -10,7 +10,19 @@ import numpy as np
 import optax
 import pytest
 from formation import formed
-from method_columns import adapted, adapters, close, defaults, FORWARD, loss, rows, TEACHER, weight_of
+from method_columns import (
+    adapted,
+    adapters,
+    close,
+    COMPILED,
+    defaults,
+    equation,
+    loss,
+    MODEL,
+    rows,
+    TEACHER,
+    weight_of,
+)
 from method_rows import (
     adapters_of,
     AXES,
@@ -39,7 +51,7 @@ from lora_jax.checkpoint import Checkpoints, State
 @functools.lru_cache(maxsize=None)
 def base_outputs():
     params = parameters("float32")
-    return quickly(model)(params, TOKENS), model(params, TOKENS)
+    return MODEL(params, TOKENS), model(params, TOKENS)
 
 
 @rows
@@ -48,12 +60,22 @@ def test_starts_from_the_base(name):
     sums LLVM rounds as one depends on what stands around them, in the plain model too."""
     here = case(name)
     compiled, eager = base_outputs()
-    forward = quickly(FORWARD)
     for key in (None, jax.random.key(5)):
-        np.testing.assert_array_equal(
-            forward(lora_jax.combine(here.frozen, here.start, key=key), TOKENS), compiled
-        )
+        tree = lora_jax.combine(here.frozen, here.start, key=key)
+        np.testing.assert_array_equal(COMPILED(tree, TOKENS), compiled)
     np.testing.assert_array_equal(adapted(here.frozen, here.start), eager)
+
+
+@functools.lru_cache(maxsize=None)
+def model_and_gradient():
+    """In float64, of the plain model: one program for all rows."""
+
+    @quickly
+    def both(params, weights):
+        output, backward = jax.vjp(lambda params: model(params, TOKENS), params)
+        return output, backward(weights)[0]
+
+    return both
 
 
 @functools.lru_cache(maxsize=None)
@@ -61,30 +83,31 @@ def exact(name):
     """In float64: value and gradient of the adapted model, of the one with W' by the equation, and of the
     merged one.
     """
-    row, here = BY_NAME[name], case(name, "float64")
+    here, (by_equation, pulled_back) = case(name, "float64"), equation(name)
 
     @quickly
-    def everything(frozen, delta, weights):
-        def differentiated(function):
-            value = lambda delta: (jnp.sum(function(delta) * weights), function(delta))
-            gradient, output = jax.grad(value, has_aux=True)(delta)
-            return output, gradient
+    def of_adapted(frozen, delta, weights):
+        output, backward = jax.vjp(lambda delta: adapted(frozen, delta), delta)
+        return output, backward(weights)[0]
 
+    @quickly
+    def there_and_back(frozen, delta):
         merged = lora_jax.merge(frozen, delta)
-        back = None if name == "Full" else lora_jax.unmerge(merged, delta, frozen=frozen)
-        found = differentiated(lambda delta: adapted(frozen, delta))
-        expected = differentiated(lambda delta: model(literal(row, frozen, delta), TOKENS))
-        values = {
-            "merged": merged,
-            "literal": literal(row, frozen, delta),
-            "of merged": model(merged, TOKENS),
-        }
-        return values | {"back": back, "found": found, "expected": expected}
+        return merged, None if name == "Full" else lora_jax.unmerge(merged, delta, frozen=frozen)
 
     with precision("float64"):
-        return everything(
-            here.later, here.delta, jnp.asarray(np.random.default_rng(4).normal(size=(*TOKENS.shape, OUT)))
-        )
+        weights = jnp.asarray(np.random.default_rng(4).normal(size=(*TOKENS.shape, OUT)))
+        literally = by_equation(here.later, here.delta)
+        merged, back = there_and_back(here.later, here.delta)
+        output, cotangent = model_and_gradient()(literally, weights)
+        return {
+            "merged": merged,
+            "literal": literally,
+            "back": back,
+            "of merged": model_and_gradient()(merged, weights)[0],
+            "found": of_adapted(here.later, here.delta, weights),
+            "expected": (output, pulled_back(here.later, here.delta, cotangent)),
+        }
 
 
 @rows
@@ -106,16 +129,12 @@ def test_adapted_is_merged_in_few_bits(name, dtype, tolerance):
     wide = lambda tree: jax.tree.map(lambda array: array.astype("float32"), tree)
 
     @quickly
-    def outputs(frozen, delta):
-        merged = lora_jax.merge(frozen, delta)
-        return (
-            adapted(frozen, delta),
-            model(merged, TOKENS),
-            merged,
-            model(literal(row, wide(frozen), wide(delta)), TOKENS),
-        )
+    def weights(frozen, delta):
+        return lora_jax.merge(frozen, delta), literal(row, wide(frozen), wide(delta))
 
-    *found, merged, expected = outputs(here.frozen, here.delta)
+    merged, by_equation = weights(here.frozen, here.delta)
+    found = COMPILED(lora_jax.combine(here.frozen, here.delta), TOKENS), MODEL(merged, TOKENS)
+    expected = MODEL(by_equation, TOKENS)
     assert [output.dtype for output in found] == [dtype] * 2
     assert jax.tree.map(lambda leaf: leaf.dtype, merged) == jax.tree.map(lambda leaf: leaf.dtype, here.params)
     for output in found:
@@ -180,7 +199,8 @@ def training(name):
     """
     row, here = BY_NAME[name], case(name)
     tx = optax.adamw(row.learning_rate, weight_decay=1e-3)
-    target = model(TEACHER, TOKENS)
+    target = MODEL(TEACHER, TOKENS)
+    other = jax.tree.map(lambda array: jnp.asarray(2 * np.asarray(array)), here.params)
 
     @functools.partial(quickly, donate_argnums=(0, 1))
     def step(delta, state, frozen, tokens, target, key):
@@ -189,10 +209,12 @@ def training(name):
         updates, state = tx.update(gradient, state, delta)
         return optax.apply_updates(delta, updates), state, value, gradient
 
-    found = {"traced": 0, "losses": [], "gradients": [], "tx": tx}
+    # Not under the defaults, by which JAX would compile all that `lorafy` does a second time.
+    (frozen, delta), again = adapters_of(row, parameters("float32")), adapters_of(row, other, seed=4)
+    found = {"traced": 0, "losses": [], "gradients": [], "tx": tx, "frozen": row.begin(frozen, delta)}
+    other = row.begin(*again), jax.tree.map(lambda array: jnp.array(np.array(array)), again.delta)
     with defaults():
-        frozen, delta = adapters_of(row, parameters("float32"))
-        found["frozen"], state = row.begin(frozen, delta), tx.init(delta)
+        state = tx.init(delta)
         for seed in range(20):
             delta, state, value, gradient = step(
                 delta, state, found["frozen"], TOKENS, target, jax.random.key(seed)
@@ -200,11 +222,7 @@ def training(name):
             found["losses"].append(float(value))
             found["gradients"].append(jax.tree.map(np.asarray, gradient))
         found |= {"delta": delta, "state": state}
-        frozen, delta = adapters_of(row, jax.tree.map(lambda array: 2 * array, here.params), seed=4)
-        frozen, delta = (
-            row.begin(frozen, delta),
-            jax.tree.map(lambda array: jnp.asarray(np.array(array)), delta),
-        )
+        frozen, delta = other
         state = tx.init(delta)
         for seed in range(2):
             delta, state, *_ = step(delta, state, frozen, TOKENS[::-1].copy(), -target, jax.random.key(seed))
@@ -243,7 +261,8 @@ def test_checkpoints(name, tmp_path):
     found = training(name)
     with Checkpoints(tmp_path, identity={"method": name}) as checkpoints:
         checkpoints.save(State(found["delta"], found["state"], 20, (0, 20), jax.random.key(1)))
-        blank = jax.tree.map(jnp.zeros_like, (found["delta"], found["state"]))
+        zeros = lambda array: jnp.asarray(np.zeros(array.shape, array.dtype))
+        blank = jax.tree.map(zeros, (found["delta"], found["state"]))
         back = checkpoints.restore(*blank)
     for one, two in ((back.delta, found["delta"]), (back.opt_state, found["state"])):
         assert jax.tree.structure(one) == jax.tree.structure(two)
