@@ -1,5 +1,7 @@
 """Every method with what it is composed with: transformations, loops, a mesh, shapes without arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
-from method_columns import close, defaults, distinct, FORWARD, loss, rows, weight_of
+from method_columns import close, distinct, equation, FORWARD, loss, rows, weight_of
 from method_rows import (
     adapters_of,
     AXES,
@@ -18,6 +20,7 @@ from method_rows import (
     model,
     OUT,
     parameters,
+    precision,
     quickly,
     TOKENS,
     WIDTH,
@@ -29,17 +32,37 @@ from lora_jax._paths import named_leaves
 from lora_jax.sharding import delta_specs, frozen_specs, partition_specs, shardings
 
 
-TRANSFORMATIONS = {
-    "jit": jax.jit,
-    "grad": lambda function: (
-        lambda w, tokens, shift: jax.grad(lambda shift: jnp.sum(function(w, tokens, shift) ** 2))(shift)
-    ),
-    "vmap": lambda function: jax.vmap(function, (None, 0, None)),
-    "scan": lambda function: (
-        lambda w, tokens, shift: lax.scan(lambda total, row: (total, function(w, row, shift)), 0, tokens)[1]
-    ),
-    "checkpoint": jax.checkpoint,
-}
+def _step_by_step(function):
+    """A loop over the rows of tokens, as a program of its own, of which nothing is kept for the gradient."""
+
+    def looped(w, tokens, shift):
+        step = jax.checkpoint(lambda total, row: (total, function(w, row, shift)))
+        return lax.scan(step, 0, tokens)[1]
+
+    return jax.jit(looped)
+
+
+def _gradients(function):
+    """One for each row of tokens."""
+    value = lambda shift, w, row: jnp.sum(function(w, row, shift) ** 2)
+    return lambda w, tokens, shift: jax.vmap(jax.grad(value), (None, None, 0))(shift, w, tokens)
+
+
+# All five in two programs, because compiling is what takes the time; `test_transform.py` has each alone.
+TRANSFORMATIONS = {"jit, scan, checkpoint": _step_by_step, "vmap, grad": _gradients}
+
+
+@functools.lru_cache(maxsize=None)
+def of_plain_weights():
+    """The results of all forms on W', and the gradient of their sum: one program for all rows."""
+
+    @quickly
+    def both(params, tokens, shift, weights):
+        results = lambda params: (model(params, tokens, shift), _gradients(model)(params, tokens, shift))
+        found, backward = jax.vjp(results, params)
+        return found, backward(weights)[0]
+
+    return both
 
 
 @distinct
@@ -47,42 +70,35 @@ def test_composes_with_transformations(name, x64):
     """Each transformation, inside of the adapted function and around it: values, and the gradient of
     their sum.
     """
-    here = case(name, "float64")
+    here, (by_equation, pulled_back) = case(name, "float64"), equation(name)
     rng = np.random.default_rng(6)
     tokens, shift = jnp.asarray(TOKENS), jnp.asarray(rng.normal(size=WIDTH))
-    forms = {}
-    for kind, transformation in TRANSFORMATIONS.items():
-        forms[kind, "inside"] = lora_jax.adapt(transformation(model))
-        forms[kind, "around"] = transformation(FORWARD)
-    weights = {
-        kind: jnp.asarray(rng.normal(size=(WIDTH,) if kind[0] == "grad" else (*TOKENS.shape, OUT)))
-        for kind in forms
-    }
+    shapes = ((*TOKENS.shape, OUT), (len(TOKENS), WIDTH))
+    # Other weights inside than around, so that neither can stand in for the other.
+    inside, around = (tuple(jnp.asarray(rng.normal(size=shape)) for shape in shapes) for _ in range(2))
 
     @quickly
-    def all_of_them(frozen, delta, tokens, shift):
-        def values(delta, weight_of):
-            found = {kind: weight_of(kind, form)(delta) for kind, form in forms.items()}
-            return sum(jnp.sum(found[kind] * weights[kind]) for kind in forms), found
+    def of_adapted(frozen, delta, tokens, shift, inside, around):
+        def results(delta):
+            tree = lora_jax.combine(frozen, delta)
+            kinds = TRANSFORMATIONS.values()
+            return [
+                tuple(form(tree, tokens, shift) for form in forms)
+                for forms in (
+                    [lora_jax.adapt(kind(model)) for kind in kinds],
+                    [kind(FORWARD) for kind in kinds],
+                )
+            ]
 
-        tree = lambda form: lambda delta: form(lora_jax.combine(frozen, delta), tokens, shift)
+        found, backward = jax.vjp(results, delta)
+        return found, backward([inside, around])[0]
 
-        def merged(delta):
-            plain = lora_jax.merge(frozen, delta)
-            whole, inner = model(plain, tokens, shift), TRANSFORMATIONS["grad"](model)(plain, tokens, shift)
-            found = {kind: inner if kind[0] == "grad" else whole for kind in forms}
-            return sum(jnp.sum(found[kind] * weights[kind]) for kind in forms), found
-
-        adapted = lambda delta: values(delta, lambda kind, form: tree(form))
-        return [jax.grad(function, has_aux=True)(delta) for function in (adapted, merged)]
-
-    (gradient, found), (expected_gradient, expected) = all_of_them(here.frozen, here.delta, tokens, shift)
-    close(
-        {"/".join(kind): value for kind, value in found.items()},
-        {"/".join(kind): value for kind, value in expected.items()},
-        1e-12,
-    )
-    close(gradient, expected_gradient, 1e-11)
+    found, gradient = of_adapted(here.frozen, here.delta, tokens, shift, inside, around)
+    total = jax.tree.map(lambda one, two: np.asarray(one) + np.asarray(two), inside, around)
+    plain, cotangent = of_plain_weights()(by_equation(here.frozen, here.delta), tokens, shift, total)
+    for results in found:
+        close(results, plain, 1e-12)
+    close(gradient, pulled_back(here.frozen, here.delta, cotangent), 1e-11)
 
 
 @rows
@@ -153,7 +169,7 @@ def test_sharded(name):
                         label,
                     )
 
-    tx = optax.adamw(1e-3)
+    tx = optax.sgd(1.0)
 
     @quickly
     def step(frozen, delta, tokens):
@@ -162,8 +178,19 @@ def test_sharded(name):
         )(delta)
         return value, optax.apply_updates(delta, tx.update(gradient, tx.init(delta), delta)[0])
 
-    with defaults():
-        close(step(frozen, delta, batch), step(here.frozen, here.delta, TOKENS), 1e-6)
+    value, after = step(frozen, delta, batch)
+    # Of one device, by the equation, in float64.
+    exact, (by_equation, pulled_back) = case(name, "float64"), equation(name)
+    with precision("float64"):
+        expected, cotangent = loss_of_plain_weights()(by_equation(exact.frozen, exact.delta))
+        gradient = pulled_back(exact.frozen, exact.delta, cotangent)
+    moved = jax.tree.map(lambda one, two: np.asarray(one, np.float64) - np.asarray(two), here.delta, after)
+    close((value, moved), (expected, gradient), 1e-4)
+
+
+@functools.lru_cache(maxsize=None)
+def loss_of_plain_weights():
+    return quickly(jax.value_and_grad(lambda params: jnp.mean(jnp.square(model(params, TOKENS) - 1))))
 
 
 @rows
