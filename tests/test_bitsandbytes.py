@@ -17,6 +17,8 @@ from packed_numpy import (
     unpacked_absmax,
 )
 
+import lora_jax
+from lora_jax import LoRA, quant
 from lora_jax._formats import _DYNAMIC as DYNAMIC, from_bitsandbytes, NF4
 
 
@@ -249,3 +251,24 @@ def test_a_layer_as_bitsandbytes_saves_it(torch, bnb):
     assert (format, shape, dtype) == (NF4(), (40, 128), jnp.float32)
     values = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert_same(format.unpack(arrays, shape, dtype), values.numpy())
+
+
+def test_weights_of_bitsandbytes(torch, bnb):
+    """Its bytes in a place of `frozen`: transposed, as Flax has kernels, and adapted."""
+    weight = torch.from_numpy(np.array(normal((96, 64))))
+    parameter = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, requires_grad=False).to(
+        "cpu"
+    )
+    tensors = {"weight": parameter.data.numpy()} | {
+        f"weight.{name}": value.numpy() for name, value in parameter.quant_state.as_dict(packed=True).items()
+    }
+    expected = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state).numpy()
+    leaf = quant.from_bitsandbytes(tensors)
+    assert leaf.shape == (64, 96)
+    np.testing.assert_array_equal(leaf.value(), expected.T)
+    np.testing.assert_array_equal(quant.from_bitsandbytes(tensors, transpose=False).value(), expected)
+    frozen, delta = lora_jax.lorafy({"w": leaf}, "w", method=LoRA(rank=2))
+    delta = jax.tree.map(jnp.ones_like, delta)
+    x = normal((4, 64))
+    found = lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(frozen, delta), x)
+    np.testing.assert_allclose(found, x @ (expected.T + 16), rtol=1e-4, atol=1e-4)

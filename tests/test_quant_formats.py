@@ -231,11 +231,11 @@ EVERY = pytest.mark.parametrize(
 @EVERY
 @pytest.mark.parametrize("shape, stack", [((2, 3, 7, 11), 2), ((5, 33), 1), ((2, 200, 300), 1)])
 def test_a_layer_of_a_stack_is_packed_as_alone(format, shape, stack):
-    weight = jnp.asarray(normal(shape) * np.exp(normal(shape[:-1] + (1,), seed=1)))
-    arrays = format.pack(weight, stack)
+    weight = normal(shape) * np.exp(normal(shape[:-1] + (1,), seed=1))
+    arrays = format.pack(jnp.asarray(weight), stack)
     for index in np.ndindex(shape[:stack]):
-        layer = {name: array[index] for name, array in arrays.items()}
-        assert_same_arrays(layer, format.pack(weight[index], 0))
+        layer = {name: np.asarray(array)[index] for name, array in arrays.items()}
+        assert_same_arrays(layer, format.pack(jnp.asarray(weight[index]), 0))
     unpack = lambda arrays: format.unpack(arrays, shape[stack:], "float32")
     values = unpack
     for _ in range(stack):
@@ -283,7 +283,7 @@ def test_odd_shapes(data):
         lambda array: (array.shape, array.dtype), abstract
     )
     for index in np.ndindex(shape[:stack]):
-        layer, own = {name: array[index] for name, array in arrays.items()}, weight[index]
+        layer, own = {name: np.asarray(array)[index] for name, array in arrays.items()}, weight[index]
         values = np.asarray(format.unpack(layer, own.shape, "float32"))
         assert values.shape == own.shape and np.isfinite(values).all() and (values[own == 0] == 0).all()
         # The coarsest of the formats keeps a number to a sixth of the largest, plus 1 % for a second
