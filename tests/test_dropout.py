@@ -42,13 +42,17 @@ def every_use(params, x):
     )
     outputs |= {"loop 0": looped[0], "loop 1": looped[1], "picked": x @ params["stack"][1]}
 
-    # A loop of an unknown number of steps is a `while`, which hands weights on as constants and in its carry.
-    def step(number, state):
-        masks, carried = state
-        return masks.at[number].set(jnp.stack([x @ params["v"], x @ carried])), carried
+    # A loop of an unknown number of steps is a `while`. It hands weights on as constants, or in its carry where
+    # its condition looks at them.
+    def step(state):
+        number, masks, carried = state
+        return number + 1, masks.at[number].set(jnp.stack([x @ params["v"], x @ carried])), carried
 
-    unknown = jnp.asarray(x[0, 0] + 1, int)
-    masks, _ = lax.fori_loop(0, unknown, step, (jnp.zeros((2, 2, *x.shape)), params["q"]))
+    _, masks, _ = lax.while_loop(
+        lambda state: (state[0] < 2) & (jnp.sum(state[2][0]) < 9.0),
+        step,
+        (0, jnp.zeros((2, 2, *x.shape)), params["q"]),
+    )
     outputs |= {f"while {index}": mask for index, mask in enumerate(masks.reshape(4, *x.shape))}
     outputs["branch"] = lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, params["v"])
     outputs["checkpoint"] = jax.checkpoint(lambda w: x @ w)(params["v"])

@@ -221,16 +221,13 @@ def test_composes(name, side, usage, x64):
 
 def _with_options(params, x):
     """Loops and calls with every option that changes neither values nor shapes, or that changes them."""
-    backward = lax.scan(
-        lambda x, w: (jnp.tanh(x @ w), x), x, params["stack"], reverse=True, unroll=2, _split_transpose=True
-    )
+    backward = lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, params["stack"], reverse=True, unroll=2)
     remembered = jax.checkpoint(
         lambda w: jnp.tanh(x @ w),
         policy=jax.checkpoint_policies.dots_saveable,
         prevent_cse=False,
     )(params["w"])
     named = jax.jit(lambda w, unused: x @ w, keep_unused=True)
-    inlined = jax.jit(lambda w: x @ w, inline=True)
     mapped = jax.shard_map(
         lambda x, w: x @ w,
         mesh=jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2),
@@ -239,18 +236,18 @@ def _with_options(params, x):
         axis_names={"data"},
         check_vma=False,
     )
-    return backward, remembered, named(params["w"], x), inlined(params["w"]), mapped(x, params["w"])
+    return backward, remembered, named(params["w"], x), mapped(x, params["w"])
 
 
 def _options(jaxpr):
     """Of every loop and call: all parameters but those that describe the operands."""
-    kept = ("reverse", "unroll", "length", "_split_transpose", "policy", "prevent_cse", "name", "inline")
+    kept = ("reverse", "unroll", "length", "policy", "prevent_cse", "name")
     kept += ("keep_unused", "check_vma", "manual_axes", "newly_manual_axes")
     names = ("scan", "checkpoint", "remat", "remat2", "jit", "pjit", "shard_map")
     return [
         (eqn.primitive.name, {name: eqn.params[name] for name in kept if name in eqn.params})
         for eqn in jaxpr.eqns
-        if eqn.primitive.name in names and not eqn.params.get("inline")
+        if eqn.primitive.name in names
     ]
 
 
