@@ -42,8 +42,8 @@ def every_use(params, x):
     )
     outputs |= {"loop 0": looped[0], "loop 1": looped[1], "picked": x @ params["stack"][1]}
 
-    # A loop of an unknown number of steps is a `while`. It hands weights on as constants, or in its carry where
-    # its condition looks at them.
+    # A loop of an unknown number of steps is a `while`. Weights are its constants, or in its carry if its
+    # condition looks at them.
     def step(state):
         number, masks, carried = state
         return number + 1, masks.at[number].set(jnp.stack([x @ params["v"], x @ carried])), carried

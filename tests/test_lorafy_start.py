@@ -113,6 +113,13 @@ def test_every_method_starts_as_its_paper_says(method):
             assert 0.97 * largest <= np.abs(array).max() <= largest * (1 + 1e-6), name
 
 
+def test_two_random_factors_are_drawn_apart():
+    """From one key, the smaller would repeat the first numbers of the larger."""
+    delta = lora_jax.lorafy({"w": np.ones((INS, OUTS), np.float32)}, "w", method=AdaLoRA(rank=OUTS)).delta
+    a, b = (np.asarray(delta["w"].arrays[name]) for name in "ab")
+    assert np.mean(np.isin(b, a)) < 0.5
+
+
 PAIR = {"q": jnp.ones((4, 4)), "v": jnp.ones((4, 4)), "o": jnp.ones((4, 6))}
 
 

@@ -30,10 +30,11 @@ def adapted(method, other=LoRA(rank=2), dtype="float32"):
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype), SHAPES, is_leaf=lambda node: isinstance(node, tuple)
     )
+    # From shapes, because the start is replaced: nothing is compiled.
     frozen, delta = lora_jax.lorafy(
-        numbers(params), {"layers|heads": method, "plain": other, "head/.*": Full()}, axes=AXES
+        params, {"layers|heads": method, "plain": other, "head/.*": Full()}, axes=AXES
     )
-    return frozen, numbers(delta, 1)
+    return numbers(frozen), numbers(delta, 1)
 
 
 def leaves(tree):
