@@ -187,17 +187,25 @@ FIXED = [name for name in APART if BY_NAME[name].fixed]
 
 @pytest.mark.parametrize("name", FIXED)
 def test_what_is_fixed_is_constant(name):
-    """No array beside W in `frozen` has a derivative, whoever differentiates with respect to `frozen`."""
-    _, frozen, start, _ = single(name, (6, 4), "in out")
+    """No array beside W in `frozen` has a derivative, whoever differentiates with respect to `frozen`; and
+    W has that of the equation, which holds DoRA's norm constant for W too.
+    """
+    params, frozen, start, _ = single(name, (6, 4), "in out")
     forward = lora_jax.adapt(lambda params, x: jnp.tanh(x @ params["w"]))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)), "float32")
 
     def value(frozen, delta):
         return jnp.sum(jnp.square(forward(lora_jax.combine(frozen, delta), x)))
 
-    gradient = quickly(jax.grad(value))(frozen, moved(start))["w"]
-    assert set(gradient.arrays) == set(BY_NAME[name].fixed) and np.any(gradient.weight != 0)
+    delta = moved(start)
+    arrays = delta["w"].arrays | frozen["w"].arrays
+    literally = lambda w: jnp.sum(
+        jnp.square(jnp.tanh(x @ by_matrix(BY_NAME[name], w, ("in", "out"), arrays)))
+    )
+    gradient = quickly(jax.grad(value))(frozen, delta)["w"]
+    assert set(gradient.arrays) == set(BY_NAME[name].fixed)
     assert not any(map(np.any, gradient.arrays.values())), gradient.arrays
+    close(gradient.weight, quickly(jax.grad(literally))(params["w"]), 1e-5)
 
 
 def test_summary_of_what_is_at_hand(capsys):
