@@ -47,7 +47,7 @@ WEIGHT_SIZES = {
     WIDTH * HEADS * HEAD,
     HEAD * OUT,
 }
-TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (4, 3))
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (4, 3)).astype(np.int32)
 
 
 def layer(weights, x):
@@ -245,6 +245,11 @@ quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization
 # --- cases --------------------------------------------------------------------------------------------------
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "frozen", "start", "delta", "later"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Case:
     params: Any
@@ -259,10 +264,13 @@ def precision(dtype):
 
 
 def moved(delta, size=0.3, seed=2):
-    """Another state of training: every array of it, by a random step."""
+    """Another state of training: every array of it, by a random step, in NumPy, which compiles nothing."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda array: array + jnp.asarray(size * rng.normal(size=array.shape), array.dtype), delta
+        lambda array: jnp.asarray(
+            np.asarray(array) + (size * rng.normal(size=array.shape)).astype(array.dtype)
+        ),
+        delta,
     )
 
 
@@ -276,9 +284,25 @@ def adapters_of(row, params, seed=3):
 @functools.lru_cache(maxsize=None)
 def case(name, dtype="float32"):
     row = BY_NAME[name]
-    with precision(dtype):
-        params = parameters(dtype)
-        frozen, start = adapters_of(row, params)
-        return Case(
-            params, row.begin(frozen, start), start, moved(start), row.begin(frozen, moved(start, seed=9))
-        )
+    if dtype == "float64":
+        return widened_case(name)
+    params = parameters(dtype)
+    frozen, start = adapters_of(row, params)
+    return Case(
+        params, row.begin(frozen, start), start, moved(start), row.begin(frozen, moved(start, seed=9))
+    )
+
+
+def widened_case(name):
+    """That of float32 in float64, which compiles nothing but what depends on all bits of W."""
+    here = case(name)
+
+    def exact(node):
+        if not isinstance(node, Fixed) or not isinstance(node.spec.method, DoRA):
+            return node
+        return Fixed(node.weight, node.spec.method.derived(node.weight, node.spec), node.spec)
+
+    with precision("float64"):
+        wide = jax.tree.map(lambda array: jnp.asarray(np.asarray(array, np.float64)), here)
+        frozen, later = (jax.tree.map(exact, tree, is_leaf=is_node) for tree in (wide.frozen, wide.later))
+        return dataclasses.replace(wide, frozen=frozen, later=later)

@@ -41,6 +41,19 @@ def every_use(params, x):
         0, 2, lambda step, out: out.at[step].set(x @ params["v"]), jnp.zeros((2, *x.shape))
     )
     outputs |= {"loop 0": looped[0], "loop 1": looped[1], "picked": x @ params["stack"][1]}
+
+    # A loop of an unknown number of steps is a `while`. Weights are its constants, or in its carry if its
+    # condition looks at them.
+    def step(state):
+        number, masks, carried = state
+        return number + 1, masks.at[number].set(jnp.stack([x @ params["v"], x @ carried])), carried
+
+    _, masks, _ = lax.while_loop(
+        lambda state: (state[0] < 2) & (jnp.sum(state[2][0]) < 9.0),
+        step,
+        (0, jnp.zeros((2, 2, *x.shape)), params["q"]),
+    )
+    outputs |= {f"while {index}": mask for index, mask in enumerate(masks.reshape(4, *x.shape))}
     outputs["branch"] = lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, params["v"])
     outputs["checkpoint"] = jax.checkpoint(lambda w: x @ w)(params["v"])
     outputs["jit"] = jax.jit(lambda w: x @ w)(params["v"])
@@ -60,7 +73,7 @@ def uses():
 
 def test_every_use_has_its_own_mask(uses):
     masks = {name: np.asarray(output) for name, output in uses(jax.random.key(0)).items()}
-    assert len(masks) == 15
+    assert len(masks) == 19
     kept = 1 / (1 - RATE)
     for name, mask in masks.items():
         assert set(np.unique(mask)) == {np.float32(0), np.float32(kept)}, name

@@ -82,6 +82,21 @@ def test_repeated_call_counts_every_call():
     assert [use.flops[0] for use in explanation.uses] == [2 * 2 * 4 * 4] * 2
 
 
+def test_branches_are_told_apart():
+    """Each branch is one jaxpr, and their equations have the same numbers: of two uses, the second must not
+    replace the first.
+    """
+    params = _combined({"w": (4, 4)}, "w", axes="in out")
+    explanation = lora_jax.explain(
+        lambda params, x: lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: x @ w.T, params["w"]),
+        params,
+        SHAPE((2, 4), jnp.float32),
+    )
+    assert sorted((use.summed, use.free) for use in explanation.uses) == [((0,), (1,)), ((1,), (0,))]
+    three = lambda params, x: lax.switch(jnp.int32(x[0, 0]), [lambda w: x @ w] * 3, params["w"])
+    assert len(lora_jax.explain(three, params, SHAPE((2, 4), jnp.float32)).uses) == 3
+
+
 def test_tied_embedding_is_contradictory():
     """The rows that an embedding looks up are its in axis; as the head it sums over the other one."""
     params = _combined({"table": (7, 4), "kernel": (4, 4)}, ["table", "kernel"])

@@ -113,8 +113,16 @@ class Recurrent(nn.Module):
         return nn.RNN(nn.OptimizedLSTMCell(6))(x)
 
 
+def _drawn(shapes):
+    """Parameters of these shapes, in NumPy: a module's own start compiles each of its draws."""
+    rng = np.random.default_rng(4)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / leaf.shape[-1] ** 0.5, leaf.dtype), shapes
+    )
+
+
 def _linen(module, linear, *inputs):
-    params = module.init(jax.random.key(0), *inputs)["params"]
+    params = _drawn(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
     return Model(
         params,
         lambda params, *inputs: module.apply({"params": params}, *inputs),
@@ -126,7 +134,7 @@ def _linen(module, linear, *inputs):
 def _decoding():
     """One step with a cache, which is another collection of variables and changes."""
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, decode=True)
-    variables = module.init(jax.random.key(0), _numbers(2, 3, 8))
+    variables = jax.jit(module.init)(jax.random.key(0), _numbers(2, 3, 8))
 
     def step(params, x):
         return module.apply({"params": params, "cache": variables["cache"]}, x, mutable=["cache"])
@@ -278,9 +286,13 @@ def _arrays(tree):
 
 def _adapt(model):
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), model.inputs)
-    frozen, delta = lora_jax.lorafy(
-        model.params, "all-linear", method=LoRA(rank=1, alpha=1), fn=model.fn, args=shapes
+    # LoRA leaves the parameters as they are, so shapes do, of which nothing is compiled.
+    of_shape = lambda leaf: (
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
     )
+    params = jax.tree.map(of_shape, model.params)
+    _, delta = lora_jax.lorafy(params, "all-linear", method=LoRA(rank=1, alpha=1), fn=model.fn, args=shapes)
+    frozen = model.params
     adapters = [
         leaf
         for leaf in jax.tree.leaves(delta, is_leaf=lambda leaf: isinstance(leaf, Adapter))

@@ -116,11 +116,16 @@ def test_shardings():
         for name, spec in specs.items()
     }
     params["one"] = jax.device_put(np.ones((8, 8), np.float32), jax.devices()[3])
+    # Left to itself, XLA splits the sum as these adapters are split.
+    params["unlike its adapter"] = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, P()))
     frozen, delta = (
         params,
         lora_jax.lorafy(jax.eval_shape(lambda params: params, params), ".*", method=LoRA(rank=2)).delta,
     )
     delta = jax.tree.map(lambda array: np.ones(array.shape, np.float32), delta)
+    for name, spec in (("a", P(("fsdp", "tensor"))), ("b", P(None, ("fsdp", "tensor")))):
+        arrays = delta["unlike its adapter"].arrays
+        arrays[name] = jax.device_put(arrays[name], NamedSharding(mesh, spec))
     for tree in (lora_jax.merge(frozen, delta), lora_jax.unmerge(frozen, delta)):
         for name, weight in params.items():
             assert tree[name].sharding == weight.sharding and tree[name].committed

@@ -120,8 +120,12 @@ TRANSFORMATIONS = {
         )
     ),
 }
-CELLS = [
-    (name, side, usage) for name in TRANSFORMATIONS for side in ("inside", "outside") for usage in USAGES
+# Inside of the adapted function, every transformation meets every usage. Around it, JAX transforms a program
+# without weights to form: two usages each, so that every one has its turn.
+CELLS = [(name, "inside", usage) for name in TRANSFORMATIONS for usage in USAGES] + [
+    (name, "outside", list(USAGES)[(2 * number + turn) % len(USAGES)])
+    for number, name in enumerate(TRANSFORMATIONS)
+    for turn in (0, 1)
 ]
 
 
@@ -202,10 +206,62 @@ def test_composes(name, side, usage, x64):
         )(frozen, delta, x)
 
     jaxpr = jaxpr_of(lambda frozen, delta, x: adapted(lora_jax.combine(frozen, delta), x))
-    control = jaxpr_of(lambda frozen, delta, x: reference(lora_jax.merge(frozen, delta), x))
     sizes = {params["w"].size, params["w"].size // (case.shape[0] if "layer" in case.axes else 1)}
     for size in sizes:
         assert not formed(jaxpr, [0], size), formed(jaxpr, [0], size)
-    assert formed(control, [0], params["w"].size), (
-        "the walk does not see that the merged form computes the weight"
+    if usage == "dot":
+        control = jaxpr_of(lambda frozen, delta, x: reference(lora_jax.merge(frozen, delta), x))
+        assert formed(control, [0], params["w"].size), (
+            "the walk does not see that the merged form computes the weight"
+        )
+
+
+# --- what JAX was told of a loop or a call ------------------------------------------------------------------
+
+
+def _with_options(params, x):
+    """Loops and calls with every option that changes neither values nor shapes, or that changes them."""
+    backward = lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, params["stack"], reverse=True, unroll=2)
+    remembered = jax.checkpoint(
+        lambda w: jnp.tanh(x @ w),
+        policy=jax.checkpoint_policies.dots_saveable,
+        prevent_cse=False,
+    )(params["w"])
+    named = jax.jit(lambda w, unused: x @ w, keep_unused=True)
+    mapped = jax.shard_map(
+        lambda x, w: x @ w,
+        mesh=jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2),
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+        axis_names={"data"},
+        check_vma=False,
     )
+    return backward, remembered, named(params["w"], x), mapped(x, params["w"])
+
+
+def _options(jaxpr):
+    """Of every loop and call: all parameters but those that describe the operands."""
+    kept = ("reverse", "unroll", "length", "policy", "prevent_cse", "name")
+    kept += ("keep_unused", "check_vma", "manual_axes", "newly_manual_axes")
+    names = ("scan", "checkpoint", "remat", "remat2", "jit", "pjit", "shard_map")
+    return [
+        (eqn.primitive.name, {name: eqn.params[name] for name in kept if name in eqn.params})
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name in names
+    ]
+
+
+def test_loops_and_calls_keep_their_options(x64):
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=size)) for name, size in (("stack", (4, 6, 6)), ("w", (6, 6)))
+    }
+    frozen, delta = lora_jax.lorafy(params, ".*", method=LoRA(rank=2), axes={"stack": "layer in out"})
+    delta = jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape)), delta)
+    x, tree = jnp.asarray(rng.normal(size=(2, 6))), lora_jax.combine(frozen, delta)
+    plain = _options(jax.make_jaxpr(_with_options)(params, x).jaxpr)
+    assert [name for name, _ in plain].count("scan") == 1 and len(plain) == 4
+    assert _options(jax.make_jaxpr(lora_jax.adapt(_with_options))(tree, x).jaxpr) == plain
+    found = jax.jit(lora_jax.adapt(_with_options))(tree, x)
+    expected = jax.jit(lambda delta: _with_options(lora_jax.merge(frozen, delta), x))(delta)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
