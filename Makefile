@@ -16,13 +16,15 @@ comma := ,
 pip_install := $(python) -m pip install --quiet --no-compile --editable
 # By file, because tests of one file share what they compute, and a module's compiled programs are forgotten after it.
 pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=15 -rs
-# What another version of JAX or Python can break while the oldest ones pass; PyTorch is not needed.
+# What another version of JAX or Python can break while the oldest ones pass; PyTorch is not needed. A subject is one file or
+# several that begin with its name.
 # Jaxprs, which every version of JAX writes in its own way, and what it says of meshes.
-newest := dropout explain frameworks lorafy merge methods quant recompile sharding stack transform views
+newest := dropout explain explicit frameworks lorafy merge method model_starts quant_programs recompile sharding stack transform uses views
 # Imports, examples whose output shows JAX's own texts, and Optax under strict promotion.
-newest += docstrings imports optim
+newest += docstrings imports optim.
 # Files, which Python's, NumPy's and Orbax's own readers and writers handle.
-newest += checkpoint hf interop_fuzz safetensors_files torch_files
+newest += check hf interop_fuzz interop_imports safetensors torch
+newest_tests = tests/methods tests/test_quant.py $(foreach subject,$(newest),$(or $(wildcard tests/test_$(subject)*py),$(error no test is about $(subject))))
 # `python3` unless it is too old or does not run (a version manager's shim for a version that is not active).
 find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \
 	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$candidate"; break; fi; \
@@ -46,7 +48,7 @@ test-fast: $(tested)  ## Run the tests that are not slow
 	$(pytest) -m "not slow" $(PYTEST_ARGS)
 
 test-newest: $(VENV)/.test-newest  ## Run the tests that a newer JAX or Python can break, without the slow ones
-	$(pytest) -m "not slow" $(newest:%=tests/test_%.py) $(PYTEST_ARGS)
+	$(pytest) -m "not slow" $(newest_tests) $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## Check the format, ruff's rules and the types of lora_jax
 	$(python) -m ruff format --check .
