@@ -55,7 +55,7 @@ def convert(job: Job) -> list[str]:
     base = job.source if kind == "hf" else _base(job, kind)
     for read in (job.source.resolve(), base.resolve()):
         if job.target.resolve() in (read, *read.parents):
-            raise ValueError(f"`DST` {job.target} is what is read, or holds it: choose another name")
+            raise ValueError(f"`DST` {job.target} is what is read, or holds it: choose another name.")
     try:
         return _model(job) if kind == "hf" else _adapter(job, kind, base)
     except ValueError as error:
@@ -72,7 +72,7 @@ def kind_of(source: Path) -> str:
     if (source / "report.md").is_file():
         raise ValueError(
             f"`SRC` {source} is a finished run: pass its adapter, {source / 'adapter'}, or its model, "
-            f"{source / 'merged'}"
+            f"{source / 'merged'}."
         )
     for mark, kind in (("adapter_config.json", "peft"), ("config.json", "hf")):
         if (source / mark).is_file():
@@ -86,7 +86,7 @@ def kind_of(source: Path) -> str:
     )
     raise ValueError(
         f"`SRC` {source} must be a directory with adapter_config.json (PEFT) or config.json (a Hugging Face "
-        f"model), or a file .pt or .bin (loralib); {found}"
+        f"model), or a file .pt or .bin (loralib); {found}."
     )
 
 
@@ -94,7 +94,7 @@ def check_file_name(argument: str, target: Path) -> None:
     if target.suffix not in (".pt", ".bin"):
         raise ValueError(
             f"`{argument}` {target} must be a file .pt or .bin, which is what loralib has, such as "
-            f"{target / 'adapter.pt'}"
+            f"{target / 'adapter.pt'}."
         )
 
 
@@ -111,17 +111,19 @@ def _check(job: Job, kind: str) -> None:
         if value is not None and kind not in kinds:
             raise ValueError(
                 f"`--{name}` says what {WORDS[kind]} does not leave open, and {job.source} has that: leave "
-                "it out"
+                "it out."
             )
     if kind == "loralib" and job.alpha is None:
         raise ValueError(
             f"pass `--alpha`, the `lora_alpha` that {job.source} was trained with: a file of loralib's does "
-            "not hold it, and the scale is alpha / rank"
+            "not hold it, and the scale is alpha / rank."
         )
     if job.to == "loralib":
         check_file_name("DST", job.target)
     if not job.overwrite and (any(job.target.iterdir()) if job.target.is_dir() else job.target.exists()):
-        raise ValueError(f"`DST` {_taken(job.target)}: choose another name, or replace it with `--overwrite`")
+        raise ValueError(
+            f"`DST` {_taken(job.target)}: choose another name, or replace it with `--overwrite`."
+        )
 
 
 def _taken(target: Path) -> str:
@@ -137,11 +139,11 @@ def _base(job: Job, kind: str) -> Path:
         if not (job.base / "config.json").is_file():
             raise ValueError(
                 f"{wanted}, is {job.base}, where there is no config.json: a model on the hub must be "
-                "downloaded first"
+                "downloaded first."
             )
         return job.base
     if kind == "loralib":
-        raise ValueError(f"pass {wanted}: a file of loralib's does not name it")
+        raise ValueError(f"pass {wanted}: a file of loralib's does not name it.")
     name = _named_base(job.source)
     for directory in (Path(name), job.source.absolute().parent / name) if name else ():
         if (directory / "config.json").is_file():
@@ -260,11 +262,11 @@ def _size(model: Any, params: Any) -> str:
 def export(workdir: Path, target: Path, form: str) -> str:
     """A finished run's result at `target`, where nothing is yet; returns a line about it."""
     if not (workdir / "report.md").is_file():
-        raise ValueError(f"`--workdir` {workdir} holds no finished run")
+        raise ValueError(f"`--workdir` {workdir} holds no finished run.")
     if form == "loralib":
         check_file_name("--to", target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten")
+        raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten.")
     if form != "hf" and not (workdir / "adapter").is_dir():
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
         older = (

@@ -27,7 +27,7 @@ def mesh_of(text: str) -> Mesh:
         if name not in AXES or not number.isdecimal() or name in sizes:
             raise ValueError(
                 f"`--mesh` is {text!r}: {part.strip()!r} is not one of data=N, fsdp=N and tensor=N, each at "
-                "most once; for example data=8,fsdp=8"
+                "most once; for example data=8,fsdp=8."
             )
         sizes[name] = int(number)
     return Mesh(**sizes)
@@ -42,7 +42,7 @@ def start(count: int) -> None:
         raise ValueError(
             f"`--mesh` has {count} devices, and at most {MOST} can be planned: take fewer along `data`, "
             "which changes no bytes a device "
-            "as long as each has as many examples"
+            "as long as each has as many examples."
         )
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,5 +57,5 @@ def start(count: int) -> None:
         raise ValueError(
             f"`--mesh` has {count} devices, and JAX, which was running before, sees {len(found)} of kind "
             f"{found[0].platform!r}: "
-            "run `python -m experiments plan` as a process of its own"
+            "run `python -m experiments plan` as a process of its own."
         )

@@ -107,7 +107,7 @@ def _config(name: str) -> Any:
     if not file.is_file():
         raise ValueError(
             f"`MODEL` is {name!r}, neither a published size nor a directory with a "
-            f"config.json{nearest(name, published)} (published: {', '.join(published)})"
+            f"config.json{nearest(name, published)} (published: {', '.join(published)})."
         )
     return _from_json(file)
 
@@ -122,6 +122,6 @@ def _from_json(file: Path) -> Any:
     if kind not in kinds:
         raise ValueError(
             f"`model_type` in `{file}` is {kind!r}, and must be one of {', '.join(kinds)}: other models are "
-            "not known here"
+            "not known here."
         )
     return kinds[kind].from_hf(content)

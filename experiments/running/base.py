@@ -54,7 +54,7 @@ def load(
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary "
-            f"({model.config.vocab_size})"
+            f"({model.config.vocab_size})."
         )
     return Loaded(
         precision.computing(model, policy),
@@ -74,7 +74,7 @@ def find(path: str, data: Path, beside: Path) -> Path:
     if local.is_dir():
         return local
     if Path(path).is_absolute() or dotted or path.count("/") > 1:
-        raise FileNotFoundError(f"`base.path`: no directory `{local}`")
+        raise FileNotFoundError(f"`base.path`: no directory `{local}`.")
     import huggingface_hub
 
     try:
@@ -94,12 +94,12 @@ def load_tokenizer(directory: Path) -> Any:
     separates everything.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"no tokenizer directory `{directory}`")
+        raise FileNotFoundError(f"no tokenizer directory `{directory}`.")
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in `{directory}` names no end-of-text token (`eos_token`)")
+        raise ValueError(f"the tokenizer in `{directory}` names no end-of-text token (`eos_token`).")
     return tokenizer
 
 

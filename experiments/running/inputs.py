@@ -118,7 +118,7 @@ def _check_room(config: Config, positions: int) -> None:
     if config.data.seq_len > positions:
         raise ValueError(
             f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} "
-            "positions"
+            "positions."
         )
 
 

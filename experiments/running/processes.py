@@ -68,7 +68,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         raise ValueError(
             f"`--distributed`: nothing here says which processes there are ({error}): start them with srun "
             "or mpirun, or pass "
-            "--coordinator HOST:PORT --num-processes N --process-id I to each"
+            "--coordinator HOST:PORT --num-processes N --process-id I to each."
         ) from error
     except RuntimeError as error:
         raise OSError(
@@ -126,7 +126,7 @@ def check_shared(directory: Path) -> None:
         raise ValueError(
             f"`--workdir` {directory} is not one directory: process 0 writes there, and process {blind[0]} "
             "does not see it; "
-            "take one on a file system that all hosts share"
+            "take one on a file system that all hosts share."
         )
 
 

@@ -30,7 +30,7 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
         if found:
             raise ValueError(
                 f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config "
-                "it was started with"
+                "it was started with."
             )
         return (workdir / "report.md").is_file()
     if workdir.exists() and (
@@ -38,7 +38,7 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
         or {entry.name for entry in workdir.iterdir() if not entry.name.startswith(processes.MARK)}
         - BEFOREHAND
     ):
-        raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir")
+        raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir.")
     return False
 
 

@@ -135,7 +135,7 @@ def write(section: Generate, directory: Path) -> Path:
     if mark.is_file():
         if mark.read_text("utf-8") != described:
             raise ValueError(
-                f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}"
+                f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}."
             )
         return directory
     directory.mkdir(parents=True, exist_ok=True)

@@ -95,13 +95,13 @@ class Guards:
             raise NotFinite(
                 f"step {step}: {what}, and nothing was changed; its batch is in `{file}`. Lower `train.lr`, "
                 "set `optimizer.clip`, "
-                'or pass over such steps with `train.not_finite` "skip"'
+                'or pass over such steps with `train.not_finite` "skip".'
             )
         self._skipped.add(step)
         if self._skipped.issuperset(range(step - MOST_SKIPPED + 1, step + 1)):
             raise NotFinite(
                 f"step {step}: {what}, as in the {MOST_SKIPPED - 1} steps before it, which were skipped; "
-                f"their batches are in `{file.parent}`"
+                f"their batches are in `{file.parent}`."
             )
         self._say(step, f"step {step} was skipped: {what}; its batch is in `{file}`")
 

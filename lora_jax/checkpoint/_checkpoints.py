@@ -66,7 +66,7 @@ class Checkpoints:
         self, directory: str | Path, *, identity: Mapping[str, str], keep: int = 2, keep_best: bool = False
     ):
         if keep < 1:
-            raise ValueError(f"`keep` is {keep}: at least the newest checkpoint is kept, so pass 1 or more")
+            raise ValueError(f"`keep` is {keep}: at least the newest checkpoint is kept, so pass 1 or more.")
         self._directory = Path(directory).absolute()
         self._identity = dict(identity)
         self._keep, self._keep_best = keep, keep_best
@@ -131,7 +131,7 @@ class Checkpoints:
         if on_first(path.exists):
             raise ValueError(
                 f"`{self._directory}` holds a checkpoint of step {state.step} already: go on from it, or "
-                "take another directory"
+                "take another directory."
             )
         facts = {
             "format": _FORMAT,
@@ -194,16 +194,14 @@ class Checkpoints:
                 there = ", ".join(map(str, reversed(steps))) or "none"
                 raise ValueError(
                     f"`step` is {step}, of which `{self._directory}` holds no checkpoint; of these steps it "
-                    f"does: {there}"
+                    f"does: {there}."
                 )
             steps = [step]
         if best:
             steps = on_first(lambda: self._by_loss(steps))
         if not steps:
-            raise ValueError(
-                f"`{self._directory}` holds no checkpoint"
-                + (" that was saved with a finite loss" if best else "")
-            )
+            which = " that was saved with a finite loss" if best else ""
+            raise ValueError(f"`{self._directory}` holds no checkpoint{which}. Save one first.")
         damaged: list[tuple[int, str]] = []
         for found, facts, arrays in self._intact(steps, {"delta": delta, "opt_state": opt_state}, damaged):
             self._put_aside(damaged, found)
@@ -212,7 +210,7 @@ class Checkpoints:
         listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged)
         raise NoneIntact(
             f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start "
-            "again in another directory"
+            "again in another directory."
         )
 
     def average(self, delta: Any, *, last: int) -> Any:
@@ -234,7 +232,7 @@ class Checkpoints:
         `ValueError` where fewer than `last` are there, and as `restore` does.
         """
         if last < 1:
-            raise ValueError(f"`last` is {last}: average one checkpoint or more")
+            raise ValueError(f"`last` is {last}: average one checkpoint or more.")
         damaged: list[tuple[int, str]] = []
         newest, total, used = None, None, []
         steps = sorted(self.steps(passing=False), reverse=True)
@@ -252,7 +250,7 @@ class Checkpoints:
             raise ValueError(
                 f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average "
                 "as many, or train with "
-                f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here"
+                f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here."
             )
         return _average.mean(total, len(used), newest)
 
@@ -310,7 +308,7 @@ class Checkpoints:
         )
         return OSError(
             f"the checkpoint of step {step} could not be written to `{self._directory}`: "
-            f"{_storage.cause(error)}. Free space, or mend that; {rest}"
+            f"{_storage.cause(error)}. Free space, or mend that; {rest}."
         )
 
     # --- what one of them holds -----------------------------------------------------------------------------
@@ -356,7 +354,7 @@ class Checkpoints:
             raise ValueError(
                 f"`{self._directory}` holds checkpoints of format {facts.get('format', 1)}, and this "
                 f"version of lora_jax reads {_FORMAT}: "
-                "resume the run with the version that began it, or use another directory"
+                "resume the run with the version that began it, or use another directory."
             )
         return facts
 
@@ -366,7 +364,7 @@ class Checkpoints:
                 raise ValueError(
                     f"`{self._directory}` holds a run with another {name} (saved: {found.get(name)}, now: "
                     f"{self._identity.get(name)}): "
-                    f"resume it with the {name} it started from, or use another directory"
+                    f"resume it with the {name} it started from, or use another directory."
                 )
 
     def _check_arrays(self, step: int, stored: Mapping[str, Any], like: dict[str, Any]) -> None:
@@ -375,13 +373,13 @@ class Checkpoints:
             for name in sorted(want.keys() ^ have.keys()):
                 where = "missing from" if name in want else "unexpected in"
                 raise ValueError(
-                    f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`"
+                    f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`."
                 )
             for name, expected in want.items():
                 if have[name] != expected:
                     raise ValueError(
                         f"{part} {name!r} has shape and dtype {tuple(have[name])} in the checkpoint, "
-                        f"expected {tuple(expected)}"
+                        f"expected {tuple(expected)}."
                     )
 
     def _put_aside(self, damaged: list[tuple[int, str]], intact: int) -> None:
@@ -429,7 +427,7 @@ def _named(tree: Any) -> dict[str, jax.Array]:
     names = [".".join(component(entry) for entry in path) or "value" for path, _ in flat]
     repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else None
     if repeated:
-        raise ValueError(f"two arrays have the same path {sorted(repeated)[0]!r}; rename one")
+        raise ValueError(f"two arrays have the same path {sorted(repeated)[0]!r}; rename one.")
     return dict(zip(names, (leaf for _, leaf in flat), strict=True))
 
 
