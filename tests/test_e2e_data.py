@@ -236,9 +236,7 @@ def test_text_of_several_files(generated, tmp_path):
         f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")
     ]
     assert (
-        build(
-            TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4}
-        )
+        build(TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4})
         == section
     )
 

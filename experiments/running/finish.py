@@ -71,7 +71,7 @@ def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, A
         best = checkpoints.restore(state.delta, state.opt_state, best=True)
         return f"step {best.step}, which has the lowest validation loss", best.delta
     if train.result == "mean":
-        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(passing=False)))
+        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(temporary=False)))
         mean = checkpoints.average(state.delta, last=count())  # which puts aside what is damaged
         return f"the mean of the last {count()} checkpoints", mean
     return f"the last step, {state.step}", state.delta

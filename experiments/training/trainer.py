@@ -21,7 +21,7 @@ from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from experiments.training import loss as losses, optimizer, order, precision
 from experiments.training.due import due
-from experiments.training.guards import BY, Guards, not_finite_steps
+from experiments.training.guards import FIRST_FULL_GRADIENT, Guards, not_finite_steps
 from experiments.training.sharded import BATCH, ShardedStep
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.processes import on_first
@@ -162,7 +162,7 @@ class Trainer:
             record.advance(done)
             stop = stop_requested()
             now_due = due(done, train, stop)
-            if now_due.any() or done == BY:
+            if now_due.any() or done == FIRST_FULL_GRADIENT:
                 guards.check()
             if now_due.log:
                 now = time.perf_counter()
@@ -180,7 +180,7 @@ class Trainer:
                 valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
                 record.log(done, valid_loss=valid_loss)
             if now_due.save:
-                checkpoints.save(state, valid_loss, passing=now_due.passing)
+                checkpoints.save(state, valid_loss, temporary=now_due.temporary)
             if now_due.evaluate or now_due.save:
                 started, since = time.perf_counter(), done
             if stop:

@@ -95,11 +95,11 @@ class Checkpoints:
         """The newest complete step, or None; looking creates nothing."""
         return max(self.steps(), default=None)
 
-    def steps(self, *, passing: bool = True) -> list[int]:
-        """The complete steps, oldest first; those that were saved in passing among them, or not."""
+    def steps(self, *, temporary: bool = True) -> list[int]:
+        """The complete steps, oldest first, with those whose checkpoint is `temporary` or without them."""
         self.wait()
         return on_first(
-            lambda: [step for step in self._on_disk() if passing or not self._said(step, "passing")]
+            lambda: [step for step in self._on_disk() if temporary or not self._said(step, "passing")]
         )
 
     def best(self) -> int | None:
@@ -109,15 +109,15 @@ class Checkpoints:
         self.wait()
         return on_first(lambda: self._best(self._on_disk()))
 
-    def save(self, state: State, loss: float | None = None, *, passing: bool = False) -> None:
+    def save(self, state: State, loss: float | None = None, *, temporary: bool = False) -> None:
         """Writes `state` under its step, atomically and with a checksum, then forgets the oldest beyond
         `keep`.
 
         Returns when the arrays have been copied, and waits before that for the checkpoint that was begun
         earlier; the writing goes on in a thread, so the arrays may be donated at once. `loss`: the validation
         loss of `state`, for `best` and `keep_best`.
-        `passing`: it is only there to go on from, as where a run is interrupted: it goes when the next one is
-        complete, takes the place of no other, and is in no average.
+        `temporary`: it serves only to go on from, as where a run is interrupted. It is removed when the next
+        one is complete, takes the place of no other, and is in no average.
 
         Raises `OSError` where the one begun earlier could not be written, and `ValueError` where the step is
         there already.
@@ -141,7 +141,7 @@ class Checkpoints:
             "key_impl": str(jax.random.key_impl(state.key)),
             "identity": self._identity,
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
-            "passing": passing,
+            "passing": temporary,  # the name that earlier checkpoints have
         }
         arrays = {"delta": _named(state.delta), "opt_state": _named(state.opt_state)}
         copied = _storage.copied(arrays)
@@ -235,7 +235,7 @@ class Checkpoints:
             raise ValueError(f"`last` is {last}: average one checkpoint or more.")
         damaged: list[tuple[int, str]] = []
         newest, total, used = None, None, []
-        steps = sorted(self.steps(passing=False), reverse=True)
+        steps = sorted(self.steps(temporary=False), reverse=True)
         for found, _, arrays in self._intact(steps, {"delta": delta}, damaged):
             part = arrays["delta"]
             newest, total = (
