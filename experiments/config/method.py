@@ -5,7 +5,7 @@ from typing import Any
 from experiments.strict_json import build, nearest
 
 
-def methods() -> dict[str, type]:
+def methods() -> dict[str, Any]:
     """The methods of `lora_jax` by name.
 
     >>> sorted(methods())[:3]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -38,7 +38,7 @@ class Request:
     batch: int = 64
     seq: int | None = None
     dtype: str = "bfloat16"
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw_authors"] = "adamw"
     accumulate: int = 1
     remat: bool = True
     quantize: str | None = None
@@ -83,7 +83,7 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
     mesh = make_mesh(request.mesh)
     step = training_step(subject, mesh, work)
     say(f"{request.model} on {count} virtual device{'s' * (count > 1)}: compiling the step")
-    found = {
+    found: dict[str, Any] = {
         "model": {
             "name": request.model,
             "parameters": lora_jax.count(step.params),

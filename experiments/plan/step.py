@@ -9,7 +9,7 @@ clipping, and dropout outside of the adapters, which no run has.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Workload:
     tokens: int
     method: Any
     targets: tuple[str, ...] | None = None
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw_authors"] = "adamw"
     accumulate: int = 1
     quantize: str | None = None
 
@@ -124,9 +124,13 @@ def targets_of(subject: Subject, work: Workload) -> Any:
 
 def _batch(subject: Subject, mesh: Mesh, work: Workload) -> dict[str, Any]:
     examples, tokens = (work.accumulate, work.batch // work.accumulate), work.tokens
-    names = {"input_ids": (tokens,), "labels": (tokens,), "mask": (tokens,)}
+    names: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "labels": (tokens,), "mask": (tokens,)}
     if subject.classifies:
-        names = {"input_ids": (tokens,), "labels": (), "attention_mask": (tokens,)}
+        names = {
+            "input_ids": (tokens,),
+            "labels": (),
+            "attention_mask": (tokens,),
+        }
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.ShapeDtypeStruct((*examples, *rest), jnp.int32, sharding=sharding)

@@ -47,19 +47,25 @@ def load(
     drawn: no device holds more than its part.
     """
     if section.architecture is not None:
-        return _random(section.architecture, tokenizer or data / section.tokenizer, key, mesh, policy)
-    directory = run / "merged" if run is not None else find(section.path, data, beside)
+        words = data / section.tokenizer if section.tokenizer is not None else tokenizer
+        assert words is not None  # one of them goes with an architecture, as the config has checked
+        return _random(section.architecture, words, key, mesh, policy)
+    if run is not None:
+        directory = run / "merged"
+    else:
+        assert section.path is not None  # a base that is neither drawn nor another run's is at a path
+        directory = find(section.path, data, beside)
     model, params = hf.load(directory, mesh=mesh, param_dtype=policy.parameters)
-    tokenizer = load_tokenizer(directory)
-    if len(tokenizer) > model.config.vocab_size:
+    loaded = load_tokenizer(directory)
+    if len(loaded) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary "
+            f"the tokenizer in `{directory}` has {len(loaded)} tokens, more than the model's vocabulary "
             f"({model.config.vocab_size})."
         )
     return Loaded(
         precision.computing(model, policy),
         params,
-        tokenizer,
+        loaded,
         directory,
         section.path or f"merged result of {section.run}",
     )

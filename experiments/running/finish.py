@@ -184,7 +184,12 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base"
     )
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
-    on_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
+
+    def write() -> None:
+        for name in whole:
+            _write_lines(directory / PREDICTIONS[name], texts[name])
+
+    on_first(write)
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)

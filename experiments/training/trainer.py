@@ -75,7 +75,7 @@ class Trainer:
         """
         return self.step.loss(delta, frozen, batch, key)
 
-    def compiled_step(self, state: State) -> Callable:
+    def compiled_step(self, state: State) -> jax.stages.Wrapped:
         """The step, compiled for arrays that lie as those of `state` do."""
         return self.step.compiled(state.delta, state.opt_state)
 

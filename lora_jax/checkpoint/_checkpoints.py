@@ -1,5 +1,6 @@
 """The directory of a run's checkpoints: which of them to keep, which are intact, and which fit the run."""
 
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ _FORMAT = 2
 # Seconds for which a block that ends with an error waits for what several processes are writing.
 PATIENCE = 10
 # A damaged checkpoint is passed over, unless another process has met something worse.
-_KINDS = (Damaged, *KINDS)
+_KINDS: tuple[type[Exception], ...] = (Damaged, *KINDS)
 
 
 class State(NamedTuple):
@@ -261,7 +262,7 @@ class Checkpoints:
         the directory.
         """
         for step in self.steps():
-            on_first(lambda step=step: self._rename(step))
+            on_first(functools.partial(self._rename, step))
 
     # --- which there are ------------------------------------------------------------------------------------
 
@@ -391,7 +392,7 @@ class Checkpoints:
                 f"from step {intact}",
                 stacklevel=3,
             )
-            on_first(lambda number=number: self._rename(number))
+            on_first(functools.partial(self._rename, number))
 
     def _rename(self, number: int) -> None:
         names = (

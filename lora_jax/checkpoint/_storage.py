@@ -39,7 +39,8 @@ class Writer:
         `then`, on process 0.
         """
         jax.block_until_ready(arrays)
-        wide = jax.config.jax_enable_x64  # which `jax.enable_x64` sets for one thread
+        # `jax.enable_x64` sets it for one thread. JAX adds the attribute at run time.
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
         def work() -> None:
             with jax.enable_x64(wide):
@@ -139,7 +140,8 @@ def read_arrays(path: Path, like: Any) -> Any:
         isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
         for leaf, wanted in pairs
     )
-    if not same or jax.tree.structure(found) != jax.tree.structure(like):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (found, like)]
+    if not same or structures[0] != structures[1]:
         raise Damaged("its arrays are not those that it says it has")
     return found
 
@@ -200,7 +202,7 @@ def copied(arrays: Any) -> Any:
 
 
 def _pinned(leaf: jax.Array) -> bool:
-    device = next(iter(leaf.sharding.addressable_devices))
+    device: Any = next(iter(leaf.sharding.addressable_devices))
     return device.platform != "cpu" and any(
         memory.kind == "pinned_host" for memory in device.addressable_memories()
     )
