@@ -22,7 +22,7 @@ from lora_jax.interop import hf, loralib, OneSided, peft
 
 
 WORDS = {"peft": "PEFT's format", "loralib": "loralib's format", "hf": "Hugging Face's format"}
-# What the library's errors call the ways past a check, and what they are called here.
+# The library's names of the arguments that skip a check, and the command line's.
 _HERE = {
     "`verify=False`": "`--no-verify`",
     "`check_base=False`": "`--any-base`",
@@ -33,7 +33,7 @@ _HERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the command line says. `alpha` and `blocks` are what a file of loralib's does not hold."""
+    """The arguments of the command line. A file of loralib's does not hold `alpha` and `blocks`."""
 
     source: Path
     target: Path
@@ -47,8 +47,10 @@ class Job:
 
 
 def convert(job: Job) -> list[str]:
-    """Writes `job.target`; returns, a line each, what was read, beside what, and what was written. Raises
-    `ValueError` for anything wrong.
+    """Writes `job.target`; returns a line for the source, the base and the result.
+
+    Raises:
+      ValueError: an argument, the source or the base is wrong.
     """
     kind = kind_of(job.source)
     _check(job, kind)
@@ -66,7 +68,7 @@ def convert(job: Job) -> list[str]:
 
 
 def kind_of(source: Path) -> str:
-    """The format of what `SRC` is."""
+    """The format of `SRC`."""
     if source.is_file() and source.suffix in (".pt", ".bin"):
         return "loralib"
     if (source / "report.md").is_file():
@@ -99,7 +101,7 @@ def check_file_name(argument: str, target: Path) -> None:
 
 
 def _check(job: Job, kind: str) -> None:
-    """What is wrong with the arguments alone is said before anything is read."""
+    """Finds faults of the arguments alone, before anything is read."""
     if kind == "hf" and job.to != "hf":
         fix = f"for `--to {job.to}` pass the adapter itself, as in a run's adapter/"
         raise ValueError(f"`SRC` {job.source} is a model, and merged weights hold no adapter any more: {fix}")
@@ -131,7 +133,7 @@ def _taken(target: Path) -> str:
 
 
 def _base(job: Job, kind: str) -> Path:
-    """The directory of the base: the one given, or that which PEFT's config names, here or beside the
+    """The directory of the base: the given one, or the one that PEFT's config names, here or beside the
     adapter.
     """
     wanted = f"`--base`, the directory of the Hugging Face model that {job.source} was trained on"
@@ -284,8 +286,7 @@ def export(workdir: Path, target: Path, form: str) -> str:
 
 def _to_loralib(workdir: Path, target: Path) -> float:
     model, params = hf.load(workdir / "merged", place=_mapped)
-    # The merged model stands in for its base, of which the names and the shapes are all that is needed, and
-    # may lie anywhere.
+    # The merged model stands in for its base, which may lie anywhere: only names and shapes are needed.
     frozen, delta = peft.load(workdir / "adapter", model, params, check_base=False)
     if any(type(adapter.spec.method) is not lora_jax.LoRA for adapter in _adapters(delta)):
         frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)

@@ -76,15 +76,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _end_as_one_of_several(error: Exception, traceback: bool) -> None:
-    """Ends this process where it is one of several and the error is not its own. Otherwise this returns, and
-    the command line says what is wrong.
+    """Ends this process where it is one of several and the error is another's. Otherwise this returns, and
+    the command line prints the error.
     """
     from experiments.running import processes
     from lora_jax.processes import Elsewhere
 
     if isinstance(error, Elsewhere) and error.process == 0 and not traceback:
-        raise SystemExit(1) from error  # process 0 says what is wrong
-    # No input of the user's causes any other kind: it is a bug, or another process has ended.
+        raise SystemExit(1) from error  # process 0 prints the error
+    # Input of the user's causes no other kind: there is a bug, or another process has ended.
     if not isinstance(error, ValueError | TypeError | OSError) and processes.several():
         processes.leave(error)
 

@@ -1,5 +1,5 @@
-"""From prompts to texts: what is wrong is found before training, prompts of like length go together, texts
-are cut as the authors do.
+"""From prompts to texts. Faults are found before training, prompts of like length go together, and texts are
+cut as the authors cut them.
 
 Each batch is padded to a power of two, so that a data set needs few compiled programs. The search itself is
 in `search`.
@@ -95,8 +95,8 @@ def generate(
 
 
 def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:
-    """A key a prompt, from its place in the input, so that neither sorting nor the size of the batch
-    changes what is drawn.
+    """A key a prompt, from its place in the input. So neither sorting nor the size of the batch changes the
+    draws.
     """
     if section.sample is None:
         return None

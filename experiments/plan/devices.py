@@ -11,7 +11,7 @@ from experiments.config import AXES, Mesh
 
 
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
-# Each costs threads and memory even when nothing runs on it, and beyond this many nobody has looked.
+# Each device costs threads and memory even when nothing runs on it. More than this have not been tried.
 MOST = 4096
 
 
@@ -36,7 +36,8 @@ def mesh_of(text: str) -> Mesh:
 def start(count: int) -> None:
     """Makes JAX see `count` devices on the CPU.
 
-    Raises `ValueError` if JAX has found fewer already: what it has once found stays.
+    Raises:
+      ValueError: there are too many; JAX has started before with fewer, which it keeps.
     """
     if count > MOST:
         raise ValueError(

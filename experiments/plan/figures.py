@@ -62,7 +62,11 @@ class Request:
 
 
 def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The plan. `say` is told what is going on. Raises `ValueError` for a request that cannot be."""
+    """The plan. `say` is called with the progress.
+
+    Raises:
+      ValueError: the request is wrong.
+    """
     request.check()
     count = request.mesh.data * request.mesh.fsdp * request.mesh.tensor
     devices.start(count)

@@ -1,5 +1,4 @@
-"""The models that can be planned: by a published name, or by a directory with a `config.json`, of which
-nothing else is read.
+"""The models that can be planned: by a published name, or by a directory. Only its `config.json` is read.
 
 Encoders are planned with the head of sequence classification, which is new and trains beside the adapters, as
 in LoRA's paper. GPT-3 (Brown et al. 2020, arXiv 2005.14165, table 2.1) is GPT-2's architecture at other

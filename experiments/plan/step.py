@@ -1,5 +1,4 @@
-"""One training step of a plan: the function, the shapes of what it takes, and where on the mesh each of them
-lies.
+"""One training step of a plan: the function, and the shapes of its arguments with their places on the mesh.
 
 It is the trainer's step (`training/sharded.py`), of shapes. The loss is on counted tokens, or on labels for
 an encoder. Layers are under `scan`. A plan's dtype is that of parameters and computation; the rest of the
@@ -68,8 +67,10 @@ class Step:
 
 
 def training_step(subject: Subject, mesh: Mesh, work: Workload) -> Step:
-    """The step, from shapes alone. Raises `ValueError` for a workload that the model or the mesh does not
-    allow.
+    """The step, from shapes alone.
+
+    Raises:
+      ValueError: the model or the mesh does not allow the workload.
     """
     params = shapes_of(subject)
     frozen, delta = lora_jax.lorafy(

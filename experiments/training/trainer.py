@@ -121,8 +121,8 @@ class Trainer:
         record: Record,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> State:
-        """Trains from `state` to the last step, or until `stop_requested()`, which is asked after each step:
-        then it saves and returns what it has.
+        """Trains from `state` to the last step, or until `stop_requested()`, which is called after each step:
+        then it saves the state and returns it.
 
         Raises:
           NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
