@@ -39,12 +39,13 @@ class _Bar:
         from rich import progress
         from rich.console import Console
 
-        columns = (
+        columns = [
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
-        )
-        columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[numbers]}"),
+        ]
         self._progress = progress.Progress(*columns, console=Console(file=out))
         self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
 
@@ -63,7 +64,7 @@ class _Bar:
         else:
             print(text, file=self._out, flush=True)
 
-    def update(self, done: int, **fields: str) -> None:
+    def update(self, done: int, **fields: Any) -> None:
         if self.shown:
             self._progress.update(self._task, completed=done, **fields)
 
@@ -113,7 +114,8 @@ class Record:
         self._spoke = -QUIET
         if silent:
             self._evaluated: set[int] = set()
-            self._file = self._out = open(os.devnull, "a", encoding="utf-8")
+            self._file: TextIO = open(os.devnull, "a", encoding="utf-8")
+            self._out: TextIO = self._file
             self._bar = _Bar(self._out, name, steps, step)
             return
         self._out = sys.stdout if out is None else out
