@@ -183,8 +183,8 @@ def test_saved_in_passing(tmp_path):
     with Checkpoints(tmp_path, identity={}, keep=2) as checkpoints:
         for step in (4, 8):
             checkpoints.save(state(step, float(step)))
-        checkpoints.save(state(10, 10.0), passing=True)
-        assert checkpoints.steps() == [4, 8, 10] and checkpoints.steps(passing=False) == [4, 8]
+        checkpoints.save(state(10, 10.0), temporary=True)
+        assert checkpoints.steps() == [4, 8, 10] and checkpoints.steps(temporary=False) == [4, 8]
     with Checkpoints(tmp_path, identity={}, keep=2) as checkpoints:
         assert checkpoints.restore(state().delta, state().opt_state).step == 10
         same(checkpoints.average(state().delta, last=2)["h"][0]["a"], 6 * state().delta["h"][0]["a"])

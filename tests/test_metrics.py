@@ -312,7 +312,7 @@ def test_meteor_that_stops_is_null_and_says_why(program, capsys):
     assert score_e2e([["a"]], ["a"])["METEOR"] is None
     assert (
         capsys.readouterr().err
-        == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory)\n"
+        == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory).\n"
     )
 
 
@@ -391,7 +391,7 @@ def test_score_prints_json(tmp_path, capsys, no_java):
             ["e2", "--refs", "r", "--hyps", "h"],
             "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n",
         ),
-        (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`\n"),
+        (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`.\n"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, error, capsys):

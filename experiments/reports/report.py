@@ -287,7 +287,7 @@ def table(workdirs: Sequence[Path]) -> str:
     ]
     for workdir in workdirs:
         if not (workdir / "report.md").is_file():
-            raise ValueError(f"`{workdir}` holds no finished run")
+            raise ValueError(f"`{workdir}` holds no finished run.")
         facts, name = json.loads((workdir / "report.json").read_text("utf-8")), _name(workdir)
         found, scores = (
             facts["numbers"],
