@@ -50,7 +50,7 @@ def test_a_name_that_one_bit_makes_the_metadata_is_no_way_round(tmp_path):
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 def test_other_damage_passes_neither(tmp_path_factory, data):
     dir = tmp_path_factory.mktemp("damage")
     file = write(dir, {"a": np.arange(3, dtype=np.float32), "b": np.ones(2, jnp.bfloat16)}, facts={"r": 4})
@@ -79,7 +79,7 @@ def test_other_damage_passes_neither(tmp_path_factory, data):
 
 
 @hypothesis.given(st.binary(max_size=200), st.booleans())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 @hypothesis.example(b"{" * 50_000, True)
 @hypothesis.example(b'{"a":' + b"[" * 50_000, True)
 def test_random_bytes_are_refused_in_words(tmp_path_factory, content, with_length):
