@@ -15,6 +15,7 @@ from safetensors_files import DTYPES, FACTS, raw, read, write
 
 from lora_jax.interop import _safetensors
 from lora_jax.interop._safetensors import digest, facts_of, Pending, stored_tensors, write_tensors
+from lora_jax.interop._strict import check_beside
 
 
 def test_no_flipped_bit_passes(tmp_path):
@@ -172,10 +173,26 @@ def test_a_change_on_purpose_is_said_to_be_one(tmp_path):
     ):
         facts_of(file)
     assert facts_of(file, verify=False) == FACTS
-    for facts, message in (("[1]", "a JSON list"), ("{", "are not JSON"), ("[" * 100_000, "are not JSON")):
+    no_digests = "of the facts that it carries is no mapping from names to digests"
+    for facts, message in (
+        ("[1]", "a JSON list"),
+        ("{", "are not JSON"),
+        ("[" * 100_000, "are not JSON"),
+        ('{"base":["a"]}', f"'base' {no_digests}"),
+        ('{"base":{"a":1}}', f"'base' {no_digests}"),
+        ('{"beside":{"a":null}}', f"'beside' {no_digests}"),
+    ):
         save_file(tensors, file, metadata={**metadata, "lora_jax": facts})
         with pytest.raises(ValueError, match=f"is damaged.*{message}"):
             facts_of(file, verify=False)
+
+
+def test_what_lies_beside_a_file_is_nowhere_else(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    facts = {"beside": {"../config.json": digest(tmp_path / "config.json")}}
+    with pytest.raises(ValueError, match="in/config.json is missing, which was saved with a.safetensors"):
+        check_beside(tmp_path / "in" / "a.safetensors", facts)
 
 
 def test_the_digest_is_of_the_whole_file(tmp_path):
