@@ -208,7 +208,8 @@ def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[
     expected = config.source.expected
     if expected:
         lines += [
-            "| published |  | ".join(f"{expected[name]:g}" if name in expected else "-" for name in names)
+            "| published | "
+            + " | ".join(f"{expected[name]:g}" if name in expected else "-" for name in names)
             + " |"
         ]
     lines += [
