@@ -288,6 +288,7 @@ RUN = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_resumes_and_exports(tmp_path):
     """Bit for bit, from the command line; the export is bfloat16, and computes what was trained."""
     path = tmp_path / "narrow.json"
