@@ -88,7 +88,6 @@ SETTINGS = {
     "kind, setting",
     [
         *(("gpt2", setting) for setting in SETTINGS),
-        ("roberta", "LoRA"),
         ("roberta", "nf4"),
         ("deberta-v2", "LoRA"),
     ],

@@ -166,9 +166,7 @@ def test_virtual_devices_come_before_jax():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh, parts, most", [("fsdp=64", 64, 35e9), ("fsdp=64,tensor=8", 512, 18e9), ("data=8,fsdp=8", 8, 72e9)]
-)
+@pytest.mark.parametrize("mesh, parts, most", [("fsdp=64,tensor=8", 512, 18e9), ("data=8,fsdp=8", 8, 72e9)])
 def test_gpt3_in_less_than_a_minute(mesh, parts, most, tmp_path):
     started = time.perf_counter()
     words = [
