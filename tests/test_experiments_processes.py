@@ -3,17 +3,17 @@ and nothing lost when one of them ends.
 """
 
 import json
-import os
 import re
 import signal
 import sys
-import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import processes
 import pytest
 import training
+from runs import without_java as without_java
 from safetensors.numpy import load_file
 from training import optax_promotes as optax_promotes
 
@@ -32,14 +32,14 @@ CONFIG = {
     "method": {"name": "LoRA", "rank": 2, "alpha": 4, "dropout": 0.1},
     "targets": ["attn/c_attn/kernel"],
     "train": {
-        "steps": 120,
+        "steps": 14,
         "batch": 8,
         "accumulate": 2,
         "lr": 0.01,
         "log_every": 1,
-        "eval_every": 60,
+        "eval_every": 7,
         "eval_batches": 2,
-        "checkpoint_every": 7,
+        "checkpoint_every": 5,
     },
     "mesh": {"data": 2, "fsdp": 2},
     "decode": {"max_tokens": 4, "prompts": 4, "shown": 1},
@@ -57,25 +57,16 @@ def root(tmp_path_factory):
     return root
 
 
-def command(root, workdir, *more):
-    return [
-        sys.executable,
-        "-m",
-        "experiments",
-        "run",
-        str(root / "config.json"),
-        "--workdir",
-        str(root / workdir),
-        *more,
-    ]
+def command(root, workdir, *more, end="none", step=0):
+    words = [sys.executable, str(Path(__file__).with_name("ending.py")), end, str(step)]
+    return [*words, "run", str(root / "config.json"), "--workdir", str(root / workdir), *more]
 
 
-def start(root, workdir, *more, count=2):
-    """The same command line, but for its last word, in each of `count` processes."""
-    told = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
-    return processes.start(
-        [command(root, workdir, *more, *told, str(index)) for index in range(count)], devices=4 // count
-    )
+def start(root, workdir, **how):
+    """The same command line, but for its last word, in each of two processes. The second may end itself."""
+    told = ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
+    commands = [command(root, workdir, *told, "0"), command(root, workdir, *told, "1", **how)]
+    return processes.start(commands, devices=2)
 
 
 def succeed(started):
@@ -107,18 +98,6 @@ def assert_alike(directory, other):
         for key in found:
             np.testing.assert_allclose(found[key], expected[key], atol=2e-6, err_msg=key)
     assert (directory / "predictions.txt").read_text() == (other / "predictions.txt").read_text()
-
-
-def wait_for(directory, step, started):
-    wait_until(lambda: any(line["step"] >= step for line in steps_of(directory)), started)
-
-
-def wait_until(condition, started):
-    end = time.monotonic() + processes.TIMEOUT
-    while not condition():
-        assert all(process.poll() is None for process in started), processes.finish(started)
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -158,124 +137,100 @@ def test_two_processes_do_what_one_does(root, two):
 
 
 @pytest.mark.slow
-def test_four_processes_train_what_one_does():
-    """Three steps on a mesh of 2 x 2 x 2, of which each process has two devices: every batch, loss and
-    adapter is that of one process with eight.
-    """
-    script = """
-    import json
-    sys.path.insert(0, sys.argv[1])
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-    from experiments.config import Mesh
-    from experiments.processes import whole
-    from training import config, examples, started, steps
-
-    settings = config(mesh=Mesh(2, 2, 2), accumulate=2)
-    trainer, _ = started(settings)
-    batch = trainer.device_batch(examples(), np.arange(8), 2)
-    rows = {shard.data.shape[1] for array in batch.values() for shard in array.addressable_shards}
-    losses, state, _ = steps(settings)
-    found = {"batch": {name: whole(array).tolist() for name, array in batch.items()}, "rows": sorted(rows), "losses": losses}
-    print("found", json.dumps({**found, "delta": [whole(leaf).tolist() for leaf in jax.tree.leaves(state.delta)]}))
-    """  # noqa: E501
-    found = [
-        json.loads(text.split("found ", 1)[1])
-        for text in processes.run(4, script, processes.REPOSITORY / "tests")
-    ]
-    settings = training.config(mesh=Mesh(2, 2, 2), accumulate=2)
-    losses, state, _ = training.steps(settings)
-    expected = training.examples().batch(np.arange(8))
-    for each in found:
-        assert each["rows"] == [1], "a fourth of the four examples of a part"
-        for name, array in expected.items():
-            np.testing.assert_array_equal(np.reshape(each["batch"][name], array.shape), array)
-        np.testing.assert_allclose(each["losses"], losses, rtol=1e-6)
-        for leaf, other in zip(each["delta"], jax.tree.leaves(state.delta), strict=True):
-            np.testing.assert_allclose(leaf, other, atol=1e-6)
-
-
-@pytest.mark.slow
 def test_killed_and_asked_to_stop_it_ends_bit_for_bit(root, two):
     """One process is killed: the other does not hang. One is told to stop: both stop after the same step,
     saved. Then it ends as if nothing had been.
     """
-    started = start(root, "stopped")
-    wait_for(root / "stopped", 8, started)
-    wait_until(
-        lambda: (root / "stopped" / "checkpoints" / "7").is_dir(), started
-    )  # it is written while training goes on
-    started[1].kill()
-    codes = [code for code, _, _ in processes.finish(started, timeout=180)]
+    stopped = root / "stopped"
+    codes = [
+        code for code, _, _ in processes.finish(start(root, "stopped", end="killed", step=8), timeout=180)
+    ]
     assert codes[0] != 0 and codes[1] == -signal.SIGKILL
-
-    kept = max(
-        int(entry.name) for entry in (root / "stopped" / "checkpoints").iterdir() if entry.name.isdecimal()
-    )
-    told = (root / "stopped" / "metrics.jsonl").stat().st_ino
-    started = start(root, "stopped")
-    # Each start writes a file of its own, from the checkpoint on; the old one may know of later steps.
-    wait_until(lambda: (root / "stopped" / "metrics.jsonl").stat().st_ino != told, started)
-    wait_for(root / "stopped", kept + 2, started)
-    os.kill(started[1].pid, signal.SIGTERM)
-    first, _ = succeed(started)
-    assert kept % 7 == 0 and f"resuming after step {kept}" in first and "as asked, and saved" in first
-    last = max(line["step"] for line in steps_of(root / "stopped"))
-    assert last < CONFIG["train"]["steps"] and (root / "stopped" / "checkpoints" / str(last)).is_dir()
+    first, _ = succeed(start(root, "stopped", end="told", step=7))
+    assert "resuming after step 5" in first and "as asked, and saved" in first
+    last = max(line["step"] for line in steps_of(stopped))
+    assert 7 <= last < CONFIG["train"]["steps"] and (stopped / "checkpoints" / str(last)).is_dir()
 
     assert f"resuming after step {last}" in succeed(start(root, "stopped"))[0]
-    assert steps_of(root / "stopped") == steps_of(two[0]), "each step is told once, with the same digits"
+    assert steps_of(stopped) == steps_of(two[0]), "each step is told once, with the same digits"
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "predictions.txt"):
-        assert (root / "stopped" / name).read_bytes() == (two[0] / name).read_bytes(), name
+        assert (stopped / name).read_bytes() == (two[0] / name).read_bytes(), name
 
 
 @pytest.mark.slow
-def test_what_one_finds_all_learn():
-    """Values, errors, and a directory that is not shared."""
+def test_four_processes_train_what_one_does_and_learn_what_one_finds(tmp_path):
+    """Three steps on a mesh of 2 x 2 x 2, of which each process has two devices: every batch, loss and
+    adapter is that of one process with eight. Then values, errors, SIGTERM, a directory that is not shared.
+    """
     script = """
-    import json, pathlib
+    import json, os, pathlib, signal, time
+    sys.path.insert(0, sys.argv.pop(1))
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     from experiments import processes
+    from experiments.config import Mesh
+    from experiments.preemption import Asked
+    from experiments.processes import whole
+    from training import config, examples, steps
 
-    found = [processes.by_first(lambda: {"index": jax.process_index(), "text": "x" * 100}), processes.first()]
+    settings = config(mesh=Mesh(2, 2, 2), accumulate=2)
+    ran = steps(settings)
+    batch = ran.trainer.device_batch(examples(), np.arange(8), 2)
+    rows = {shard.data.shape[1] for array in batch.values() for shard in array.addressable_shards}
+    trained = {
+        "batch": {name: whole(array).tolist() for name, array in batch.items()},
+        "rows": sorted(rows),
+        "losses": ran.losses,
+        "delta": [whole(leaf).tolist() for leaf in jax.tree.leaves(ran.state.delta)],
+    }
+
+    index, (shared, own) = jax.process_index(), map(pathlib.Path, sys.argv[1:])
+    learnt = {"value": processes.by_first(lambda: {"index": jax.process_index(), "text": "x" * 100})}
+    learnt["first"] = processes.first()
     def fail():
         raise FileNotFoundError("no such thing")
     try:
         processes.by_first(fail)
     except Exception as error:
-        found.append([type(error).__name__, str(error)])
-    shared, own = sys.argv[1:]
-    processes.check_shared(pathlib.Path(shared))
-    found.append([path.name for path in pathlib.Path(shared).iterdir()])
-    from experiments.preemption import Asked
+        learnt["error"] = [type(error).__name__, str(error)]
+    processes.check_shared(shared)
+    learnt["left"] = [path.name for path in shared.iterdir()]
     processes.by_first(lambda: None)
     with Asked() as asked:  # the signal comes before the first step, whatever its number
-        if jax.process_index() == 1:
-            import os, signal, time
+        if index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)
         processes.by_first(lambda: None)
-        found.append([asked() for _ in range(3)])
+        learnt["asked"] = [asked() for _ in range(3)]
     processes.VISIBLE = 0.1
     try:
-        processes.check_shared(pathlib.Path(own) / str(jax.process_index()))
+        processes.check_shared(own / str(index))
     except ValueError as error:
-        found.append(str(error))
-    print("found", json.dumps(found))
+        learnt["not shared"] = str(error)
+    print("found", json.dumps([trained, learnt]))
     """
-    import tempfile
+    arguments = (Path(__file__).parent, tmp_path / "shared", tmp_path / "own")
+    texts = processes.run(4, script, *map(str, arguments))
+    trained, learnt = zip(*(json.loads(text.split("found ", 1)[1]) for text in texts), strict=True)
 
-    with tempfile.TemporaryDirectory() as directory:
-        texts = processes.run(2, script, f"{directory}/shared", f"{directory}/own")
-    first, second = (json.loads(text.split("found ", 1)[1]) for text in texts)
-    assert first[0] == second[0] == {"index": 0, "text": "x" * 100} and (first[1], second[1]) == (True, False)
-    assert first[2] == ["FileNotFoundError", "no such thing"] and second[2] == [
-        "StoppedElsewhere",
-        "FileNotFoundError: no such thing",
-    ]
-    assert first[3] == second[3] == []
-    assert first[4] == second[4] == [True, False, False]
-    assert all(
-        "process 0 writes there, and process 1 does not see it" in found[5] for found in (first, second)
-    )
+    alone = training.steps(training.config(mesh=Mesh(2, 2, 2), accumulate=2))
+    expected = training.examples().batch(np.arange(8))
+    for each in trained:
+        assert each["rows"] == [1], "a fourth of the four examples of a part"
+        for name, array in expected.items():
+            np.testing.assert_array_equal(np.reshape(each["batch"][name], array.shape), array)
+        np.testing.assert_allclose(each["losses"], alone.losses, rtol=1e-6)
+        for leaf, other in zip(each["delta"], jax.tree.leaves(alone.state.delta), strict=True):
+            np.testing.assert_allclose(leaf, other, atol=1e-6)
+
+    first, *others = learnt
+    assert [each.pop("first") for each in learnt] == [True, False, False, False]
+    assert first.pop("error") == ["FileNotFoundError", "no such thing"]
+    for each in others:
+        assert each.pop("error") == ["StoppedElsewhere", "FileNotFoundError: no such thing"]
+    for each in learnt:
+        assert "process 0 writes there, and process 1 does not see it" in each.pop("not shared")
+        said = {"index": 0, "text": "x" * 100}
+        assert each == {"value": said, "left": [], "asked": [True, False, False]}
 
 
 @pytest.mark.slow
