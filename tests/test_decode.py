@@ -196,6 +196,7 @@ def test_one_program_serves_all_batches_of_a_width():
     assert [padded_width(length, 37) for length in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 37]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 4])
 def test_search_is_transformers(torch, tmp_path, beams):
     """No ban, no end and no length penalty: there `generate` keeps and ranks the same beams."""
