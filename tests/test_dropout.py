@@ -54,6 +54,14 @@ def every_use(params, x):
         (0, jnp.zeros((2, 2, *x.shape)), params["q"]),
     )
     outputs |= {f"while {index}": mask for index, mask in enumerate(masks.reshape(4, *x.shape))}
+    convolved, ragged = (
+        lambda: lax.conv_general_dilated(
+            x[None], params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )[0],
+        lambda: lax.ragged_dot(x, params["stack"], jnp.array([3, 5])),
+    )
+    outputs |= {f"convolution {index}": convolved() for index in range(2)}
+    outputs |= {f"ragged {index}": ragged() for index in range(2)}
     outputs["branch"] = lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, params["v"])
     outputs["checkpoint"] = jax.checkpoint(lambda w: x @ w)(params["v"])
     outputs["jit"] = jax.jit(lambda w: x @ w)(params["v"])
@@ -65,15 +73,16 @@ def uses():
     """`outputs(key)` of `every_use` on weights of zero: each is its own dropout mask, over the rate of
     keeping.
     """
-    params = {"q": jnp.zeros((SIZE, SIZE)), "v": jnp.zeros((SIZE, SIZE)), "stack": jnp.zeros((2, SIZE, SIZE))}
-    frozen, delta = identity_adapters(params, {"stack": "layer in out"})
+    sizes = {"q": (), "v": (), "stack": (2,), "kernel": (1,)}
+    params = {name: jnp.zeros((*more, SIZE, SIZE)) for name, more in sizes.items()}
+    frozen, delta = identity_adapters(params, {"stack": "layer in out", "kernel": "in in out"})
     forward = lora_jax.adapt(every_use)
     return jax.jit(lambda key: forward(lora_jax.combine(frozen, delta, key=key), ONES))
 
 
 def test_every_use_has_its_own_mask(uses):
     masks = {name: np.asarray(output) for name, output in uses(jax.random.key(0)).items()}
-    assert len(masks) == 19
+    assert len(masks) == 23
     kept = 1 / (1 - RATE)
     for name, mask in masks.items():
         assert set(np.unique(mask)) == {np.float32(0), np.float32(kept)}, name
@@ -195,3 +204,17 @@ def test_merging_knows_no_dropout():
 def test_wrong_key():
     with pytest.raises(TypeError, match=r"`key` is 3; pass a random key"):
         lora_jax.combine(*lora_jax.lorafy({"w": ONES}, "w"), key=3)
+
+
+@pytest.mark.parametrize("other", [0.0, 0.5])
+def test_joined_weights_have_one_dropout(other):
+    """One input has one mask: of weights with different rates, the joined one has no low-rank form."""
+    methods = {"q": LoRA(rank=2, dropout=RATE), "v": LoRA(rank=2, dropout=other)}
+    frozen, delta = lora_jax.lorafy({name: jax.ShapeDtypeStruct((4, 4), "float32") for name in "qv"}, methods)
+    forward = lora_jax.adapt(lambda params, x: x @ jnp.concatenate([params["q"], params["v"]], 1))
+    x = jax.ShapeDtypeStruct((2, 4), "float32")
+    assert jax.eval_shape(forward, lora_jax.combine(frozen, delta), x).shape == (2, 8)
+    with pytest.raises(lora_jax.MaterializeError, match="`concatenate`.*'q'"):
+        jax.eval_shape(
+            lambda *trees: forward(lora_jax.combine(*trees, key=jax.random.key(0)), x), frozen, delta
+        )
