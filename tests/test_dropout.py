@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoRA
@@ -206,15 +207,50 @@ def test_wrong_key():
         lora_jax.combine(*lora_jax.lorafy({"w": ONES}, "w"), key=3)
 
 
+def shapes_of(fn, methods, shapes, axes, key):
+    """The shapes of what the adapted `fn` returns, with a key or without."""
+    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    trees = lora_jax.lorafy(shapes, methods, axes=axes)
+    of_trees = lambda frozen, delta, key: lora_jax.adapt(fn)(lora_jax.combine(frozen, delta, key=key))
+    return jax.eval_shape(of_trees, *trees, jax.random.key(0) if key else None).shape
+
+
 @pytest.mark.parametrize("other", [0.0, 0.5])
 def test_joined_weights_have_one_dropout(other):
     """One input has one mask: of weights with different rates, the joined one has no low-rank form."""
     methods = {"q": LoRA(rank=2, dropout=RATE), "v": LoRA(rank=2, dropout=other)}
-    frozen, delta = lora_jax.lorafy({name: jax.ShapeDtypeStruct((4, 4), "float32") for name in "qv"}, methods)
-    forward = lora_jax.adapt(lambda params, x: x @ jnp.concatenate([params["q"], params["v"]], 1))
-    x = jax.ShapeDtypeStruct((2, 4), "float32")
-    assert jax.eval_shape(forward, lora_jax.combine(frozen, delta), x).shape == (2, 8)
+    joined = lambda params: jnp.ones((2, 4)) @ jnp.concatenate([params["q"], params["v"]], 1)
+    given = (joined, methods, {"q": (4, 4), "v": (4, 4)}, "in out")
+    assert shapes_of(*given, key=False) == (2, 8)
     with pytest.raises(lora_jax.MaterializeError, match="`concatenate`.*'q'"):
-        jax.eval_shape(
-            lambda *trees: forward(lora_jax.combine(*trees, key=jax.random.key(0)), x), frozen, delta
-        )
+        shapes_of(*given, key=True)
+
+
+def _gathered(params):
+    """A stack whose layers lie on two devices, gathered where it is used."""
+    return jax.shard_map(
+        lambda w: jnp.einsum("i,lio->lo", jnp.ones(4), lax.all_gather(w, "model", axis=0, tiled=True)),
+        mesh=jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,)),
+        in_specs=P("model"),
+        out_specs=P(),
+        check_vma=False,
+    )(params["w"])
+
+
+LAYERS_CHANGED = {
+    "pad": (
+        lambda params: jnp.einsum("i,lio->lo", jnp.ones(4), jnp.pad(params["w"], ((1, 1), (0, 0), (0, 0)))),
+        4,
+    ),
+    "all_gather": (_gathered, 2),
+}
+
+
+@pytest.mark.parametrize("operation", LAYERS_CHANGED)
+def test_layers_that_are_not_those_of_the_keys(operation):
+    """Every layer has a key of its own. Where layers come in, keys would be missing."""
+    fn, layers = LAYERS_CHANGED[operation]
+    given = (fn, {"w": LoRA(rank=2, dropout=RATE)}, {"w": (2, 4, 4)}, "layer in out")
+    assert shapes_of(*given, key=False) == (layers, 4)
+    with pytest.raises(lora_jax.MaterializeError, match=f"`{operation}`.*'w'"):
+        shapes_of(*given, key=True)

@@ -296,3 +296,13 @@ def test_magnitude_in_every_use(x64):
     (_, frozen, delta), arrays = cases[0], cases[0][2]["w"].arrays
     by_hand = (frozen["w"] + arrays["a"] @ arrays["b"]) * arrays["m"][None]
     np.testing.assert_allclose(lora_jax.merge(frozen, delta)["w"], by_hand, rtol=1e-12)
+
+
+def test_joined_magnitudes_may_have_several_dtypes():
+    params = {name: jax.ShapeDtypeStruct((6, 4), "float32") for name in "qv"}
+    frozen, delta = lora_jax.lorafy(params, ".*", method=Scaled(), axes="in out")
+    delta["v"].arrays["m"] = jax.ShapeDtypeStruct((4,), "bfloat16")
+    joined = lambda params: contracted(jnp.concatenate([params["q"], params["v"]], 1), "io")
+    tree = lora_jax.combine(frozen, delta)
+    assert not lora_jax.explain(joined, tree).formed
+    assert jax.eval_shape(lora_jax.adapt(joined), tree).shape == (2, 8)
