@@ -142,7 +142,7 @@ def looped(params, x):  # stacked in one use, one matrix of two in axes in the o
             {"w": shape(6, 6)},
             {"fn": lambda params, x: x @ (params["w"] * jnp.tri(6)), "args": (X,)},
             r"'w', of shape \(6, 6\), but `fn` never contracts with it: it goes into `mul` at "
-            r".*test_lorafy.py.*what is contracted later is another array",
+            r".*test_lorafy_axes.py.*what is contracted later is another array",
         ),
         (
             {"w": shape(2, 6)},
