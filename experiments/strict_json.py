@@ -14,6 +14,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union
 
 
+class _UnknownKey(ValueError):
+    """A key that its object does not have. The words are those of `_unknown`, where the whole is known."""
+
+    def __init__(self, prefix: str, name: str, known: tuple[str, ...]):
+        super().__init__(prefix, name, known)
+        self.prefix, self.name, self.known = prefix, name, known
+
+
 def build(kind: Any, value: Any, key: str = "") -> Any:
     """The value of type `kind` that the JSON `value` describes.
 
@@ -24,6 +32,41 @@ def build(kind: Any, value: Any, key: str = "") -> Any:
     >>> build(Train, {"lr": 1})
     Train(lr=1.0, steps=10)
     """
+    try:
+        return _build(kind, value, key)
+    except _UnknownKey as error:
+        raise ValueError(_unknown(kind, key, error)) from None
+
+
+def _unknown(kind: Any, key: str, error: _UnknownKey) -> str:
+    prefix = f"{key}." if key else ""
+    elsewhere = [f"{prefix}{name}" for name in _keys(kind) if name.rpartition(".")[2] == error.name]
+    meant = (
+        f"; did you mean {' or '.join(f'`{name}`' for name in elsewhere)}?"
+        if elsewhere
+        else nearest(error.name, error.known, error.prefix)
+    )
+    return f"unknown key `{error.prefix}{error.name}`{meant} (known: {', '.join(error.known)})."
+
+
+def _keys(kind: Any) -> list[str]:
+    """Every key below a dataclass with its dots, one of several dataclasses included. The keys of a free
+    object are those that its field names as `keys` in its metadata.
+    """
+    kinds = [option for option in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(option)]
+    found = {}
+    for option in kinds:
+        hints = typing.get_type_hints(option)
+        for field in dataclasses.fields(option):
+            below = [
+                *_keys(hints[field.name]),
+                *(field.metadata["keys"]() if "keys" in field.metadata else ()),
+            ]
+            found |= dict.fromkeys([field.name, *(f"{field.name}.{name}" for name in below)])
+    return list(found)
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, key)
@@ -39,11 +82,11 @@ def build(kind: Any, value: Any, key: str = "") -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong(key, "a list", value)
-        return tuple(build(typing.get_args(kind)[0], item, f"{key}[{n}]") for n, item in enumerate(value))
+        return tuple(_build(typing.get_args(kind)[0], item, f"{key}[{n}]") for n, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(key, "an object", value)
-        return {name: build(typing.get_args(kind)[1], item, f"{key}.{name}") for name, item in value.items()}
+        return {name: _build(typing.get_args(kind)[1], item, f"{key}.{name}") for name, item in value.items()}
     if kind is Any:
         return value
     return _build_scalar(kind, value, key)
@@ -72,13 +115,13 @@ def _build_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
         return None
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if len(kinds) == 1:
-        return build(kinds[0], value, key)
+        return _build(kinds[0], value, key)
     if all(dataclasses.is_dataclass(kind) for kind in kinds):
         return _build_tagged(kinds, value, key)
     errors = []
     for kind in kinds:
         try:
-            return build(kind, value, key)
+            return _build(kind, value, key)
         except TypeError as error:
             errors.append(error)
     raise errors[0]
@@ -92,7 +135,7 @@ def _build_tagged(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
         raise _wrong(key, "an object", value)
     if tag not in value:
         raise ValueError(f"{_name(key)} lacks the key `{tag}`, which must be {_one_of(by_tag)}.")
-    chosen = build(Literal[tuple(by_tag)], value[tag], f"{key}.{tag}")
+    chosen = _build(Literal[tuple(by_tag)], value[tag], f"{key}.{tag}")
     return _build_dataclass(by_tag[chosen], value, key)
 
 
@@ -104,14 +147,12 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name in value:
         if name not in fields:
-            raise ValueError(
-                f"unknown key `{prefix}{name}`{nearest(name, fields, prefix)} (known: {', '.join(fields)})."
-            )
+            raise _UnknownKey(prefix, name, tuple(fields))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
             raise ValueError(f"missing key `{prefix}{name}`.")
-    return kind(**{name: build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
+    return kind(**{name: _build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
 
 
 def nearest(word: Any, known: Any, prefix: str = "") -> str:

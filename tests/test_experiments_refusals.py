@@ -1,5 +1,6 @@
 """Every kind of bad input to the command line is one line, and nothing is written."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +29,18 @@ BAD_ARGUMENTS = {
     "unknown key": (["--set", "train.lrr=1"], "unknown key `train.lrr`; did you mean `train.lr`?"),
     "wrong type": (["--set", "train.lr=fast"], '`train.lr` must be a number, got "fast" (a string)'),
     "no config": (["--config", "nowhere.json"], "no config file `nowhere.json`"),
-    "missing data": (["--set", "data.train=absent.txt"], "no data file"),
+    "missing data": (
+        ["--set", "data.train=absent.txt"],
+        "/absent.txt`. The config's paths start at `{data}`: pass `--data DIR`, or set LORA_JAX_DATA",
+    ),
+    "missing data set": (
+        ["--set", "data.dataset=a/b/c"],
+        "The config's paths start at `{data}`: pass `--data DIR`, or set LORA_JAX_DATA",
+    ),
+    "a file that is not generated": (
+        ["--set", "data.valid=absent.txt", "--set", "generate=" + json.dumps(GENERATE)],
+        "`generate` makes train.txt, valid.txt and test.txt",
+    ),
     "empty data": (["--set", "data.train=empty.txt"], "the data set `empty.txt` is empty"),
     "no separator": (["--set", "data.valid=bare.txt"], "row 2: expected exactly one `||`"),
     "too long for seq_len": (["--set", "data.seq_len=20"], "more than `data.seq_len` (20)"),
@@ -45,11 +57,27 @@ BAD_ARGUMENTS = {
         "`decode.end` has 'no one', which the tokenizer encodes as",
     ),
     "missing base": (["--set", 'base={"path": "/absent"}'], "`base.path`: no directory"),
+    "missing base below": (
+        ["--set", 'base={"path": "a/b/c"}'],
+        "a/b/c`. The config's paths start at `{data}`: pass `--data DIR`",
+    ),
+    "missing tokenizer": (
+        [
+            "--set",
+            "base=" + json.dumps({"architecture": BASE["base"]["architecture"], "tokenizer": "a"}),
+        ],
+        "`base.tokenizer`: no directory `{data}/a`. The config's paths start at",
+    ),
     "unreachable hub": (["--set", 'base={"path": "gpt2-medium"}'], "the hub does not give it"),
     "truncated safetensors": (["--set", 'base={"path": "truncated"}'], "model.safetensors"),
     "no target": (["--set", 'targets=["c_attn"]'], "`targets` pattern 'c_attn' matches no leaf"),
     "rank too large": (["--set", "method.rank=99"], "`rank` is 99"),
-    "mesh too large": (["--set", "mesh.tensor=16"], "needs 16 devices, but there are 8"),
+    "mesh too large": (
+        ["--set", "mesh.tensor=16"],
+        "needs 16 devices, but there are 8. Set smaller sizes in `mesh`, or try it on virtual ones: set the "
+        "environment variable XLA_FLAGS=--xla_force_host_platform_device_count=16",
+    ),
+    "key of another section": (["--set", "lr=1e-3"], "unknown key `lr`; did you mean `train.lr`?"),
     "mesh that does not divide": (["--set", "mesh.tensor=5"], "does not divide"),
 }
 
@@ -93,8 +121,47 @@ def test_bad_input_is_one_line(inputs, tmp_path, capsys, monkeypatch, case):
         tmp_path / "work",
         *arguments,
     )
-    assert message in line
-    assert not (tmp_path / "work").exists(), "nothing was written"
+    assert message.format(data=inputs / "data") in line
+    written = [
+        path for path in (tmp_path / "work").rglob("*") if path.is_file() and path.parent.name != "data"
+    ]
+    assert not written, "only what `generate` makes"
+
+
+def test_paths_start_where_the_user_is(inputs, tmp_path, capsys, monkeypatch):
+    """Unless `--data` or the variable says otherwise; no place on the disk is looked at by itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORA_JAX_DATA", raising=False)
+    arguments = ["run", inputs / "plain.json", "--workdir", tmp_path / "work"]
+    assert "no data file `train.txt`. The config's paths start at `.`" in refused(
+        capsys, monkeypatch, *arguments
+    )
+    monkeypatch.setenv("LORA_JAX_DATA", str(inputs))
+    assert f"no data file `{inputs}/train.txt`" in refused(capsys, monkeypatch, *arguments)
+
+
+def test_a_place_that_cannot_be_written_to(inputs, tmp_path, capsys, monkeypatch):
+    """Is found before anything is read, and is no `[Errno 30]`."""
+    (tmp_path / "file").write_text("")
+    arguments = ["run", inputs / "absent.json", "--workdir", tmp_path / "file" / "work"]
+    (inputs / "absent.json").write_text(json.dumps({**LORA, "base": {"path": "./absent"}}))
+    line = refused(capsys, monkeypatch, *arguments)
+    assert (
+        f"`--workdir` {tmp_path / 'file' / 'work'} cannot be written to ({tmp_path / 'file'} is a file)"
+        in line
+    )
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", read_only)
+        line = refused(capsys, monkeypatch, "run", inputs / "absent.json", "--workdir", tmp_path / "work")
+    assert f"cannot be written to ({tmp_path}: Read-only file system): choose another" in line
+    with monkeypatch.context() as patch:  # of any command
+        patch.setattr("experiments.reports.report.table", read_only)
+        line = refused(capsys, monkeypatch, "report", tmp_path)
+    assert line == f"error: `{tmp_path}`: Read-only file system: choose another place."
 
 
 def test_a_base_beside_the_config(inputs, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,8 @@ import lora_jax
 from experiments import config as configs, tasks
 from experiments.command_line import main
 from experiments.decoding.decoder import Decoder
+from experiments.reports import report
+from experiments.running import finish
 from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf, loralib, peft
 
@@ -50,6 +52,38 @@ def test_a_finished_work_directory(root):
     assert in_pytorch is None or (in_pytorch["max_difference"] < 1e-4 and not in_pytorch["keys"])
     assert all(f" {word} |" in page or f"| {word}" in page for word in ("command", "data", "commit, date"))
     assert (done / "base" / "report.md").is_file(), "the base was run first"
+
+
+def test_the_report_says_what_only_the_training_loss_has(root, tmp_path, monkeypatch):
+    """A validation loss below it would otherwise look like a mistake."""
+    config, facts = (
+        configs.load(root / "tiny.json", ["train.label_smoothing=0.1"]),
+        json.loads((root / "done" / "report.json").read_text()),
+    )
+    words = "with label smoothing 0.1 and dropout 0.1"
+    assert (
+        f"The training loss is that of each batch, {words}. The validation loss is without"
+        in report.render(config, facts)
+    )
+    labels = []
+    monkeypatch.setattr(report, "_plot", lambda curves, *_: labels.extend(curves))
+    report.draw(report.read_metrics(root / "done" / "metrics.jsonl"), config, tmp_path / "loss.png")
+    assert labels == [f"training, {words}", "validation"]
+    assert "training loss is that" not in (root / "done" / "base" / "report.md").read_text()
+
+
+def test_a_run_says_what_it_does_once_it_is_trained(root, tmp_path, capsys):
+    """Each stage that takes time begins with a line; the base decodes nothing that nobody asked for."""
+    config = configs.load(root / "tiny.json", ["decode.before=false", "decode.shown=0"])
+    directory = root / "done" / "merged"
+    model, params = hf.load(directory)
+    words = load_tokenizer(directory)
+    prompts = tasks.prepare(config.data, tasks.read(config.data, root / "done" / "data"), words).prompts
+    said = []
+    decoder = Decoder.create(config, model, words, prompts)
+    found = finish.predict(decoder, None, params, tmp_path, said.append)
+    assert said == ["decoding with the merged model: 4 of 4 test inputs, 32 at a time", "scoring the texts"]
+    assert found["samples"] == [] and list(found["scores"]) == ["after"]
 
 
 def test_the_adapter_beside_the_merged_model(root):

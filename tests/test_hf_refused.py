@@ -11,7 +11,7 @@ import pytest
 from gpt2_files import assert_same, configure, edit, MODEL, random_params
 from safetensors import safe_open
 
-from lora_jax.interop import _safetensors, hf
+from lora_jax.interop import _safetensors, hf, peft
 from lora_jax.models import stack_layers
 
 
@@ -82,7 +82,11 @@ BIAS = "transformer.h.1.mlp.c_fc.bias"
         (shutil.rmtree, "config.json is missing; found there: no such directory"),
         (write("config.json", '{"n_layer":'), "config.json is not JSON"),
         (write("config.json", "[]"), "config.json holds a JSON list"),
-        (lambda dir: configure(dir, model_type="mamba"), "`model_type` is 'mamba'.*supported are .*'gpt2'"),
+        (
+            lambda dir: configure(dir, model_type="mamba"),
+            "`model_type` is 'mamba'.*supported are .*'gpt2'.*Any JAX implementation of it will do: "
+            "`lorafy` and `adapt` need no model of ours.*https://",
+        ),
         (
             lambda dir: configure(dir, architectures=["GPT2ForSequenceClassification"]),
             "'GPT2ForSequenceClassification'",
@@ -99,6 +103,17 @@ def test_what_is_wrong_with_a_directory_is_named(saved, damage, message):
     damage(saved)
     with pytest.raises(ValueError, match=message):
         hf.load(saved)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_name_on_the_hub_is_downloaded_first(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for load in (hf.load, peft.head_of):
+        with pytest.raises(ValueError, match=f"huggingface_hub.snapshot_download.'{name}'."):
+            load(name)
+    with pytest.raises(ValueError) as caught:
+        hf.load(tmp_path / name)  # a whole path is no name
+    assert "huggingface_hub" not in str(caught.value)
 
 
 def point(name, shard=None):

@@ -167,11 +167,12 @@ def test_the_static_check_can_pass(path, source):
 # Each part of lora_jax, a folder or a file, and the parts that it imports. A part imports earlier ones only,
 # so that there is no circle. A new part is a new line.
 _LIBRARY = {
+    "_extras": set(),
     "_mesh": set(),
     "_paths": set(),
     "_table": set(),
     "processes": set(),
-    "models": set(),
+    "models": {"_extras"},
     "_packed": {"_mesh"},
     "_lowrank": {"_mesh", "_packed"},
     "_tree": {"_lowrank", "_packed", "_paths"},
@@ -189,9 +190,9 @@ _LIBRARY = {
     "optim": {"_lowrank", "_paths", "_tree", "methods"},
     "drop": {"_adapt", "_lorafy", "_lowrank", "_paths", "_tree", "methods"},
     "arithmetic": {"_lorafy", "_lowrank", "_merge", "_paths", "_tree", "methods"},
-    "checkpoint": {"_paths", "processes"},
+    "checkpoint": {"_extras", "_paths", "processes"},
     "interop": {
-        *("_lorafy", "_lowrank", "_merge", "_packed", "_paths", "_tree"),
+        *("_extras", "_lorafy", "_lowrank", "_merge", "_packed", "_paths", "_tree"),
         *("arithmetic", "methods", "models", "processes", "sharding"),
     },
     "__init__": {
@@ -203,7 +204,8 @@ _LIBRARY = {
 _EXPERIMENTS = {
     "strict_json": set(),
     "progress": set(),
-    "metrics": set(),
+    "requirements": set(),
+    "metrics": {"requirements"},
     "config": {"strict_json"},
     "tasks": {"config"},
     "decoding": {"config", "tasks"},
@@ -212,8 +214,10 @@ _EXPERIMENTS = {
     "reports": {"config", "progress", "training"},
     "convert": {"progress"},
     "running": {"config", "decoding", "metrics", "progress", "reports", "tasks", "training"},
-    "commands": {"config", "convert", "metrics", "plan", "reports", "running", "strict_json"},
-    "command_line": {"commands"},
+    "commands": {
+        *("config", "convert", "metrics", "plan", "reports", "requirements", "running", "strict_json"),
+    },
+    "command_line": {"commands", "requirements"},
     "__main__": {"command_line"},
     "__init__": set(),
 }

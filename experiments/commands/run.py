@@ -2,13 +2,12 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
+from experiments import requirements
 from experiments.commands.options import Commands
-
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT_DATA = REPOSITORY.parent / "shared" / "data"
 
 
 def add_to(commands: Commands) -> None:
@@ -19,7 +18,7 @@ def add_to(commands: Commands) -> None:
     run.add_argument("--config", help="a JSON file such as experiments/configs/demo.json")
     run.add_argument(
         "--data",
-        help="where the config's paths start; default: $LORA_JAX_DATA, or ../shared/data beside the checkout",
+        help="where the config's paths start; default: $LORA_JAX_DATA, or the working directory",
     )
     run.add_argument(
         "--workdir", help="where results go, and where an interrupted run is found again; default: runs/NAME"
@@ -54,6 +53,7 @@ def add_to(commands: Commands) -> None:
 
 
 def handle(args: argparse.Namespace) -> None:
+    requirements.look_for(requirements.OF_EVERY_RUN, "a run")
     try:
         _run(args)
     except Exception as error:
@@ -69,10 +69,27 @@ def _run(args: argparse.Namespace) -> None:
 
     path = Path(args.config or args.config_file)
     config = configs.load(path, args.set)
+    requirements.look_for(_further(config), "this run")
     from experiments.running.run import run
 
-    data = Path(args.data or os.environ.get("LORA_JAX_DATA") or DEFAULT_DATA)
+    data = Path(args.data or os.environ.get("LORA_JAX_DATA") or ".")
     run(config, path, data, Path(args.workdir or Path("runs") / config.name))
+
+
+def _further(config: Any) -> list[str]:
+    """The modules that this run needs and another may not: the readers of its data, and the bar of a
+    terminal.
+    """
+    section = config.data
+    files = (
+        (section.train, section.valid) if isinstance(section.train, str) else (*section.train, section.valid)
+    )
+    found = {
+        "datasets": getattr(section, "dataset", None) is not None,
+        "pyarrow": any(file.endswith(".zst") for file in files),
+        "rich": sys.stdout.isatty(),
+    }
+    return [module for module, wanted in found.items() if wanted]
 
 
 def _end_as_one_of_several(error: Exception, traceback: bool) -> None:

@@ -7,7 +7,7 @@ from experiments.config.base import Base
 from experiments.config.computing import Mesh, Precision
 from experiments.config.data import E2EData, Generate, TextData
 from experiments.config.decode import Decode
-from experiments.config.method import method_value
+from experiments.config.method import keys as method_keys, method_value
 from experiments.config.training import Optimizer, Train
 
 
@@ -34,7 +34,7 @@ class Config:
     source: Source
     base: Base
     data: E2EData | TextData
-    method: dict[str, Any]
+    method: dict[str, Any] = field(metadata={"keys": method_keys})
     targets: tuple[str, ...]
     train: Train
     optimizer: Optimizer = Optimizer()

@@ -1,5 +1,6 @@
 """`method`: how the base is adapted. The section is the method's name and its own arguments."""
 
+import dataclasses
 from typing import Any
 
 from experiments.strict_json import build, nearest
@@ -15,6 +16,15 @@ def methods() -> dict[str, Any]:
     import lora_jax
 
     return {name: value for name, value in vars(lora_jax.methods).items() if isinstance(value, type)}
+
+
+def keys() -> list[str]:
+    """Every argument of a method.
+
+    >>> "alpha" in keys()
+    True
+    """
+    return sorted({field.name for method in methods().values() for field in dataclasses.fields(method)})
 
 
 def method_value(section: dict[str, Any]) -> Any:

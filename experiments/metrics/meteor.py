@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from experiments.metrics.ngrams import Tokens
+from experiments.requirements import pip_install
 
 
 class NoMeteorError(OSError):
@@ -94,6 +95,4 @@ def _jar() -> Path:
         jar = Path(directory) / "meteor" / "meteor-1.5.jar"
         if jar.is_file():
             return jar
-    raise NoMeteorError(
-        "it needs meteor-1.5.jar of the package pycocoevalcap: pip install 'lora_jax[meteor]'."
-    )
+    raise NoMeteorError(f"it needs meteor-1.5.jar of the package pycocoevalcap: {pip_install('meteor')}.")

@@ -30,7 +30,7 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
         **provenance(),
     }
     (workdir / "figures").mkdir(exist_ok=True)
-    draw(metrics, config.name, workdir / "figures" / "loss.png")
+    draw(metrics, config, workdir / "figures" / "loss.png")
     (workdir / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     page = workdir / "report.tmp"
     page.write_text(render(config, facts), "utf-8")
@@ -52,9 +52,18 @@ def numbers(metrics: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def draw(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Training and validation loss over the steps."""
-    _plot({"training": _curve(metrics, "loss"), "validation": _curve(metrics, "valid_loss")}, title, path)
+def draw(metrics: list[dict[str, Any]], config: Config, path: Path) -> None:
+    """Training and validation loss over the steps, with what only the former has."""
+    only = _of_training_only(config)
+    training = f"training, with {' and '.join(only)}" if only else "training"
+    _plot({training: _curve(metrics, "loss"), "validation": _curve(metrics, "valid_loss")}, config.name, path)
+
+
+def _of_training_only(config: Config) -> list[str]:
+    """What raises the training loss and is not in the validation loss."""
+    smoothing, dropout = config.train.label_smoothing, config.method.get("dropout")
+    found = {f"label smoothing {smoothing:g}": smoothing, f"dropout {dropout}": dropout}
+    return [words for words, value in found.items() if value]
 
 
 def draw_together(workdirs: Sequence[Path], path: Path) -> None:
@@ -132,6 +141,12 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
     lines += ["", "![loss](figures/loss.png)", ""]
+    if only := _of_training_only(config):
+        lines += [
+            f"The training loss is that of each batch, with {' and '.join(only)}. The validation loss is "
+            "without, and so may lie below it.",
+            "",
+        ]
     lines += [
         "`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the "
         "adapter and the"

@@ -49,6 +49,8 @@ def load(
     if section.architecture is not None:
         words = data / section.tokenizer if section.tokenizer is not None else tokenizer
         assert words is not None  # one of them goes with an architecture, as the config has checked
+        if not words.is_dir():
+            raise FileNotFoundError(f"`base.tokenizer`: no directory `{words}`. {where_paths_start(data)}")
         return _random(section.architecture, words, key, mesh, policy)
     if run is not None:
         directory = run / "merged"
@@ -71,6 +73,14 @@ def load(
     )
 
 
+def where_paths_start(data: Path) -> str:
+    """What to do about a path of a config that names nothing."""
+    return (
+        f"The config's paths start at `{data}`: pass `--data DIR`, or set LORA_JAX_DATA, if they are "
+        "elsewhere."
+    )
+
+
 def find(path: str, data: Path, beside: Path) -> Path:
     """A directory below `data`, or below `beside` if the path begins with a dot, or else a snapshot of
     the hub's repository of that name.
@@ -79,8 +89,10 @@ def find(path: str, data: Path, beside: Path) -> Path:
     local = (beside / path).resolve() if dotted else data / path
     if local.is_dir():
         return local
-    if Path(path).is_absolute() or dotted or path.count("/") > 1:
+    if Path(path).is_absolute() or dotted:
         raise FileNotFoundError(f"`base.path`: no directory `{local}`.")
+    if path.count("/") > 1:
+        raise FileNotFoundError(f"`base.path`: no directory `{local}`. {where_paths_start(data)}")
     import huggingface_hub
 
     try:
@@ -91,7 +103,8 @@ def find(path: str, data: Path, beside: Path) -> Path:
     ) as error:  # whatever the hub's client raises: offline, unknown name, refused, broken connection
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"`base.path`: `{path}` is no directory below `{data}`, and the hub does not give it: {reason}"
+            f"`base.path`: `{path}` is no directory below `{data}`, and the hub does not give it: "
+            f"{reason.rstrip('.')}. {where_paths_start(data)}"
         ) from error
 
 

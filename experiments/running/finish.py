@@ -6,6 +6,7 @@ files. So a wrong scale, a transposed matrix or a missing tensor shows as a numb
 
 import importlib.util
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,19 @@ PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config, workdir: Path) -> None:
     """From the trained state to the report."""
     started, trainer, splits = time.perf_counter(), ready.trainer, ready.splits
+
+    def begin(what: str) -> None:
+        processes.say(f"{config.name}: {what}")
+
+    begin("writing the merged model and the adapter")
     words, delta = chosen(checkpoints, state, config.train)
     merged = export(trainer, delta, ready.base, workdir / "merged")
+    adapter = write_adapter(trainer, delta, ready.base, workdir)
+    begin("reading the merged model back, and comparing it with the trained one")
+    comparison = compare(trainer, delta, workdir / "merged", splits)
+    predicted = predict(ready.decoder, ready.base.params, merged, workdir, begin)
+    if config.compare_full:
+        begin("measuring a step, beside one of full fine-tuning")
     facts: dict[str, Any] = {
         "base": {
             "origin": ready.base.origin,
@@ -51,10 +63,10 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         "trainable": lora_jax.count(delta),
         "summary": str(lora_jax.summary(ready.base.params, delta)),
         "result": words,
-        "adapter": write_adapter(trainer, delta, ready.base, workdir),
-        "comparison": compare(trainer, delta, workdir / "merged", splits),
+        "adapter": adapter,
+        "comparison": comparison,
         "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
-        **predict(ready.decoder, ready.base.params, merged, workdir),
+        **predicted,
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
         "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train)
         if config.compare_full
@@ -161,25 +173,33 @@ def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[s
     return {"max_difference": float(np.abs(adapted - logits).max()), "keys": keys}
 
 
-def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict[str, Any]:
+def predict(
+    decoder: Decoder,
+    before: Any,
+    merged: Any,
+    directory: Path,
+    begin: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
     """Decodes the test inputs; returns the samples and the scores for the report.
 
     `predictions.txt` has a line an input, and `references.txt` people's wordings in the scorer's form. With
     `decode.before` the untouched base answers all inputs too, in `predictions_before.txt`; otherwise only
-    those that the report shows.
+    those that the report shows. `begin` is told what comes next, and how much of it.
     """
     prompts, section = decoder.prompts, decoder.section
     if not prompts:
         return {"samples": [], "scores": {}}
 
     def decoded(params: Any, count: int, what: str) -> list[str]:
+        if not count:
+            return []
+        begin(f"{what}: {count} of {len(prompts)} test inputs, {decoder.section.batch} at a time")
         with Count(what, count, silent=not processes.first()) as progress:
             return decoder.texts(params, count, tell=progress.update)
 
-    texts = {"after": decoded(merged, len(prompts), "decoding")}
-    texts["before"] = decoded(
-        before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base"
-    )
+    texts = {"after": decoded(merged, len(prompts), "decoding with the merged model")}
+    shown = len(prompts) if section.before else min(section.shown, len(prompts))
+    texts["before"] = decoded(before, shown, "decoding with the base as it was")
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
 
     def write() -> None:
@@ -205,6 +225,7 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
             for name in whole
         }
 
+    begin("scoring the texts")
     return {"samples": samples, "scores": on_first(score)}
 
 

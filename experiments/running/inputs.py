@@ -63,7 +63,15 @@ def read(config: Config, config_path: Path, data: Path, workdir: Path) -> Inputs
     if config.generate is not None:
         section, data = config.generate, workdir / "data"
         on_first(lambda: str(generate.write(section, data)))
-    return Inputs(mesh, data, tasks.read(config.data, data))
+    try:
+        return Inputs(mesh, data, tasks.read(config.data, data))
+    except FileNotFoundError as error:
+        fix = (
+            "`generate` makes train.txt, valid.txt and test.txt: name these in `data`, or leave it out."
+            if config.generate is not None
+            else bases.where_paths_start(data)
+        )
+        raise FileNotFoundError(f"{error} {fix}") from error
 
 
 def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | None, workdir: Path) -> Ready:

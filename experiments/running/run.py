@@ -31,6 +31,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path) -> Path:
     if on_first(lambda: workdirs.is_finished(workdir, resolved)):
         processes.say(f"{config.name}: already finished, see {workdir / 'report.md'}")
         return workdir
+    on_first(lambda: workdirs.check_writable(workdir))
     ready = _prepared(config, config_path, data, workdir)
     if ready is None:  # the base's own run was stopped, and has said so
         return workdir

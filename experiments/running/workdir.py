@@ -3,6 +3,7 @@ finished.
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
     ):
         raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir.")
     return False
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises `ValueError` where nothing can be written to `workdir`. It leaves nothing there."""
+    workdir = workdir.absolute()
+    there = next(directory for directory in (workdir, *workdir.parents) if directory.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = f"{there} is a file" if there.is_file() else f"{there}: {error.strerror}"
+        raise ValueError(
+            f"`--workdir` {workdir} cannot be written to ({reason}): choose another directory."
+        ) from error
 
 
 def mark(workdir: Path, resolved: dict[str, Any]) -> None:

@@ -42,8 +42,15 @@ def make_mesh(section: MeshSection) -> Mesh:
     count, devices = math.prod(shape), jax.devices()
     asked = f"`mesh` {' x '.join(map(str, shape))}"
     if count > len(devices):
+        virtual = (
+            ""
+            if devices[0].platform != "cpu"
+            else ", or try it on virtual ones: set the environment variable "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
         raise ValueError(
-            f"{asked} needs {count} devices, but there are {len(devices)}. Set smaller sizes in `mesh`."
+            f"{asked} needs {count} devices, but there are {len(devices)}. "
+            f"Set smaller sizes in `mesh`{virtual}."
         )
     if jax.process_count() > 1 and count < len(devices):
         raise ValueError(

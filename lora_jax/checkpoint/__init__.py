@@ -8,5 +8,9 @@ classes around them. A checksum tells whether a checkpoint is damaged. Left out:
 which the trainer decides.
 """
 
-from ._checkpoints import Checkpoints as Checkpoints, NoneIntact as NoneIntact, State as State
-from ._checksum import fingerprint as fingerprint
+from .._extras import brought_by
+
+
+with brought_by("experiments", "lora_jax.checkpoint"):
+    from ._checkpoints import Checkpoints as Checkpoints, NoneIntact as NoneIntact, State as State
+    from ._checksum import fingerprint as fingerprint

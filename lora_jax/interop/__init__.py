@@ -1,4 +1,8 @@
 """Reads and writes other tools' files. Each room imports what it needs, and none needs PyTorch."""
 
-from . import hf as hf, loralib as loralib, peft as peft
-from ._imports import OneSided as OneSided
+from .._extras import brought_by
+
+
+with brought_by("models", "lora_jax.interop"):
+    from . import hf as hf, loralib as loralib, peft as peft
+    from ._imports import OneSided as OneSided

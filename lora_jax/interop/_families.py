@@ -78,6 +78,10 @@ def _layers_of_bert(prefix: str, query: str, key: str, value: str) -> str:
     return "\n".join(rows)
 
 
+ELSEWHERE = (
+    "docs/frameworks.md shows them on models of Flax and Equinox, and https://github.com/jax-ml/bonsai has "
+    "many such models."
+)
 FAMILIES = {
     "gpt2": Family(
         model=GPT2,
@@ -223,7 +227,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if kind not in FAMILIES:
         raise ValueError(
             f"`model_type` is {kind!r} in config.json, which is not supported; supported are "
-            f"{sorted(FAMILIES)}."
+            f"{sorted(FAMILIES)}. Any JAX implementation of it will do: `lorafy` and `adapt` need no model "
+            f"of ours. {ELSEWHERE}"
         )
     return FAMILIES[kind]
 

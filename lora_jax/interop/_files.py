@@ -27,12 +27,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         if file.parent.is_file():
             raise ValueError(f"{file.parent} is a file; pass the directory that holds it.")
-        found = (
-            sorted(entry.name for entry in file.parent.iterdir())
-            if file.parent.is_dir()
-            else "no such directory"
+        if not file.parent.is_dir():
+            raise ValueError(f"{file} is missing; found there: no such directory.{_from_hub(file.parent)}")
+        raise ValueError(
+            f"{file} is missing; found there: {sorted(entry.name for entry in file.parent.iterdir())}."
         )
-        raise ValueError(f"{file} is missing; found there: {found}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -40,6 +39,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object; copy it again.")
     return content
+
+
+def _from_hub(directory: Path) -> str:
+    """What to do where a directory that is not there has the form of a name on Hugging Face's hub."""
+    if len(directory.parts) not in (1, 2) or directory.is_absolute() or directory.parts[0].startswith("."):
+        return ""
+    name = directory.as_posix()
+    return (
+        f" If {name!r} is a name on Hugging Face's hub, download it first, and pass the directory that this "
+        f"returns: `huggingface_hub.snapshot_download({name!r})`, after `pip install huggingface_hub`."
+    )
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

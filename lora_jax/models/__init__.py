@@ -2,9 +2,13 @@
 them.
 """
 
-from ._cache import Cache as Cache
-from ._encoder import HEADS as HEADS
-from ._layouts import stack_layers as stack_layers, unstack_layers as unstack_layers
-from .deberta import DebertaV2 as DebertaV2, DebertaV2Config as DebertaV2Config
-from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config
-from .roberta import Roberta as Roberta, RobertaConfig as RobertaConfig
+from .._extras import brought_by
+
+
+with brought_by("models", "lora_jax.models"):
+    from ._cache import Cache as Cache
+    from ._encoder import HEADS as HEADS
+    from ._layouts import stack_layers as stack_layers, unstack_layers as unstack_layers
+    from .deberta import DebertaV2 as DebertaV2, DebertaV2Config as DebertaV2Config
+    from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config
+    from .roberta import Roberta as Roberta, RobertaConfig as RobertaConfig
