@@ -15,10 +15,11 @@ from training import optax_promotes as optax_promotes
 import experiments
 from experiments import config as configs
 from experiments.command_line import main
-from experiments.config import Architecture, Generate
+from experiments.config import Architecture, Base, Generate, Mesh, Precision
 from experiments.running import base as bases
 from experiments.running.run import run
 from experiments.tasks import generate
+from experiments.training.sharded import make_mesh
 from lora_jax.interop import hf
 
 
@@ -182,6 +183,20 @@ def test_a_base_beside_the_config(inputs, tmp_path, capsys, monkeypatch):
     with lost_in(1):
         run(configs.load(tmp_path / "config.json"), tmp_path / "config.json", inputs, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_what_an_adapter_calls_its_base(inputs, monkeypatch):
+    """A path that is right from every directory, or the name on the hub."""
+    monkeypatch.chdir(inputs)
+
+    def name(path):
+        arguments = (None, None, jax.random.key(0), make_mesh(Mesh()), Precision())
+        return bases.load(Base(path=path), Path("data"), Path("."), *arguments).name
+
+    whole = str((inputs / "data" / "base").resolve())
+    assert name("base") == name("./data/base") == whole
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: whole)
+    assert name("someone/model") == "someone/model"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from training import optax_promotes as optax_promotes
 import lora_jax
 from experiments import config as configs, tasks
 from experiments.command_line import main
-from experiments.decoding.decoder import Decoder
-from experiments.reports import report
-from experiments.running import finish
+from experiments.config import Decode
+from experiments.decoding.decoder import Decoder, generate
+from experiments.reports import card, report
+from experiments.running import beside, finish
 from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf, loralib, peft
 
@@ -98,13 +99,111 @@ def test_the_adapter_beside_the_merged_model(root):
     }
     assert "`adapter/` is what was trained, in PEFT's format: a file of " in page
     named = json.loads((done / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert named == "base/merged"
-    model, params = hf.load(done / named)
+    assert named == str((done / "base" / "merged").resolve()), "found from any directory"
+    model, params = hf.load(named)
     frozen, delta = peft.load(done / "adapter", model, params)
     assert lora_jax.count(delta) == facts["trainable"]
     close(lora_jax.merge(frozen, delta), hf.load(done / "merged")[1])
     assert not (done / "base" / "adapter").exists()
     assert "There is no `adapter/`: the method is Full" in (done / "base" / "report.md").read_text()
+
+
+def test_the_adapter_comes_with_a_card(root):
+    """The base in the header is a name on the hub or nothing: the hub takes no paths."""
+    done = root / "done"
+    page = (done / "adapter" / "README.md").read_text()
+    facts = json.loads((done / "report.json").read_text())
+    header, body = page.removeprefix("---\n").split("\n---\n", 1)
+    assert header.splitlines() == ["library_name: peft", "tags: [lora_jax]"]
+    base = str((done / "base" / "merged").resolve())
+    assert f"- Base: `{base}`, " in body and f'hf.load("{base}")' in body
+    assert "# tiny" in body and "LoRA(rank=2, alpha=4" in body and facts["prompt"]["text"] in body
+    config = configs.load(root / "tiny.json")
+    online = {**facts, "base": {**facts["base"], "name": "someone/model"}}
+    assert card.render(config, online, []).startswith("---\nbase_model: someone/model\nlibrary_name: peft\n")
+    drawn = {**facts, "base": {**facts["base"], "name": None}}
+    assert "is in no file" in card.render(config, drawn, [])
+
+
+def test_the_report_says_how_a_prompt_is_written(root):
+    """The text gives the very tokens that the model was trained on, and those that end an answer."""
+    done, config = root / "done", configs.load(root / "tiny.json")
+    facts, page = json.loads((done / "report.json").read_text()), (done / "report.md").read_text()
+    words = load_tokenizer(done / "merged")
+    first = tasks.prepare(config.data, tasks.read(config.data, done / "data"), words).prompts[0]
+    text = facts["prompt"]["text"]
+    assert tuple(words(text)["input_ids"]) == first.ids and text == f"{first.text}<|endoftext|>"
+    assert f"```\n{text}\n```" in page and 'ends at `"<|endoftext|>"` or `"\\n"`' in page
+    assert "## The prompt" not in (done / "base" / "report.md").read_text(), "it was trained on plain text"
+
+
+def test_the_merged_model_pads_cuts_and_continues(root):
+    words = load_tokenizer(root / "done" / "merged")
+    assert words.model_max_length == 160 and words.pad_token == "<|endoftext|>"
+    found = words(["a", "a house by the lake " * 100], padding=True, truncation=True, return_tensors="np")
+    assert found["input_ids"].shape == (2, 160) and found["attention_mask"][0].sum() == 1
+    written = json.loads((root / "done" / "merged" / "generation_config.json").read_text())
+    end = words.eos_token_id
+    assert written == {
+        **{"bos_token_id": end, "eos_token_id": [end, *words("\n")["input_ids"]], "pad_token_id": end},
+        **{"do_sample": False, "max_new_tokens": 4, "num_beams": 3, "length_penalty": 0.9},
+    }
+    base = json.loads((root / "done" / "base" / "merged" / "generation_config.json").read_text())
+    assert base == {"bos_token_id": end, "eos_token_id": [end], "pad_token_id": end}, "it has no prompts"
+
+
+@pytest.mark.parametrize("section", [{"end": True}, {"sample": {"temperature": 1e-4, "top_k": 3}}])
+def test_transformers_continues_as_the_run_did(root, torch, tmp_path, section):
+    """With what is beside the model and no argument: greedily, until a token that the answers have, and drawn
+    so coldly that it is the same.
+    """
+    import transformers
+
+    done, chance = root / "done", np.random.default_rng(0)
+    model, params = hf.load(done / "merged")
+    # After eight steps the model repeats one token.
+    params["h"] = jax.tree.map(
+        lambda leaf: leaf + chance.normal(0, 3, leaf.shape).astype(leaf.dtype), params["h"]
+    )
+    config = configs.load(root / "tiny.json")
+    words = load_tokenizer(done / "merged")
+    prompts = tasks.prepare(config.data, tasks.read(config.data, done / "data"), words).prompts
+    if "end" in section:
+        (freely,) = generate(model, params, [prompts[0].ids], Decode(max_tokens=12), end=(0,))
+        section = {"end": [next(token for token in freely if token != freely[0])]}
+    config = configs.load(root / "tiny.json", ["decode=" + json.dumps({"max_tokens": 12, **section})])
+    decoder = Decoder.create(config, model, words, prompts)
+    hf.save(tmp_path / "merged", model, params, source=done / "merged")
+    (tmp_path / "merged" / "generation_config.json").unlink()
+    beside.write(tmp_path / "merged", decoder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged", padding_side="left")
+    texts = [f"{prompt.text}<|endoftext|>" for prompt in prompts]
+    inputs = words(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = theirs.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
+    assert 1 < len(found[0]) <= 12
+    for row in found:
+        while row and row[-1] == words.pad_token_id:
+            row.pop()
+        if row[-1:] == section.get("end"):  # which the run does not keep
+            row.pop()
+    texts = words.batch_decode(found, clean_up_tokenization_spaces=False)
+    assert [" ".join(text.split("\n\n")[0].split()) for text in texts] == decoder.texts(params)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_and_convert_find_the_base_from_another_directory(root, torch, tmp_path, monkeypatch, capsys):
+    library = pytest.importorskip("peft")
+    done, ids = (root / "done").resolve(), np.arange(12)[None]
+    merged, params = hf.load(done / "merged")
+    expected = merged.apply({"params": params}, ids)
+    monkeypatch.chdir(tmp_path)
+    model = library.AutoPeftModelForCausalLM.from_pretrained(str(done / "adapter")).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.tensor(ids)).logits.numpy(), expected, atol=1e-4)
+    assert main(["convert", str(done / "adapter"), "out", "--to", "hf"]) == 0, capsys.readouterr().err
+    close(hf.load(tmp_path / "out")[1], params)
 
 
 def test_the_report_scores_and_weighs(root, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 from experiments import config as configs
 from experiments.config import Config, Decode
 from experiments.progress import read_metrics
+from experiments.reports import card
 from experiments.reports.cost import STEPS
 from experiments.reports.provenance import command, provenance
 
@@ -32,6 +33,10 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
     (workdir / "figures").mkdir(exist_ok=True)
     draw(metrics, config, workdir / "figures" / "loss.png")
     (workdir / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if (workdir / "adapter").is_dir():
+        (workdir / "adapter" / "README.md").write_text(
+            card.render(config, facts, prompt(facts["prompt"])), "utf-8"
+        )
     page = workdir / "report.tmp"
     page.write_text(render(config, facts), "utf-8")
     page.replace(workdir / "report.md")
@@ -158,12 +163,32 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "",
     ]
     lines += [
+        *prompt(facts.get("prompt")),
         *_scores(facts["scores"], config),
         *_cost(facts["cost"]),
         *_samples(facts["samples"], config.decode),
     ]
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
+
+
+def prompt(found: dict[str, Any] | None) -> list[str]:
+    """How a prompt is written, in Markdown; nothing where there are none, or in an older version's report."""
+    if found is None:
+        return []
+    ends = " or ".join(f"`{json.dumps(end)}`" for end in found["ends"])
+    return [
+        "## The prompt",
+        "",
+        "The model has learned to continue texts of this form. The first test input, as it was given:",
+        "",
+        "```",
+        found["text"],
+        "```",
+        "",
+        f"The tokenizer adds nothing to it. The answer ends at {ends}.",
+        "",
+    ]
 
 
 def _in_pytorch(found: dict[str, Any] | None) -> str:

@@ -19,7 +19,8 @@ from lora_jax.sharding import partition_specs, shardings
 @dataclass(frozen=True)
 class Loaded:
     """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words
-    where the weights are from.
+    where the weights are from. `name` is what an adapter calls its base: the hub's name, or a whole path,
+    which PEFT finds from any directory. None: the weights were drawn, and are in no file.
     """
 
     model: Any
@@ -27,6 +28,7 @@ class Loaded:
     tokenizer: Any
     directory: Path
     origin: str
+    name: str | None = None
 
 
 def load(
@@ -53,10 +55,10 @@ def load(
             raise FileNotFoundError(f"`base.tokenizer`: no directory `{words}`. {where_paths_start(data)}")
         return _random(section.architecture, words, key, mesh, policy)
     if run is not None:
-        directory = run / "merged"
+        directory, on_hub = run / "merged", False
     else:
         assert section.path is not None  # a base that is neither drawn nor another run's is at a path
-        directory = find(section.path, data, beside)
+        directory, on_hub = find(section.path, data, beside)
     model, params = hf.load(directory, mesh=mesh, param_dtype=policy.parameters)
     loaded = load_tokenizer(directory)
     if len(loaded) > model.config.vocab_size:
@@ -70,6 +72,7 @@ def load(
         loaded,
         directory,
         section.path or f"merged result of {section.run}",
+        section.path if on_hub else str(directory.resolve()),
     )
 
 
@@ -81,14 +84,14 @@ def where_paths_start(data: Path) -> str:
     )
 
 
-def find(path: str, data: Path, beside: Path) -> Path:
+def find(path: str, data: Path, beside: Path) -> tuple[Path, bool]:
     """A directory below `data`, or below `beside` if the path begins with a dot, or else a snapshot of
-    the hub's repository of that name.
+    the hub's repository of that name; and whether it is the last.
     """
     dotted = path.startswith(".")
     local = (beside / path).resolve() if dotted else data / path
     if local.is_dir():
-        return local
+        return local, False
     if Path(path).is_absolute() or dotted:
         raise FileNotFoundError(f"`base.path`: no directory `{local}`.")
     if path.count("/") > 1:
@@ -97,7 +100,7 @@ def find(path: str, data: Path, beside: Path) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt"]
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns)), True
     except (
         Exception
     ) as error:  # whatever the hub's client raises: offline, unknown name, refused, broken connection

@@ -21,7 +21,7 @@ from experiments.decoding.decoder import Decoder
 from experiments.metrics import score_e2e, warn
 from experiments.progress import Count
 from experiments.reports import cost, report
-from experiments.running import processes
+from experiments.running import beside, processes
 from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
 from experiments.tasks.examples import Splits
@@ -47,6 +47,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
     begin("writing the merged model and the adapter")
     words, delta = chosen(checkpoints, state, config.train)
     merged = export(trainer, delta, ready.base, workdir / "merged")
+    on_first(lambda: beside.write(workdir / "merged", ready.decoder))
     adapter = write_adapter(trainer, delta, ready.base, workdir)
     begin("reading the merged model back, and comparing it with the trained one")
     comparison = compare(trainer, delta, workdir / "merged", splits)
@@ -56,6 +57,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
     facts: dict[str, Any] = {
         "base": {
             "origin": ready.base.origin,
+            "name": ready.base.name,
             "fingerprint": ready.identity["base"],
             "parameters": _size(ready.base.params),
         },
@@ -66,6 +68,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         "adapter": adapter,
         "comparison": comparison,
         "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
+        "prompt": beside.example(ready.decoder),
         **predicted,
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
         "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train)
@@ -113,19 +116,12 @@ def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> 
             base.model,
             trainer.frozen,
             delta,
-            base=_base_name(trainer.config),
+            base=base.name,
             overwrite=True,
         )
     except ValueError as error:
         return {**facts, "missing": f"PEFT has no form for it: {str(error).rstrip('.')}"}
     return {**facts, "bytes": _tensor_bytes(workdir / "adapter")}
-
-
-def _base_name(config: Config) -> str | None:
-    """The base as the config names it, or as it lies beside the adapter. None: it was drawn at random and is
-    in no directory.
-    """
-    return config.base.path or (f"{config.base.workdir}/merged" if config.base.run is not None else None)
 
 
 def _tensor_bytes(directory: Path) -> int:
