@@ -23,7 +23,7 @@ newest := dropout explain explicit frameworks lorafy merge method model_starts q
 # Imports, examples whose output shows JAX's own texts, and Optax under strict promotion.
 newest += docstrings imports optim.
 # Files, which Python's, NumPy's and Orbax's own readers and writers handle.
-newest += check hf interop_fuzz interop_imports safetensors torch
+newest += check hf interop_fuzz interop_imports other_tools safetensors torch
 newest_tests = tests/methods tests/test_quant.py $(foreach subject,$(newest),$(or $(wildcard tests/test_$(subject)*py),$(error no test is about $(subject))))
 # `python3` unless it is too old or does not run (a version manager's shim for a version that is not active).
 find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \

@@ -17,6 +17,7 @@ from jax import tree_util
 
 from .._packed.packed import Packed
 from .._paths import named_leaves
+from .flax_registries import tell_flax
 from .method import Method, Spec
 
 
@@ -204,3 +205,6 @@ def method_of(adapter: Adapter, kind: type[OfKind]) -> OfKind:
 def is_node(leaf: Any) -> bool:
     """Whether a walk over a tree should stop: at a node of ours, or at the None of an absent leaf."""
     return leaf is None or isinstance(leaf, Adapter | Fixed | Adapted | Trained | Packed)
+
+
+tell_flax((Adapter, Fixed, Adapted, Trained, Packed, Shared), changeable=Adapter)
