@@ -168,6 +168,25 @@ def _instead(reading: Reading, shape: tuple[int, ...]) -> str:
     )
 
 
+def _check_members(path: str, shape: tuple[int, ...], words: tuple[str, ...]) -> None:
+    """Raises `ValueError` where leading axes may be heads of one matrix, or members with a matrix each.
+
+    `jax.vmap` over the weights of an ensemble and an einsum over experts contract as a projection to heads
+    does.
+    """
+    leading = words.index("in")
+    if leading == 0 or "layer" in words[:leading] or "out" not in words[leading:]:
+        return
+    rest = " ".join(words[leading:])
+    members, heads = (" ".join([*[word] * leading, rest]) for word in ("layer", "out"))
+    raise ValueError(
+        f"`axes` of {path!r}, of shape {shape}, cannot be read off `fn`: it keeps the first axes, "
+        f"{list(range(leading))}, as it keeps the last. If these are members of an ensemble or experts, each "
+        f"needs an adapter of its own: pass `axes={{{path!r}: {members!r}}}`. If they are heads of one "
+        f"matrix, pass `axes={{{path!r}: {heads!r}}}`."
+    )
+
+
 def resolve(
     path: str, shape: tuple[int, ...], given: dict[str, str], readings: dict[str, Reading] | None, sided: bool
 ) -> tuple[str, ...]:
@@ -201,6 +220,7 @@ def resolve(
                 f"`fn` uses {path!r}, of shape {shape}, in contradictory ways: its axes are "
                 f"{' '.join(words)!r} in one use and others in another. {say}."
             )
+        _check_members(path, shape, words)
         return words
     if len(shape) == 2:
         return DEFAULT
