@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from ._interpret.function import evaluate, flat_leaves
 from ._interpret.interpreter import Interpreter
+from ._interpret.recorder import Recorder, sides_exchanged
 from ._tree.canonical import weight_in
-from ._tree.nodes import is_node, Trained, weight_of
+from ._tree.method import Spec
+from ._tree.nodes import Adapted, is_node, Trained, weight_of
 
 
 _POLICIES = ("error", "warn", "allow")
@@ -47,8 +49,9 @@ def adapt(fn: Callable, *, materialize: str = "error", reduce: Any = None) -> Ca
         that train themselves (`Full`) are as JAX has them.
 
     Raises:
-      ValueError: (when called) an operation would form an adapted weight and `materialize` is `"error"`. It
-        names the operation, the parameter's path and the line.
+      ValueError: (when called) an operation would form an adapted weight and `materialize` is `"error"`; it
+        names the operation, the parameter's path and the line. `fn` uses a weight with in and out exchanged,
+        and the sides matter to its method.
     """
     if materialize not in _POLICIES:
         raise ValueError(f"`materialize` is {materialize!r}; pass one of {', '.join(map(repr, _POLICIES))}.")
@@ -75,4 +78,20 @@ def _call(fn: Callable, args: tuple, kwargs: dict, interpreter: Interpreter) -> 
     weights = [weight_in(leaf) for leaf in leaves]
     plain = [leaf.value if isinstance(leaf, Trained) else weight_of(leaf) for leaf in leaves]
     found = [weight for weight in weights if weight is not None]
-    return evaluate(fn, plain, treedef, [weight is not None for weight in weights], found, interpreter)
+    result = evaluate(fn, plain, treedef, [weight is not None for weight in weights], found, interpreter)
+    for leaf in leaves:
+        if isinstance(leaf, Adapted):
+            _check_sides(leaf.adapter.spec, interpreter.recorder)
+    return result
+
+
+def _check_sides(spec: Spec, recorder: Recorder) -> None:
+    """Raises `ValueError` where a method's sides matter, and every use of the weight has them exchanged."""
+    if spec.method.sided and sides_exchanged(spec, recorder.summed.get(spec.path, ())):
+        given = " ".join(spec.axes)
+        exchanged = " ".join({"in": "out", "out": "in"}.get(word, word) for word in spec.axes)
+        raise ValueError(
+            f"`axes` of {spec.path!r} are {given!r}, and `fn` contracts the out axes. For {spec.method.name} "
+            "the sides matter: it would adapt the inputs as if they were outputs. The weight is stored the "
+            f"other way: pass `axes={{{spec.path!r}: {exchanged!r}}}` to `lorafy`, or `fn=` and `args=`."
+        )

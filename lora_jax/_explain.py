@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from ._interpret.function import observe
-from ._interpret.recorder import Use
+from ._interpret.recorder import sides_exchanged, Use
 from ._table import table
 from ._tree.canonical import weight_in
 from ._tree.nodes import Adapted, is_node
@@ -17,9 +17,10 @@ class Explanation:
     table.
     """
 
-    def __init__(self, uses: list[Use], unused: list[str]):
+    def __init__(self, uses: list[Use], unused: list[str], exchanged: list[str]):
         self.uses = uses
         self.unused = unused
+        self.exchanged = exchanged
 
     @property
     def formed(self) -> list[Use]:
@@ -47,6 +48,9 @@ class Explanation:
         ]
         rows += [(path, "-", "not used", "0", "0", "0", "-") for path in self.unused]
         notes = [f"{path}: in and out axes differ between its uses" for path in self.contradictory]
+        notes += [
+            f"{path}: contracted along its out axes; it is stored the other way" for path in self.exchanged
+        ]
         return "\n".join([table(header, rows, right=(3, 4, 5)), *notes])
 
     __repr__ = __str__
@@ -71,6 +75,14 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """
     uses = observe(fn, args, kwargs, weight_in)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_node)
-    adapted = [leaf.adapter.spec.path for leaf in leaves if isinstance(leaf, Adapted)]
+    specs = [leaf.adapter.spec for leaf in leaves if isinstance(leaf, Adapted)]
+    summed: dict[str, set[frozenset[int]]] = {}
+    for use in uses:
+        if use.how != "formed":
+            summed.setdefault(use.path, set()).add(frozenset(use.summed))
     used = {use.path for use in uses}
-    return Explanation(uses, [path for path in adapted if path not in used])
+    return Explanation(
+        uses,
+        [spec.path for spec in specs if spec.path not in used],
+        [spec.path for spec in specs if sides_exchanged(spec, summed.get(spec.path, ()))],
+    )
