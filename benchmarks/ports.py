@@ -7,7 +7,7 @@ import socket
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens at the port."""
     with socket.socket() as probe:
         return probe.connect_ex(("localhost", port)) != 0
 

@@ -22,7 +22,7 @@ from lora_jax.interop import hf, loralib, OneSided, peft
 
 
 WORDS = {"peft": "PEFT's format", "loralib": "loralib's format", "hf": "Hugging Face's format"}
-# What the library's errors call the ways past a check, and what they are called here.
+# The library's names of the arguments that skip a check, and the command line's.
 _HERE = {
     "`verify=False`": "`--no-verify`",
     "`check_base=False`": "`--any-base`",
@@ -33,7 +33,7 @@ _HERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the command line says. `alpha` and `blocks` are what a file of loralib's does not hold."""
+    """The arguments of the command line. A file of loralib's does not hold `alpha` and `blocks`."""
 
     source: Path
     target: Path
@@ -47,15 +47,17 @@ class Job:
 
 
 def convert(job: Job) -> list[str]:
-    """Writes `job.target`; returns, a line each, what was read, beside what, and what was written. Raises
-    `ValueError` for anything wrong.
+    """Writes `job.target`; returns a line for the source, the base and the result.
+
+    Raises:
+      ValueError: an argument, the source or the base is wrong.
     """
     kind = kind_of(job.source)
     _check(job, kind)
     base = job.source if kind == "hf" else _base(job, kind)
     for read in (job.source.resolve(), base.resolve()):
         if job.target.resolve() in (read, *read.parents):
-            raise ValueError(f"`DST` {job.target} is what is read, or holds it: choose another name")
+            raise ValueError(f"`DST` {job.target} is what is read, or holds it: choose another name.")
     try:
         return _model(job) if kind == "hf" else _adapter(job, kind, base)
     except ValueError as error:
@@ -66,13 +68,13 @@ def convert(job: Job) -> list[str]:
 
 
 def kind_of(source: Path) -> str:
-    """The format of what `SRC` is."""
+    """The format of `SRC`."""
     if source.is_file() and source.suffix in (".pt", ".bin"):
         return "loralib"
     if (source / "report.md").is_file():
         raise ValueError(
             f"`SRC` {source} is a finished run: pass its adapter, {source / 'adapter'}, or its model, "
-            f"{source / 'merged'}"
+            f"{source / 'merged'}."
         )
     for mark, kind in (("adapter_config.json", "peft"), ("config.json", "hf")):
         if (source / mark).is_file():
@@ -86,7 +88,7 @@ def kind_of(source: Path) -> str:
     )
     raise ValueError(
         f"`SRC` {source} must be a directory with adapter_config.json (PEFT) or config.json (a Hugging Face "
-        f"model), or a file .pt or .bin (loralib); {found}"
+        f"model), or a file .pt or .bin (loralib); {found}."
     )
 
 
@@ -94,12 +96,12 @@ def check_file_name(argument: str, target: Path) -> None:
     if target.suffix not in (".pt", ".bin"):
         raise ValueError(
             f"`{argument}` {target} must be a file .pt or .bin, which is what loralib has, such as "
-            f"{target / 'adapter.pt'}"
+            f"{target / 'adapter.pt'}."
         )
 
 
 def _check(job: Job, kind: str) -> None:
-    """What is wrong with the arguments alone is said before anything is read."""
+    """Finds faults of the arguments alone, before anything is read."""
     if kind == "hf" and job.to != "hf":
         fix = f"for `--to {job.to}` pass the adapter itself, as in a run's adapter/"
         raise ValueError(f"`SRC` {job.source} is a model, and merged weights hold no adapter any more: {fix}")
@@ -111,17 +113,19 @@ def _check(job: Job, kind: str) -> None:
         if value is not None and kind not in kinds:
             raise ValueError(
                 f"`--{name}` says what {WORDS[kind]} does not leave open, and {job.source} has that: leave "
-                "it out"
+                "it out."
             )
     if kind == "loralib" and job.alpha is None:
         raise ValueError(
             f"pass `--alpha`, the `lora_alpha` that {job.source} was trained with: a file of loralib's does "
-            "not hold it, and the scale is alpha / rank"
+            "not hold it, and the scale is alpha / rank."
         )
     if job.to == "loralib":
         check_file_name("DST", job.target)
     if not job.overwrite and (any(job.target.iterdir()) if job.target.is_dir() else job.target.exists()):
-        raise ValueError(f"`DST` {_taken(job.target)}: choose another name, or replace it with `--overwrite`")
+        raise ValueError(
+            f"`DST` {_taken(job.target)}: choose another name, or replace it with `--overwrite`."
+        )
 
 
 def _taken(target: Path) -> str:
@@ -129,7 +133,7 @@ def _taken(target: Path) -> str:
 
 
 def _base(job: Job, kind: str) -> Path:
-    """The directory of the base: the one given, or that which PEFT's config names, here or beside the
+    """The directory of the base: the given one, or the one that PEFT's config names, here or beside the
     adapter.
     """
     wanted = f"`--base`, the directory of the Hugging Face model that {job.source} was trained on"
@@ -137,11 +141,11 @@ def _base(job: Job, kind: str) -> Path:
         if not (job.base / "config.json").is_file():
             raise ValueError(
                 f"{wanted}, is {job.base}, where there is no config.json: a model on the hub must be "
-                "downloaded first"
+                "downloaded first."
             )
         return job.base
     if kind == "loralib":
-        raise ValueError(f"pass {wanted}: a file of loralib's does not name it")
+        raise ValueError(f"pass {wanted}: a file of loralib's does not name it.")
     name = _named_base(job.source)
     for directory in (Path(name), job.source.absolute().parent / name) if name else ():
         if (directory / "config.json").is_file():
@@ -260,11 +264,11 @@ def _size(model: Any, params: Any) -> str:
 def export(workdir: Path, target: Path, form: str) -> str:
     """A finished run's result at `target`, where nothing is yet; returns a line about it."""
     if not (workdir / "report.md").is_file():
-        raise ValueError(f"`--workdir` {workdir} holds no finished run")
+        raise ValueError(f"`--workdir` {workdir} holds no finished run.")
     if form == "loralib":
         check_file_name("--to", target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten")
+        raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten.")
     if form != "hf" and not (workdir / "adapter").is_dir():
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
         older = (
@@ -282,8 +286,7 @@ def export(workdir: Path, target: Path, form: str) -> str:
 
 def _to_loralib(workdir: Path, target: Path) -> float:
     model, params = hf.load(workdir / "merged", place=_mapped)
-    # The merged model stands in for its base, of which the names and the shapes are all that is needed, and
-    # may lie anywhere.
+    # The merged model stands in for its base, which may lie anywhere: only names and shapes are needed.
     frozen, delta = peft.load(workdir / "adapter", model, params, check_base=False)
     if any(type(adapter.spec.method) is not lora_jax.LoRA for adapter in _adapters(delta)):
         frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)

@@ -1,5 +1,5 @@
-"""What a run says while it goes on: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or
-plain lines elsewhere.
+"""The progress of a run: `metrics.jsonl`, one JSON object a line, and a bar on a terminal or plain lines
+elsewhere.
 """
 
 import io
@@ -17,7 +17,7 @@ QUIET = 20.0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`. A last line that a crash cut short is passed over."""
+    """The lines of a `metrics.jsonl`. A last line that a crash cut short is left out."""
     if not path.is_file():
         return []
     lines = []
@@ -39,12 +39,13 @@ class _Bar:
         from rich import progress
         from rich.console import Console
 
-        columns = (
+        columns = [
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
-        )
-        columns += (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[numbers]}"))
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[numbers]}"),
+        ]
         self._progress = progress.Progress(*columns, console=Console(file=out))
         self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
 
@@ -63,13 +64,13 @@ class _Bar:
         else:
             print(text, file=self._out, flush=True)
 
-    def update(self, done: int, **fields: str) -> None:
+    def update(self, done: int, **fields: Any) -> None:
         if self.shown:
             self._progress.update(self._task, completed=done, **fields)
 
 
 class Count:
-    """How many of `total` are done, on a bar or, elsewhere, on a line now and then."""
+    """Shows how many of `total` are done: on a bar or, elsewhere, on a line now and then."""
 
     def __init__(self, name: str, total: int, out: TextIO | None = None, *, silent: bool = False):
         self._out = io.StringIO() if silent else sys.stdout if out is None else out
@@ -92,9 +93,9 @@ class Count:
 
 
 class Record:
-    """Opens the metrics of a work directory at `step`, forgetting what an interrupted run wrote beyond it.
+    """The metrics of a work directory, opened at `step`: later lines of an interrupted run are removed.
 
-    `out`: where people read, standard output unless given. `silent`: nothing is written or said, as in all
+    `out`: what the user reads, standard output by default. `silent`: nothing is written or shown, as in all
     but the first of several processes.
     """
 
@@ -113,7 +114,8 @@ class Record:
         self._spoke = -QUIET
         if silent:
             self._evaluated: set[int] = set()
-            self._file = self._out = open(os.devnull, "a", encoding="utf-8")
+            self._file: TextIO = open(os.devnull, "a", encoding="utf-8")
+            self._out: TextIO = self._file
             self._bar = _Bar(self._out, name, steps, step)
             return
         self._out = sys.stdout if out is None else out
@@ -136,7 +138,7 @@ class Record:
         self._file.close()
 
     def note(self, step: int, text: str) -> None:
-        """What people should know of this step, for the report too."""
+        """Writes and shows a remark on this step. The report repeats it."""
         self._write(step, note=text)
         self._bar.above(f"{self._name}: {text}")
 
@@ -152,7 +154,7 @@ class Record:
         self._bar.update(step)
 
     def log(self, step: int, **numbers: float) -> None:
-        """One line of metrics, on the disk before this returns, and a word about it to whoever watches."""
+        """Writes a line of metrics, which is on the disk when this returns, and shows it to the user."""
         self._write(step, **numbers)
         shown = [f"{name} {numbers[name]:.4f}" for name in ("loss", "valid_loss") if name in numbers]
         if "seconds_per_step" in numbers:

@@ -33,7 +33,7 @@ def build(kind: Any, value: Any, key: str = "") -> Any:
         choices = typing.get_args(kind)
         if value not in choices:
             raise ValueError(
-                f"{_name(key)} must be {_one_of(choices)}, got {_show(value)}{nearest(value, choices)}"
+                f"{_name(key)} must be {_one_of(choices)}, got {_show(value)}{nearest(value, choices) or '.'}"
             )
         return value
     if origin is tuple:
@@ -91,7 +91,7 @@ def _build_tagged(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(key, "an object", value)
     if tag not in value:
-        raise ValueError(f"{_name(key)} lacks the key `{tag}`, which must be {_one_of(by_tag)}")
+        raise ValueError(f"{_name(key)} lacks the key `{tag}`, which must be {_one_of(by_tag)}.")
     chosen = build(Literal[tuple(by_tag)], value[tag], f"{key}.{tag}")
     return _build_dataclass(by_tag[chosen], value, key)
 
@@ -105,12 +105,12 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     for name in value:
         if name not in fields:
             raise ValueError(
-                f"unknown key `{prefix}{name}`{nearest(name, fields, prefix)} (known: {', '.join(fields)})"
+                f"unknown key `{prefix}{name}`{nearest(name, fields, prefix)} (known: {', '.join(fields)})."
             )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
-            raise ValueError(f"missing key `{prefix}{name}`")
+            raise ValueError(f"missing key `{prefix}{name}`.")
     return kind(**{name: build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
 
 
@@ -142,4 +142,4 @@ def _wrong(key: str, expected: str, value: Any) -> TypeError:
         "bool": "a boolean",
     }
     kind = kinds.get(type(value).__name__, type(value).__name__)
-    return TypeError(f"{_name(key)} must be {expected}, got {_show(value)} ({kind})")
+    return TypeError(f"{_name(key)} must be {expected}, got {_show(value)} ({kind}).")

@@ -235,7 +235,8 @@ def _settled(value: Any, error: Exception | None, kinds: tuple[type[Exception], 
     process, gravity, text = max(failed, key=lambda item: (item[1], -item[0]))
     if error is not None and own is not None and own[0] == gravity:
         raise error
-    failure = _elsewhere(kinds[gravity])(f"{text} (process {process})")
+    end = "." if text.endswith(".") else ""
+    failure = _elsewhere(kinds[gravity])(f"{text.removesuffix('.')} (process {process}){end}")
     failure.process = process
     raise failure from error
 

@@ -23,7 +23,7 @@ def state(step=3, scale=1.0):
     moments = jax.tree.map(
         lambda leaf: leaf + jnp.asarray(step + scale, leaf.dtype), optax.adamw(1e-3).init(delta)
     )
-    return State(delta, moments, step, (step + 1, 2), jax.random.key(step))
+    return State(delta, moments, step, (step + 1, 2 * step), jax.random.key(step))
 
 
 def same_state(found, expected):

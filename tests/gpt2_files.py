@@ -1,6 +1,7 @@
 """A small GPT-2, and its Hugging Face directory to change."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -29,12 +30,21 @@ IDS = np.arange(10, dtype=np.int32).reshape(2, 5)
 
 def random_params(model, dtype=np.float32):
     draw = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
-    return jax.tree.map(lambda leaf: draw.normal(0.05, 0.15, leaf.shape).astype(dtype), shapes)
+    return jax.tree.map(lambda leaf: draw.normal(0.05, 0.15, leaf.shape).astype(dtype), _shapes(model))
+
+
+@functools.cache
+def _shapes(model):
+    return jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
 
 
 def logits_of(model, params):
-    return jax.jit(model.apply)({"params": params}, IDS)
+    return _compiled(model)({"params": params}, IDS)
+
+
+@functools.cache
+def _compiled(model):
+    return jax.jit(model.apply)
 
 
 def assert_same(found, expected):

@@ -1,6 +1,7 @@
 """A small GPT-2 here and in PyTorch, with every parameter random."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ TEXTS = ["name : The Eagle | Type : coffee shop || The Eagle is a", "A coffee sh
 
 def apply(model, params, *args, **kwargs):
     """`model.apply` compiled as a whole, which is quicker than compiling each operation."""
-    return jax.jit(model.apply, static_argnames=("last_only", "deterministic"))(
-        {"params": params}, *args, **kwargs
-    )
+    return compiled(model)({"params": params}, *args, **kwargs)
+
+
+@functools.cache
+def compiled(model):
+    """One for equal models, so that arguments of the same shapes do not compile again."""
+    return jax.jit(model.apply, static_argnames=("last_only", "deterministic"))
 
 
 def torch_model(torch, config):
@@ -58,8 +63,13 @@ def random_params(config, seed=0):
     compiled.
     """
     model, draw = GPT2(config), np.random.default_rng(seed)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    shapes = _shapes(model)
     return model, jax.tree.map(lambda leaf: draw.normal(0.05, 0.15, leaf.shape).astype(np.float32), shapes)
+
+
+@functools.cache
+def _shapes(model):
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
 
 
 def some_ids(shape, seed=3, vocabulary=101):

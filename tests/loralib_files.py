@@ -1,5 +1,6 @@
 """Small models with loralib's own layers, in PyTorch and here, and files between the two."""
 
+import copy
 import functools
 import json
 
@@ -56,13 +57,8 @@ def bases(tmp_path_factory):
 # --- here ---------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled(model):
-    return jax.jit(model.apply, compiler_options=encoders.QUICKLY)
-
-
 def output(model, frozen, delta):
-    found = compiled(model)({"params": lora_jax.merge(frozen, delta)}, IDS)
+    found = encoders.apply(model, lora_jax.merge(frozen, delta), IDS)
     return np.asarray(found[0] if isinstance(found, tuple) else found)
 
 
@@ -113,7 +109,12 @@ def made(dir, targets, scan=False, **options):
 
 
 def in_torch(dir):
-    """The base, of the class that its config names."""
+    """The base, of the class that its config names; a copy, which may be changed."""
+    return copy.deepcopy(_in_torch(dir))
+
+
+@functools.cache
+def _in_torch(dir):
     import transformers
 
     name = json.loads((dir / "config.json").read_text())["architectures"][0]

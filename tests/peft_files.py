@@ -1,5 +1,6 @@
 """Small models with PEFT's adapters in them, in PyTorch and here, and directories between the two."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -80,7 +81,12 @@ def disturb(torch, parameters, scale):
 
 
 def in_torch(dir):
-    """The base in PyTorch, of the class that its config names."""
+    """The base in PyTorch, of the class that its config names; a copy, which may be changed."""
+    return copy.deepcopy(_in_torch(dir))
+
+
+@functools.cache
+def _in_torch(dir):
     import transformers
 
     name = json.loads((dir / "config.json").read_text())["architectures"][0]
@@ -109,9 +115,7 @@ def output_of_theirs(torch, model):
 
 
 def output(model, frozen, delta):
-    found = jax.jit(lora_jax.adapt(model.apply), compiler_options=encoders.QUICKLY)(
-        {"params": lora_jax.combine(frozen, delta)}, IDS
-    )
+    found = encoders.apply(model, lora_jax.merge(frozen, delta), IDS)
     return np.asarray(found[0] if isinstance(found, tuple) else found)
 
 
@@ -150,7 +154,10 @@ GPT2_CONFIGS = {
     "rsLoRA": dict(r=3, target_modules=["c_attn", "c_proj"], use_rslora=True),
     "DoRA": dict(r=3, target_modules=["c_attn", "c_fc"], use_dora=True),
     "patterns": dict(
-        r=3, target_modules=["c_attn", "c_fc"], rank_pattern={"h.0.attn.c_attn": 2}, alpha_pattern={"c_fc": 5}
+        r=3,
+        target_modules=["c_attn", "c_fc"],
+        rank_pattern={"h.0.attn.c_attn": 2},
+        alpha_pattern={"c_fc": 5},
     ),
     "all-linear": dict(r=2, target_modules="all-linear"),
     "a regular expression": dict(r=2, target_modules=r".*h\.1\..*c_proj"),

@@ -218,6 +218,16 @@ def test_leaves_that_train_themselves_are_averaged(x64):
     assert mean["heads"] is None
 
 
+def test_an_average_is_rounded_once():
+    """In bfloat16: its sum in float32, of weights that bfloat16 does not have."""
+    values = np.random.default_rng(0).normal(size=(3, 64)).astype("float32")
+    deltas = [{"b": jnp.asarray(row, "bfloat16")} for row in values]
+    found = arithmetic.weighted(deltas, [0.3, 0.3, 0.4])["b"]
+    wanted = sum(w * np.asarray(d["b"], np.float64) for w, d in zip((0.3, 0.3, 0.4), deltas, strict=True))
+    assert found.dtype == "bfloat16"
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=0)
+
+
 def test_dropout_of_a_sum():
     a, b, c = (
         random_delta(LoRA(rank=1, dropout=rate), targets="w", dtype="float32") for rate in (0.1, 0.1, 0.2)

@@ -172,6 +172,8 @@ def test_the_best_that_is_intact(tmp_path):
             (tmp_path / "4" / "facts" / "metadata").write_text("")
             mean = checkpoints.average(state().delta, last=3)
         same(mean["h"][0]["a"], 2 * state().delta["h"][0]["a"])  # of steps 1 and 3
+        checkpoints.save(state(2), 5.0)
+        assert checkpoints.best() == 3, "what was put aside is not known any more"
     with Checkpoints(tmp_path / "new", identity={}) as checkpoints:
         checkpoints.save(state(1), float("inf"))
         with pytest.raises(ValueError, match="no checkpoint that was saved with a finite loss"):
@@ -183,8 +185,8 @@ def test_saved_in_passing(tmp_path):
     with Checkpoints(tmp_path, identity={}, keep=2) as checkpoints:
         for step in (4, 8):
             checkpoints.save(state(step, float(step)))
-        checkpoints.save(state(10, 10.0), passing=True)
-        assert checkpoints.steps() == [4, 8, 10] and checkpoints.steps(passing=False) == [4, 8]
+        checkpoints.save(state(10, 10.0), temporary=True)
+        assert checkpoints.steps() == [4, 8, 10] and checkpoints.steps(temporary=False) == [4, 8]
     with Checkpoints(tmp_path, identity={}, keep=2) as checkpoints:
         assert checkpoints.restore(state().delta, state().opt_state).step == 10
         same(checkpoints.average(state().delta, last=2)["h"][0]["a"], 6 * state().delta["h"][0]["a"])
@@ -211,9 +213,11 @@ def test_nothing_intact(two, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "3.damaged", "7.damaged"]
 
 
-def test_what_is_no_damage_of_the_files(two, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["facts", "arrays"])
+def test_what_is_no_damage_of_the_files(two, tmp_path, monkeypatch, part):
     """Too little memory, or no permission: nothing is put aside for it."""
     shutil.copytree(two, tmp_path / "run")
+    whole = _storage._read
     for error in (
         MemoryError("none left"),
         PermissionError(13, "not yours"),
@@ -221,7 +225,13 @@ def test_what_is_no_damage_of_the_files(two, tmp_path, monkeypatch):
         RuntimeError("RESOURCE_EXHAUSTED: 3 GB"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(_storage, "_read", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+
+            def fails(path, error=error, **parts):
+                if part in parts:
+                    raise error
+                return whole(path, **parts)
+
+            patch.setattr(_storage, "_read", fails)
             with pytest.raises(type(error), match=re.escape(str(error))):
                 restored(tmp_path / "run")
     assert (

@@ -143,7 +143,7 @@ def test_processes(tmp_path, count, damages):
         assert said["read_arrays"][4] == [f"its disk is gone{own}; going on from step 3"]
         assert "holds a run with another base (saved: x, now: y)" in said["refused"] and said[
             "refused"
-        ].endswith(own or "another directory")
+        ].endswith(f"{own or 'another directory'}.")
     # On this process, and on another mesh than either of theirs.
     where = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("only",)), PartitionSpec("only"))
     blank = {name: jax.device_put(jnp.zeros(array.shape, array.dtype), where if name != "whole" and array.shape[0] % 2 == 0 else jax.devices()[0])  # noqa: E501

@@ -56,6 +56,15 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path):
                 assert np.array_equal(leaf, np.full((1024, 512), number + 5.0 * (done - 1)))
 
 
+def test_an_array_of_numpy_may_change_after_the_save(tmp_path):
+    values = np.arange(1 << 22, dtype=np.float32)
+    with Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(State({"a": values}, (), 1, (0, 1), jax.random.key(0)))
+        values[:] = -1
+        found = checkpoints.restore({"a": jnp.zeros(values.shape)}, ())
+    assert np.array_equal(found.delta["a"], np.arange(1 << 22, dtype=np.float32))
+
+
 def test_save_returns_before_the_checkpoint_is_complete(tmp_path, monkeypatch):
     go_on, rename = threading.Event(), os.rename
     monkeypatch.setattr(

@@ -283,6 +283,7 @@ def test_the_help_has_an_example(capsys):
     assert re.search(r"example: python -m experiments convert \S+ \S+ --to", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_loads_what_is_converted(made, torch, tmp_path, capsys):
     """From loralib's file, by PEFT itself, on the same base in PyTorch."""

@@ -6,37 +6,22 @@ The reference knows no cache, no batch and no padding: it runs every prefix anew
 
 import dataclasses
 import functools
-import io
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from continuing import END, generated, MODEL, PROMPTS, weights
 
-from experiments import progress
-from experiments.config import Architecture, Base, Config, Decode, E2EData, Mesh, Sample, Source, Train
-from experiments.decoding import decoder as decode
+from experiments.config import Decode, Mesh, Sample
 from experiments.decoding.sample import draw
 from experiments.decoding.search import search
-from experiments.tasks.examples import padded_width, Prompt
+from experiments.tasks.examples import padded_width
 from experiments.training import sharded
 from lora_jax.interop import hf
 from lora_jax.models import stack_layers
-from lora_jax.models.gpt2 import GPT2, GPT2Config
-
-
-MODEL = GPT2(GPT2Config(vocab_size=13, n_positions=40, n_embd=8, n_layer=2, n_head=2))
-END = (0, 5)
-PROMPTS = [[3, 1, 4], [1], [9, 2, 6, 5, 3, 12, 8, 9, 7, 9], [3, 2], [8, 4, 6, 2, 6, 4, 3]]
-
-
-@functools.cache
-def weights(seed):
-    """Random, and large enough for the next token to depend on all before it."""
-    draw = np.random.default_rng(seed)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: draw.normal(0, 0.7, leaf.shape).astype(np.float32), shapes)
+from lora_jax.models.gpt2 import GPT2
 
 
 @functools.cache
@@ -98,12 +83,10 @@ def reference(params, prompt, section, end, seen=None):
     return best[:-1] if best[-1] in end else best
 
 
-def generated(params, prompts, section, end=END, model=MODEL):
-    return decode.generate(model, params, prompts, section, end=end)
-
-
 # One length and one batch, so that tests that need no other share the compiled programs.
 COMMON = Decode(max_tokens=12, batch=3)
+
+
 SECTIONS = {
     "greedy": COMMON,
     "penalty": dataclasses.replace(COMMON, beams=3, length_penalty=0.8),
@@ -198,6 +181,7 @@ def test_one_program_serves_all_batches_of_a_width():
     assert [padded_width(length, 37) for length in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 37]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 4])
 def test_search_is_transformers(torch, tmp_path, beams):
     """No ban, no end and no length penalty: there `generate` keeps and ranks the same beams."""
@@ -292,124 +276,3 @@ def test_drawn_sequences_follow_the_model():
         np.testing.assert_allclose(
             frequency, expected / expected.sum(), atol=5 * np.sqrt(0.25 / len(followers))
         )
-
-
-# From prompts to texts
-
-
-class Tokenizer:
-    """Letters, a is token 1; 0 ends a text."""
-
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [ord(letter) - 96 for letter in text]}
-
-    def decode(self, ids, clean_up_tokenization_spaces):
-        return "".join(chr(token + 96) for token in ids)
-
-
-def settings(section, **data):
-    data = E2EData("e2e", "none", "none", **data)
-    architecture = Base(architecture=Architecture(8, 2, 2, 40), tokenizer="none")
-    return Config(
-        "tiny", Source(None), architecture, data, {"name": "LoRA"}, ("c",), Train(1, 1, 1.0), decode=section
-    )
-
-
-def decoder(section, prompts=PROMPTS, **data):
-    prompts = [Prompt(str(number), tuple(ids), ()) for number, ids in enumerate(prompts)]
-    return decode.Decoder.create(settings(section, **data), MODEL, Tokenizer(), prompts)
-
-
-def test_texts_of_prompts():
-    section = Decode(max_tokens=6, beams=3, end=("e",), batch=2, prompts=4)
-    made, done = decoder(section), []
-    assert made.end == END
-    expected = [
-        "".join(chr(token + 96) for token in tokens) for tokens in generated(weights(0), PROMPTS[:4], section)
-    ]
-    assert made.texts(weights(0), tell=done.append) == expected
-    assert done == [2, 4]
-    assert made.texts(weights(0), 2) == expected[:2]
-
-
-def test_long_prompts_are_refused_or_lose_their_beginning():
-    section = Decode(max_tokens=6, prompts=3)
-    long = [[1, 2], list(range(1, 13)) * 3, [4]]
-    with pytest.raises(
-        ValueError,
-        match=r"a prompt of 36 tokens and `decode.max_tokens` \(6\) exceed the model's 40 positions",
-    ):
-        decoder(section, long)
-    cut = decoder(section, long, truncate=True, seq_len=16)
-    assert [prompt.ids for prompt in cut.prompts] == [(1, 2), tuple(range(3, 13)), (4,)]
-    with pytest.raises(
-        ValueError, match=r"`decode.max_tokens` \(6\) leaves no room for a prompt in `data.seq_len` \(6\)"
-    ):
-        decoder(section, truncate=True, seq_len=6)
-
-
-@pytest.mark.parametrize(
-    "section, message",
-    [
-        (
-            Decode(max_tokens=1, end=("ab",)),
-            r"`decode.end` has 'ab', which the tokenizer encodes as 2 tokens \(\[1, 2\]\)",
-        ),
-        (Decode(max_tokens=1, end=("",)), r"`decode.end` has '', which the tokenizer encodes as 0 tokens"),
-        (
-            Decode(max_tokens=1, end=(13,)),
-            "`decode.end` has the token 13, which is not in the vocabulary of 13",
-        ),
-        (
-            Decode(max_tokens=1, beams=14),
-            r"`decode.beams` \(14\) is more than the vocabulary has tokens \(13\)",
-        ),
-    ],
-)
-def test_what_a_vocabulary_does_not_have(section, message):
-    with pytest.raises(ValueError, match=message):
-        decoder(section)
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="prompt 2 is empty"):
-        decoder(Decode(max_tokens=1), [[1], []])
-
-
-def test_the_blank_line_of_gpt2_is_one_token(data_dir):
-    from experiments.running.base import load_tokenizer
-
-    tokenizer = load_tokenizer(data_dir / "gpt2_bpe")
-    assert decode.end_tokens(Decode(end=("\n\n",)), tokenizer) == (50256, 628)
-    assert decode.end_tokens(Decode(end=(628, "<|endoftext|>")), tokenizer) == (50256, 628)
-
-
-@pytest.mark.parametrize(
-    "text, kept",
-    [
-        (" The Mill is a pub .", "The Mill is a pub ."),
-        (" A pub .\n\n B", "A pub ."),
-        (" A\npub . \n", "A pub ."),
-        ("A<|endoftext|>B\n\nC", "A"),
-        ("", ""),
-    ],
-)
-def test_what_is_kept_of_a_text(text, kept):
-    assert decode.clean(text) == kept
-
-
-def test_long_decoding_says_how_far_it_is(monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(progress, "QUIET", 0.0)
-    with progress.Count("decoding", 4, out) as count:
-        count.update(2)
-        count.update(4)
-    assert out.getvalue() == "decoding: 2/4\ndecoding: 4/4\n"
-    monkeypatch.setattr(progress, "QUIET", 20.0)
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    with progress.Count("decoding", 4, terminal) as count:
-        count.update(4)
-    assert "decoding" in terminal.getvalue() and "4/4" in terminal.getvalue()

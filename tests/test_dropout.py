@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoRA
@@ -54,6 +55,14 @@ def every_use(params, x):
         (0, jnp.zeros((2, 2, *x.shape)), params["q"]),
     )
     outputs |= {f"while {index}": mask for index, mask in enumerate(masks.reshape(4, *x.shape))}
+    convolved, ragged = (
+        lambda: lax.conv_general_dilated(
+            x[None], params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )[0],
+        lambda: lax.ragged_dot(x, params["stack"], jnp.array([3, 5])),
+    )
+    outputs |= {f"convolution {index}": convolved() for index in range(2)}
+    outputs |= {f"ragged {index}": ragged() for index in range(2)}
     outputs["branch"] = lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, params["v"])
     outputs["checkpoint"] = jax.checkpoint(lambda w: x @ w)(params["v"])
     outputs["jit"] = jax.jit(lambda w: x @ w)(params["v"])
@@ -65,15 +74,16 @@ def uses():
     """`outputs(key)` of `every_use` on weights of zero: each is its own dropout mask, over the rate of
     keeping.
     """
-    params = {"q": jnp.zeros((SIZE, SIZE)), "v": jnp.zeros((SIZE, SIZE)), "stack": jnp.zeros((2, SIZE, SIZE))}
-    frozen, delta = identity_adapters(params, {"stack": "layer in out"})
+    sizes = {"q": (), "v": (), "stack": (2,), "kernel": (1,)}
+    params = {name: jnp.zeros((*more, SIZE, SIZE)) for name, more in sizes.items()}
+    frozen, delta = identity_adapters(params, {"stack": "layer in out", "kernel": "in in out"})
     forward = lora_jax.adapt(every_use)
     return jax.jit(lambda key: forward(lora_jax.combine(frozen, delta, key=key), ONES))
 
 
 def test_every_use_has_its_own_mask(uses):
     masks = {name: np.asarray(output) for name, output in uses(jax.random.key(0)).items()}
-    assert len(masks) == 19
+    assert len(masks) == 23
     kept = 1 / (1 - RATE)
     for name, mask in masks.items():
         assert set(np.unique(mask)) == {np.float32(0), np.float32(kept)}, name
@@ -195,3 +205,52 @@ def test_merging_knows_no_dropout():
 def test_wrong_key():
     with pytest.raises(TypeError, match=r"`key` is 3; pass a random key"):
         lora_jax.combine(*lora_jax.lorafy({"w": ONES}, "w"), key=3)
+
+
+def shapes_of(fn, methods, shapes, axes, key):
+    """The shapes of what the adapted `fn` returns, with a key or without."""
+    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    trees = lora_jax.lorafy(shapes, methods, axes=axes)
+    of_trees = lambda frozen, delta, key: lora_jax.adapt(fn)(lora_jax.combine(frozen, delta, key=key))
+    return jax.eval_shape(of_trees, *trees, jax.random.key(0) if key else None).shape
+
+
+@pytest.mark.parametrize("other", [0.0, 0.5])
+def test_joined_weights_have_one_dropout(other):
+    """One input has one mask: of weights with different rates, the joined one has no low-rank form."""
+    methods = {"q": LoRA(rank=2, dropout=RATE), "v": LoRA(rank=2, dropout=other)}
+    joined = lambda params: jnp.ones((2, 4)) @ jnp.concatenate([params["q"], params["v"]], 1)
+    given = (joined, methods, {"q": (4, 4), "v": (4, 4)}, "in out")
+    assert shapes_of(*given, key=False) == (2, 8)
+    with pytest.raises(lora_jax.MaterializeError, match="`concatenate`.*'q'"):
+        shapes_of(*given, key=True)
+
+
+def _gathered(params):
+    """A stack whose layers lie on two devices, gathered where it is used."""
+    return jax.shard_map(
+        lambda w: jnp.einsum("i,lio->lo", jnp.ones(4), lax.all_gather(w, "model", axis=0, tiled=True)),
+        mesh=jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,)),
+        in_specs=P("model"),
+        out_specs=P(),
+        check_vma=False,
+    )(params["w"])
+
+
+LAYERS_CHANGED = {
+    "pad": (
+        lambda params: jnp.einsum("i,lio->lo", jnp.ones(4), jnp.pad(params["w"], ((1, 1), (0, 0), (0, 0)))),
+        4,
+    ),
+    "all_gather": (_gathered, 2),
+}
+
+
+@pytest.mark.parametrize("operation", LAYERS_CHANGED)
+def test_layers_that_are_not_those_of_the_keys(operation):
+    """Every layer has a key of its own. Where layers come in, keys would be missing."""
+    fn, layers = LAYERS_CHANGED[operation]
+    given = (fn, {"w": LoRA(rank=2, dropout=RATE)}, {"w": (2, 4, 4)}, "layer in out")
+    assert shapes_of(*given, key=False) == (layers, 4)
+    with pytest.raises(lora_jax.MaterializeError, match=f"`{operation}`.*'w'"):
+        shapes_of(*given, key=True)

@@ -30,7 +30,7 @@ def test_each_on_its_own_schedule(result):
             name: done % every == 0 for name, every in _EVERY.items()
         }
         assert found.any() == any(done % every == 0 for every in _EVERY.values())
-        assert not (found.save and found.passing)
+        assert not (found.save and found.temporary)
 
 
 @pytest.mark.parametrize(
@@ -38,22 +38,22 @@ def test_each_on_its_own_schedule(result):
 )
 def test_the_last_step_has_everything(result, stop):
     found = _after(31, result=result, stop=stop)
-    assert found.log and found.evaluate and found.save and not found.passing
+    assert found.log and found.evaluate and found.save and not found.temporary
 
 
 def test_for_the_best_each_evaluation_is_a_checkpoint_that_lasts():
     found = _after(3, result="best")
-    assert found.evaluate and found.save and not found.passing
+    assert found.evaluate and found.save and not found.temporary
     assert not _after(2, result="best").save
 
 
-def test_asked_to_stop_it_saves_in_passing_and_does_not_evaluate():
+def test_asked_to_stop_it_saves_a_temporary_checkpoint_and_does_not_evaluate():
     found = _after(3, stop=True)
-    assert found.save and found.passing and not found.evaluate, "whoever goes on evaluates"
-    assert not _after(5, stop=True).passing, "this one would have been saved anyway"
+    assert found.save and found.temporary and not found.evaluate, "whoever goes on evaluates"
+    assert not _after(5, stop=True).temporary, "this one would have been saved anyway"
     assert _after(1, stop=True).any()
 
 
 def test_asked_to_stop_where_the_checkpoint_has_to_know_its_loss():
     found = _after(3, result="best", stop=True)
-    assert found.evaluate and found.save and not found.passing
+    assert found.evaluate and found.save and not found.temporary

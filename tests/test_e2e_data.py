@@ -15,6 +15,7 @@ from experiments import config as configs
 from experiments.config import E2EData, Generate, TextData
 from experiments.decoding.decoder import end_tokens
 from experiments.running.base import load_tokenizer
+from experiments.strict_json import build
 from experiments.tasks import e2e, examples, generate, text, tokenizer
 from experiments.training import order
 
@@ -273,9 +274,7 @@ def test_text_of_several_files(generated, tmp_path):
         f"The text of {name}, which is long enough for a block of it." for name in ("one", "two")
     ]
     assert (
-        configs.build(
-            TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4}
-        )
+        build(TextData, {"task": "text", "train": ["one.txt", "two.txt"], "valid": "one.txt", "seq_len": 4})
         == section
     )
 

@@ -107,7 +107,7 @@ def test_the_size_of_a_scanned_program_does_not_depend_on_depth():
 def test_published_sizes(name, millions):
     kind, config = (Roberta, RobertaConfig) if name.startswith("roberta") else (DebertaV2, DebertaV2Config)
     shapes = jax.eval_shape(
-        kind(config.named(name), head="sequence_classification").init,
+        kind(config.named(name), head="sequence_classification", scan=True).init,
         jax.random.key(0),
         jnp.zeros((1, 1), int),
     )

@@ -165,7 +165,7 @@ def test_an_adapter_without_a_gradient_is_reported_once(tmp_path, largest, names
     """Of its two arrays one may have none: B's is there while A's is not."""
     watch, said = guards_of(tmp_path, delta={"one": {"a": 0.0, "b": 0.0}, "two": {"a": 0.0, "b": 0.0}})
     for step in range(1, 6):
-        watch.add(step, numbers(largest=[0] * 4 if step < guards.BY else largest))
+        watch.add(step, numbers(largest=[0] * 4 if step < guards.FIRST_FULL_GRADIENT else largest))
     watch.check()
     assert [step for step, _ in said] == ([] if names is None else [3])
     assert names is None or f"zero everywhere for {names} (of 2)" in said[0][1]

@@ -30,7 +30,7 @@ MODEL = GPT2(
     GPT2Config(vocab_size=11, n_positions=5, n_embd=4, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
 )
 # Each example works on a fresh copy.
-fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def random_like(tree, seed):
@@ -206,7 +206,7 @@ values = st.recursive(
 )
 
 
-@settings(fuzz, max_examples=250)
+@settings(fuzz, max_examples=120)
 @given(name=st.sampled_from(["lora", "dora", "vera"]), draw=st.data())
 def test_configs_that_somebody_edited(saved, tmp_path, name, draw):
     """Any value under any key. What is accepted may say the same in other words, or change how training
@@ -289,12 +289,12 @@ convert("large", "large_adapter", "large_merged")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
 def test_a_model_larger_than_memory_is_merged_and_written(tmp_path):
-    """342 MB of weights, and 100 MB of memory for one matrix after the other, for compiling and for
+    """200 MB of weights, and 100 MB of memory for one matrix after the other, for compiling and for
     threads.
     """
     sizes = {
         "small": GPT2Config(vocab_size=50, n_positions=8, n_embd=64, n_layer=2, n_head=2),
-        "large": GPT2Config(vocab_size=500, n_positions=8, n_embd=768, n_layer=12, n_head=2),
+        "large": GPT2Config(vocab_size=500, n_positions=8, n_embd=768, n_layer=7, n_head=2),
     }
     for name, config in sizes.items():
         model = GPT2(config)
@@ -306,7 +306,7 @@ def test_a_model_larger_than_memory_is_merged_and_written(tmp_path):
         hf.save(tmp_path / name, model, params)
         peft.save(tmp_path / f"{name}_adapter", model, frozen, delta)
     merged = lora_jax.merge(frozen, delta)
-    assert sum(file.stat().st_size for file in (tmp_path / "large").iterdir()) > 340_000_000
+    assert sum(file.stat().st_size for file in (tmp_path / "large").iterdir()) > 195_000_000
     run = [sys.executable, "-c", _SCRIPT, str(tmp_path), str(100_000_000)]
     # Without it, glibc keeps what is freed, in pieces.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}

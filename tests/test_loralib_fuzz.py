@@ -110,7 +110,7 @@ def _unstacked(params):
     changes=st.dictionaries(st.integers(0, 10**6), _CHANGES, min_size=1, max_size=3),
     adapters_only=st.booleans(),
 )
-@hypothesis.settings(max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=80, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_a_changed_file_is_refused_or_the_result_says_what_it_says(full, changes, adapters_only):
     """Nothing in between: no tensor of the file is passed over, cast or reshaped, and what it lacks is
     the base's.

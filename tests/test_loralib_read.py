@@ -110,8 +110,11 @@ _STATES = {
 }
 
 
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only", "full", "full, merged on evaluation"])
-@pytest.mark.parametrize("kind", _STATES)
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    [("alone", bias) for bias in ("none", "all", "lora_only", "full", "full, merged on evaluation")]
+    + [(kind, bias) for kind in _STATES for bias in ("full", "lora_only") if kind != "alone"],
+)
 def test_state_dicts_of_every_kind(torch, theirs, bases, tmp_path, kind, bias):
     """`full` is `model.state_dict()` of a model in training mode, weights included."""
     dir, full = bases("gpt2"), bias.startswith("full")

@@ -37,8 +37,8 @@ def changed(name, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without(B), f"does not hold adapters of this model: '{B}' is missing$"),
-        (without(A), f"does not hold adapters of this model: '{A}' is missing$"),
+        (without(B), f"does not hold adapters of this model: '{B}' is missing[.]$"),
+        (without(A), f"does not hold adapters of this model: '{A}' is missing[.]$"),
         (renamed(A, f"{C_ATTN}.lora_a"), rf"'{A}' is missing \(is it '{C_ATTN}.lora_a'\?\)"),
         (
             renamed(A, "transformer.h.0.attn.c_atn.lora_A"),

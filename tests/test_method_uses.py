@@ -182,6 +182,21 @@ def test_a_part_of_a_weight_is_refused(method):
         lora_jax.adapt(lambda params, x: x @ params["w"])(lora_jax.combine(part, delta), jnp.ones((1, 4)))
 
 
+def test_a_scale_is_not_rounded_to_few_bits():
+    """In bfloat16, 1.01 would be 1.0078: the scale multiplies in float32, with the one rounding of the
+    result.
+    """
+    params, x = {"w": jnp.zeros((64, 64), "bfloat16")}, np.random.default_rng(1).normal(size=(256, 64))
+    outputs = []
+    for alpha in (2, 2.02):
+        frozen, delta = lora_jax.lorafy(params, "w", method=LoRA(rank=2, alpha=alpha))
+        forward = quickly(lora_jax.adapt(lambda params, x: x @ params["w"]))
+        y = forward(lora_jax.combine(frozen, moved(delta)), jnp.asarray(x, "bfloat16"))
+        outputs.append(np.asarray(y, np.float64))
+    base, found = outputs
+    np.testing.assert_allclose(np.sum(found * base) / np.sum(base * base), 1.01, atol=5e-4)
+
+
 FIXED = [name for name in APART if BY_NAME[name].fixed]
 
 

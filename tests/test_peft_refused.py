@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import DoRA, Full, LoRA, VeRA
-from lora_jax.interop import hf, peft
+from lora_jax.interop import _fingerprint, hf, peft
 
 
 bases = peft_files.bases
@@ -231,6 +231,23 @@ def test_another_base_is_found_unless_told(ours):
     ):
         peft.load(dir, model, other)
     peft.load(dir, model, other, check_base=False)
+
+
+def test_a_base_of_the_same_bytes_and_another_dtype_is_another(bases, tmp_path):
+    model, params = hf.load(bases("gpt2"))
+    zeros = lambda dtype: {**params, "ln_f": {**params["ln_f"], "bias": jnp.zeros(12, dtype)}}
+    frozen, delta = lora_jax.lorafy(zeros(jnp.float16), "c_attn/kernel", method=LoRA(rank=2))
+    peft.save(tmp_path / "adapter", model, frozen, delta)
+    peft.load(tmp_path / "adapter", model, zeros(jnp.float16))
+    with pytest.raises(ValueError, match="beside another base: 'transformer.ln_f.bias'"):
+        peft.load(tmp_path / "adapter", model, zeros(jnp.bfloat16))
+
+
+def test_the_digits_of_a_tensor_are_of_its_dtype_its_shape_and_its_values():
+    array = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    same_bytes = [array.view(np.int32), array.view(np.float16), array.reshape(3, 2), array.reshape(6)]
+    assert _fingerprint._digits(array) == _fingerprint._digits(array.copy())
+    assert len({_fingerprint._digits(other) for other in [array, *same_bytes, array + 1, array.T]}) == 7
 
 
 def test_nothing_is_overwritten_unless_told_and_nothing_lost(ours, monkeypatch):

@@ -1,6 +1,7 @@
 """What we write in PEFT's format: PEFT reads it and computes the same."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,50 @@ def test_every_method_computes_the_same_in_peft(torch, theirs, bases, tmp_path, 
             and leaf.spec.method.scale == pytest.approx(_METHODS[name].scale, rel=1e-12)
             for leaf in adapters(again.delta)
         )
+
+
+_FIELDS = {
+    "LoRA": (
+        LoRA(rank=3, alpha=5, dropout=0.25, rs=True),
+        dict(r=3, lora_alpha=5, lora_dropout=0.25, use_rslora=True, use_dora=False),
+    ),
+    "DoRA": (
+        DoRA(rank=3, alpha=5, dropout=0.25),
+        dict(r=3, lora_alpha=5, lora_dropout=0.25, use_rslora=False, use_dora=True),
+    ),
+    "AdaLoRA": (AdaLoRA(rank=3, alpha=5, dropout=0.25), dict(init_r=3, lora_alpha=5, lora_dropout=0.25)),
+    "VeRA": (
+        VeRA(rank=5, d_initial=0.3, seed=9, dropout=0.25),
+        dict(r=5, d_initial=0.3, projection_prng_key=9, vera_dropout=0.25, save_projection=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _FIELDS)
+def test_every_field_of_a_method_is_told_and_comes_back(theirs, bases, tmp_path, name):
+    """Those too that change only how training would go on."""
+    method, fields = _FIELDS[name]
+    model, params = hf.load(bases("gpt2"))
+    peft.save(tmp_path / "ours", model, *lora_jax.lorafy(params, "c_attn/kernel", method=method))
+    config = theirs.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert {field: getattr(config, field) for field in fields} == fields
+    found = peft.load(tmp_path / "ours", model, params)
+    assert {leaf.spec.method for leaf in adapters(found.delta)} == {method}
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "target"),
+    [("gpt2", None, "c_attn/kernel"), ("roberta", "features", "query/kernel")],
+)
+@pytest.mark.parametrize("method", [LoRA(rank=2), VeRA(rank=2)], ids=lambda method: type(method).__name__)
+def test_peft_is_told_how_the_weights_lie(theirs, bases, tmp_path, family, head, target, method):
+    """A wrong `fan_in_fan_out` PEFT mends by itself, and warns of it, which is an error here."""
+    model, params = hf.load(bases(family, head))
+    peft.save(tmp_path / "ours", model, *lora_jax.lorafy(params, target, method=method))
+    assert theirs.PeftConfig.from_pretrained(tmp_path / "ours").fan_in_fan_out == (family == "gpt2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out is set to")
+        theirs.PeftModel.from_pretrained(in_torch(bases(family, head)), tmp_path / "ours")
 
 
 def test_lora_drop_computes_the_same_in_peft(torch, theirs, bases, tmp_path):

@@ -301,7 +301,7 @@ def test_shapes_allocate_nothing(format):
     layer = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), arrays)
     values = jax.eval_shape(lambda arrays: format.unpack(arrays, shape[1:], jnp.bfloat16), layer)
     assert (values.shape, values.dtype) == (shape[1:], jnp.bfloat16)
-    assert all(array.shape[0] == 64 for array in arrays.values()) and len(jax.live_arrays()) == before
+    assert all(array.shape[0] == 64 for array in arrays.values()) and len(jax.live_arrays()) <= before
 
 
 @pytest.mark.parametrize(

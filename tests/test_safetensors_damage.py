@@ -15,6 +15,7 @@ from safetensors_files import DTYPES, FACTS, raw, read, write
 
 from lora_jax.interop import _safetensors
 from lora_jax.interop._safetensors import digest, facts_of, Pending, stored_tensors, write_tensors
+from lora_jax.interop._strict import check_beside
 
 
 def test_no_flipped_bit_passes(tmp_path):
@@ -50,7 +51,7 @@ def test_a_name_that_one_bit_makes_the_metadata_is_no_way_round(tmp_path):
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 def test_other_damage_passes_neither(tmp_path_factory, data):
     dir = tmp_path_factory.mktemp("damage")
     file = write(dir, {"a": np.arange(3, dtype=np.float32), "b": np.ones(2, jnp.bfloat16)}, facts={"r": 4})
@@ -79,7 +80,7 @@ def test_other_damage_passes_neither(tmp_path_factory, data):
 
 
 @hypothesis.given(st.binary(max_size=200), st.booleans())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 @hypothesis.example(b"{" * 50_000, True)
 @hypothesis.example(b'{"a":' + b"[" * 50_000, True)
 def test_random_bytes_are_refused_in_words(tmp_path_factory, content, with_length):
@@ -172,10 +173,26 @@ def test_a_change_on_purpose_is_said_to_be_one(tmp_path):
     ):
         facts_of(file)
     assert facts_of(file, verify=False) == FACTS
-    for facts, message in (("[1]", "a JSON list"), ("{", "are not JSON"), ("[" * 100_000, "are not JSON")):
+    no_digests = "of the facts that it carries is no mapping from names to digests"
+    for facts, message in (
+        ("[1]", "a JSON list"),
+        ("{", "are not JSON"),
+        ("[" * 100_000, "are not JSON"),
+        ('{"base":["a"]}', f"'base' {no_digests}"),
+        ('{"base":{"a":1}}', f"'base' {no_digests}"),
+        ('{"beside":{"a":null}}', f"'beside' {no_digests}"),
+    ):
         save_file(tensors, file, metadata={**metadata, "lora_jax": facts})
         with pytest.raises(ValueError, match=f"is damaged.*{message}"):
             facts_of(file, verify=False)
+
+
+def test_what_lies_beside_a_file_is_nowhere_else(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    facts = {"beside": {"../config.json": digest(tmp_path / "config.json")}}
+    with pytest.raises(ValueError, match="in/config.json is missing, which was saved with a.safetensors"):
+        check_beside(tmp_path / "in" / "a.safetensors", facts)
 
 
 def test_the_digest_is_of_the_whole_file(tmp_path):

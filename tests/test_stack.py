@@ -196,3 +196,17 @@ def test_stack_errors(other, message):
 def test_stack_of_nothing():
     with pytest.raises(ValueError, match="`deltas` is empty"):
         lora_jax.stack([])
+
+
+def test_adapters_that_share_with_other_leaves_are_not_stacked():
+    """Their shapes are alike, so that one would be taken for the other in silence."""
+    params = {str(index): jnp.ones((4, 4)) for index in range(4)}
+    delta = lora_jax.lorafy(params, ".*", method=LoRA(rank=1)).delta
+    shared = [
+        lora_jax.drop.share(delta, {name: float(name == most) + 1e-3 for name in params}) for most in "03"
+    ]
+    assert lora_jax.stack([shared[0]] * 2)["0"].arrays["a"].shape == (2, 4, 1)
+    with pytest.raises(
+        ValueError, match=r"`deltas\[1\]` differs from `deltas\[0\]` at '1' in what it shares"
+    ):
+        lora_jax.stack(shared)

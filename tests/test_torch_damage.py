@@ -79,7 +79,7 @@ def damaged(content, data):
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 def test_other_damage_passes_neither(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("damage") / "a.bin"
     write(file, {"w": np.array([1, 2], np.float32)}, facts={"r": 4})
@@ -95,7 +95,7 @@ def test_other_damage_passes_neither(tmp_path_factory, data):
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 def test_damage_to_the_files_of_others_gives_the_values_or_an_error(torch, tmp_path_factory, data):
     """They have no checksum but the records' own, which leave the names open."""
     file = tmp_path_factory.mktemp("damage") / "a.pt"
@@ -114,7 +114,7 @@ def test_damage_to_the_files_of_others_gives_the_values_or_an_error(torch, tmp_p
     b"}", b"]", b")", b"(", b"t", b"e", b"u", b"s", b"a", b"R", b"b", b"Q", b"N", b"\x85", b"\x86", b"q\x00", b"h\x00", b"q\x01", b"h\x01",  # noqa: E501
     b"\x94", b"K\x02", HOOKS, MAKE, storage(), tensor(), text("a"), text("torch"), text("Size"), b"\x93", b"ctorch\nSize\n", b"\x81", b"0", b"2",  # noqa: E501
 ]), max_size=25).map(b"".join)))  # fmt: skip
-@hypothesis.settings(max_examples=1500)
+@hypothesis.settings(max_examples=500)
 def test_random_pickles_give_plain_values_or_an_error(tmp_path_factory, contents):
     try:
         found = read_pickle(tmp_path_factory.mktemp("random"), contents)

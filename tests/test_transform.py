@@ -265,3 +265,16 @@ def test_loops_and_calls_keep_their_options(x64):
     found = jax.jit(lora_jax.adapt(_with_options))(tree, x)
     expected = jax.jit(lambda delta: _with_options(lora_jax.merge(frozen, delta), x))(delta)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
+
+
+def test_what_is_added_has_the_name_of_its_scope():
+    """By which a profile says where the time goes."""
+    frozen, delta = lora_jax.lorafy({"w": jnp.ones((4, 4))}, "w", method=LoRA(rank=2))
+
+    def fn(params, x):
+        with jax.named_scope("attention"):
+            return x @ params["w"]
+
+    jaxpr = jax.make_jaxpr(lora_jax.adapt(fn))(lora_jax.combine(frozen, delta), jnp.ones((2, 4))).jaxpr
+    names = [str(eqn.source_info.name_stack) for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert names == ["attention"] * 3

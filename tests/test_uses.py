@@ -192,6 +192,31 @@ def test_ragged_dot(x64):
     )
 
 
+def test_the_low_rank_products_have_the_precision_of_the_plain_one():
+    """It changes nothing on a CPU: read off the program."""
+    highest = lax.Precision.HIGHEST
+    uses = {
+        "w": lambda w: jnp.matmul(cosines(2, 6), w, precision=highest),
+        "kernel": lambda w: lax.conv_general_dilated(
+            *(cosines(2, 5, 4), w, (1,), "SAME"),
+            dimension_numbers=("NHC", "HIO", "NHC"),
+            precision=highest,
+        ),
+        "stack": lambda w: lax.ragged_dot(cosines(8, 6), w, jnp.array([2, 0, 6]), precision=highest),
+    }
+    shapes = {"w": (6, 4), "kernel": (3, 4, 6), "stack": (3, 6, 4)}
+    axes = {"w": "in out", "kernel": "in in out", "stack": "layer in out"}
+    params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    tree = lora_jax.combine(*lora_jax.lorafy(params, ".*", method=LoRA(rank=2), axes=axes))
+    fn = lambda params: [use(params[name]) for name, use in uses.items()]
+    found = [
+        eqn.params["precision"]
+        for eqn in jax.make_jaxpr(lora_jax.adapt(fn))(tree).jaxpr.eqns
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated", "ragged_dot_general")
+    ]
+    assert len(found) == 9 and all(precision in (highest, (highest, highest)) for precision in found), found
+
+
 # --- a magnitude --------------------------------------------------------------------------------------------
 
 
@@ -271,3 +296,13 @@ def test_magnitude_in_every_use(x64):
     (_, frozen, delta), arrays = cases[0], cases[0][2]["w"].arrays
     by_hand = (frozen["w"] + arrays["a"] @ arrays["b"]) * arrays["m"][None]
     np.testing.assert_allclose(lora_jax.merge(frozen, delta)["w"], by_hand, rtol=1e-12)
+
+
+def test_joined_magnitudes_may_have_several_dtypes():
+    params = {name: jax.ShapeDtypeStruct((6, 4), "float32") for name in "qv"}
+    frozen, delta = lora_jax.lorafy(params, ".*", method=Scaled(), axes="in out")
+    delta["v"].arrays["m"] = jax.ShapeDtypeStruct((4,), "bfloat16")
+    joined = lambda params: contracted(jnp.concatenate([params["q"], params["v"]], 1), "io")
+    tree = lora_jax.combine(frozen, delta)
+    assert not lora_jax.explain(joined, tree).formed
+    assert jax.eval_shape(lora_jax.adapt(joined), tree).shape == (2, 8)

@@ -116,7 +116,7 @@ def close(left, right, tolerance=1e-6):
 
 def alike(ran, other, tolerance=1e-6):
     """Two runs of the same steps, to rounding."""
-    np.testing.assert_allclose(ran.losses, other.losses, rtol=max(tolerance / 2, 1e-6))
+    np.testing.assert_allclose(ran.losses, other.losses, rtol=max(tolerance / 2, 1e-6), atol=1e-6)
     close(jax.device_get(ran.state.delta), jax.device_get(other.state.delta), tolerance)
 
 

@@ -1,5 +1,5 @@
-"""The commands of `python -m experiments`, a file each: its options, and what it does with them.
+"""The commands of `python -m experiments`, a file each: its options and its handler.
 
-A command imports what it runs when it runs, because JAX takes a second to import and `--help` needs none of
+A handler imports what it needs when it runs, because JAX takes a second to import and `--help` does not need
 it.
 """

@@ -92,7 +92,7 @@ def handle(args: argparse.Namespace) -> None:
 
     mesh = devices.mesh_of(args.mesh)
     if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ValueError(f"`--json` is `{args.json}`, and there is no directory `{Path(args.json).parent}`")
+        raise ValueError(f"`--json` is `{args.json}`, and there is no directory `{Path(args.json).parent}`.")
     devices.start(mesh.data * mesh.fsdp * mesh.tensor)
     from experiments.plan.figures import plan, Request
     from experiments.plan.report import show

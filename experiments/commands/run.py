@@ -63,7 +63,7 @@ def handle(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     if (args.config is None) == (args.config_file is None):
-        raise ValueError("run takes one config: `run CONFIG.json` or `run --config CONFIG.json`")
+        raise ValueError("run takes one config: `run CONFIG.json` or `run --config CONFIG.json`.")
     _join(args)
     from experiments import config as configs
 
@@ -76,15 +76,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _end_as_one_of_several(error: Exception, traceback: bool) -> None:
-    """Ends this process where it is one of several and the error is not its own. Otherwise this returns, and
-    the command line says what is wrong.
+    """Ends this process where it is one of several and the error is another's. Otherwise this returns, and
+    the command line prints the error.
     """
     from experiments.running import processes
     from lora_jax.processes import Elsewhere
 
     if isinstance(error, Elsewhere) and error.process == 0 and not traceback:
-        raise SystemExit(1) from error  # process 0 says what is wrong
-    # No input of the user's causes any other kind: it is a bug, or another process has ended.
+        raise SystemExit(1) from error  # process 0 prints the error
+    # Input of the user's causes no other kind: there is a bug, or another process has ended.
     if not isinstance(error, ValueError | TypeError | OSError) and processes.several():
         processes.leave(error)
 
@@ -94,11 +94,11 @@ def _join(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     missing = [name for name, value in given.items() if value is None]
     if args.distributed is False and len(missing) < 3:
-        raise ValueError("`--no-distributed` goes without --coordinator, --num-processes and --process-id")
+        raise ValueError("`--no-distributed` goes without --coordinator, --num-processes and --process-id.")
     if 0 < len(missing) < 3:
         raise ValueError(
             "--coordinator, --num-processes and --process-id go together; missing: "
-            f"--{missing[0].replace('_', '-')}"
+            f"--{missing[0].replace('_', '-')}."
         )
     from experiments.running import processes
 
@@ -107,7 +107,7 @@ def _join(args: argparse.Namespace) -> None:
             "an mpirun of which JAX learns nothing has started several processes, which would all do the "
             "same: pass --coordinator HOST:PORT "
             "--num-processes N --process-id I to each, or --no-distributed for runs that have nothing to do "
-            "with each other"
+            "with each other."
         )
     if args.distributed or not missing or (args.distributed is None and processes.detected()):
         processes.start(*given.values())

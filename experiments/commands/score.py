@@ -30,7 +30,7 @@ def handle(args: argparse.Namespace) -> None:
         from experiments.strict_json import nearest
 
         raise ValueError(
-            f"`TASK` must be one of {', '.join(SCORED)}, got `{args.task}`{nearest(args.task, SCORED)}"
+            f"`TASK` must be one of {', '.join(SCORED)}, got `{args.task}`{nearest(args.task, SCORED) or '.'}"
         )
     from experiments.metrics import files, score_e2e
 

@@ -36,10 +36,10 @@ class Base:
         if len(given) != 1:
             raise ValueError(
                 "`base` takes exactly one of `path`, `run` and `architecture`, got "
-                f"{', '.join(given) or 'none of them'}"
+                f"{', '.join(given) or 'none of them'}."
             )
         if ((self.tokenizer is None) == (self.vocabulary is None)) != (self.architecture is None):
             raise ValueError(
                 "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`: every other "
-                "base brings its own tokenizer"
+                "base brings its own tokenizer."
             )

@@ -9,4 +9,4 @@ def at_least(least: int, section: str, values: Any, *names: str) -> None:
     for name in names:
         value = getattr(values, name)
         if value is not None and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"`{section}.{name}` must be at least {least}, got {value}")
+            raise ValueError(f"`{section}.{name}` must be at least {least}, got {value}.")

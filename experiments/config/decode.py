@@ -21,13 +21,13 @@ class Sample:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"`decode.sample.temperature` must be positive, got {self.temperature}; for the likeliest "
-                "token leave `decode.sample` out"
+                "token leave `decode.sample` out."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`decode.sample.top_k` must be at least 1 or null, got {self.top_k}")
+            raise ValueError(f"`decode.sample.top_k` must be at least 1 or null, got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(
-                f"`decode.sample.top_p` must be more than 0 and at most 1, or null, got {self.top_p}"
+                f"`decode.sample.top_p` must be more than 0 and at most 1, or null, got {self.top_p}."
             )
 
 
@@ -58,8 +58,8 @@ class Decode:
         at_least(1, "decode", self, "max_tokens", "batch", "beams", "no_repeat_ngram", "prompts")
         at_least(0, "decode", self, "shown")
         if not math.isfinite(self.length_penalty):
-            raise ValueError(f"`decode.length_penalty` must be finite, got {self.length_penalty}")
+            raise ValueError(f"`decode.length_penalty` must be finite, got {self.length_penalty}.")
         if self.sample is not None and self.beams > 1:
             raise ValueError(
-                f"`decode.sample` draws one text, and `decode.beams` is {self.beams}: leave one of them out"
+                f"`decode.sample` draws one text, and `decode.beams` is {self.beams}: leave one of them out."
             )

@@ -54,12 +54,12 @@ class Config:
         if self.train.batch % parts:
             raise ValueError(
                 f"`train.batch` ({self.train.batch}) must be a multiple of mesh.data * mesh.fsdp * "
-                f"train.accumulate ({parts})"
+                f"train.accumulate ({parts})."
             )
         if self.base.vocabulary is not None and not isinstance(self.data, TextData):
             raise ValueError(
                 '`base.vocabulary` trains a tokenizer on plain text, which `data.task` "text" has; '
-                "pass `base.tokenizer` instead"
+                "pass `base.tokenizer` instead."
             )
         method = method_value(self.method)
         for kind, section in ((AdaLoRA, self.optimizer.adalora), (LoRAFA, self.optimizer.lorafa or None)):
@@ -67,20 +67,20 @@ class Config:
                 name = kind.__name__
                 raise ValueError(
                     f"`optimizer.{name.lower()}` is for the method {name}, and `method.name` is "
-                    f"{self.method['name']}: leave one of them out"
+                    f"{self.method['name']}: leave one of them out."
                 )
         if isinstance(method, AdaLoRA) and self.optimizer.adalora is None:
             raise ValueError(
                 "`method.name` is AdaLoRA, which needs a budget: "
-                'set `optimizer.adalora`, for example {"target_rank": 4}'
+                'set `optimizer.adalora`, for example {"target_rank": 4}.'
             )
         if self.precision.adapters is not None and getattr(method, "dtype", None) is not None:
             raise ValueError(
                 f"`precision.adapters` is {self.precision.adapters} and `method.dtype` is {method.dtype}, "
-                "of the same arrays: leave one of them out"
+                "of the same arrays: leave one of them out."
             )
         if getattr(method, "delayed", False):
             raise ValueError(
                 "`method.delayed` waits for `start_delta`, which a run does not call: leave it out, and the "
-                "base follows from the first step"
+                "base follows from the first step."
             )

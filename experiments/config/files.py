@@ -17,7 +17,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no config file `{path}`")
+        raise FileNotFoundError(f"no config file `{path}`.")
     try:
         tree = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
@@ -30,7 +30,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _override(tree: Any, item: str) -> Any:
     key, equals, text = item.partition("=")
     if not equals or not key:
-        raise ValueError(f"`--set` takes key=value, such as train.lr=1e-4; got {item!r}")
+        raise ValueError(f"`--set` takes key=value, such as train.lr=1e-4; got {item!r}.")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -40,7 +40,7 @@ def _override(tree: Any, item: str) -> Any:
         if not names:
             return value
         if node is not None and not isinstance(node, dict):
-            raise ValueError(f"`--set {item}`: `{key}` goes below a value that has no keys")
+            raise ValueError(f"`--set {item}`: `{key}` goes below a value that has no keys.")
         return {**(node or {}), names[0]: put((node or {}).get(names[0]), names[1:])}
 
     return put(tree, key.split("."))

@@ -5,7 +5,7 @@ from typing import Any
 from experiments.strict_json import build, nearest
 
 
-def methods() -> dict[str, type]:
+def methods() -> dict[str, Any]:
     """The methods of `lora_jax` by name.
 
     >>> sorted(methods())[:3]
@@ -27,6 +27,6 @@ def method_value(section: dict[str, Any]) -> Any:
     known = methods()
     if name not in known:
         raise ValueError(
-            f"`method.name` must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+            f"`method.name` must be one of {', '.join(known)}, got {name!r}{nearest(name, known) or '.'}"
         )
     return build(known[name], {key: value for key, value in section.items() if key != "name"}, "method")

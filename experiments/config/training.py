@@ -46,11 +46,11 @@ class Optimizer:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
-                    f"`optimizer.{name}` must be at least 0 and below 1, got {getattr(self, name)}"
+                    f"`optimizer.{name}` must be at least 0 and below 1, got {getattr(self, name)}."
                 )
         at_least(0, "optimizer", self, "eps", "weight_decay", "clip")
         if self.loraplus is not None and not (math.isfinite(self.loraplus) and self.loraplus > 0):
-            raise ValueError(f"`optimizer.loraplus` must be positive, got {self.loraplus}")
+            raise ValueError(f"`optimizer.loraplus` must be positive, got {self.loraplus}.")
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,19 @@ class Train:
         at_least(0, "train", self, "lr")
         if self.batch % self.accumulate:
             raise ValueError(
-                f"`train.batch` ({self.batch}) must be a multiple of `train.accumulate` ({self.accumulate})"
+                f"`train.batch` ({self.batch}) must be a multiple of `train.accumulate` ({self.accumulate})."
             )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(
-                f"`train.warmup` must be between 0 and `train.steps` ({self.steps}), got {self.warmup}"
+                f"`train.warmup` must be between 0 and `train.steps` ({self.steps}), got {self.warmup}."
             )
         if self.result == "mean" and -(-self.steps // self.checkpoint_every) < self.keep_checkpoints:
             raise ValueError(
                 f'`train.result` "mean" is of `train.keep_checkpoints` ({self.keep_checkpoints}), '
                 f"and {self.steps} steps with `train.checkpoint_every` "
-                f"{self.checkpoint_every} make fewer: save more often, or keep fewer"
+                f"{self.checkpoint_every} make fewer: save more often, or keep fewer."
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
-                f"`train.label_smoothing` must be at least 0 and less than 1, got {self.label_smoothing}"
+                f"`train.label_smoothing` must be at least 0 and less than 1, got {self.label_smoothing}."
             )

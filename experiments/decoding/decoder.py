@@ -1,5 +1,5 @@
-"""From prompts to texts: what is wrong is found before training, prompts of like length go together, texts
-are cut as the authors do.
+"""From prompts to texts. Faults are found before training, prompts of like length go together, and texts are
+cut as the authors cut them.
 
 Each batch is padded to a power of two, so that a data set needs few compiled programs. The search itself is
 in `search`.
@@ -42,7 +42,7 @@ class Decoder:
             if room < 1:
                 raise ValueError(
                     f"`decode.max_tokens` ({config.decode.max_tokens}) leaves no room for a prompt in "
-                    f"`data.seq_len` ({config.data.seq_len})"
+                    f"`data.seq_len` ({config.data.seq_len})."
                 )
             chosen = [replace(prompt, ids=prompt.ids[-room:]) for prompt in chosen]
         end = end_tokens(config.decode, tokenizer)
@@ -95,8 +95,8 @@ def generate(
 
 
 def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:
-    """A key a prompt, from its place in the input, so that neither sorting nor the size of the batch
-    changes what is drawn.
+    """A key a prompt, from its place in the input. So neither sorting nor the size of the batch changes the
+    draws.
     """
     if section.sample is None:
         return None
@@ -109,18 +109,18 @@ def _check(config: Any, prompts: Sequence[Sequence[int]], section: Decode, end: 
     if lengths and max(lengths) + section.max_tokens > config.n_positions:
         raise ValueError(
             f"a prompt of {max(lengths)} tokens and `decode.max_tokens` ({section.max_tokens}) exceed the "
-            f"model's {config.n_positions} positions"
+            f"model's {config.n_positions} positions."
         )
     if lengths and min(lengths) == 0:
-        raise ValueError(f"prompt {lengths.index(0) + 1} is empty: there is nothing to continue")
+        raise ValueError(f"prompt {lengths.index(0) + 1} is empty: there is nothing to continue.")
     if section.beams > config.vocab_size:
         raise ValueError(
-            f"`decode.beams` ({section.beams}) is more than the vocabulary has tokens ({config.vocab_size})"
+            f"`decode.beams` ({section.beams}) is more than the vocabulary has tokens ({config.vocab_size})."
         )
     outside = [token for token in end if not 0 <= token < config.vocab_size]
     if outside:
         raise ValueError(
-            f"`decode.end` has the token {outside[0]}, which is not in the vocabulary of {config.vocab_size}"
+            f"`decode.end` has the token {outside[0]}, which is not in the vocabulary of {config.vocab_size}."
         )
 
 
@@ -132,7 +132,7 @@ def end_tokens(section: Decode, tokenizer: Any) -> tuple[int, ...]:
         if len(ids) != 1:
             raise ValueError(
                 f"`decode.end` has {item!r}, which the tokenizer encodes as {len(ids)} tokens ({ids}); an "
-                "end must be a single one"
+                "end must be a single one."
             )
         found += ids
     return tuple(dict.fromkeys(found))

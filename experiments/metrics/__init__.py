@@ -30,7 +30,7 @@ def score_e2e(
         raise ValueError(
             f"every hypothesis needs its references: got {len(hypotheses)} hypotheses and {len(references)} "
             "groups of references, "
-            f"{sum(not group for group in references)} of them empty"
+            f"{sum(not group for group in references)} of them empty."
         )
     words = [[mteval.tokenize(reference) for reference in group] for group in references]
     outputs = [mteval.tokenize(hypothesis) for hypothesis in hypotheses]

@@ -25,7 +25,7 @@ def read(references: Path, hypotheses: Path) -> tuple[References, list[str]]:
         raise ValueError(
             f"`{references}` has references for {_inputs(len(groups))} and `{hypotheses}` has hypotheses "
             f"for {_inputs(len(outputs))}: "
-            "references need a blank line between inputs, hypotheses exactly one line an input, empty or not"
+            "references need a blank line between inputs, hypotheses exactly one line an input, empty or not."
         )
     return groups, outputs
 
@@ -46,22 +46,22 @@ def read_references(path: Path) -> References:
         else:
             raise ValueError(
                 f"`{path}` line {number}: input {len(groups)} has no reference; one blank line separates "
-                "two inputs"
+                "two inputs."
             )
     if not groups[-1]:
-        raise ValueError(f"`{path}` has nothing but blank lines")
+        raise ValueError(f"`{path}` has nothing but blank lines.")
     return groups
 
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file `{path}`")
+        raise FileNotFoundError(f"no file `{path}`.")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`{path}` is not UTF-8: {error}") from error
     if not text:
-        raise ValueError(f"`{path}` is empty")
+        raise ValueError(f"`{path}` is empty.")
     return [line.strip() for line in text.splitlines()]
 
 

@@ -46,7 +46,7 @@ def score(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) 
         except (OSError, EOFError, ValueError) as error:
             errors.seek(0)
             said = errors.read().split("\n")[0] or str(error)
-            raise NoMeteorError(f"java stopped before METEOR had its result ({said})") from error
+            raise NoMeteorError(f"java stopped before METEOR had its result ({said}).") from error
 
 
 def _converse(
@@ -81,7 +81,7 @@ def _java() -> str:
     found = shutil.which("java")
     if not found:
         raise NoMeteorError(
-            "it needs java, and there is no `java` on the path: install a Java runtime (8 or newer)"
+            "it needs java, and there is no `java` on the path: install a Java runtime (8 or newer)."
         )
     return found
 
@@ -95,5 +95,5 @@ def _jar() -> Path:
         if jar.is_file():
             return jar
     raise NoMeteorError(
-        "it needs meteor-1.5.jar of the package pycocoevalcap: pip install 'lora_jax[meteor]'"
+        "it needs meteor-1.5.jar of the package pycocoevalcap: pip install 'lora_jax[meteor]'."
     )

@@ -32,7 +32,7 @@ def memory(name: str) -> int:
     if name not in GIGABYTES:
         raise ValueError(
             f"`--accelerator` is {name!r}, and must be one of "
-            f"{', '.join(GIGABYTES)}{nearest(name, GIGABYTES)}"
+            f"{', '.join(GIGABYTES)}{nearest(name, GIGABYTES) or '.'}"
         )
     return GIGABYTES[name] * 10**9
 

@@ -45,7 +45,9 @@ class Collectives:
     def of(cls, text: str) -> "Collectives":
         """Those of a compiled module, as `compiled.as_text()` writes it."""
         computations, entry = _computations(text)
-        count, size, once = Counter(), Counter(), 0
+        count: Counter[str] = Counter()
+        size: Counter[str] = Counter()
+        once = 0
 
         def walk(name: str, times: int) -> None:
             nonlocal once

@@ -11,7 +11,7 @@ from experiments.config import AXES, Mesh
 
 
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
-# Each costs threads and memory even when nothing runs on it, and beyond this many nobody has looked.
+# Each device costs threads and memory even when nothing runs on it. More than this have not been tried.
 MOST = 4096
 
 
@@ -27,7 +27,7 @@ def mesh_of(text: str) -> Mesh:
         if name not in AXES or not number.isdecimal() or name in sizes:
             raise ValueError(
                 f"`--mesh` is {text!r}: {part.strip()!r} is not one of data=N, fsdp=N and tensor=N, each at "
-                "most once; for example data=8,fsdp=8"
+                "most once; for example data=8,fsdp=8."
             )
         sizes[name] = int(number)
     return Mesh(**sizes)
@@ -36,13 +36,14 @@ def mesh_of(text: str) -> Mesh:
 def start(count: int) -> None:
     """Makes JAX see `count` devices on the CPU.
 
-    Raises `ValueError` if JAX has found fewer already: what it has once found stays.
+    Raises:
+      ValueError: there are too many; JAX has started before with fewer, which it keeps.
     """
     if count > MOST:
         raise ValueError(
             f"`--mesh` has {count} devices, and at most {MOST} can be planned: take fewer along `data`, "
             "which changes no bytes a device "
-            "as long as each has as many examples"
+            "as long as each has as many examples."
         )
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,5 +58,5 @@ def start(count: int) -> None:
         raise ValueError(
             f"`--mesh` has {count} devices, and JAX, which was running before, sees {len(found)} of kind "
             f"{found[0].platform!r}: "
-            "run `python -m experiments plan` as a process of its own"
+            "run `python -m experiments plan` as a process of its own."
         )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -38,7 +38,7 @@ class Request:
     batch: int = 64
     seq: int | None = None
     dtype: str = "bfloat16"
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw_authors"] = "adamw"
     accumulate: int = 1
     remat: bool = True
     quantize: str | None = None
@@ -50,26 +50,30 @@ class Request:
         for name in ("batch", "seq", "accumulate", "rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"`--{name}` must be at least 1, got {value}")
+                raise ValueError(f"`--{name}` must be at least 1, got {value}.")
         parts = self.mesh.data * self.mesh.fsdp * self.accumulate
         if self.batch % parts:
             raise ValueError(
                 f"`--batch` is {self.batch}, and must be a multiple of data * fsdp * accumulate ({parts}), "
-                "over which its examples are spread"
+                "over which its examples are spread."
             )
         if self.accelerator is not None:
             accelerators.memory(self.accelerator)
 
 
 def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The plan. `say` is told what is going on. Raises `ValueError` for a request that cannot be."""
+    """The plan. `say` is called with the progress.
+
+    Raises:
+      ValueError: the request is wrong.
+    """
     request.check()
     count = request.mesh.data * request.mesh.fsdp * request.mesh.tensor
     devices.start(count)
     subject = models.named(request.model, request.dtype, checkpoint=request.remat)
     tokens = subject.longest if request.seq is None else request.seq
     if subject.bounded and tokens > subject.longest:
-        raise ValueError(f"`--seq` is {tokens}, and {request.model} has positions for {subject.longest}")
+        raise ValueError(f"`--seq` is {tokens}, and {request.model} has positions for {subject.longest}.")
     method = _method(request, subject)
     work = Workload(
         request.batch,
@@ -83,7 +87,7 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
     mesh = make_mesh(request.mesh)
     step = training_step(subject, mesh, work)
     say(f"{request.model} on {count} virtual device{'s' * (count > 1)}: compiling the step")
-    found = {
+    found: dict[str, Any] = {
         "model": {
             "name": request.model,
             "parameters": lora_jax.count(step.params),
@@ -128,12 +132,12 @@ def _method(request: Request, subject: Subject) -> Any:
     if request.method not in configs.methods():
         raise ValueError(
             f"`--method` is {request.method!r}, and must be one of "
-            f"{', '.join(configs.methods())}{nearest(request.method, configs.methods())}"
+            f"{', '.join(configs.methods())}{nearest(request.method, configs.methods()) or '.'}"
         )
     fields = configs.methods()[request.method].__dataclass_fields__
     for name, value in section.items():
         if name not in ("name", *fields) and value is not None:
-            raise ValueError(f"`--{name}` is not an option of {request.method}: leave it out")
+            raise ValueError(f"`--{name}` is not an option of {request.method}: leave it out.")
     return configs.method_value(
         {
             name: list(value) if isinstance(value, tuple) else value

@@ -1,5 +1,4 @@
-"""The models that can be planned: by a published name, or by a directory with a `config.json`, of which
-nothing else is read.
+"""The models that can be planned: by a published name, or by a directory. Only its `config.json` is read.
 
 Encoders are planned with the head of sequence classification, which is new and trains beside the adapters, as
 in LoRA's paper. GPT-3 (Brown et al. 2020, arXiv 2005.14165, table 2.1) is GPT-2's architecture at other
@@ -107,7 +106,7 @@ def _config(name: str) -> Any:
     if not file.is_file():
         raise ValueError(
             f"`MODEL` is {name!r}, neither a published size nor a directory with a "
-            f"config.json{nearest(name, published)} (published: {', '.join(published)})"
+            f"config.json{nearest(name, published)} (published: {', '.join(published)})."
         )
     return _from_json(file)
 
@@ -122,6 +121,6 @@ def _from_json(file: Path) -> Any:
     if kind not in kinds:
         raise ValueError(
             f"`model_type` in `{file}` is {kind!r}, and must be one of {', '.join(kinds)}: other models are "
-            "not known here"
+            "not known here."
         )
     return kinds[kind].from_hf(content)

@@ -1,5 +1,4 @@
-"""One training step of a plan: the function, the shapes of what it takes, and where on the mesh each of them
-lies.
+"""One training step of a plan: the function, and the shapes of its arguments with their places on the mesh.
 
 It is the trainer's step (`training/sharded.py`), of shapes. The loss is on counted tokens, or on labels for
 an encoder. Layers are under `scan`. A plan's dtype is that of parameters and computation; the rest of the
@@ -9,7 +8,7 @@ clipping, and dropout outside of the adapters, which no run has.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ class Workload:
     tokens: int
     method: Any
     targets: tuple[str, ...] | None = None
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw_authors"] = "adamw"
     accumulate: int = 1
     quantize: str | None = None
 
@@ -68,8 +67,10 @@ class Step:
 
 
 def training_step(subject: Subject, mesh: Mesh, work: Workload) -> Step:
-    """The step, from shapes alone. Raises `ValueError` for a workload that the model or the mesh does not
-    allow.
+    """The step, from shapes alone.
+
+    Raises:
+      ValueError: the model or the mesh does not allow the workload.
     """
     params = shapes_of(subject)
     frozen, delta = lora_jax.lorafy(
@@ -124,9 +125,13 @@ def targets_of(subject: Subject, work: Workload) -> Any:
 
 def _batch(subject: Subject, mesh: Mesh, work: Workload) -> dict[str, Any]:
     examples, tokens = (work.accumulate, work.batch // work.accumulate), work.tokens
-    names = {"input_ids": (tokens,), "labels": (tokens,), "mask": (tokens,)}
+    names: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "labels": (tokens,), "mask": (tokens,)}
     if subject.classifies:
-        names = {"input_ids": (tokens,), "labels": (), "attention_mask": (tokens,)}
+        names = {
+            "input_ids": (tokens,),
+            "labels": (),
+            "attention_mask": (tokens,),
+        }
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.ShapeDtypeStruct((*examples, *rest), jnp.int32, sharding=sharding)

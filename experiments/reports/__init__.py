@@ -1,1 +1,1 @@
-"""What is told of finished runs: scores, cost beside full fine-tuning, where results came from, pictures."""
+"""Reports of finished runs: scores, cost beside full fine-tuning, provenance, pictures."""

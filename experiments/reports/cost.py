@@ -44,7 +44,8 @@ def _of(trainer: Trainer, state: State, batch: dict[str, jax.Array]) -> dict[str
         jnp.copy, (state.delta, state.opt_state)
     )  # a step gives its first two arguments away
     step = trainer.compiled_step(state).lower(delta, opt_state, trainer.frozen, batch, state.key).compile()
-    memory, seconds = step.memory_analysis(), []
+    memory: Any = step.memory_analysis()
+    seconds = []
     for _ in range(1 + STEPS):
         started = time.perf_counter()
         delta, opt_state, numbers = jax.block_until_ready(
@@ -60,8 +61,8 @@ def _of(trainer: Trainer, state: State, batch: dict[str, jax.Array]) -> dict[str
         - memory.alias_size_in_bytes,
         "seconds": statistics.median(seconds[1:]),
     }
-    # The compiler counts the body of a loop once, so that parts of a batch, one after the other, would be one
-    # part.
-    return (
-        figures if trainer.config.train.accumulate > 1 else figures | {"FLOPs": step.cost_analysis()["flops"]}
-    )
+    if trainer.config.train.accumulate > 1:
+        # The compiler counts the body of a loop once, and with it one part of the batch instead of all.
+        return figures
+    counted: Any = step.cost_analysis()
+    return figures | {"FLOPs": counted["flops"]}

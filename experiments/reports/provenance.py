@@ -1,6 +1,4 @@
-"""Where a result came from: enough to repeat it, and to know whether it was the committed code that gave
-it.
-"""
+"""Where a result came from: enough to repeat it, and to know whether the committed code gave it."""
 
 import datetime
 import shlex

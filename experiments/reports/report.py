@@ -208,7 +208,8 @@ def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[
     expected = config.source.expected
     if expected:
         lines += [
-            "| published |  | ".join(f"{expected[name]:g}" if name in expected else "-" for name in names)
+            "| published | "
+            + " | ".join(f"{expected[name]:g}" if name in expected else "-" for name in names)
             + " |"
         ]
     lines += [
@@ -287,7 +288,7 @@ def table(workdirs: Sequence[Path]) -> str:
     ]
     for workdir in workdirs:
         if not (workdir / "report.md").is_file():
-            raise ValueError(f"`{workdir}` holds no finished run")
+            raise ValueError(f"`{workdir}` holds no finished run.")
         facts, name = json.loads((workdir / "report.json").read_text("utf-8")), _name(workdir)
         found, scores = (
             facts["numbers"],

@@ -47,19 +47,25 @@ def load(
     drawn: no device holds more than its part.
     """
     if section.architecture is not None:
-        return _random(section.architecture, tokenizer or data / section.tokenizer, key, mesh, policy)
-    directory = run / "merged" if run is not None else find(section.path, data, beside)
+        words = data / section.tokenizer if section.tokenizer is not None else tokenizer
+        assert words is not None  # one of them goes with an architecture, as the config has checked
+        return _random(section.architecture, words, key, mesh, policy)
+    if run is not None:
+        directory = run / "merged"
+    else:
+        assert section.path is not None  # a base that is neither drawn nor another run's is at a path
+        directory = find(section.path, data, beside)
     model, params = hf.load(directory, mesh=mesh, param_dtype=policy.parameters)
-    tokenizer = load_tokenizer(directory)
-    if len(tokenizer) > model.config.vocab_size:
+    loaded = load_tokenizer(directory)
+    if len(loaded) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer in `{directory}` has {len(tokenizer)} tokens, more than the model's vocabulary "
-            f"({model.config.vocab_size})"
+            f"the tokenizer in `{directory}` has {len(loaded)} tokens, more than the model's vocabulary "
+            f"({model.config.vocab_size})."
         )
     return Loaded(
         precision.computing(model, policy),
         params,
-        tokenizer,
+        loaded,
         directory,
         section.path or f"merged result of {section.run}",
     )
@@ -74,7 +80,7 @@ def find(path: str, data: Path, beside: Path) -> Path:
     if local.is_dir():
         return local
     if Path(path).is_absolute() or dotted or path.count("/") > 1:
-        raise FileNotFoundError(f"`base.path`: no directory `{local}`")
+        raise FileNotFoundError(f"`base.path`: no directory `{local}`.")
     import huggingface_hub
 
     try:
@@ -94,12 +100,12 @@ def load_tokenizer(directory: Path) -> Any:
     separates everything.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"no tokenizer directory `{directory}`")
+        raise FileNotFoundError(f"no tokenizer directory `{directory}`.")
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in `{directory}` names no end-of-text token (`eos_token`)")
+        raise ValueError(f"the tokenizer in `{directory}` names no end-of-text token (`eos_token`).")
     return tokenizer
 
 

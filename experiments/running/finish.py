@@ -1,8 +1,7 @@
 """From trained arrays to files: choose, merge, export, keep the adapter, read back, compare, decode, score.
 
-The comparison is of the logits of the adapted model in memory with those of the exported one, read back from
-its files: whatever goes wrong on that way, a wrong scale, a transposed matrix, a tensor left out, is a number
-in the report.
+The logits of the adapted model in memory are compared with those of the exported one, read back from its
+files. So a wrong scale, a transposed matrix or a missing tensor shows as a number in the report.
 """
 
 import importlib.util
@@ -66,13 +65,13 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
 
 
 def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, Any]:
-    """What of the run is exported, as `train.result` says, in words, and its trained arrays."""
+    """The result of the run that `train.result` names: in words, and its trained arrays."""
     if train.result == "best":
         best = checkpoints.restore(state.delta, state.opt_state, best=True)
         return f"step {best.step}, which has the lowest validation loss", best.delta
     if train.result == "mean":
-        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(passing=False)))
-        mean = checkpoints.average(state.delta, last=count())  # which puts aside what is damaged
+        count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(temporary=False)))
+        mean = checkpoints.average(state.delta, last=count())  # puts damaged checkpoints aside
         return f"the mean of the last {count()} checkpoints", mean
     return f"the last step, {state.step}", state.delta
 
@@ -87,8 +86,8 @@ def export(trainer: Trainer, delta: Any, base: Loaded, directory: Path) -> Any:
 
 
 def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> dict[str, Any]:
-    """Writes `adapter/` beside `merged/`; returns both sizes, or why there is no adapter: a run does not
-    fail for it when all else is done.
+    """Writes `adapter/` beside `merged/`; returns both sizes, or why there is no adapter. A run does not fail
+    for want of one.
     """
     facts = {"bytes": None, "merged_bytes": _tensor_bytes(workdir / "merged"), "missing": None}
     if isinstance(configs.method_value(trainer.config.method), lora_jax.Full):
@@ -111,8 +110,8 @@ def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> 
 
 
 def _base_name(config: Config) -> str | None:
-    """The base as the config names it, or as it lies beside the adapter; None for one that was drawn at
-    random and is in no directory.
+    """The base as the config names it, or as it lies beside the adapter. None: it was drawn at random and is
+    in no directory.
     """
     return config.base.path or (f"{config.base.workdir}/merged" if config.base.run is not None else None)
 
@@ -147,9 +146,7 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
 
 
 def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[str, Any] | None:
-    """The same comparison with what `transformers` makes of the export; None where PyTorch is not
-    installed.
-    """
+    """The same comparison with `transformers`' model of the export; None where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -167,8 +164,8 @@ def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[s
 def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict[str, Any]:
     """Decodes the test inputs; returns the samples and the scores for the report.
 
-    `predictions.txt` has a line an input, `references.txt` people's wordings in the scorer's form; with
-    `decode.before` the base, as it was, answers all inputs too, in `predictions_before.txt`, and not only
+    `predictions.txt` has a line an input, and `references.txt` people's wordings in the scorer's form. With
+    `decode.before` the untouched base answers all inputs too, in `predictions_before.txt`; otherwise only
     those that the report shows.
     """
     prompts, section = decoder.prompts, decoder.section
@@ -184,7 +181,12 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         before, len(prompts) if section.before else min(section.shown, len(prompts)), "decoding with the base"
     )
     whole = [name for name in ("after", "before") if len(texts[name]) == len(prompts)]
-    on_first(lambda: [_write_lines(directory / PREDICTIONS[name], texts[name]) for name in whole])
+
+    def write() -> None:
+        for name in whole:
+            _write_lines(directory / PREDICTIONS[name], texts[name])
+
+    on_first(write)
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
@@ -197,7 +199,7 @@ def predict(decoder: Decoder, before: Any, merged: Any, directory: Path) -> dict
         (directory / "references.txt").write_text(
             "\n".join("".join(line + "\n" for line in group) for group in references), "utf-8"
         )
-        # What METEOR lacks is said once.
+        # The warning about METEOR is printed once.
         return {
             name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None)
             for name in whole

@@ -1,7 +1,7 @@
-"""What a run starts from: everything that can be wrong with its input is found here, the cheap things first.
+"""The inputs of a run. Faults of the input are found here, the cheap ones first.
 
-`read` needs no weights, so that it comes before the base is trained where that is another config's result;
-`load` needs them.
+`read` needs no weights: where the base is another config's result, it runs before that base is trained.
+`load` needs the weights.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class Inputs(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """What a run needs before its first step. `first`: the state there; `base`: as it is on the mesh,
-    `specs` its layout.
+    """What a run needs before its first step. `base`: on the mesh. `specs`: its layout. `first`: the state
+    before the first step.
     """
 
     base: Loaded
@@ -52,7 +52,11 @@ class Ready(NamedTuple):
 
 
 def read(config: Config, config_path: Path, data: Path, workdir: Path) -> Inputs:
-    """What is known without the base's weights. Raises `ValueError` for an input that is wrong."""
+    """The inputs that need no weights of the base.
+
+    Raises:
+      ValueError: the mesh, the sequences' length, a target, the work directory or the data is wrong.
+    """
     mesh = make_mesh(config.mesh)
     _check_against_shapes(config, config_path)
     processes.check_shared(workdir)
@@ -99,8 +103,8 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
 
 
 def _check_against_shapes(config: Config, config_path: Path) -> None:
-    """What a base that is still to be trained already says: whether sequences have room, and whether
-    `targets` name leaves of it.
+    """Checks against the shapes of a base that is still to be trained: whether sequences have room, and
+    whether `targets` name leaves.
     """
     described = config
     while described.base.run is not None:
@@ -118,7 +122,7 @@ def _check_room(config: Config, positions: int) -> None:
     if config.data.seq_len > positions:
         raise ValueError(
             f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} "
-            "positions"
+            "positions."
         )
 
 

@@ -1,9 +1,8 @@
-"""Several processes that run as one: how they find each other, which of them writes, and how all learn what
-one has found.
+"""Several processes that run as one: how they find each other, which of them writes, and how one ends.
 
 Every process runs the same program on the same config, and holds the devices of its host. All read; only the
 first writes, and a work directory lies on a file system that all see. Left out: the computation itself, which
-JAX spreads over the mesh.
+JAX spreads over the mesh, and what the processes tell each other, which is `lora_jax.processes`.
 """
 
 import os
@@ -20,22 +19,23 @@ import jax
 from lora_jax.processes import exchange, on_first
 
 
-# How a process learns that it is one of several, where nobody says so: the steps of SLURM, and Open MPI.
+# The variables that tell a process that it is one of several, and the program that sets them: steps of SLURM,
+# and Open MPI.
 _COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
-# Seconds that a process which ends waits for the others. One that ends for an error of its own keeps nobody
+# Seconds for which a process that ends waits for the others. After an error of its own it keeps them no
 # longer.
 SHUTDOWN = 30
-# Seconds after which a process of which nothing is heard counts as gone, and JAX ends the others: who waits
-# for it at a checkpoint does not see it.
+# Seconds after which a silent process counts as gone, and JAX ends the others. A process that waits at a
+# checkpoint would not notice.
 SILENT = 45
-# Seconds until what one host wrote is seen by all: network file systems keep what they know for some time.
+# Seconds until all hosts see what one has written: network file systems cache directories.
 VISIBLE = 60
-# What the name of a file begins with that only tells the others that a directory is shared.
+# The beginning of the name of the file by which `check_shared` tests that a directory is shared.
 MARK = ".shared-"
 
 
 def detected(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What started this process as one of several, or None.
+    """The program that started this process as one of several, or None.
 
     >>> detected({"SLURM_STEP_NUM_TASKS": "4"})
     'srun'
@@ -46,7 +46,7 @@ def detected(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def untold(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is one of several processes that JAX cannot ask for the others: MPICH's and Intel MPI's.
+    """Whether this is one of several processes of MPICH or Intel MPI, which JAX cannot ask for the others.
 
     >>> untold({"PMI_SIZE": "4"}), untold({"PMI_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4"})
     (True, False)
@@ -55,10 +55,12 @@ def untold(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Joins the other processes, before JAX has looked for devices. What is None is left to the cluster to
-    tell (SLURM, Open MPI, TPU, Kubernetes).
+    """Joins the other processes, before JAX has looked for devices. The cluster (SLURM, Open MPI, TPU,
+    Kubernetes) says what is None.
 
-    Raises `ValueError` where it does not tell, and `OSError` if the others do not come.
+    Raises:
+      ValueError: the cluster does not say it.
+      OSError: the others do not come.
     """
     try:
         jax.distributed.initialize(
@@ -68,7 +70,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         raise ValueError(
             f"`--distributed`: nothing here says which processes there are ({error}): start them with srun "
             "or mpirun, or pass "
-            "--coordinator HOST:PORT --num-processes N --process-id I to each"
+            "--coordinator HOST:PORT --num-processes N --process-id I to each."
         ) from error
     except RuntimeError as error:
         raise OSError(
@@ -82,10 +84,11 @@ def several() -> bool:
 
 
 def leave(error: Exception) -> NoReturn:
-    """Ends this process at once, as one of several, for an error that no other knows of: most often, that
-    another has ended.
+    """Ends this process, one of several, for an error that the others do not know of. Most often another
+    process has ended.
 
-    Not through the interpreter's own end, where JAX and whoever is writing would wait for the others.
+    It ends at once, because at the interpreter's usual end JAX and a thread that writes would wait for the
+    others.
     """
     traceback.print_exception(error)
     text = " ".join(str(error).split())[:200]
@@ -105,14 +108,16 @@ def first() -> bool:
 
 
 def say(text: str) -> None:
-    """A line for whoever watches, said once."""
+    """Prints a line for the user, in the first process only."""
     if first():
         print(text, flush=True)
 
 
 def check_shared(directory: Path) -> None:
-    """Raises `ValueError` in all processes if one of them does not see what the first writes to
-    `directory`, which it creates if it must.
+    """Checks that all processes see what the first writes to `directory`, which it creates if needed.
+
+    Raises:
+      ValueError: one of them does not see it. It is raised in all.
     """
     if jax.process_count() == 1:
         return
@@ -126,7 +131,7 @@ def check_shared(directory: Path) -> None:
         raise ValueError(
             f"`--workdir` {directory} is not one directory: process 0 writes there, and process {blind[0]} "
             "does not see it; "
-            "take one on a file system that all hosts share"
+            "take one on a file system that all hosts share."
         )
 
 

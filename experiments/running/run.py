@@ -89,7 +89,7 @@ def _restored(checkpoints: Checkpoints, first: State, config: Config) -> State:
         state = checkpoints.restore(first.delta, first.opt_state)
     except NoneIntact as error:
         processes.say(
-            f"{config.name}: {error}. They are put aside, and it begins again, which comes to the same"
+            f"{config.name}: {error} They are put aside, and the run begins again, with the same result"
         )
         checkpoints.put_aside()
         return first

@@ -10,14 +10,16 @@ from experiments import config as configs
 from experiments.running import processes
 
 
-# What may lie in a work directory before its run begins: the base's own run, generated data, a tokenizer
-# trained for it, and what a crash left of the last two.
+# The entries that a work directory may have before its run begins: the base's own run, generated data, a
+# tokenizer trained for it, and what a crash has left of these.
 BEFOREHAND = {"base", "data", "tokenizer", "tokenizer.tmp", "config.json.tmp"}
 
 
 def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
-    """Whether `workdir` holds the finished run of this config. Raises `ValueError` if it holds anything
-    of another.
+    """Whether `workdir` holds the finished run of this config.
+
+    Raises:
+      ValueError: it holds another config's run, or other files.
     """
     kept = workdir / "config.json"
     if kept.is_file():
@@ -30,7 +32,7 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
         if found:
             raise ValueError(
                 f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config "
-                "it was started with"
+                "it was started with."
             )
         return (workdir / "report.md").is_file()
     if workdir.exists() and (
@@ -38,12 +40,12 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
         or {entry.name for entry in workdir.iterdir() if not entry.name.startswith(processes.MARK)}
         - BEFOREHAND
     ):
-        raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir")
+        raise ValueError(f"`{workdir}` is not empty and holds no run: use another --workdir.")
     return False
 
 
 def mark(workdir: Path, resolved: dict[str, Any]) -> None:
-    """Makes `workdir` the run's own. With another mesh than before, the newer one stands there."""
+    """Makes `workdir` the run's own. Where the mesh has changed, the new one is written."""
     workdir.mkdir(parents=True, exist_ok=True)
     text, file = json.dumps(resolved, indent=2) + "\n", workdir / "config.json"
     if not file.is_file() or file.read_text("utf-8") != text:

@@ -35,7 +35,7 @@ def context_of(meaning: str) -> str:
     """
     slots = [(name.strip(), value.strip()) for name, value in _SLOT.findall(meaning)]
     if not slots or re.sub(r"[,\s]", "", _SLOT.sub("", meaning)):
-        raise ValueError(f"the meaning {meaning!r} is not of the form name[value], name[value]")
+        raise ValueError(f"the meaning {meaning!r} is not of the form name[value], name[value].")
     return " | ".join(f"{ATTRIBUTES.get(name, name)} : {_spaced(value)}" for name, value in slots)
 
 
@@ -51,7 +51,7 @@ def split_line(line: str) -> Row:
     if len(parts) != 2:
         raise ValueError(
             f"expected exactly one `||` between meaning and reference, found {len(parts) - 1} in "
-            f"{_short(line)}"
+            f"{_short(line)}."
         )
     return parts[0], parts[1]
 
@@ -66,10 +66,10 @@ def read_file(path: Path) -> list[Row]:
     and the row.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no data file `{path}`")
+        raise FileNotFoundError(f"no data file `{path}`.")
     plain = path.with_suffix("") if path.suffix == ".xz" else path
     if plain.suffix not in (".csv", ".txt"):
-        raise ValueError(f"`{path}` is neither .csv nor .txt (nor one of them with .xz)")
+        raise ValueError(f"`{path}` is neither .csv nor .txt (nor one of them with .xz).")
     opener = lzma.open if path.suffix == ".xz" else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="" if plain.suffix == ".csv" else None) as handle:
@@ -100,7 +100,7 @@ def _table_rows(table: Any, name: Any) -> Iterator[Row]:
     if meaning is None:
         raise ValueError(
             f"`{name}` has the columns {', '.join(columns) or 'none'}; expected "
-            f"{' or '.join(','.join(pair) for pair in COLUMNS)}"
+            f"{' or '.join(','.join(pair) for pair in COLUMNS)}."
         )
     for number, row in enumerate(table, 2):
         yield _row(
@@ -131,7 +131,7 @@ def read_datasets(source: str, split: str, directory: Path | None = None) -> lis
     else:
         loaded = datasets.load_dataset(str(local) if local.exists() else source)
     if split not in loaded:
-        raise ValueError(f"the data set `{source}` has the splits {', '.join(loaded)}, not `{split}`")
+        raise ValueError(f"the data set `{source}` has the splits {', '.join(loaded)}, not `{split}`.")
     return rows_of(loaded[split], f"{source}:{split}")
 
 
@@ -147,7 +147,7 @@ def rows_of(dataset: Any, name: str) -> list[Row]:
     if meaning is None:
         raise ValueError(
             f"`{name}` has the columns {', '.join(dataset.column_names)}; expected text or "
-            f"{' or '.join(','.join(pair) for pair in COLUMNS)}"
+            f"{' or '.join(','.join(pair) for pair in COLUMNS)}."
         )
     pairs = zip(dataset[meaning], dataset[reference], strict=True)
     return [
@@ -189,11 +189,11 @@ def read(section: E2EData, directory: Path) -> dict[str, list[Row]]:
             else read_datasets(section.dataset, name, directory)
         )
         if not rows:
-            raise ValueError(f"the data set `{name}` is empty")
+            raise ValueError(f"the data set `{name}` is empty.")
         missing = next((number for number, (_, reference) in enumerate(rows, 1) if not reference), None)
         if missing and split != "test":
             raise ValueError(
-                f"example {missing} of `{name}` has no reference, which training and validation need"
+                f"example {missing} of `{name}` has no reference, which training and validation need."
             )
         found[split] = rows
     return found
@@ -219,7 +219,7 @@ def _refuse_long(pairs: list[tuple[list[int], list[int]]], split: str, seq_len: 
             raise ValueError(
                 f"example {number} of `{split}` ({_short(tokenizer.decode(context[:-1]))}) has {length} "
                 f"tokens, more than `data.seq_len` ({seq_len}); "
-                "raise it, or set `data.truncate` to cut the end as the authors do"
+                "raise it, or set `data.truncate` to cut the end as the authors do."
             )
 
 

@@ -11,6 +11,7 @@ Meanings of one file are in no other, and the whole is a function of the config'
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from experiments.config import Generate
 
@@ -36,7 +37,7 @@ VALUES = {
 # How often a meaning has each attribute; the name it always has.
 PRESENT = {"Type": 0.9, "price": 0.6, "rating": 0.6, "area": 0.7, "dogs": 0.5, "near": 0.5}
 
-WHERE = {
+WHERE: dict[str, Any] = {
     "area": {
         "old town": ["in the old town", "in the heart of the old town"],
         "lakeside": ["by the lakeside", "on the lakeside"],
@@ -129,13 +130,12 @@ def _capital(text: str) -> str:
 def write(section: Generate, directory: Path) -> Path:
     """Writes the whole data set to `directory`, or finds it there. Raises `ValueError` if another one is."""
     described = json.dumps(section.__dict__, sort_keys=True) + "\n"
-    mark = (
-        directory / "generate.json"
-    )  # written last: a directory without it was not finished, and is written anew
+    # Written last: a directory without it was not finished, and is written anew.
+    mark = directory / "generate.json"
     if mark.is_file():
         if mark.read_text("utf-8") != described:
             raise ValueError(
-                f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}"
+                f"`{directory}` holds data of another `generate` section: {mark.read_text('utf-8').strip()}."
             )
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def write(section: Generate, directory: Path) -> Path:
 
 def _distinct(count: int, seen: set[Meaning], chance: random.Random) -> list[Meaning]:
     """`count` meanings that were never drawn before."""
-    found = []
+    found: list[Meaning] = []
     while len(found) < count:
         facts = meaning(chance)
         if facts not in seen:

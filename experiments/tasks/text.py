@@ -40,9 +40,9 @@ def read_file(path: Path, max_bytes: int | None = None) -> str:
     character.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no data file `{path}`")
+        raise FileNotFoundError(f"no data file `{path}`.")
     if path.suffix not in (".txt", ".xz", ".zst"):
-        raise ValueError(f"`{path}` is neither .txt nor .txt.xz nor .txt.zst")
+        raise ValueError(f"`{path}` is neither .txt nor .txt.xz nor .txt.zst.")
     try:
         with _open(path) as stream:
             content = stream.read() if max_bytes is None else stream.read(max_bytes)
@@ -53,7 +53,7 @@ def read_file(path: Path, max_bytes: int | None = None) -> str:
     for trim in range(4 if max_bytes is not None else 1):
         with contextlib.suppress(UnicodeDecodeError):
             return content[: len(content) - trim].decode("utf-8")
-    raise ValueError(f"`{path}` is not UTF-8 text")
+    raise ValueError(f"`{path}` is not UTF-8 text.")
 
 
 def documents(text: str) -> list[str]:
@@ -81,7 +81,7 @@ def read(section: TextData, directory: Path) -> dict[str, list[str]]:
             document for file in files for document in documents(read_file(directory / file, limit))
         ]
         if not found[split]:
-            raise ValueError(f"the data set `{name}` is empty")
+            raise ValueError(f"the data set `{name}` is empty.")
     return found
 
 
@@ -93,7 +93,7 @@ def prepare(section: TextData, found: dict[str, list[str]], tokenizer: Any) -> S
         if not len(made):
             raise ValueError(
                 f"the data set `{getattr(section, split)}` is shorter than one block of `data.seq_len` "
-                f"({section.seq_len}) tokens"
+                f"({section.seq_len}) tokens."
             )
         return made
 

@@ -27,7 +27,7 @@ def train(documents: Iterable[str], size: int, directory: Path) -> Path:
         if not mark.is_file() or mark.read_text("utf-8") != described:
             raise ValueError(
                 f"`{directory}` holds a tokenizer of another size or text: use another --workdir, or remove "
-                "it"
+                "it."
             )
         return directory
     import tokenizers
@@ -40,7 +40,7 @@ def train(documents: Iterable[str], size: int, directory: Path) -> Path:
     if len(state["vocab"]) != size:
         raise ValueError(
             f"a vocabulary of {size} tokens was asked for, and the training text gives "
-            f"{len(state['vocab'])}: ask for fewer, or give more text"
+            f"{len(state['vocab'])}: ask for fewer, or give more text."
         )
     fresh = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(fresh, ignore_errors=True)

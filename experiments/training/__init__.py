@@ -1,1 +1,1 @@
-"""Training: the step, what it is made of, and the loop around it."""
+"""Training: the step, its parts, and the loop around it."""

@@ -1,9 +1,9 @@
-"""What must not pass unseen while a run trains: a loss or a gradient that is no number, and what trains
-without a gradient.
+"""What must not go unseen while a run trains: a loss or a gradient that is not finite, and arrays that have
+no gradient.
 
-Numbers of a step are read where the run waits for the device anyway: when it logs, evaluates or saves.
-Meanwhile a step that is not finite has changed nothing (`step`), so that whatever is saved is sound. Left
-out: losses that are finite and grow, which the curve shows.
+The numbers of a step are read where the run waits for the device anyway: when it logs, evaluates or saves.
+A step that is not finite changes nothing (see `step`), so that whatever is saved is sound. Left out: losses
+that are finite and grow, which the curve shows.
 """
 
 import json
@@ -15,16 +15,16 @@ import jax
 import numpy as np
 
 
-# Steps in a row that are passed over with `train.not_finite` "skip": after so many nothing comes right by
+# With `train.not_finite` "skip", a run ends after so many skipped steps in a row: it will not recover by
 # itself.
 MOST_SKIPPED = 10
-# Adapters begin with B = 0 and so without a gradient for A, and a warm-up's first step has rate 0: from the
-# third step on each has one.
-BY = 3
+# The first step at which every array has a gradient. Adapters begin with B = 0, so that A has none at the
+# first step, and a warm-up's first step has rate 0.
+FIRST_FULL_GRADIENT = 3
 
 
 def not_finite_steps(directory: Path, step: int) -> list[int]:
-    """Those up to `step` whose batches an earlier start of the run has kept."""
+    """The steps up to `step` that were not finite, as an earlier start of the run has kept them."""
     found = (int(file.stem.removeprefix("step_")) for file in (directory / "not_finite").glob("step_*.json"))
     return sorted(number for number in found if number <= step)
 
@@ -34,11 +34,11 @@ class NotFinite(ValueError):
 
 
 class Guards:
-    """Watches the steps of one run. `delta`: what trains. `directory`: of the run; batches for inspection go
-    to its `not_finite/`.
+    """Watches the steps of one run.
 
-    `batch(step)` gives the indices and the arrays of a step, counted from 1, `skip` is the config's choice,
-    and `say(step, text)` tells whoever watches. `before`: what `not_finite_steps` found, where a run goes on.
+    `delta`: what trains. `directory`: the run's; batches for inspection go to its `not_finite/`.
+    `batch(step)`: the indices and the arrays of a step, counted from 1. `skip`: the config's choice.
+    `say(step, text)`: tells the user. `before`: what `not_finite_steps` found, where a run goes on.
     """
 
     def __init__(
@@ -60,22 +60,25 @@ class Guards:
 
     @property
     def skipped(self) -> int:
-        """How many steps were skipped, of which the update rule has seen nothing: its schedule is so many
+        """How many steps were skipped. The update rule has not seen them, so that its schedule is as many
         steps behind.
         """
         return len(self._skipped)
 
     def add(self, step: int, numbers: dict[str, jax.Array]) -> None:
-        """The numbers of a step, which are not read yet."""
+        """Keeps the numbers of a step, unread."""
         self._pending.append((step, numbers))
 
     def check(self) -> None:
-        """Reads what was added. Raises `NotFinite`, after the batch is written, unless such steps are to
-        be skipped.
+        """Reads the numbers that were added.
+
+        Raises:
+          NotFinite: a step was not finite, and such steps are not skipped; too many were skipped in a row.
+            The batch is written first.
         """
         pending, self._pending = self._pending, []
         for step, numbers in pending:
-            if step == BY:
+            if step == FIRST_FULL_GRADIENT:
                 self._report_without_gradient(np.asarray(numbers["largest"]))
             if not bool(numbers["finite"]):
                 self._not_finite(step, numbers)
@@ -95,13 +98,13 @@ class Guards:
             raise NotFinite(
                 f"step {step}: {what}, and nothing was changed; its batch is in `{file}`. Lower `train.lr`, "
                 "set `optimizer.clip`, "
-                'or pass over such steps with `train.not_finite` "skip"'
+                'or pass over such steps with `train.not_finite` "skip".'
             )
         self._skipped.add(step)
         if self._skipped.issuperset(range(step - MOST_SKIPPED + 1, step + 1)):
             raise NotFinite(
                 f"step {step}: {what}, as in the {MOST_SKIPPED - 1} steps before it, which were skipped; "
-                f"their batches are in `{file.parent}`"
+                f"their batches are in `{file.parent}`."
             )
         self._say(step, f"step {step} was skipped: {what}; its batch is in `{file}`")
 
@@ -122,16 +125,16 @@ class Guards:
         return file
 
     def _report_without_gradient(self, largest: np.ndarray) -> None:
-        """An adapter's arrays lie beside each other, so that what counts is whether any of them has one."""
-        places = [name.rpartition("/")[0] or name for name in self._names]
-        alive = {place for place, value in zip(places, largest, strict=True) if value != 0}
-        dead = sorted(set(places) - alive)
+        """Tells the user which leaves have no gradient. An adapter has one if any of its arrays has."""
+        leaves = [name.rpartition("/")[0] or name for name in self._names]
+        alive = {leaf for leaf, value in zip(leaves, largest, strict=True) if value != 0}
+        dead = sorted(set(leaves) - alive)
         if dead:
             more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
             self._say(
-                BY,
-                f"after {BY - 1} steps the gradient is still zero everywhere for "
-                f"{', '.join(map(repr, dead[:5]))}{more} (of {len(set(places))}): "
+                FIRST_FULL_GRADIENT,
+                f"after {FIRST_FULL_GRADIENT - 1} steps the gradient is still zero everywhere for "
+                f"{', '.join(map(repr, dead[:5]))}{more} (of {len(set(leaves))}): "
                 "the loss does not depend on them, so that they will not learn; leave them out of "
                 "`targets`, or look for a layer that is not used",
             )

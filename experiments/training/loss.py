@@ -6,11 +6,13 @@ returned apart, so that parts of a batch, accumulated one after the other, give 
 whole batch.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+
+Number = TypeVar("Number", jax.Array, float)
 
 # The authors' guard against a batch without a single counted token; it is part of the published loss, so it
 # stays.
@@ -45,6 +47,6 @@ def masked_sum(
     )
 
 
-def mean(total: jax.Array | float, count: jax.Array | float) -> jax.Array | float:
+def mean(total: Number, count: Number) -> Number:
     """The loss that is reported and differentiated: sum / (count + 1e-4)."""
     return total / (count + COUNT_OFFSET)

@@ -17,12 +17,12 @@ from experiments.config import Optimizer, Train
 from lora_jax import optim
 
 
-def warmup_linear(train: Train) -> Callable[[jax.Array], jax.Array]:
+def warmup_linear(train: Train) -> Callable[[jax.Array | int], jax.Array]:
     """Rate lr * step / warmup, then linearly down to 0 at `steps`; step counts from 0, so the first
     update has rate 0.
     """
 
-    def rate(step: jax.Array) -> jax.Array:
+    def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rising = step / max(train.warmup, 1)
         falling = jnp.maximum(0.0, train.steps - step) / max(train.steps - train.warmup, 1)

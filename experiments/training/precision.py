@@ -19,24 +19,24 @@ from lora_jax import Adapter
 def computing(model: Any, section: Precision) -> Any:
     """`model` with the dtype of its activations.
 
-    Where what trains has a dtype of its own, that of the parameters has to be said: a bias that trains in
-    float32 would widen all that comes after it.
+    Where adapters have a dtype of their own, the parameters' dtype has to be given: a bias that trains in
+    float32 would widen everything after it.
     """
     own = model.param_dtype if section.adapters is not None else model.dtype
     return model.clone(dtype=own if section.compute is None else jnp.dtype(section.compute))
 
 
 def method(config: Config) -> Any:
-    """The config's method, with A and B in the dtype of the adapters. `Full`, which has none to choose,
-    is seen to by `trained`.
+    """The config's method, with A and B in the dtype of the adapters. `Full` has no dtype to choose;
+    `trained` casts its leaves.
     """
     value, dtype = method_value(config.method), config.precision.adapters
     return dataclasses.replace(value, dtype=dtype) if dtype is not None and hasattr(value, "dtype") else value
 
 
 def trained(delta: Any, section: Precision) -> Any:
-    """`delta`, of which the leaves that train themselves have the dtype of the adapters: master weights,
-    where that is the wider one.
+    """`delta`, with the dtype of the adapters for the leaves that train themselves. They are master weights
+    where that dtype is the wider one.
     """
     if section.adapters is None:
         return delta
@@ -47,5 +47,5 @@ def trained(delta: Any, section: Precision) -> Any:
 
 
 def stored(params: Any, like: Any) -> Any:
-    """`params` in the dtypes of the base, `like`: as merged adapters are, and master weights become here."""
+    """`params` in the dtypes of the base, `like`. Merged adapters have them; master weights are cast."""
     return jax.tree.map(lambda leaf, base: leaf.astype(base.dtype), params, like)

@@ -152,7 +152,7 @@ class ShardedStep:
         step = step_of(smoothed, self.tx, self.accumulate, self.penalty, self.reduce)
         return step(delta, opt_state, frozen, batch, key)
 
-    def compiled(self, delta: Any, opt_state: Any) -> Callable:
+    def compiled(self, delta: Any, opt_state: Any) -> jax.stages.Wrapped:
         """`function`, compiled for arrays that lie as these do."""
         return compiled_for(self.function, delta, opt_state, self.mesh)
 

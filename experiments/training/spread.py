@@ -1,10 +1,10 @@
 """Activations that stay split by example.
 
-Embeddings are stored split by feature over `fsdp`. Left alone, XLA takes what is looked up to be split that
-way too, and carries it through all layers: every product of a weight is then a sum over devices, and each
-device attends for all examples of its group. GPT-3 175B on 64 devices, in bfloat16 under jax 0.10, comes to
-431 GiB of temporaries a device, and to 31 GiB with what is done here. Left out: the layers themselves, which
-follow.
+Embeddings are stored split by feature over `fsdp`. Without a constraint XLA splits the looked-up rows that
+way too, and carries the split through all layers: every product of a weight is then a sum over devices, and
+each device attends for all examples of its group. GPT-3 175B on 64 devices, in bfloat16 under jax 0.10, needs
+431 GiB of temporaries a device without the constraint, and 31 GiB with it. Left out: the layers themselves,
+which follow the embeddings.
 """
 
 import math
@@ -21,9 +21,9 @@ EXAMPLES = ("data", "fsdp")
 
 
 def spread(apply: Callable, mesh: Mesh) -> Callable:
-    """`apply`, a Flax model's, with whatever its embeddings return split by example; the other layers follow.
+    """`apply` of a Flax model, with the results of its embeddings split by example; the other layers follow.
 
-    The model needs to know nothing of it. A result of one row for all examples (positions) stays as it is.
+    The model itself does not change. A result of one row for all examples (positions) stays as it is.
     """
     parts = math.prod(mesh.shape[name] for name in EXAMPLES)
     by_example = NamedSharding(mesh, P(EXAMPLES))

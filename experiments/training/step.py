@@ -77,7 +77,7 @@ def step_of(
     return step
 
 
-def compiled_for(step: Callable, delta: Any, opt_state: Any, mesh: Mesh) -> Callable:
+def compiled_for(step: Callable, delta: Any, opt_state: Any, mesh: Mesh) -> jax.stages.Wrapped:
     """`step` under `jax.jit`, its first two arguments donated, so that they are updated in place, where
     they are; every device has the numbers.
     """

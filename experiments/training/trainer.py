@@ -21,7 +21,7 @@ from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from experiments.training import loss as losses, optimizer, order, precision
 from experiments.training.due import due
-from experiments.training.guards import BY, Guards, not_finite_steps
+from experiments.training.guards import FIRST_FULL_GRADIENT, Guards, not_finite_steps
 from experiments.training.sharded import BATCH, ShardedStep
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.processes import on_first
@@ -75,7 +75,7 @@ class Trainer:
         """
         return self.step.loss(delta, frozen, batch, key)
 
-    def compiled_step(self, state: State) -> Callable:
+    def compiled_step(self, state: State) -> jax.stages.Wrapped:
         """The step, compiled for arrays that lie as those of `state` do."""
         return self.step.compiled(state.delta, state.opt_state)
 
@@ -121,8 +121,8 @@ class Trainer:
         record: Record,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> State:
-        """Trains from `state` to the last step, or until `stop_requested()`, which is asked after each step:
-        then it saves and returns what it has.
+        """Trains from `state` to the last step, or until `stop_requested()`, which is called after each step:
+        then it saves the state and returns it.
 
         Raises:
           NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
@@ -162,7 +162,7 @@ class Trainer:
             record.advance(done)
             stop = stop_requested()
             now_due = due(done, train, stop)
-            if now_due.any() or done == BY:
+            if now_due.any() or done == FIRST_FULL_GRADIENT:
                 guards.check()
             if now_due.log:
                 now = time.perf_counter()
@@ -180,7 +180,7 @@ class Trainer:
                 valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
                 record.log(done, valid_loss=valid_loss)
             if now_due.save:
-                checkpoints.save(state, valid_loss, passing=now_due.passing)
+                checkpoints.save(state, valid_loss, temporary=now_due.temporary)
             if now_due.evaluate or now_due.save:
                 started, since = time.perf_counter(), done
             if stop:

@@ -9,7 +9,7 @@ from .._paths import is_floating
 
 
 def begin(tree: Any) -> Any:
-    """What `add` and `mean` go on with: the floating leaves wide enough to be summed."""
+    """The first sum, for `add` and `mean`: floating leaves are wide enough to be summed."""
     return jax.tree.map(_wide, tree)
 
 
@@ -18,13 +18,11 @@ def add(total: Any, tree: Any) -> Any:
 
 
 def mean(total: Any, count: int, newest: Any) -> Any:
-    """`total / count` with the dtypes and shardings of `newest`; leaves that are not floating are those
-    of `newest`.
-    """
+    """`total / count` with the dtypes and shardings of `newest`, and its leaves that are not floating."""
 
-    def of_leaf(sum: jax.Array, leaf: jax.Array) -> jax.Array:
+    def of_leaf(summed: jax.Array, leaf: jax.Array) -> jax.Array:
         return (
-            jax.device_put(_divided(sum, count, str(leaf.dtype)), leaf.sharding)
+            jax.device_put(_divided(summed, count, str(leaf.dtype)), leaf.sharding)
             if is_floating(leaf)
             else leaf
         )

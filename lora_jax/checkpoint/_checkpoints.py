@@ -1,7 +1,6 @@
-"""The directory of a run's checkpoints: which to keep, which is intact, and what of it fits the run that
-asks.
-"""
+"""The directory of a run's checkpoints: which of them to keep, which are intact, and which fit the run."""
 
+import functools
 import hashlib
 import json
 import math
@@ -20,17 +19,17 @@ from . import _average, _checksum, _storage
 from ._storage import Damaged
 
 
-# Of what is on the disk; 1 was before the checksums were computed on the devices.
+# The format on the disk. In format 1 the checksums were not computed on the devices.
 _FORMAT = 2
-# Seconds that a block which an error has ended waits for what several processes are writing.
+# Seconds for which a block that ends with an error waits for what several processes are writing.
 PATIENCE = 10
 # A damaged checkpoint is passed over, unless another process has met something worse.
-_KINDS = (Damaged, *KINDS)
+_KINDS: tuple[type[Exception], ...] = (Damaged, *KINDS)
 
 
 class State(NamedTuple):
-    """What a run needs to go on. `step`: updates done; `position`: (epoch, batch within it) of the next
-    batch.
+    """What a run needs to go on. `step`: the updates done. `position`: the epoch of the next batch, and its
+    number within the epoch.
     """
 
     delta: Any
@@ -54,19 +53,19 @@ class Checkpoints:
         checkpoints.save(State(delta, opt_state, step, position, key))
     ```
 
-    `identity`: what must be the same on resume, a short text each. `keep`: how many to keep, the newest ones.
-    `keep_best`: whether to keep, beside these, the one that was saved with the lowest `loss`.
+    `identity`: what must be the same on resume, a short text each. `keep`: how many of the newest to keep.
+    `keep_best`: whether to keep the one with the lowest `loss` too.
 
     With several processes (`jax.distributed`), all have the directory on one file system and call the same
-    methods in the same order. Every method but `save` waits first for the checkpoint that is being written,
-    so that what it says does not depend on the time.
+    methods in the same order. Every method first waits for the checkpoint that is being written, so that its
+    result does not depend on the time.
     """
 
     def __init__(
         self, directory: str | Path, *, identity: Mapping[str, str], keep: int = 2, keep_best: bool = False
     ):
         if keep < 1:
-            raise ValueError(f"`keep` is {keep}: at least the newest checkpoint is kept, so pass 1 or more")
+            raise ValueError(f"`keep` is {keep}: at least the newest checkpoint is kept, so pass 1 or more.")
         self._directory = Path(directory).absolute()
         self._identity = dict(identity)
         self._keep, self._keep_best = keep, keep_best
@@ -83,55 +82,54 @@ class Checkpoints:
             self.wait()
             return
         try:
-            # What ended the block may be the end of another process, for which a write that is going on would
-            # wait.
+            # The block may have ended because another process has, and then a write would wait for that one.
             self._writer.wait(None if jax.process_count() == 1 else PATIENCE)
         except Exception as error:
             warnings.warn(
                 str(self._not_written(self._writing, error)), stacklevel=2
-            )  # the error that ended the block is the one to be seen
+            )  # the caller sees the error that ended the block
 
     def latest(self) -> int | None:
-        """The newest complete step, or None; looking creates nothing."""
+        """The newest complete step, or None. This creates nothing."""
         return max(self.steps(), default=None)
 
-    def steps(self, *, passing: bool = True) -> list[int]:
-        """The complete steps, oldest first; those that were saved in passing among them, or not."""
+    def steps(self, *, temporary: bool = True) -> list[int]:
+        """The complete steps, oldest first, with those whose checkpoint is `temporary` or without them."""
         self.wait()
         return on_first(
-            lambda: [step for step in self._on_disk() if passing or not self._said(step, "passing")]
+            lambda: [step for step in self._on_disk() if temporary or not self._said(step, "passing")]
         )
 
     def best(self) -> int | None:
-        """The complete step with the lowest finite loss, of equal ones the first; None where none was
-        saved with a loss.
+        """The complete step with the lowest finite loss, the first of equal ones. None: no step has a
+        loss.
         """
         self.wait()
         return on_first(lambda: self._best(self._on_disk()))
 
-    def save(self, state: State, loss: float | None = None, *, passing: bool = False) -> None:
-        """Writes `state` under its step, atomically and with a checksum, then forgets the oldest beyond
+    def save(self, state: State, loss: float | None = None, *, temporary: bool = False) -> None:
+        """Writes `state` under its step, atomically and with a checksum, then removes the oldest beyond
         `keep`.
 
-        Returns when the arrays have been copied, and waits before that for the checkpoint that was begun
-        earlier; the writing goes on in a thread, so the arrays may be donated at once. `loss`: the validation
-        loss of `state`, for `best` and `keep_best`.
-        `passing`: it is only there to go on from, as where a run is interrupted: it goes when the next one is
-        complete, takes the place of no other, and is in no average.
+        This waits for the checkpoint that was begun earlier, and returns when the arrays have been copied. A
+        thread writes them, so that they may be donated at once. `loss`: the validation loss of `state`, for
+        `best` and `keep_best`.
+        `temporary`: it serves only to go on from, as where a run is interrupted. It is removed when the next
+        one is complete, takes the place of no other, and is in no average.
 
-        Raises `OSError` where the one begun earlier could not be written, and `ValueError` where the step is
-        there already.
+        Raises:
+          OSError: the checkpoint that was begun earlier could not be written.
+          ValueError: the directory holds the step already.
         """
         self.wait()
         if jax.process_count() > 1:
-            # Needed for the copy anyway, and what the processes exchange then meets no step that is still
-            # running.
+            # The copy needs the arrays anyway, and no exchange of the processes then meets a running step.
             jax.block_until_ready((state.delta, state.opt_state))
         path = self._directory / str(state.step)
         if on_first(path.exists):
             raise ValueError(
                 f"`{self._directory}` holds a checkpoint of step {state.step} already: go on from it, or "
-                "take another directory"
+                "take another directory."
             )
         facts = {
             "format": _FORMAT,
@@ -141,13 +139,13 @@ class Checkpoints:
             "key_impl": str(jax.random.key_impl(state.key)),
             "identity": self._identity,
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
-            "passing": passing,
+            "passing": temporary,  # the name that earlier checkpoints have
         }
         arrays = {"delta": _named(state.delta), "opt_state": _named(state.opt_state)}
         copied = _storage.copied(arrays)
-        # Of what is saved, not of its copy, and fetched in the thread. A CPU computes in the thread that
-        # asks, so that there the one that writes asks, unless several processes take part, for which that
-        # would be a collective beside those of the training step.
+        # The checksums are of what is saved, not of its copy, and the thread fetches them. A CPU computes in
+        # the thread that asks, so that there the writing thread asks. With several processes it may not,
+        # because that would be a collective beside those of the training step.
         sums = None if jax.process_count() == 1 and jax.default_backend() == "cpu" else _checksums(arrays)
 
         def complete() -> dict[str, Any]:
@@ -168,8 +166,10 @@ class Checkpoints:
         self._writer.start(path, copied, complete, then=self._forget)
 
     def wait(self) -> None:
-        """Until all that was saved is on the disk. Raises `OSError` where that failed, saying of which
-        step, why and what to do.
+        """Returns when all that was saved is on the disk.
+
+        Raises:
+          OSError: writing failed. It says which step, why, and what to do.
         """
         try:
             self._writer.wait()
@@ -180,13 +180,14 @@ class Checkpoints:
         """The newest intact state, or that of `step`, or the `best` that is intact, with the structure,
         shapes, dtypes and shardings of `delta` and `opt_state`.
 
-        A checkpoint that is cut short, or of which a bit has changed, is passed over with a warning and put
-        aside, as `7.damaged` beside where it was; so the run goes on from the one before it. Of several
-        processes, all pass over what one cannot read.
+        A checkpoint that is cut short, or of which a bit has changed, is put aside with a warning, as
+        `7.damaged`, and the run goes on from the one before it. Several processes all pass over what one of
+        them cannot read.
 
-        Raises `ValueError` for another identity, for arrays that differ in name, shape or dtype, naming the
-        first, where there is no checkpoint, or none of `step`, and `NoneIntact`, which is one, where no
-        checkpoint is intact.
+        Raises:
+          ValueError: the identity is another; an array differs in name, shape or dtype; there is no
+            checkpoint, or none of `step`.
+          NoneIntact: all checkpoints are damaged. It is a `ValueError`.
         """
         steps = sorted(self.steps(), reverse=True)
         if step is not None:
@@ -194,16 +195,14 @@ class Checkpoints:
                 there = ", ".join(map(str, reversed(steps))) or "none"
                 raise ValueError(
                     f"`step` is {step}, of which `{self._directory}` holds no checkpoint; of these steps it "
-                    f"does: {there}"
+                    f"does: {there}."
                 )
             steps = [step]
         if best:
             steps = on_first(lambda: self._by_loss(steps))
         if not steps:
-            raise ValueError(
-                f"`{self._directory}` holds no checkpoint"
-                + (" that was saved with a finite loss" if best else "")
-            )
+            which = " that was saved with a finite loss" if best else ""
+            raise ValueError(f"`{self._directory}` holds no checkpoint{which}. Save one first.")
         damaged: list[tuple[int, str]] = []
         for found, facts, arrays in self._intact(steps, {"delta": delta, "opt_state": opt_state}, damaged):
             self._put_aside(damaged, found)
@@ -212,7 +211,7 @@ class Checkpoints:
         listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged)
         raise NoneIntact(
             f"`{self._directory}` holds no intact checkpoint ({listed}): take one from a copy, or start "
-            "again in another directory"
+            "again in another directory."
         )
 
     def average(self, delta: Any, *, last: int) -> Any:
@@ -230,14 +229,16 @@ class Checkpoints:
         stays the same. That is `lora_jax.arithmetic.weighted(deltas, [1 / len(deltas)] * len(deltas))`, by
         concatenation: its rank is the sum of the ranks.
 
-        Where one is damaged, it is put aside with a warning, and the mean is that of the others. Raises
-        `ValueError` where fewer than `last` are there, and as `restore` does.
+        A damaged checkpoint is put aside with a warning, and the mean is that of the others.
+
+        Raises:
+          ValueError: there are fewer than `last`; as `restore`.
         """
         if last < 1:
-            raise ValueError(f"`last` is {last}: average one checkpoint or more")
+            raise ValueError(f"`last` is {last}: average one checkpoint or more.")
         damaged: list[tuple[int, str]] = []
         newest, total, used = None, None, []
-        steps = sorted(self.steps(passing=False), reverse=True)
+        steps = sorted(self.steps(temporary=False), reverse=True)
         for found, _, arrays in self._intact(steps, {"delta": delta}, damaged):
             part = arrays["delta"]
             newest, total = (
@@ -252,21 +253,21 @@ class Checkpoints:
             raise ValueError(
                 f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average "
                 "as many, or train with "
-                f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here"
+                f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here."
             )
         return _average.mean(total, len(used), newest)
 
     def put_aside(self) -> None:
-        """Gives every complete checkpoint a name under which it is none, `7.damaged`, so that a run can
-        begin again in the directory.
+        """Renames every complete checkpoint to `7.damaged` and the like, so that a run can begin again in
+        the directory.
         """
         for step in self.steps():
-            on_first(lambda step=step: self._rename(step))
+            on_first(functools.partial(self._rename, step))
 
     # --- which there are ------------------------------------------------------------------------------------
 
     def _on_disk(self) -> list[int]:
-        # Under its number only when it is complete: renaming is the last that is done.
+        # A checkpoint has its number as its name only when it is complete: renaming is done last.
         return (
             sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
             if self._directory.is_dir()
@@ -274,7 +275,7 @@ class Checkpoints:
         )
 
     def _said(self, step: int, name: str) -> Any:
-        """What a checkpoint says of itself; None of one that says nothing that can be read."""
+        """A fact that a checkpoint holds of itself; None where it cannot be read."""
         if step not in self._known:
             try:
                 self._known[step] = self._facts(step)
@@ -310,7 +311,7 @@ class Checkpoints:
         )
         return OSError(
             f"the checkpoint of step {step} could not be written to `{self._directory}`: "
-            f"{_storage.cause(error)}. Free space, or mend that; {rest}"
+            f"{_storage.cause(error)}. Free space, or mend that; {rest}."
         )
 
     # --- what one of them holds -----------------------------------------------------------------------------
@@ -318,8 +319,8 @@ class Checkpoints:
     def _intact(
         self, steps: list[int], wanted: dict[str, Any], damaged: list[tuple[int, str]]
     ) -> Iterator[tuple[int, dict, dict]]:
-        """`(step, facts, arrays)` of those that are, with the structures of `wanted`; the others are
-        added to `damaged`.
+        """`(step, facts, arrays)` of the intact ones, with the structures of `wanted`. The others are added
+        to `damaged`.
         """
         for step in steps:
             try:
@@ -338,7 +339,7 @@ class Checkpoints:
 
         facts = together(checked, _KINDS)
         arrays = together(lambda: _storage.read_arrays(self._directory / str(step), like), _KINDS)
-        # Of arrays that may span processes: every process takes part in this, also one whose own are damaged.
+        # The arrays may span processes, so that every process takes part, also one whose own are damaged.
         sums = _digits(_checksums({part: arrays[part] for part in wanted}))
 
         def compared() -> None:
@@ -356,7 +357,7 @@ class Checkpoints:
             raise ValueError(
                 f"`{self._directory}` holds checkpoints of format {facts.get('format', 1)}, and this "
                 f"version of lora_jax reads {_FORMAT}: "
-                "resume the run with the version that began it, or use another directory"
+                "resume the run with the version that began it, or use another directory."
             )
         return facts
 
@@ -366,7 +367,7 @@ class Checkpoints:
                 raise ValueError(
                     f"`{self._directory}` holds a run with another {name} (saved: {found.get(name)}, now: "
                     f"{self._identity.get(name)}): "
-                    f"resume it with the {name} it started from, or use another directory"
+                    f"resume it with the {name} it started from, or use another directory."
                 )
 
     def _check_arrays(self, step: int, stored: Mapping[str, Any], like: dict[str, Any]) -> None:
@@ -375,13 +376,13 @@ class Checkpoints:
             for name in sorted(want.keys() ^ have.keys()):
                 where = "missing from" if name in want else "unexpected in"
                 raise ValueError(
-                    f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`"
+                    f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`."
                 )
             for name, expected in want.items():
                 if have[name] != expected:
                     raise ValueError(
                         f"{part} {name!r} has shape and dtype {tuple(have[name])} in the checkpoint, "
-                        f"expected {tuple(expected)}"
+                        f"expected {tuple(expected)}."
                     )
 
     def _put_aside(self, damaged: list[tuple[int, str]], intact: int) -> None:
@@ -391,7 +392,7 @@ class Checkpoints:
                 f"from step {intact}",
                 stacklevel=3,
             )
-            on_first(lambda number=number: self._rename(number))
+            on_first(functools.partial(self._rename, number))
 
     def _rename(self, number: int) -> None:
         names = (
@@ -429,7 +430,7 @@ def _named(tree: Any) -> dict[str, jax.Array]:
     names = [".".join(component(entry) for entry in path) or "value" for path, _ in flat]
     repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else None
     if repeated:
-        raise ValueError(f"two arrays have the same path {sorted(repeated)[0]!r}; rename one")
+        raise ValueError(f"two arrays have the same path {sorted(repeated)[0]!r}; rename one.")
     return dict(zip(names, (leaf for _, leaf in flat), strict=True))
 
 

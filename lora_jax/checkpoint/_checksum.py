@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from .._paths import named_leaves
 
 
-# Of a NumPy array, elements that are put on a device at a time: a memory map need not fit there.
+# The elements of a NumPy array that are put on a device at a time: a memory map may not fit there as a whole.
 _CHUNK = 1 << 24
 
 # Odd multipliers and offsets of four lanes: xxHash's five primes, and those of MurmurHash3's and lowbias32's
@@ -63,8 +63,8 @@ def fingerprint(params: Any) -> str:
 
 
 def checksum(leaf: Any) -> Any:
-    """Four unsigned words, `uint32[4]`: of a JAX array as one that every process has whole, dispatched
-    and not waited for.
+    """Four unsigned words, `uint32[4]`. Of a JAX array every process has them whole, and this does not wait
+    for them.
     """
     if not isinstance(leaf, jax.Array):
         return _of_host(np.asarray(leaf))
@@ -78,9 +78,9 @@ def checksum(leaf: Any) -> Any:
         leaf = jax.device_put(leaf, where)
     sums = _on(NamedSharding(where.mesh, PartitionSpec()))(leaf, *_ZERO)
     if jax.process_count() > 1 and where.mesh.devices.flat[0].platform == "cpu":
-        # CPU devices run programs that do not need each other at the same time, and in any order: of two that
-        # sum over all processes, each process may then wait in another one, for ever. Others run one after
-        # the other.
+        # CPU devices run independent programs at the same time, and in any order. Of two programs that sum
+        # over all processes, each process may then wait in another one, for ever. Other devices run one
+        # after the other.
         sums.block_until_ready()
     return sums
 
@@ -94,7 +94,7 @@ def _on(where: NamedSharding | None) -> Any:
 
 
 def _of_host(array: np.ndarray) -> np.ndarray:
-    """By chunks, each of which is waited for, so that no more than one of them is on the device."""
+    """The checksum of a NumPy array, by chunks. Each is waited for, so that only one is on the device."""
     array = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(-1)
     if array.dtype.itemsize >= 8:  # JAX would make 32 bits of these
         array = array.view(np.uint32)
@@ -108,7 +108,7 @@ def _of_host(array: np.ndarray) -> np.ndarray:
 
 
 def _sums(array: jax.Array, start_low: jax.Array, start_high: jax.Array) -> jax.Array:
-    """Of `array`, whose first word has the index `start_low` + 2³² `start_high` in the whole."""
+    """The sums of `array`, whose first word has the index `start_low` + 2³² `start_high` in the whole."""
     words = _words(array)
     low, high = flat_index(
         [lax.broadcasted_iota(jnp.uint32, words.shape, axis) for axis in range(words.ndim)], words.shape

@@ -21,7 +21,7 @@ class Damaged(Exception):
     """Why a checkpoint is not intact."""
 
 
-# How Orbax names what it has not finished, and how we name what is being removed.
+# Orbax's names of what it has not finished, and ours of what is being removed.
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", "*.removed")
 
 
@@ -35,11 +35,12 @@ class Writer:
     def start(
         self, path: Path, arrays: Any, facts: Callable[[], Mapping[str, Any]], then: Callable[[], None]
     ) -> None:
-        """Returns when `arrays`, from `copied`, are there. In the thread, `facts` is called, and on
-        process 0 `then`, when all is complete.
+        """Returns when `arrays`, from `copied`, are ready. The thread calls `facts`, and when all is complete
+        `then`, on process 0.
         """
         jax.block_until_ready(arrays)
-        wide = jax.config.jax_enable_x64  # which `jax.enable_x64` sets for one thread
+        # `jax.enable_x64` sets it for one thread. JAX adds the attribute at run time.
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
         def work() -> None:
             with jax.enable_x64(wide):
@@ -49,9 +50,7 @@ class Writer:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until all is on the disk, or for so many seconds at most; raises what kept it from getting
-        there, once.
-        """
+        """Waits until all is on the disk, or for `seconds`. Raises the error that writing has met, once."""
         if self._thread is not None:
             self._thread.join(seconds)
             self._thread = self._thread if self._thread.is_alive() else None
@@ -66,8 +65,7 @@ class Writer:
             parts = ocp.args.Composite(
                 arrays=ocp.args.PyTreeSave(arrays), facts=ocp.args.JsonSave(dict(facts()))
             )
-            # The one of Orbax's that waits long enough at its barriers for the slowest process, twenty
-            # minutes.
+            # Of Orbax's checkpointers this one waits long enough for the slowest process: twenty minutes.
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes=set(range(jax.process_count()))
             )
@@ -79,7 +77,7 @@ class Writer:
                 checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 then()
-        except BaseException as error:  # in a thread, nobody else would hear of it
+        except BaseException as error:  # nobody else sees an error of a thread
             self._failure = (
                 error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} {error}")
             )
@@ -88,8 +86,8 @@ class Writer:
 
 
 def clear_unfinished(directory: Path, name: str = "") -> None:
-    """Removes what a write or a removal that failed, or was killed, has left: of the checkpoint `name`,
-    or of all.
+    """Removes what is left of writes and removals that failed or were killed: of the checkpoint `name`, or
+    of all.
     """
     for pattern in _UNFINISHED:
         for left in directory.glob(name + pattern):
@@ -97,8 +95,8 @@ def clear_unfinished(directory: Path, name: str = "") -> None:
 
 
 def remove(path: Path) -> None:
-    """Under another name first: who is killed while removing does not leave half a checkpoint under its
-    own.
+    """Removes a checkpoint, which is renamed first: a process that is killed meanwhile leaves no half
+    checkpoint under its number.
     """
     gone = path.with_name(f"{path.name}.removed")
     try:
@@ -109,16 +107,14 @@ def remove(path: Path) -> None:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, in one line: in the system's own words where they are somewhere in those of the
-    libraries above it.
-    """
+    """What went wrong, in one line: in the system's own words where the libraries above it repeat them."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     known = [os.strerror(number) for number in errno.errorcode if os.strerror(number) in text]
     return max(known, key=len, default=text[:200])
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Raises `Damaged` where they cannot be read."""
+    """What a checkpoint says of itself. Raises `Damaged` where it cannot be read."""
     try:
         return dict(_read(path, facts=ocp.args.JsonRestore()).facts)
     except Exception as error:
@@ -127,8 +123,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_arrays(path: Path, like: Any) -> Any:
-    """Those of `like`, which may be a part of what there is, placed as it says; NumPy arrays where it
-    holds these. Raises `Damaged`.
+    """The arrays of `like`, which may be a part of the checkpoint, with its shardings; NumPy arrays where it
+    has those. Raises `Damaged`.
     """
     asked = ocp.args.PyTreeRestore(
         like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
@@ -138,21 +134,21 @@ def read_arrays(path: Path, like: Any) -> Any:
     except Exception as error:  # whatever the reader meets in a file that is cut short
         _raise_if_of_the_machine(error)
         raise Damaged(f"its arrays cannot be read ({type(error).__name__})") from error
-    # A changed bit in what Orbax notes of them can give back its handle of a file instead of an array, or
-    # another name.
+    # After a changed bit in its own notes, Orbax may return a handle of a file for an array, or another name.
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=False)
     same = all(
         isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
         for leaf, wanted in pairs
     )
-    if not same or jax.tree.structure(found) != jax.tree.structure(like):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (found, like)]
+    if not same or structures[0] != structures[1]:
         raise Damaged("its arrays are not those that it says it has")
     return found
 
 
 def _raise_if_of_the_machine(error: Exception) -> None:
-    """Too little memory, no permission, a file system that fails: of these the files know nothing, and
-    putting them aside would lose them.
+    """Raises `error` again where the machine has caused it: too little memory, no permission, a file system
+    that fails. The files are sound then, and putting them aside would lose them.
     """
     number = getattr(error, "errno", None)
     if (
@@ -164,7 +160,7 @@ def _raise_if_of_the_machine(error: Exception) -> None:
 
 
 def _read(path: Path, **parts: Any) -> Any:
-    # Of this process alone: where one of several cannot read, the others must not wait for it at a barrier.
+    # This process reads alone: where it cannot, the others must not wait for it at a barrier.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
@@ -181,17 +177,16 @@ def _handler(processes: ocp.options.MultiprocessingOptions) -> ocp.CompositeChec
 
 
 def copied(arrays: Any) -> Any:
-    """`arrays` where the next training step, to which they are donated, does not write: in the host's memory,
-    if the device can.
+    """A copy of `arrays`, which may be donated to the next training step: in the host's memory, if the device
+    can.
 
-    Not left to Orbax, which takes a view of what is in the host's memory already. Of a buffer that is viewed,
-    JAX either refuses the donation, so that the step needs its memory twice, or writes over what is being
-    saved; which of the two is not documented.
+    Orbax would take a view of what is in the host's memory already. JAX then either refuses to donate the
+    buffer, so that the step needs its memory twice, or writes over what is being saved. Which of the two is
+    not documented.
     """
     leaves, structure = jax.tree.flatten(arrays)
     made: list[Any] = [None] * len(leaves)
-    # One program for all that lie alike: it copies several arrays at a time, which a program for each does
-    # not.
+    # One program for all arrays of one sharding copies several at a time; a program for each does not.
     alike: dict[jax.sharding.Sharding, list[int]] = {}
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):
@@ -207,7 +202,7 @@ def copied(arrays: Any) -> Any:
 
 
 def _pinned(leaf: jax.Array) -> bool:
-    device = next(iter(leaf.sharding.addressable_devices))
+    device: Any = next(iter(leaf.sharding.addressable_devices))
     return device.platform != "cpu" and any(
         memory.kind == "pinned_host" for memory in device.addressable_memories()
     )

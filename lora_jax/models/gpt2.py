@@ -228,7 +228,7 @@ def _check(config, input_ids, attention_mask, position_ids, cache, visible):
     batch, tokens = jnp.shape(input_ids)
     if cache is not None and cache.mask.shape[0] != batch:
         raise ValueError(
-            f"`cache` is for {cache.mask.shape[0]} rows, and `input_ids` has {batch}; make it with "
+            f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}; make it with "
             "`model.init_cache(batch, slots)`."
         )
     if visible is not None:
