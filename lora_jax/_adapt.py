@@ -15,7 +15,7 @@ from ._interpret.interpreter import Interpreter
 from ._interpret.recorder import Recorder, sides_exchanged
 from ._tree.canonical import weight_in
 from ._tree.method import Spec
-from ._tree.nodes import Adapted, is_node, Trained, weight_of
+from ._tree.nodes import Adapted, Adapter, is_node, Trained, weight_of
 
 
 _POLICIES = ("error", "warn", "allow")
@@ -45,13 +45,14 @@ def adapt(fn: Callable, *, materialize: str = "error", reduce: Any = None) -> Ca
         examples, and by XLA over devices, where it is wider than the activations: `jnp.float32` beside
         bfloat16. It costs no FLOP more, and spares A and B in float32 a gradient rounded to bfloat16. There
         is no forward-mode derivative then, as of any function with a `custom_vjp`. None: as JAX does it, in
-        the dtype of the activations. Of matrix products and lookups; convolutions, `ragged_dot` and leaves
-        that train themselves (`Full`) are as JAX has them.
+        the dtype of the activations; but float32 beside float16, which soon overflows. Of matrix products and
+        lookups; convolutions, `ragged_dot` and leaves that train themselves (`Full`) are as JAX has them.
 
     Raises:
       ValueError: (when called) an operation would form an adapted weight and `materialize` is `"error"`; it
         names the operation, the parameter's path and the line. `fn` uses a weight with in and out exchanged,
         and the sides matter to its method.
+      TypeError: (when called) an argument is a `delta` alone.
     """
     if materialize not in _POLICIES:
         raise ValueError(f"`materialize` is {materialize!r}; pass one of {', '.join(map(repr, _POLICIES))}.")
@@ -75,6 +76,13 @@ def adapt(fn: Callable, *, materialize: str = "error", reduce: Any = None) -> Ca
 
 def _call(fn: Callable, args: tuple, kwargs: dict, interpreter: Interpreter) -> Any:
     leaves, treedef = flat_leaves(args, kwargs, is_node)
+    alone = next((leaf.spec.path for leaf in leaves if isinstance(leaf, Adapter)), None)
+    if alone is not None:
+        raise TypeError(
+            f"an argument of the adapted function is a `delta` alone: it holds the adapter of {alone!r} and "
+            "no "
+            "weight. Pass `combine(frozen, delta)`."
+        )
     weights = [weight_in(leaf) for leaf in leaves]
     plain = [leaf.value if isinstance(leaf, Trained) else weight_of(leaf) for leaf in leaves]
     found = [weight for weight in weights if weight is not None]

@@ -91,7 +91,17 @@ def lorafy(
     readings: dict[str, _axes.Reading] | None = None
     if fn is not None:
         shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf
-        readings = _axes.read(fn, jax.tree.map(shaped, params, is_leaf=is_packed), tuple(args))
+        shapes = jax.tree.map(shaped, params, is_leaf=is_packed)
+        try:
+            readings = _axes.read(fn, shapes, tuple(args))
+        except TypeError as error:
+            if args:
+                raise
+            raise TypeError(
+                f"`fn` is given without `args`, and `fn(params)` failed: {error}. Pass what `fn` takes "
+                "beside the "
+                "parameters, arrays or shapes: `args=(x,)` for `fn(params, x)`."
+            ) from error
 
     def linear_paths() -> list[str]:
         if readings is None:

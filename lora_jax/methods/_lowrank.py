@@ -46,7 +46,7 @@ class LowRank(Method):
             raise ValueError(
                 f"`rank` is {self.rank}, above min(in, out) = {smaller} of {spec.path!r}, of shape "
                 f"{spec.shape} with axes {' '.join(spec.axes)!r}: it would not be low. Lower the rank, or "
-                "train this leaf with `Full()`."
+                f"train this leaf itself, first in a mapping: `targets={{{spec.path!r}: Full(), ...}}`."
             )
 
 
