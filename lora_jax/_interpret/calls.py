@@ -76,7 +76,7 @@ def _merged(mask: Sequence[bool], where_true: Sequence[Any], where_false: Sequen
     return [next(true) if flag else next(false) for flag in mask]
 
 
-def _scan_parts(params: dict, values: list[Any]) -> tuple[list, list, list]:
+def scan_parts(params: dict, values: list[Any]) -> tuple[list, list, list]:
     if "ft_in" in params:  # jax 0.11 and later
         consts, carry, xs = params["ft_in"].update(values).unpack()
         return list(consts), list(carry), list(xs)
@@ -86,7 +86,7 @@ def _scan_parts(params: dict, values: list[Any]) -> tuple[list, list, list]:
 
 def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     params, jaxpr = eqn.params, eqn.params["jaxpr"]
-    consts, init, xs = _scan_parts(params, values)
+    consts, init, xs = scan_parts(params, values)
     handed_on = _handed_on(jaxpr)
     fixed = _invariant(handed_on, init, len(consts))
     init = [
