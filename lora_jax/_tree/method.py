@@ -71,6 +71,8 @@ class Method(metaclass=_MethodType):
     needs_axes: bool = True
     # Whether the canonical form needs the whole weight, and not the part of it that a device holds.
     needs_whole_weight: bool = False
+    # Whether what the adapter adds is proportional to its `b`, so that zeros add nothing.
+    proportional: bool = False
 
     @property
     def name(self) -> str:

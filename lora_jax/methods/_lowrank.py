@@ -21,6 +21,8 @@ class LowRank(Method):
     and `init` that it has.
     """
 
+    proportional = True
+
     rank: int
     alpha: float
     dtype: Any
