@@ -61,8 +61,8 @@ def lorafy(
       axes: one word for each axis of a weight, `in`, `out` or `layer` (stacked): `"in out"` (the default of
         2-D weights), `"out in"` (Equinox, PyTorch), `"layer in out"`, `"in out out"` (heads), `"in in in
         out"` (HWIO convolution). A string, or a mapping from pattern to string.
-      fn, args: instead of `axes`, a function called as `fn(params, *args)`: the axes are read off how it uses
-        each weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
+      fn, args: a function called as `fn(params, *args)`. The axes that `axes` does not give are read off how
+        it uses each weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
 
     Returns:
       `Lorafied(frozen, delta)`. `delta` holds exactly what trains, at the targeted leaves, and None
@@ -199,8 +199,9 @@ def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
     Args:
       frozen, delta: the two trees of `lorafy`, or later states of them.
       key: turns on what is random in training, dropout for example; a new one for every step. It is folded
-        with each leaf's path, with the use, and per layer of stacked leaves. Without a key the result is
-        deterministic.
+        with each leaf's path, with the use, and per layer of stacked leaves. Uses are numbered as `fn` is
+        traced, so that the same key gives other masks where a layer is wrapped in `jit` or `checkpoint`.
+        Without a key the result is deterministic.
 
     Raises:
       ValueError: the two trees do not belong together.

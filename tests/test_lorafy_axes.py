@@ -301,3 +301,22 @@ def test_heads_before_the_in_axis_are_one_matrix_if_the_user_says_so():
     params, x = {"w": jnp.ones((3, 6, 4))}, jnp.ones((2, 6))
     delta = lora_jax.lorafy(params, "w", method=LoRA(rank=2), axes="out in out", fn=fn, args=(x,)).delta
     assert delta["w"].arrays["a"].shape == (6, 2)
+
+
+LOOKUPS = {
+    "one row": (lambda params, i: params["w"][i], jnp.array(3)),
+    "rows": (lambda params, i: params["w"][i], jnp.arange(3)),
+    "vmap of one row": (lambda params, i: jax.vmap(lambda i: params["w"][i])(i), jnp.arange(3)),
+    "take": (lambda params, i: jnp.take(params["w"], i, axis=0), jnp.arange(3)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_table_is_read_off_its_lookups(name):
+    """As Equinox and Flax look rows up: one at a time, under `vmap`, or many."""
+    (fn, ids), params = LOOKUPS[name], {"w": jnp.eye(16, 8)}
+    frozen, delta = lora_jax.lorafy(params, "w", method=LoRA(rank=2), fn=fn, args=(ids,))
+    assert " ".join(delta["w"].spec.axes) == "in out"
+    delta = jax.tree.map(lambda array: array + 0.1, delta)
+    found = lora_jax.adapt(fn)(lora_jax.combine(frozen, delta), ids)
+    np.testing.assert_allclose(found, fn(lora_jax.merge(frozen, delta), ids), rtol=1e-5)
