@@ -19,9 +19,11 @@ from ._tree.pairs import paired
 
 
 _BASES = ("dequantized", "original")
+# Not None, which is the delta of a leaf without an adapter.
+_MISSING: Any = object()
 
 
-def merge(frozen: Any, delta: Any = None, *, base: str = "dequantized") -> Any:
+def merge(frozen: Any, delta: Any = _MISSING, *, base: str = "dequantized") -> Any:
     """Plain parameters `(W + A·B) ⊙ m`, with the treedef, shapes, dtypes and shardings of the original.
 
     >>> import jax.numpy as jnp, lora_jax
@@ -44,7 +46,7 @@ def merge(frozen: Any, delta: Any = None, *, base: str = "dequantized") -> Any:
       ValueError: the trees do not belong together; `base` is unknown, or `"original"` with quantised leaves.
       TypeError: `delta` is missing.
     """
-    if delta is None:
+    if delta is _MISSING:
         combined = any(
             isinstance(leaf, Adapted | Trained) for leaf in jax.tree.leaves(frozen, is_leaf=is_node)
         )
