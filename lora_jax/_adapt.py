@@ -95,7 +95,7 @@ def _call(fn: Callable, args: tuple, kwargs: dict, interpreter: Interpreter) -> 
 
 def _check_sides(spec: Spec, recorder: Recorder) -> None:
     """Raises `ValueError` where a method's sides matter, and every use of the weight has them exchanged."""
-    if spec.method.sided and sides_exchanged(spec, recorder.summed.get(spec.path, ())):
+    if spec.method.sided and sides_exchanged(spec, recorder.sides.get(spec.path, ())):
         given = " ".join(spec.axes)
         exchanged = " ".join({"in": "out", "out": "in"}.get(word, word) for word in spec.axes)
         raise ValueError(

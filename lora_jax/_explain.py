@@ -81,15 +81,14 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     uses = observe(fn, args, kwargs, weight_in)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_node)
     specs = [leaf.adapter.spec for leaf in leaves if isinstance(leaf, Adapted)]
-    summed: dict[str, set[frozenset[int]]] = {}
+    sides: dict[str, set[tuple[str, frozenset[int]]]] = {}
     for use in uses:
-        if use.how != "formed":
-            summed.setdefault(use.path, set()).add(frozenset(use.summed))
+        sides.setdefault(use.path, set()).add((use.how, frozenset(use.summed)))
     used = {use.path for use in uses}
     return Explanation(
         uses,
         [spec.path for spec in specs if spec.path not in used],
-        [spec.path for spec in specs if sides_exchanged(spec, summed.get(spec.path, ()))],
+        [spec.path for spec in specs if sides_exchanged(spec, sides.get(spec.path, ()))],
         _left_out(fn, args, kwargs),
     )
 

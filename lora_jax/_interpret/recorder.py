@@ -32,8 +32,8 @@ class Recorder:
 
     def __init__(self, watch: bool = False):
         self.watches = watch
-        # Of each weight, the stored axes along which it was summed over or picked from, a set for each use.
-        self.summed: dict[str, set[frozenset[int]]] = {}
+        # Of each weight, the stored axes of each use: what it was summed over, or where rows were picked.
+        self.sides: dict[str, set[tuple[str, frozenset[int]]]] = {}
         self._uses: dict[tuple, Use] = {}
         self._calls: tuple[int, ...] = ()
         self._callers: tuple[Any, ...] = ()
@@ -54,9 +54,8 @@ class Recorder:
         batch: Sequence[int] = (),
         flops: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        if how != "formed":
-            for path in value.leaf.paths:
-                self.summed.setdefault(path, set()).add(frozenset(summed))
+        for path in value.leaf.paths:
+            self.sides.setdefault(path, set()).add((how, frozenset(summed)))
         if not self.watches or value.is_plain:
             return
         flops = (self._times * flops[0], self._times * flops[1], self._times * flops[2])
@@ -100,7 +99,11 @@ class Recorder:
             self._times //= times
 
 
-def sides_exchanged(spec: Spec, summed: Collection[frozenset[int]]) -> bool:
-    """Whether every use of a weight sums over its out axes and keeps its in axes."""
+def sides_exchanged(spec: Spec, sides: Collection[tuple[str, frozenset[int]]]) -> bool:
+    """Whether every contraction of a weight sums over its out axes and keeps its in axes, and no row is
+    picked from its in axes, as from a table.
+    """
     ins, outs = set(spec.axis_indices("in")), set(spec.axis_indices("out"))
-    return bool(summed) and all(axes & outs and not axes & ins for axes in summed)
+    contracted = [axes for how, axes in sides if how == "low-rank"]
+    table = any(axes & ins for how, axes in sides if how == "lookup")
+    return bool(contracted) and not table and all(axes & outs and not axes & ins for axes in contracted)
