@@ -43,6 +43,13 @@ _LAZY = {
     "models": ("flax", "models"),
 }
 
+# What users of PEFT look for first.
+_OF_PEFT = {
+    "get_peft_model": "`frozen, delta = lorafy(params, targets=...)` and `adapt(fn)`",
+    "LoraConfig": "`LoRA(rank=..., alpha=...)`",
+    "PeftModel": "the two trees of `lorafy`; `interop.peft.load(dir, model, params)` reads an adapter",
+}
+
 __all__ = sorted(
     [
         *(name for name in globals() if not name.startswith("_")),
@@ -56,6 +63,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
+    if name in _OF_PEFT:
+        raise AttributeError(f"`{name}` is PEFT's. Here it is {_OF_PEFT[name]}.")
     if name not in _LAZY:
         raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
     try:

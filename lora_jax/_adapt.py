@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from ._interpret.function import evaluate, flat_leaves
 from ._interpret.interpreter import Interpreter
+from ._interpret.recorder import Recorder, sides_exchanged
 from ._tree.canonical import weight_in
-from ._tree.nodes import is_node, Trained, weight_of
+from ._tree.method import Spec
+from ._tree.nodes import Adapted, Adapter, is_node, Trained, weight_of
 
 
 _POLICIES = ("error", "warn", "allow")
@@ -43,12 +45,14 @@ def adapt(fn: Callable, *, materialize: str = "error", reduce: Any = None) -> Ca
         examples, and by XLA over devices, where it is wider than the activations: `jnp.float32` beside
         bfloat16. It costs no FLOP more, and spares A and B in float32 a gradient rounded to bfloat16. There
         is no forward-mode derivative then, as of any function with a `custom_vjp`. None: as JAX does it, in
-        the dtype of the activations. Of matrix products and lookups; convolutions, `ragged_dot` and leaves
-        that train themselves (`Full`) are as JAX has them.
+        the dtype of the activations; but float32 beside float16, which soon overflows. Of matrix products and
+        lookups; convolutions, `ragged_dot` and leaves that train themselves (`Full`) are as JAX has them.
 
     Raises:
-      ValueError: (when called) an operation would form an adapted weight and `materialize` is `"error"`. It
-        names the operation, the parameter's path and the line.
+      ValueError: (when called) an operation would form an adapted weight and `materialize` is `"error"`; it
+        names the operation, the parameter's path and the line. `fn` uses a weight with in and out exchanged,
+        and the sides matter to its method.
+      TypeError: (when called) an argument is a `delta` alone.
     """
     if materialize not in _POLICIES:
         raise ValueError(f"`materialize` is {materialize!r}; pass one of {', '.join(map(repr, _POLICIES))}.")
@@ -72,7 +76,30 @@ def adapt(fn: Callable, *, materialize: str = "error", reduce: Any = None) -> Ca
 
 def _call(fn: Callable, args: tuple, kwargs: dict, interpreter: Interpreter) -> Any:
     leaves, treedef = flat_leaves(args, kwargs, is_node)
+    alone = next((leaf.spec.path for leaf in leaves if isinstance(leaf, Adapter)), None)
+    if alone is not None:
+        raise TypeError(
+            f"an argument of the adapted function is a `delta` alone: it holds the adapter of {alone!r} and "
+            "no "
+            "weight. Pass `combine(frozen, delta)`."
+        )
     weights = [weight_in(leaf) for leaf in leaves]
     plain = [leaf.value if isinstance(leaf, Trained) else weight_of(leaf) for leaf in leaves]
     found = [weight for weight in weights if weight is not None]
-    return evaluate(fn, plain, treedef, [weight is not None for weight in weights], found, interpreter)
+    result = evaluate(fn, plain, treedef, [weight is not None for weight in weights], found, interpreter)
+    for leaf in leaves:
+        if isinstance(leaf, Adapted):
+            _check_sides(leaf.adapter.spec, interpreter.recorder)
+    return result
+
+
+def _check_sides(spec: Spec, recorder: Recorder) -> None:
+    """Raises `ValueError` where a method's sides matter, and every use of the weight has them exchanged."""
+    if spec.method.sided and sides_exchanged(spec, recorder.sides.get(spec.path, ())):
+        given = " ".join(spec.axes)
+        exchanged = " ".join({"in": "out", "out": "in"}.get(word, word) for word in spec.axes)
+        raise ValueError(
+            f"`axes` of {spec.path!r} are {given!r}, and `fn` contracts the out axes. For {spec.method.name} "
+            "the sides matter: it would adapt the inputs as if they were outputs. The weight is stored the "
+            f"other way: pass `axes={{{spec.path!r}: {exchanged!r}}}` to `lorafy`, or `fn=` and `args=`."
+        )

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from ._interpret.function import observe
+from ._interpret.reach import reaching
 from ._interpret.recorder import Use
 from ._lowrank.factored import Axis, Factored, Leaf
-from ._paths import is_floating, matches, named_leaves, nearest
+from ._paths import is_array, is_floating, matches, named_leaves, nearest
 
 
 WORDS = ("in", "out", "layer")
@@ -73,6 +74,37 @@ def read(fn: Callable, params: Any, args: tuple) -> dict[str, Reading]:
         grouped[use.path].append(use)
     dims = {path: len(leaf.shape) for path, leaf in leaves if is_floating(leaf)}
     return {path: _reading(dims[path], found) for path, found in grouped.items()}
+
+
+def unfollowed(fn: Callable, params: Any, args: tuple, readings: dict[str, Reading]) -> dict[str, str]:
+    """The leaves that look like matrices and reach a contraction of `fn` in a way that `adapt` cannot follow.
+
+    By path, with the first operation that has no low-rank rule. Leaves that are looked up are tables.
+    """
+    leaves = named_leaves(params)
+    treedef, (rest, containers) = jax.tree.structure(params), jax.tree.flatten(args)
+    values = [*(leaf for _, leaf in leaves), *rest]
+    arrays = [index for index, leaf in enumerate(values) if is_array(leaf)]
+    matrices = [i for i in arrays if i < len(leaves) and sum(size > 1 for size in values[i].shape) > 1]
+    others = [i for i in arrays if i < len(leaves) and i not in matrices]
+    data = [i for i in arrays if i >= len(leaves)]
+
+    def call(arrays: list) -> Any:
+        filled = list(values)
+        for index, array in zip([*matrices, *others, *data], arrays, strict=True):
+            filled[index] = array
+        own, beside = filled[: len(leaves)], filled[len(leaves) :]
+        return fn(jax.tree.unflatten(treedef, own), *jax.tree.unflatten(containers, beside))
+
+    shaped = lambda indices: [jax.ShapeDtypeStruct(values[i].shape, values[i].dtype) for i in indices]
+    found = reaching(call, shaped(matrices), shaped(others), shaped(data))
+    reached = [leaves[matrices[index]][0] for index in sorted(found)]
+    known = {
+        path
+        for path, reading in readings.items()
+        if reading.linear or reading.looked_up or reading.contracted
+    }
+    return {path: readings[path].formed if path in readings else "" for path in reached if path not in known}
 
 
 def _reading(ndim: int, uses: list[Use]) -> Reading:
@@ -168,6 +200,25 @@ def _instead(reading: Reading, shape: tuple[int, ...]) -> str:
     )
 
 
+def _check_members(path: str, shape: tuple[int, ...], words: tuple[str, ...]) -> None:
+    """Raises `ValueError` where leading axes may be heads of one matrix, or members with a matrix each.
+
+    `jax.vmap` over the weights of an ensemble and an einsum over experts contract as a projection to heads
+    does.
+    """
+    leading = words.index("in")
+    if leading == 0 or "layer" in words[:leading] or "out" not in words[leading:]:
+        return
+    rest = " ".join(words[leading:])
+    members, heads = (" ".join([*[word] * leading, rest]) for word in ("layer", "out"))
+    raise ValueError(
+        f"`axes` of {path!r}, of shape {shape}, cannot be read off `fn`: it keeps the first axes, "
+        f"{list(range(leading))}, as it keeps the last. If these are members of an ensemble or experts, each "
+        f"needs an adapter of its own: pass `axes={{{path!r}: {members!r}}}`. If they are heads of one "
+        f"matrix, pass `axes={{{path!r}: {heads!r}}}`."
+    )
+
+
 def resolve(
     path: str, shape: tuple[int, ...], given: dict[str, str], readings: dict[str, Reading] | None, sided: bool
 ) -> tuple[str, ...]:
@@ -201,6 +252,7 @@ def resolve(
                 f"`fn` uses {path!r}, of shape {shape}, in contradictory ways: its axes are "
                 f"{' '.join(words)!r} in one use and others in another. {say}."
             )
+        _check_members(path, shape, words)
         return words
     if len(shape) == 2:
         return DEFAULT

@@ -6,10 +6,13 @@ from typing import Any
 import jax
 
 from ._interpret.function import observe
-from ._interpret.recorder import Use
+from ._interpret.reach import reaching
+from ._interpret.recorder import sides_exchanged, Use
+from ._packed.packed import Packed
+from ._paths import is_array, named_leaves
 from ._table import table
 from ._tree.canonical import weight_in
-from ._tree.nodes import Adapted, is_node
+from ._tree.nodes import Adapted, is_node, Trained, weight_of
 
 
 class Explanation:
@@ -17,9 +20,11 @@ class Explanation:
     table.
     """
 
-    def __init__(self, uses: list[Use], unused: list[str]):
+    def __init__(self, uses: list[Use], unused: list[str], exchanged: list[str], left_out: list[str]):
         self.uses = uses
         self.unused = unused
+        self.exchanged = exchanged
+        self.left_out = left_out
 
     @property
     def formed(self) -> list[Use]:
@@ -47,6 +52,10 @@ class Explanation:
         ]
         rows += [(path, "-", "not used", "0", "0", "0", "-") for path in self.unused]
         notes = [f"{path}: in and out axes differ between its uses" for path in self.contradictory]
+        notes += [
+            f"{path}: contracted along its out axes; it is stored the other way" for path in self.exchanged
+        ]
+        notes += [f"{path}: a weight of a contraction, and not adapted" for path in self.left_out]
         return "\n".join([table(header, rows, right=(3, 4, 5)), *notes])
 
     __repr__ = __str__
@@ -71,6 +80,51 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """
     uses = observe(fn, args, kwargs, weight_in)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_node)
-    adapted = [leaf.adapter.spec.path for leaf in leaves if isinstance(leaf, Adapted)]
+    specs = [leaf.adapter.spec for leaf in leaves if isinstance(leaf, Adapted)]
+    sides: dict[str, set[tuple[str, frozenset[int]]]] = {}
+    for use in uses:
+        sides.setdefault(use.path, set()).add((use.how, frozenset(use.summed)))
     used = {use.path for use in uses}
-    return Explanation(uses, [path for path in adapted if path not in used])
+    return Explanation(
+        uses,
+        [spec.path for spec in specs if spec.path not in used],
+        [spec.path for spec in specs if sides_exchanged(spec, sides.get(spec.path, ()))],
+        _left_out(fn, args, kwargs),
+    )
+
+
+def _left_out(fn: Callable, args: tuple, kwargs: dict) -> list[str]:
+    """The matrices beside adapted leaves that reach a contraction as weights, and are not adapted."""
+    values, containers = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    paths: list[str | None] = []
+    for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
+        named = named_leaves(argument, is_leaf=is_node)
+        beside = any(isinstance(node, Adapted) for _, node in named)
+        paths += [path if beside else None for path, _ in named]
+    plain = [_plain(value) for value in values]
+    arrays = [index for index, value in enumerate(plain) if is_array(value)]
+    weights = [i for i in arrays if paths[i] is not None and sum(size > 1 for size in plain[i].shape) > 1]
+    others = [i for i in arrays if paths[i] is not None and i not in weights]
+    data = [i for i in arrays if paths[i] is None]
+
+    def call(arrays: list) -> Any:
+        filled = list(plain)
+        for index, array in zip([*weights, *others, *data], arrays, strict=True):
+            filled[index] = array
+        args, kwargs = jax.tree.unflatten(containers, filled)
+        return fn(*args, **kwargs)
+
+    shaped = lambda indices: [jax.ShapeDtypeStruct(plain[i].shape, plain[i].dtype) for i in indices]
+    found = {weights[index] for index in reaching(call, shaped(weights), shaped(others), shaped(data))}
+    return [path for i, path in enumerate(paths) if path is not None and i in found and is_array(values[i])]
+
+
+def _plain(leaf: Any) -> Any:
+    weight = (
+        leaf.weight
+        if isinstance(leaf, Adapted)
+        else leaf.value
+        if isinstance(leaf, Trained)
+        else weight_of(leaf)
+    )
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype) if isinstance(weight, Packed) else weight

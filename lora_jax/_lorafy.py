@@ -2,7 +2,7 @@
 adapted function, and `partition` takes them apart again."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -53,24 +53,26 @@ def lorafy(
         whole components: `attn/c_attn/kernel` matches `h/0/attn/c_attn/kernel`, `c_attn` alone does not. A
         sequence of patterns. A mapping from pattern to method, where the first match wins. A predicate
         `(path, leaf) -> bool`. `"all-linear"`, with `fn`: every floating leaf that `fn` contracts with,
-        except those that it (also) looks rows up in.
+        except those that it (also) looks rows up in. A mapping's None leaves out: `{"head": None,
+        "all-linear": LoRA()}`.
       method: for targets that do not name their own: `LoRA()`, `Full()`, ...
       key: for the initialisation; `jax.random.key(0)` if None. Each adapter's own key is derived from its
         path, so adding a target changes no other adapter.
       axes: one word for each axis of a weight, `in`, `out` or `layer` (stacked): `"in out"` (the default of
         2-D weights), `"out in"` (Equinox, PyTorch), `"layer in out"`, `"in out out"` (heads), `"in in in
         out"` (HWIO convolution). A string, or a mapping from pattern to string.
-      fn, args: instead of `axes`, a function called as `fn(params, *args)`: the axes are read off how it uses
-        each weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
+      fn, args: a function called as `fn(params, *args)`. The axes that `axes` does not give are read off how
+        it uses each weight, from shapes alone; `args` may hold `jax.ShapeDtypeStruct`.
 
     Returns:
       `Lorafied(frozen, delta)`. `delta` holds exactly what trains, at the targeted leaves, and None
       elsewhere: give it to `jax.grad` and to `tx.init`. A and B are float32, or float64 for float64 weights.
 
     Raises:
-      ValueError: a pattern that matches nothing (with the nearest paths), only leaves that are not floating
-        point, or only leaves that earlier patterns took; axes that cannot be known; a leaf that `fn` never
-        contracts with; a rank above min(in, out).
+      ValueError: leaves that `"all-linear"` would pass over, although they reach a contraction; a pattern
+        that matches nothing (with the nearest paths), only leaves that are not floating point, or only leaves
+        that earlier patterns took; axes that cannot be known; a leaf that `fn` never contracts with; a rank
+        above min(in, out).
       TypeError: an argument of the wrong kind.
     """
     leaves = _paths.named_leaves(params, is_leaf=is_packed)
@@ -89,19 +91,32 @@ def lorafy(
     if not isinstance(args, tuple | list):
         raise TypeError(f"`args` is a {type(args).__name__}; pass a tuple, `args=(x,)` for `fn(params, x)`.")
     readings: dict[str, _axes.Reading] | None = None
+    shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf
+    shapes = jax.tree.map(shaped, params, is_leaf=is_packed)
     if fn is not None:
-        shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf
-        readings = _axes.read(fn, jax.tree.map(shaped, params, is_leaf=is_packed), tuple(args))
+        try:
+            readings = _axes.read(fn, shapes, tuple(args))
+        except TypeError as error:
+            if args:
+                raise
+            raise TypeError(
+                f"`fn` is given without `args`, and `fn(params)` failed: {error}. Pass what `fn` takes "
+                "beside the "
+                "parameters, arrays or shapes: `args=(x,)` for `fn(params, x)`."
+            ) from error
 
-    def linear_paths() -> list[str]:
-        if readings is None:
+    def linear_paths(taken: Collection[str]) -> list[str]:
+        if readings is None or fn is None:
             raise ValueError(
                 "`targets` is 'all-linear', which needs `fn=` and `args=`: which leaves are linear is read "
                 "off how `fn(params, *args)` uses them."
             )
+        lost = _axes.unfollowed(fn, shapes, tuple(args), readings)
+        _check_unfollowed({path: where for path, where in lost.items() if path not in taken})
         return [path for path, _ in leaves if path in readings and readings[path].linear]
 
-    methods = _paths.resolve_targets(leaves, targets, method, linear_paths)
+    chosen_methods = _paths.resolve_targets(leaves, targets, method, linear_paths)
+    methods = {path: chosen for path, chosen in chosen_methods.items() if chosen is not None}
     for path, chosen in methods.items():
         if not isinstance(chosen, Method):
             raise TypeError(
@@ -116,6 +131,24 @@ def lorafy(
     pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
     treedef: Any = jax.tree.structure(params, is_leaf=is_packed)
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
+
+
+def _check_unfollowed(lost: dict[str, str]) -> None:
+    """Raises `ValueError` for leaves that "all-linear" would pass over without a word."""
+    if not lost:
+        return
+    listed = ", ".join(
+        f"{path!r}" + (f" ({where})" if where else "") for path, where in list(lost.items())[:8]
+    )
+    more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+    first = next(iter(lost))
+    raise ValueError(
+        "`targets` is 'all-linear', and these leaves reach a contraction in `fn` in a way that `adapt` "
+        "cannot follow: "
+        f"{listed}{more}. They would stay frozen. Leave them out on purpose, "
+        f"`targets={{{first!r}: None, 'all-linear': LoRA(...)}}`, or train them themselves with `Full()` "
+        "for None."
+    )
 
 
 def _spec(path: str, leaf: Any, method: Method, given: dict, readings: dict | None) -> Spec:
@@ -166,8 +199,9 @@ def combine(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Any:
     Args:
       frozen, delta: the two trees of `lorafy`, or later states of them.
       key: turns on what is random in training, dropout for example; a new one for every step. It is folded
-        with each leaf's path, with the use, and per layer of stacked leaves. Without a key the result is
-        deterministic.
+        with each leaf's path, with the use, and per layer of stacked leaves. Uses are numbered as `fn` is
+        traced, so that the same key gives other masks where a layer is wrapped in `jit` or `checkpoint`.
+        Without a key the result is deterministic.
 
     Raises:
       ValueError: the two trees do not belong together.

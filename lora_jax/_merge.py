@@ -14,14 +14,16 @@ from ._packed.packed import Packed
 from ._paths import is_shape, named_leaves
 from ._table import table
 from ._tree.canonical import factored
-from ._tree.nodes import Adapted, Adapter, Fixed, is_node, weight_of
+from ._tree.nodes import Adapted, Adapter, Fixed, is_node, Trained, weight_of
 from ._tree.pairs import paired
 
 
 _BASES = ("dequantized", "original")
+# Not None, which is the delta of a leaf without an adapter.
+_MISSING: Any = object()
 
 
-def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
+def merge(frozen: Any, delta: Any = _MISSING, *, base: str = "dequantized") -> Any:
     """Plain parameters `(W + A·B) ⊙ m`, with the treedef, shapes, dtypes and shardings of the original.
 
     >>> import jax.numpy as jnp, lora_jax
@@ -42,7 +44,20 @@ def merge(frozen: Any, delta: Any, *, base: str = "dequantized") -> Any:
 
     Raises:
       ValueError: the trees do not belong together; `base` is unknown, or `"original"` with quantised leaves.
+      TypeError: `delta` is missing.
     """
+    if delta is _MISSING:
+        combined = any(
+            isinstance(leaf, Adapted | Trained) for leaf in jax.tree.leaves(frozen, is_leaf=is_node)
+        )
+        raise TypeError(
+            "`delta` is missing: "
+            + (
+                "the first argument is a combined tree. Take it apart: `merge(*partition(tree))`."
+                if combined
+                else "pass the two trees of `lorafy`, `merge(frozen, delta)`."
+            )
+        )
     if base not in _BASES:
         raise ValueError(f"`base` is {base!r}; pass one of {', '.join(map(repr, _BASES))}.")
     if base == "original":

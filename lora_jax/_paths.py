@@ -7,7 +7,7 @@ against these paths, adapters draw their random keys from them, and every error 
 import difflib
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -101,11 +101,15 @@ def nearest(name: str, candidates: Iterable[str], count: int = 5) -> list[str]:
 
 
 def resolve_targets(
-    leaves: list[tuple[str, Any]], targets: Any, method: Any, linear_paths: Callable[[], list[str]]
+    leaves: list[tuple[str, Any]],
+    targets: Any,
+    method: Any,
+    linear_paths: Callable[[Collection[str]], list[str]],
 ) -> dict[str, Any]:
-    """The method of every targeted path.
+    """The method of every targeted path; None of one that is left out on purpose.
 
-    `linear_paths` is called only where "all-linear" is asked for, because it traces the user's function.
+    `linear_paths` is called only where "all-linear" is asked for, because it traces the user's function. It
+    is given the paths that were taken already.
     """
     floating = [path for path, leaf in leaves if is_floating(leaf)]
     chosen: dict[str, Any] = {}
@@ -113,9 +117,10 @@ def resolve_targets(
         if callable(pattern):
             found = [path for path, leaf in leaves if pattern(path, leaf) and is_floating(leaf)]
         elif pattern == ALL_LINEAR:
-            found = linear_paths()
+            found = linear_paths(chosen)
         else:
-            found = [path for path in floating if matches(pattern, path)]
+            among = [path for path, _ in leaves] if pattern_method is None else floating
+            found = [path for path in among if matches(pattern, path)]
         if not found:
             raise ValueError(_nothing_matched(pattern, leaves))
         free = [path for path in found if path not in chosen]
@@ -126,7 +131,7 @@ def resolve_targets(
             )
         chosen.update((path, pattern_method) for path in free)
     _unambiguous(chosen, [path for path, _ in leaves])
-    if not chosen:
+    if all(pattern_method is None for pattern_method in chosen.values()):
         raise ValueError(
             f"`targets` is empty ({targets!r}): nothing would be trained. Name leaves, for example "
             f"{_listed(floating[:3])}."

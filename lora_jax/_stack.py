@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._paths import named_leaves
+from ._tree.method import Spec
 from ._tree.nodes import Adapter, is_node, resolved, Shared
 
 
@@ -52,21 +53,12 @@ def stack(deltas: Sequence[Any]) -> Any:
 
 
 def _stacked(path: str, group: tuple, whole: tuple) -> Any:
-    kinds = [
-        "nothing"
-        if leaf is None
-        else "an adapter"
-        if isinstance(leaf, Adapter)
-        else f"an array of shape {leaf.shape}"
-        for leaf in group
-    ]
-    if len(set(kinds)) != 1:
-        raise ValueError(f"`deltas` do not target the same leaves: at {path!r} they have {', '.join(kinds)}.")
-    if group[0] is None:
-        return None
-    if not isinstance(group[0], Adapter):
-        return jnp.stack(group)
-    rank = max(leaf.spec.method.rank for leaf in group)
+    adapters = [leaf for leaf in group if isinstance(leaf, Adapter)]
+    if not adapters:
+        return _stacked_arrays(path, group)
+    methods: list[Any] = [leaf.spec.method for leaf in adapters]
+    rank = max(method.rank for method in methods)
+    group, whole = (tuple(_filled(path, leaf, leaves) for leaf in leaves) for leaves in (group, whole))
     padded = [leaf.spec.method.at_rank(leaf.arrays, leaf.spec, rank) for leaf in whole]
     shared = [
         {name: array for name, array in leaf.arrays.items() if isinstance(array, Shared)} for leaf in group
@@ -74,11 +66,15 @@ def _stacked(path: str, group: tuple, whole: tuple) -> Any:
     specs = [
         dataclasses.replace(leaf.spec, method=method) for leaf, (method, _) in zip(group, padded, strict=True)
     ]
+    if len({getattr(spec.method, "dropout", 0.0) for spec in specs}) > 1:
+        # Which matters in training alone: one function cannot drop out at several rates.
+        specs = [dataclasses.replace(spec, method=_without_dropout(spec.method)) for spec in specs]
     for number, spec in enumerate(specs):
         if spec != specs[0]:
             raise ValueError(
-                f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in more than rank, scale and "
-                f"start: {spec} and {specs[0]}."
+                f"`deltas[{number}]` differs from `deltas[0]` at {path!r} in {_differences(spec, specs[0])}: "
+                "such adapters are different functions. Make plain ones of them first, "
+                "`lora_jax.arithmetic.as_lora(frozen, delta)`, or adapt alike."
             )
         if shared[number] != shared[0]:
             raise ValueError(
@@ -87,6 +83,58 @@ def _stacked(path: str, group: tuple, whole: tuple) -> Any:
             )
     arrays = jax.tree.map(lambda *parts: jnp.stack(parts), *(arrays for _, arrays in padded))
     return Adapter(arrays | shared[0], specs[0])
+
+
+def _stacked_arrays(path: str, group: tuple) -> Any:
+    """Leaves that train themselves, which all deltas must have, since the others' values are those of the
+    base.
+    """
+    if all(leaf is None for leaf in group):
+        return None
+    if any(leaf is None for leaf in group):
+        absent = next(number for number, leaf in enumerate(group) if leaf is None)
+        raise ValueError(
+            f"`deltas[{absent}]` has nothing at {path!r}, where others train the leaf itself (`Full`): its "
+            "value is "
+            "that of the base, which is not here. Adapt alike, or put the base's leaf there."
+        )
+    shapes = [tuple(leaf.shape) for leaf in group]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"`deltas` have arrays of different shapes at {path!r}: {shapes}.")
+    return jnp.stack(group)
+
+
+def _filled(path: str, leaf: Any, leaves: tuple) -> Adapter:
+    """`leaf`, or where a delta has no adapter one that adds nothing: the first other one, with zeros."""
+    if isinstance(leaf, Adapter):
+        return leaf
+    other = next(node for node in leaves if isinstance(node, Adapter))
+    if leaf is not None or not other.spec.method.proportional:
+        kinds = [_kind(node) for node in leaves]
+        raise ValueError(
+            f"`deltas` do not target the same leaves: at {path!r} they have {', '.join(kinds)}, and a "
+            f"{other.spec.method.name} adapter of zeros is not the same as none. Adapt alike."
+        )
+    return Adapter(jax.tree.map(jnp.zeros_like, other.arrays), other.spec)
+
+
+def _kind(leaf: Any) -> str:
+    if leaf is None:
+        return "nothing"
+    return "an adapter" if isinstance(leaf, Adapter) else f"an array of shape {tuple(leaf.shape)}"
+
+
+def _without_dropout(method: Any) -> Any:
+    return dataclasses.replace(method, dropout=0.0)
+
+
+def _differences(spec: Spec, other: Spec) -> str:
+    pairs = [("method", spec.method.name, other.method.name)]
+    if type(spec.method) is type(other.method):
+        names = list(vars(spec.method))
+        pairs = [(name, getattr(spec.method, name), getattr(other.method, name)) for name in names]
+    pairs += [(name, getattr(spec, name), getattr(other, name)) for name in ("shape", "axes", "group")]
+    return ", ".join(f"`{name}` ({one!r} and {two!r})" for name, one, two in pairs if one != two)
 
 
 def take(stacked: Any, ids: Any) -> Any:

@@ -85,7 +85,7 @@ def quantize(
     weights = [(path, weight_of(node)) for path, node in nodes]
     leaves = [(path, weight) for path, weight in weights if weight is not None]
     packed = [path for path, weight in leaves if isinstance(weight, Packed)]
-    linear = lambda: _linear(frozen, delta, leaves, fn, args)
+    linear = lambda taken: _linear(frozen, delta, leaves, fn, args)
     chosen = (
         resolve_targets(
             [(path, leaf) for path, leaf in leaves if path not in packed], targets, format, linear

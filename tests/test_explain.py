@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 import lora_jax
-from lora_jax import LoRA
+from lora_jax import DoRA, LoRA, LoRAFA, VeRA
 
 
 SHAPE = jax.ShapeDtypeStruct
@@ -137,3 +137,33 @@ def test_scalar_arguments_stay_static():
         2,
     )
     assert len(explanation.uses) == 1 and not explanation.unused
+
+
+# --- weights stored the other way ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), VeRA(rank=2), LoRAFA(rank=2)], ids=repr)
+def test_a_weight_that_is_stored_the_other_way(method):
+    """`x @ w.T` of a weight adapted as `in out`. LoRA is then the same set of functions, and explain says so.
+    Where the sides matter, nothing is computed.
+    """
+    params, x = {"w": jnp.ones((8, 16))}, jnp.ones((3, 16))
+    fn = lambda params, x: x @ params["w"].T
+    tree = lora_jax.combine(*lora_jax.lorafy(params, "w", method=method))
+    found = lora_jax.explain(fn, tree, x)
+    assert found.exchanged == ["w"] and "w: contracted along its out axes" in str(found)
+    if method.sided:
+        with pytest.raises(ValueError, match=r"`axes` of 'w' are 'in out'.*pass `axes={'w': 'out in'}`"):
+            lora_jax.adapt(fn)(tree, x)
+    else:
+        assert lora_jax.adapt(fn)(tree, x).shape == (3, 8)
+    right = lora_jax.combine(*lora_jax.lorafy(params, "w", method=method, axes="out in"))
+    assert lora_jax.explain(fn, right, x).exchanged == [] and lora_jax.adapt(fn)(right, x).shape == (3, 8)
+
+
+def test_a_table_that_is_also_the_head_is_not_stored_the_other_way():
+    params, ids = {"w": jnp.ones((16, 8))}, jnp.arange(3)
+    fn = lambda params, ids: params["w"][ids] @ params["w"].T
+    tree = lora_jax.combine(*lora_jax.lorafy(params, "w", method=DoRA(rank=2)))
+    assert lora_jax.explain(fn, tree, ids).exchanged == []
+    assert lora_jax.adapt(fn)(tree, ids).shape == (3, 16)

@@ -16,6 +16,7 @@ from training import optax_promotes as optax_promotes
 import lora_jax
 from experiments.config import Architecture, Base, Config, Source, TextData, Train
 from experiments.progress import read_metrics, Record
+from experiments.running.preemption import StopRequest
 from experiments.tasks.examples import Blocks, Splits
 from experiments.training import guards, order, sharded, trainer as train
 from experiments.training.guards import Guards, NotFinite
@@ -201,7 +202,8 @@ def run(tmp_path, apply=MODEL.apply, steps=6, **settings):
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state.delta, state.opt_state)
         with Record(tmp_path, "guarded", steps, state.step) as record:
-            return trainer.fit(state, splits, checkpoints, record)
+            with StopRequest() as stop_requested:
+                return trainer.fit(state, splits, checkpoints, record, stop_requested)
 
 
 def poisoned(params, ids):

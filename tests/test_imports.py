@@ -179,7 +179,7 @@ _LIBRARY = {
     "methods": {"_lowrank", "_mesh", "_packed", "_paths", "_tree"},
     "_interpret": {"_lowrank", "_packed", "_paths", "_tree"},
     "_adapt": {"_interpret", "_tree"},
-    "_explain": {"_interpret", "_table", "_tree"},
+    "_explain": {"_interpret", "_packed", "_paths", "_table", "_tree"},
     "_axes": {"_interpret", "_lowrank", "_paths"},
     "_lorafy": {"_axes", "_packed", "_paths", "_tree", "methods"},
     "_merge": {"_lowrank", "_packed", "_paths", "_table", "_tree"},

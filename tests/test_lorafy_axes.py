@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from shapes import adapters, QV, RANK_2, shape
 
@@ -261,3 +262,61 @@ def test_all_linear_beside_full():
 def test_all_linear_of_nothing():
     with pytest.raises(ValueError, match="'all-linear', but `fn` contracts with no floating-point leaf"):
         lora_jax.lorafy(LINEAR, "all-linear", fn=lambda params, x: x, args=(X,))
+
+
+# --- members and heads --------------------------------------------------------------------------------------
+
+MEMBERS = {
+    "vmap of the weight": lambda params, x: jax.vmap(lambda w: x @ w)(params["w"]),
+    "vmap of both": lambda params, x: jax.vmap(lambda w, x: x @ w)(params["w"], jnp.stack([x, x, x])),
+    "experts": lambda params, x: jnp.einsum("bi,eio->beo", x, params["w"]),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_of_an_ensemble_have_an_adapter_each(name):
+    """A step on the loss of one member must not move another. Where the function cannot tell members from
+    heads, the error names both.
+    """
+    fn, params, x = MEMBERS[name], {"w": jnp.ones((3, 6, 4))}, jnp.ones((2, 6))
+    axes = None
+    if name != "vmap of both":  # which contracts member by member
+        with pytest.raises(ValueError, match=r"axes.*'w'.*\[0\].*'layer in out'.*heads.*'out in out'"):
+            lora_jax.lorafy(params, "all-linear", method=LoRA(rank=2), fn=fn, args=(x,))
+        axes = "layer in out"
+    frozen, delta = lora_jax.lorafy(params, "all-linear", method=LoRA(rank=2), axes=axes, fn=fn, args=(x,))
+    assert delta["w"].arrays["a"].shape == (3, 6, 2)
+    delta["w"].arrays["b"] = jnp.ones((3, 2, 4))
+    forward, of_member = lora_jax.adapt(fn), (slice(None), 1) if name == "experts" else 1
+
+    def loss(delta):
+        return jnp.sum(forward(lora_jax.combine(frozen, delta), x)[of_member] ** 2)
+
+    for gradient in jax.grad(loss)(delta)["w"].arrays.values():
+        assert np.any(gradient[1]) and not np.any(gradient[0]) and not np.any(gradient[2])
+
+
+def test_heads_before_the_in_axis_are_one_matrix_if_the_user_says_so():
+    fn = lambda params, x: jnp.einsum("bi,hid->bhd", x, params["w"])
+    params, x = {"w": jnp.ones((3, 6, 4))}, jnp.ones((2, 6))
+    delta = lora_jax.lorafy(params, "w", method=LoRA(rank=2), axes="out in out", fn=fn, args=(x,)).delta
+    assert delta["w"].arrays["a"].shape == (6, 2)
+
+
+LOOKUPS = {
+    "one row": (lambda params, i: params["w"][i], jnp.array(3)),
+    "rows": (lambda params, i: params["w"][i], jnp.arange(3)),
+    "vmap of one row": (lambda params, i: jax.vmap(lambda i: params["w"][i])(i), jnp.arange(3)),
+    "take": (lambda params, i: jnp.take(params["w"], i, axis=0), jnp.arange(3)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_table_is_read_off_its_lookups(name):
+    """As Equinox and Flax look rows up: one at a time, under `vmap`, or many."""
+    (fn, ids), params = LOOKUPS[name], {"w": jnp.eye(16, 8)}
+    frozen, delta = lora_jax.lorafy(params, "w", method=LoRA(rank=2), fn=fn, args=(ids,))
+    assert " ".join(delta["w"].spec.axes) == "in out"
+    delta = jax.tree.map(lambda array: array + 0.1, delta)
+    found = lora_jax.adapt(fn)(lora_jax.combine(frozen, delta), ids)
+    np.testing.assert_allclose(found, fn(lora_jax.merge(frozen, delta), ids), rtol=1e-5)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import lora_jax
-from lora_jax import Full, LoRA
+from lora_jax import AdaLoRA, DoRA, DyLoRA, Full, LoRA, LoRAFA, VeRA
 
 
 PARAMS = {"w": (6, 12), "layers": (3, 6, 6), "b": (12,)}
@@ -168,23 +168,28 @@ def delta_of(targets, method=None, axes=None):
     "other, message",
     [
         (lambda: {"w": None}, r"`deltas\[1\]` does not have the containers of `deltas\[0\]`"),
-        (lambda: delta_of("v"), r"do not target the same leaves: at 'v' they have nothing, an adapter"),
-        (lambda: delta_of({"w": Full()}), r"at 'w' they have an adapter, an array of shape \(4, 4\)"),
         (
-            lambda: delta_of("w", LoRA(rank=2, dropout=0.1)),
-            r"`deltas\[1\]` differs from `deltas\[0\]` at 'w'.*dropout=0.1",
+            lambda: delta_of({"w": Full()}),
+            r"at 'w' they have an adapter, an array of shape \(4, 4\), and a LoRA",
+        ),
+        (lambda: delta_of({"v": Full()}), r"`deltas\[0\]` has nothing at 'v', where others train the leaf"),
+        (
+            lambda: delta_of("v", DoRA(rank=2)),
+            r"at 'v' they have nothing, an adapter, and a DoRA adapter of zeros",
         ),
         (
             lambda: delta_of("w", LoRA(rank=2, blocks=(True, True))),
-            r"differs from `deltas\[0\]` at 'w'.*blocks=\(True, True\)",
+            r"`deltas\[1\]` differs from `deltas\[0\]` at 'w' in `blocks` \(\(True, True\) and None\): "
+            r".*as_lora",
         ),
         (
             lambda: delta_of("w", LoRA(rank=2, dtype="bfloat16")),
-            r"differs from `deltas\[0\]` at 'w'.*bfloat16",
+            r"differs from `deltas\[0\]` at 'w' in `dtype` \(dtype\(bfloat16\) and",
         ),
+        (lambda: delta_of("w", VeRA(rank=2)), r"differs .* at 'w' in `method` \('VeRA' and 'LoRA'\)"),
         (
             lambda: delta_of("w", axes="out in"),
-            r"differs from `deltas\[0\]` at 'w'.*'out', 'in'",
+            r"differs from `deltas\[0\]` at 'w' in `axes` \(\('out', 'in'\) and",
         ),  # same shapes: would be wrong in silence
     ],
 )
@@ -210,3 +215,55 @@ def test_adapters_that_share_with_other_leaves_are_not_stacked():
         ValueError, match=r"`deltas\[1\]` differs from `deltas\[0\]` at '1' in what it shares"
     ):
         lora_jax.stack(shared)
+
+
+# --- adapters that do not match -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), LoRA(rank=2, blocks=(True, False)), AdaLoRA(rank=2), DyLoRA(rank=2)], ids=repr
+)
+def test_adapters_of_other_leaves(method):
+    """Zeros where a delta has no adapter: each of the stack computes what it computed alone."""
+    params, x = {"w": jnp.eye(4), "v": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    frozen, one = lora_jax.lorafy(params, "w", method=method)
+    _, both = lora_jax.lorafy(params, ".", method=method)
+    one, both = (jax.tree.map(lambda leaf: leaf + 0.5, delta) for delta in (one, both))
+    forward = lora_jax.adapt(lambda params, x: x @ params["w"] @ params["v"])
+    stacked = lora_jax.stack([one, both])
+    for index, delta in enumerate((one, both)):
+        found = forward(lora_jax.combine(frozen, lora_jax.take(stacked, index)), x)
+        assert jnp.allclose(found, forward(lora_jax.combine(frozen, delta), x), rtol=1e-6)
+
+
+def test_other_rates_of_dropout():
+    """They matter with a key alone, and a stack of several rates has none."""
+    stacked = lora_jax.stack([delta_of("w"), delta_of("w", LoRA(rank=2, dropout=0.1))])
+    assert stacked["w"].spec.method.dropout == 0.0
+    alike = [delta_of("w", LoRA(rank=rank, dropout=0.1)) for rank in (1, 2)]
+    assert lora_jax.stack(alike)["w"].spec.method.dropout == 0.1
+
+
+def test_another_alpha_compiles_nothing():
+    params = {"w": np.ones((4, 4), np.float32), "v": np.ones((4, 4), np.float32)}
+    call = jax.jit(
+        lambda delta, x: lora_jax.adapt(lambda params, x: x @ params["w"])(
+            lora_jax.combine(params, lora_jax.take(delta, 0)), x
+        )
+    )
+    for alpha in (1, 2, 3):
+        call(lora_jax.stack([delta_of("w", LoRA(rank=2, alpha=alpha))]), np.ones((1, 4), np.float32))
+    assert call._cache_size() == 1
+
+
+def test_scales_are_not_rounded_to_bfloat16():
+    """16/3 in bfloat16 is 5.34375: every entry of B would be off by 0.2 %, in the same direction."""
+    for method in (LoRA, DoRA, AdaLoRA, LoRAFA):
+        delta = lora_jax.lorafy(
+            {"w": np.ones((8, 64), np.float32)}, "w", method=method(rank=3, dtype="bfloat16")
+        ).delta
+        b = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), "bfloat16")
+        delta["w"].arrays["b"] = b
+        found = lora_jax.stack([delta])["w"].arrays["b"][0]
+        expected = (b.astype("float32") * delta["w"].spec.method.scale).astype("bfloat16")
+        assert jnp.all(found == expected), method

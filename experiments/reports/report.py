@@ -247,11 +247,8 @@ def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[
     ]
     expected = config.source.expected
     if expected:
-        lines += [
-            "| published | "
-            + " | ".join(f"{expected[name]:g}" if name in expected else "-" for name in names)
-            + " |"
-        ]
+        cells = (f"{expected[name]:g}" if name in expected else "-" for name in names)
+        lines.append(f"| published | {' | '.join(cells)} |")
     lines += [
         "",
         "`python -m experiments score e2e --refs references.txt --hyps predictions.txt` gives these numbers "

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TYPE_CHECKING
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
 from .._lowrank.factored import Factored
-from .._lowrank.views import unstacked
+from .._lowrank.views import broadcast, unstacked
 from .._packed.lazy import value_of
 
 
@@ -45,12 +46,29 @@ def _inlined(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[An
     return interpreter.evaluate(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")), values)
 
 
-def _invariant(jaxpr: Any, carry: Sequence[Any], offset: int) -> list[bool]:
-    """Which values of the carry are factored weights that the loop never changes: they are constants."""
+def _handed_on(jaxpr: Any) -> list[int | None]:
+    """For each output of a jaxpr the input that it is, also by way of functions inside; None if it is
+    computed.
+    """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return [
-        isinstance(c, Factored) and jaxpr.outvars[i] is jaxpr.invars[offset + i] for i, c in enumerate(carry)
-    ]
+    inputs = {variable: index for index, variable in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        inner = (
+            eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            if eqn.primitive.name in _FUNCTIONS
+            else None
+        )
+        for variable, index in zip(eqn.outvars, [] if inner is None else _handed_on(inner), strict=False):
+            if index is not None and not isinstance(eqn.invars[index], jex.Literal):
+                source = inputs.get(eqn.invars[index])
+                if source is not None:
+                    inputs[variable] = source
+    return [None if isinstance(atom, jex.Literal) else inputs.get(atom) for atom in jaxpr.outvars]
+
+
+def _invariant(handed_on: Sequence[int | None], carry: Sequence[Any], offset: int) -> list[bool]:
+    """Which values of the carry are factored weights that the loop never changes: they are constants."""
+    return [isinstance(c, Factored) and handed_on[i] == offset + i for i, c in enumerate(carry)]
 
 
 def _merged(mask: Sequence[bool], where_true: Sequence[Any], where_false: Sequence[Any]) -> list[Any]:
@@ -58,7 +76,7 @@ def _merged(mask: Sequence[bool], where_true: Sequence[Any], where_false: Sequen
     return [next(true) if flag else next(false) for flag in mask]
 
 
-def _scan_parts(params: dict, values: list[Any]) -> tuple[list, list, list]:
+def scan_parts(params: dict, values: list[Any]) -> tuple[list, list, list]:
     if "ft_in" in params:  # jax 0.11 and later
         consts, carry, xs = params["ft_in"].update(values).unpack()
         return list(consts), list(carry), list(xs)
@@ -68,8 +86,9 @@ def _scan_parts(params: dict, values: list[Any]) -> tuple[list, list, list]:
 
 def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     params, jaxpr = eqn.params, eqn.params["jaxpr"]
-    consts, init, xs = _scan_parts(params, values)
-    fixed = _invariant(jaxpr, init, len(consts))
+    consts, init, xs = scan_parts(params, values)
+    handed_on = _handed_on(jaxpr)
+    fixed = _invariant(handed_on, init, len(consts))
     init = [
         value if keep else interpreter.formed(eqn, value, -2 - index)
         for index, (value, keep) in enumerate(zip(init, fixed, strict=True))
@@ -77,6 +96,9 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     constant_carry = [value for value, keep in zip(init, fixed, strict=True) if keep]
     moving_carry = [value for value, keep in zip(init, fixed, strict=True) if not keep]
     sliced = [unstacked(value) if isinstance(value, Factored) else (value, None) for value in xs]
+    # Weights that the body hands back stacked are those that came in, or copies of a constant.
+    inputs, back = [*consts, *init, *xs], handed_on[len(init) :]
+    stacks = [_stack_of(inputs, index, len(consts) + len(init), params["length"]) for index in back]
 
     def body(carry: list[Any], step: tuple) -> tuple[list[Any], list[Any]]:
         index, slices = step
@@ -88,7 +110,8 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
         whole = _merged(fixed, shared[len(consts) :], carry)
         outputs = interpreter.evaluate(jaxpr, [*shared[: len(consts)], *whole, *here])
         kept = [value for value, keep in zip(outputs[: len(init)], fixed, strict=True) if not keep]
-        outputs = interpreter.all_formed(eqn, [*kept, *outputs[len(init) :]])
+        made = [y for y, stack in zip(outputs[len(init) :], stacks, strict=True) if stack is None]
+        outputs = interpreter.all_formed(eqn, [*kept, *made])
         return outputs[: len(kept)], outputs[len(kept) :]
 
     random = any(
@@ -100,14 +123,26 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
         options["_split_transpose"] = params["_split_transpose"]
     with interpreter.recorder.repeated(params["length"]):
         moved, ys = lax.scan(body, moving_carry, (steps, [part for part, _ in sliced]), **options)
+    given = [stack is not None for stack in stacks]
+    ys = _merged(given, [stack for stack in stacks if stack is not None], ys)
     return [*_merged(fixed, constant_carry, moved), *ys]
+
+
+def _stack_of(inputs: Sequence[Any], index: int | None, scanned: int, length: int) -> Factored | None:
+    """The stack of a weight that every step hands back; `inputs` from `scanned` on are stacks already."""
+    if index is None or not isinstance(inputs[index], Factored):
+        return None
+    weight = inputs[index]
+    return (
+        weight if index >= scanned else broadcast(weight, (length, *weight.shape), range(1, weight.ndim + 1))
+    )
 
 
 def _while(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     params = eqn.params
     first, last = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     cond_consts, body_consts, init = values[:first], values[first:last], values[last:]
-    fixed = _invariant(params["body_jaxpr"], init, len(body_consts))
+    fixed = _invariant(_handed_on(params["body_jaxpr"]), init, len(body_consts))
     init = [
         value if keep else interpreter.formed(eqn, value, -2 - index)
         for index, (value, keep) in enumerate(zip(init, fixed, strict=True))
@@ -143,17 +178,26 @@ def _while(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]
 
 def _cond(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     index, *operands = values
+    branches = eqn.params["branches"]
+    # A weight that all branches hand back is the one that came in.
+    sources = [set(found) for found in zip(*map(_handed_on, branches), strict=True)]
+    same = [next(iter(found)) if len(found) == 1 else None for found in sources]
+    given = [source is not None and isinstance(operands[source], Factored) for source in same]
 
     def branch(position: int, jaxpr: Any) -> Callable:
         def run(*operands: Any) -> list[Any]:
             with interpreter.recorder.inside(position):
-                return interpreter.all_formed(eqn, interpreter.evaluate(jaxpr, operands))
+                outputs = interpreter.evaluate(jaxpr, operands)
+                made = [output for output, keep in zip(outputs, given, strict=True) if not keep]
+                return interpreter.all_formed(eqn, made)
 
         return run
 
-    return lax.switch(
-        index, [branch(position, jaxpr) for position, jaxpr in enumerate(eqn.params["branches"])], *operands
-    )
+    made = lax.switch(index, [branch(*each) for each in enumerate(branches)], *operands)
+    weights = [
+        operands[source] for source, keep in zip(same, given, strict=True) if keep and source is not None
+    ]
+    return _merged(given, weights, made)
 
 
 def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
@@ -179,6 +223,9 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[
     )
     return function(*values)
 
+
+# Functions inside, through which a weight can be handed on.
+_FUNCTIONS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
 # custom_jvp_call and custom_vjp_call are missing on purpose: inlining them would drop the author's
 # derivative.

@@ -1,10 +1,11 @@
 """What is on record of one evaluation: each use of a weight, and the user's line behind it."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .._lowrank.factored import Factored
+from .._tree.method import Spec
 from .equation import source
 
 
@@ -31,6 +32,8 @@ class Recorder:
 
     def __init__(self, watch: bool = False):
         self.watches = watch
+        # Of each weight, the stored axes of each use: what it was summed over, or where rows were picked.
+        self.sides: dict[str, set[tuple[str, frozenset[int]]]] = {}
         self._uses: dict[tuple, Use] = {}
         self._calls: tuple[int, ...] = ()
         self._callers: tuple[Any, ...] = ()
@@ -51,6 +54,8 @@ class Recorder:
         batch: Sequence[int] = (),
         flops: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
+        for path in value.leaf.paths:
+            self.sides.setdefault(path, set()).add((how, frozenset(summed)))
         if not self.watches or value.is_plain:
             return
         flops = (self._times * flops[0], self._times * flops[1], self._times * flops[2])
@@ -92,3 +97,13 @@ class Recorder:
             yield
         finally:
             self._times //= times
+
+
+def sides_exchanged(spec: Spec, sides: Collection[tuple[str, frozenset[int]]]) -> bool:
+    """Whether every contraction of a weight sums over its out axes and keeps its in axes, and no row is
+    picked from its in axes, as from a table.
+    """
+    ins, outs = set(spec.axis_indices("in")), set(spec.axis_indices("out"))
+    contracted = [axes for how, axes in sides if how == "low-rank"]
+    table = any(axes & ins for how, axes in sides if how == "lookup")
+    return bool(contracted) and not table and all(axes & outs and not axes & ins for axes in contracted)

@@ -146,6 +146,10 @@ class Factored:
         return self.weight.shape
 
     @property
+    def ndim(self) -> int:
+        return len(self.axes)
+
+    @property
     def dtype(self) -> Any:
         return self.weight.dtype
 

@@ -30,8 +30,8 @@ def with_factor(
 ) -> tuple[jax.Array, tuple]:
     """`dot` of `x` and `factor`, which is cast to the dtype of `x`, and the labels of the result.
 
-    `reduce`: the dtype of the sum that is the factor's gradient, if it is wider than that of `x`; None leaves
-    it to JAX.
+    `reduce`: the dtype of the sum that is the factor's gradient, if it is wider than that of `x`. None leaves
+    it to JAX, except beside float16, where it is float32.
     """
 
     def product(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -41,6 +41,8 @@ def with_factor(
         return dot(*left, *right, keep=keep, **options)[0]
 
     found = dot_labels(labels, x_labels, keep) if factor_on_left else dot_labels(x_labels, labels, keep)
+    if reduce is None and x.dtype == jnp.float16:
+        reduce = jnp.float32  # float16 ends at 65,504, which the sum over the rows soon exceeds
     if reduce is None or jnp.finfo(reduce).bits <= jnp.finfo(x.dtype).bits:
         return product(x, factor), found
 

@@ -416,7 +416,8 @@ def gather(
         axes[position_of[axis]] = weight.axes[axis]
     rows = on_weight(base, weight.weight, indices)
     if any(axis.tag == "?" for axis in weight.axes):
-        looked_up = (stored for axis in picked for stored in weight.axes[axis].origin)
+        cut = [axis for axis in picked if sizes[axis] != weight.shape[axis]]
+        looked_up = (stored for axis in cut for stored in weight.axes[axis].origin)
         axes = [Axis("?") if position in batch else axis for position, axis in enumerate(axes)]
         return weight.replace(weight=rows, axes=tuple(axes), looked_up=(*weight.looked_up, *looked_up))
 

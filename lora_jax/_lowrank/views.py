@@ -199,7 +199,9 @@ def dynamic_sliced(weight: Factored, starts: Sequence[Any], sizes: Sequence[int]
     array = on_stack(
         weight.weight, moved, lambda array, *_: view(array, tuple(range(array.ndim)))[0], *starts
     )
-    return weight.viewed(view, weight.axes, weight=array)
+    rows = [index for index in moved if sizes[index] == 1 and weight.axes[index].tag == "?"]
+    looked_up = (stored for index in rows for stored in weight.axes[index].origin)
+    return weight.viewed(view, weight.axes, weight=array, looked_up=(*weight.looked_up, *looked_up))
 
 
 def flipped(weight: Factored, dimensions: Sequence[int]) -> Factored:

@@ -35,7 +35,33 @@ class Spec:
         return tuple(self.shape[index] for index in self.axis_indices(word))
 
 
-class Method(abc.ABC):
+# What PEFT calls our options.
+_OF_PEFT = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rs",
+    "init_lora_weights": "init",
+}
+_OF_LORAFY = {"target_modules": "targets", "modules_to_save": "targets", "rank_pattern": "targets"}
+
+
+class _MethodType(abc.ABCMeta):
+    """Answers PEFT's words with ours."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        for word in options.keys() & _OF_PEFT.keys():
+            ours = _OF_PEFT[word]
+            raise TypeError(f"`{word}` is PEFT's word for `{ours}`: write `{cls.__name__}({ours}=...)`.")
+        for word in options.keys() & _OF_LORAFY.keys():
+            raise TypeError(
+                f"`{word}` is PEFT's, and a method does not know its targets: write `lorafy(params, "
+                f"targets={{pattern: {cls.__name__}(...)}})`, with `Full()` for what trains itself."
+            )
+        return super().__call__(*args, **options)
+
+
+class Method(metaclass=_MethodType):
     """A way to adapt one leaf: a frozen dataclass, passed as a value.
 
     The abstract members are what makes a method. The others have the value that most methods need.
@@ -45,6 +71,8 @@ class Method(abc.ABC):
     needs_axes: bool = True
     # Whether the canonical form needs the whole weight, and not the part of it that a device holds.
     needs_whole_weight: bool = False
+    # Whether what the adapter adds is proportional to its `b`, so that zeros add nothing.
+    proportional: bool = False
 
     @property
     def name(self) -> str:

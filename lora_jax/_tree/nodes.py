@@ -23,6 +23,14 @@ from .method import Method, Spec
 
 OfKind = TypeVar("OfKind", bound=Method)
 
+_PLAIN_CODE = (
+    "{path!r} is an adapted weight, as `combine(frozen, delta)` returns it, and plain code cannot compute "
+    "with it. "
+    "Call the function through `adapt`: `lora_jax.adapt(fn)(combine(frozen, delta), ...)`; or give it plain "
+    "weights, "
+    "`lora_jax.merge(frozen, delta)`."
+)
+
 
 @tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +124,18 @@ class Adapted:
     @property
     def fixed(self) -> dict[str, jax.Array]:
         return self.frozen.arrays if isinstance(self.frozen, Fixed) else {}
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError(_PLAIN_CODE.format(path=self.adapter.spec.path))
+
+    # What plain code does with a weight. JAX's own functions ask for `__jax_array__`.
+    __jax_array__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = _refuse
+    __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __neg__ = __getitem__ = __iter__ = __len__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("T", "shape", "dtype", "ndim", "reshape", "transpose", "astype", "sum", "dot", "value"):
+            raise AttributeError(_PLAIN_CODE.format(path=self.adapter.spec.path))
+        raise AttributeError(f"'Adapted' object has no attribute {name!r}")
 
 
 @tree_util.register_pytree_with_keys_class

@@ -12,12 +12,10 @@ import numpy as np
 from .._lowrank.labels import scaled_by, widened
 from .._paths import named_leaves
 from .._tree.nodes import Adapter, is_node, method_of, Shared
-from ..methods import AdaLoRA, DyLoRA, LoRA, LoRAFA, VeRA
-from ..methods.slots import Slots
+from ..methods import LoRA
 from ._leaves import check_arrays, check_plain, common_dropout, common_dtype, lora_leaf
 
 
-_PROPORTIONAL_TO_B = (LoRA, LoRAFA, AdaLoRA, DyLoRA, VeRA, Slots)
 _FULL = "what it adds is its value less that of the base, which is not here."
 
 
@@ -55,9 +53,9 @@ def scaled(delta: Any, factor: Any) -> Any:
                 f"`delta` holds a leaf that trained itself (`Full`) at {path!r}: {_FULL} Take it out of "
                 "`delta` first."
             )
-        if not isinstance(leaf.spec.method, _PROPORTIONAL_TO_B):
+        if not leaf.spec.method.proportional:
             raise ValueError(
-                f"what the {type(leaf.spec.method).__name__} adapter of {path!r} adds is not proportional "
+                f"what the {leaf.spec.method.name} adapter of {path!r} adds is not proportional "
                 "to the arrays in `delta`. Make a plain one "
                 "of it first, if it has an additive form (DoRA has none): `frozen, delta = "
                 "lora_jax.arithmetic.as_lora(frozen, delta)`."

@@ -39,8 +39,8 @@ class Writer:
         `then`, on process 0.
         """
         jax.block_until_ready(arrays)
-        # `jax.enable_x64` sets it for one thread. JAX adds the attribute at run time.
-        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        # `jax.enable_x64` sets it for one thread, and the writing has another.
+        wide = jax.dtypes.canonicalize_dtype("float64") == "float64"
 
         def work() -> None:
             with jax.enable_x64(wide):

@@ -21,6 +21,8 @@ class LowRank(Method):
     and `init` that it has.
     """
 
+    proportional = True
+
     rank: int
     alpha: float
     dtype: Any
@@ -46,7 +48,7 @@ class LowRank(Method):
             raise ValueError(
                 f"`rank` is {self.rank}, above min(in, out) = {smaller} of {spec.path!r}, of shape "
                 f"{spec.shape} with axes {' '.join(spec.axes)!r}: it would not be low. Lower the rank, or "
-                "train this leaf with `Full()`."
+                f"train this leaf itself, first in a mapping: `targets={{{spec.path!r}: Full(), ...}}`."
             )
 
 

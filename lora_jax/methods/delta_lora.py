@@ -58,6 +58,8 @@ class DeltaLoRA(_lowrank.LowRank):
     dtype: Any = None
     delayed: bool = False
 
+    proportional = False  # the start is subtracted
+
     @property
     def delayed_start(self) -> bool:
         return self.delayed

@@ -55,6 +55,7 @@ class DoRA(_lowrank.LowRank):
 
     sided = True
     needs_whole_weight = True
+    proportional = False  # m multiplies W too
 
     def split(self, weight: jax.Array, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
         fixed = self.derived(weight, spec)

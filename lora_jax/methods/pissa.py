@@ -55,6 +55,8 @@ class PiSSA(_lowrank.LowRank):
     dtype: Any = None
     iterations: int | None = None
 
+    proportional = False  # the start is subtracted
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha <= 0:

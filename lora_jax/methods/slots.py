@@ -26,6 +26,8 @@ class Slots(Method):
     method: LoRA
     slots: tuple[int, ...]
 
+    proportional = True
+
     @property
     def rank(self) -> int:
         return self.method.rank

@@ -65,6 +65,7 @@ class VeRA(Method):
 
     sided = True
     needs_whole_weight = True
+    proportional = True
 
     def __post_init__(self) -> None:
         _lowrank.check_options(self)
