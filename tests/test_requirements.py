@@ -115,3 +115,23 @@ def test_a_room_of_the_library_names_its_extra(monkeypatch, room, module, extra)
         ) as caught:
             importlib.import_module(f"lora_jax.{room}")
     assert caught.value.name == module and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "through", ["from experiments.command_line import main; main(['report', 'nowhere'])", ""]
+)
+def test_no_run_says_that_pytorch_was_not_found(through):
+    """It is not needed. `transformers` says so by itself, which the second case holds."""
+    code = (
+        f"import sys; sys.modules['torch'] = None\n{through}\nimport transformers; transformers.AutoTokenizer"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=_REPOSITORY,
+        # Other tests have run commands in this process.
+        env={name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("PyTorch was not found" in found.stderr) == (not through), found.stderr

@@ -64,7 +64,8 @@ def load(
     own devices, and an error in one is raised in all.
 
     Args:
-      dir: has a `config.json` and the tensors.
+      dir: has a `config.json` and the tensors. A model on Hugging Face's hub is downloaded first:
+        `huggingface_hub.snapshot_download("gpt2")` returns its directory.
       tie: `"share"` follows the config: a tied head is the embedding, used twice. `"untie"` always gives the
         head a leaf of its own: the file's, if it has one, and otherwise with the embedding's values.
       head: one of `lora_jax.models.HEADS`, in place of the head that the config names. The encoder is read as
