@@ -15,7 +15,8 @@ tested := $(VENV)/.test-$(or $(subst ==,-,$(TORCH)),no-torch)
 comma := ,
 pip_install := $(python) -m pip install --quiet --no-compile --editable
 # By file, because tests of one file share what they compute, and a module's compiled programs are forgotten after it.
-pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=15 -rs
+# A worker that is gone fails the test it ran; with another in its place, the rest of its file would be waited for, for ever.
+pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart=0 --durations=15 -rs
 # What another version of JAX or Python can break while the oldest ones pass; PyTorch is not needed. A subject is one file or
 # several that begin with its name.
 # Jaxprs, which every version of JAX writes in its own way, and what it says of meshes.

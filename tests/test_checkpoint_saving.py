@@ -140,7 +140,7 @@ def test_a_full_disk(tmp_path):
         assert line == (
             f"the checkpoint of step 2 could not be written to `{tmp_path / 'run'}`: File too large. Free "
             "space, or mend that; "
-            "the earlier ones are intact, and the same command goes on from step 1"
+            "the earlier ones are intact, and the same command goes on from step 1."
         )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1"], "what the writes left is gone"
     blank = {"a": jnp.zeros(1 << 20)}

@@ -225,7 +225,7 @@ class Scaled(Method):
     """`W' = (W + A·B) ⊙ m`, and all of it trains."""
 
     needs_axes = True
-    sided = True
+    sided = False  # so that uses along its out axes are allowed
     random = False
 
     def check(self, spec):
