@@ -23,12 +23,15 @@ def tell_flax(kinds: Iterable[type], changeable: type) -> None:
     """
     kinds = tuple(kinds)
 
+    # A version of Flax without one of these functions is imported all the same.
     def to_serialization(module: Any) -> None:
+        register = getattr(module, "register_serialization_state", lambda *_, **__: None)
         for kind in kinds:
-            module.register_serialization_state(kind, _to_state, _from_state, override=True)
+            register(kind, _to_state, _from_state, override=True)
 
     def to_nnx(module: Any) -> None:
-        module.register_pytree_node_type(
+        register = getattr(module, "register_pytree_node_type", lambda *_, **__: None)
+        register(
             changeable,
             flatten=lambda node: (sorted(node.arrays.items()), node.spec),
             unflatten=lambda items, spec: changeable(dict(items), spec),
