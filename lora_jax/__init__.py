@@ -36,12 +36,9 @@ from .quant import quantize as quantize
 
 __version__ = "0.1.0"
 
-# Rooms that are imported when they are first asked for: what each needs, and the extra that brings it.
-_LAZY = {
-    "checkpoint": ("orbax", "experiments"),
-    "interop": ("safetensors", "models"),
-    "models": ("flax", "models"),
-}
+# Rooms that are imported when they are first asked for, and what each needs. They say themselves which extra
+# brings it.
+_LAZY = {"checkpoint": "orbax", "interop": "safetensors", "models": "flax"}
 
 # What users of PEFT look for first.
 _OF_PEFT = {
@@ -53,7 +50,7 @@ _OF_PEFT = {
 __all__ = sorted(
     [
         *(name for name in globals() if not name.startswith("_")),
-        *(name for name, (needed, _) in _LAZY.items() if _importlib_util.find_spec(needed) is not None),
+        *(name for name, needed in _LAZY.items() if _importlib_util.find_spec(needed) is not None),
     ]
 )
 
@@ -67,11 +64,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"`{name}` is PEFT's. Here it is {_OF_PEFT[name]}.")
     if name not in _LAZY:
         raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
-    try:
-        return _importlib.import_module(f"lora_jax.{name}")
-    except ModuleNotFoundError as error:
-        missing, extra = error.name, _LAZY[name][1]
-        raise ModuleNotFoundError(
-            f"`lora_jax.{name}` needs {missing!r}, which is not installed: pip install 'lora_jax[{extra}]'",
-            name=missing,
-        ) from error
+    return _importlib.import_module(f"lora_jax.{name}")

@@ -285,3 +285,28 @@ def test_the_check_of_arrows_sees_both_ways_of_importing():
     source = "from experiments import tasks\ndef f():\n    from .running.run import run"
     names = _absolute(_REPOSITORY / "experiments" / "convert.py", ast.parse(source))
     assert _parts_of(names, "experiments") == {"tasks", "running"}
+
+
+# -- the face ------------------------------------------------------------------------------------------------
+
+
+def test_the_face_lists_its_names_and_imports_rooms_when_they_are_asked_for():
+    code = """
+import sys, lora_jax
+assert not {"flax", "orbax", "safetensors"} & set(sys.modules)
+listed = set(lora_jax.__all__)
+assert listed <= set(dir(lora_jax)) and {"lorafy", "Adapter", "sharding", "processes", "models"} <= listed
+assert not any(name.startswith("_") for name in listed)
+for name in listed:
+    getattr(lora_jax, name)
+assert lora_jax.models.GPT2 and lora_jax.interop.peft.load and lora_jax.checkpoint.Checkpoints
+try:
+    lora_jax.lorify
+except AttributeError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "has no attribute 'lorify'" in result.stdout
