@@ -191,13 +191,24 @@ def _trained_leaf(
 def _under_one_name(
     model: nn.Module, family: Family, whole: Mapping[str, np.ndarray], source: Any
 ) -> dict[str, np.ndarray]:
-    """`whole` with each tensor of the model under one name. A tied head, and a bias that has two names, must
-    equal the tensor that they repeat.
+    """`whole` with each tensor of the model under one name. A tied head must equal the embedding.
+
+    A bias with two names is one array in PyTorch where the head is tied. Elsewhere it is two, and the second
+    is the one that the head adds.
     """
-    repeated = [(alias, name) for alias, name in family.aliases.items() if alias in whole]
-    if tied_head(model, family) is not None and {family.decoder, family.embedding} & whole.keys():
-        repeated.append((family.decoder, family.embedding))
-    for one, other in repeated:
-        if one not in whole or other not in whole or not np.array_equal(whole[one], whole[other]):
-            raise _one_sided(source, (one if one in whole else other).rpartition(".")[0])
-    return {name: array for name, array in whole.items() if name not in {one for one, _ in repeated}}
+    found = dict(whole)
+    for alias, name in family.aliases.items():
+        if alias in found:
+            array = found.pop(alias)
+            earlier, found[name] = found.get(name, array), array
+            if model.config.tie_word_embeddings and not np.array_equal(array, earlier):
+                raise ValueError(
+                    f"{source} has two different values of one bias, {name!r} and {alias!r}: save the "
+                    "adapter again."
+                )
+    one, other = family.decoder, family.embedding
+    if tied_head(model, family) is not None and {one, other} & found.keys():
+        if one not in found or other not in found or not np.array_equal(found[one], found[other]):
+            raise _one_sided(source, (one if one in found else other).rpartition(".")[0])
+        del found[one]
+    return found

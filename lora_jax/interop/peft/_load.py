@@ -27,6 +27,7 @@ from .._tensors import Tensor
 from ._config import AdapterConfig, parse
 from ._layout import PREFIX, PROJECTIONS, TASKS
 from ._plan import Plan, plan_of
+from ._starts import begins_at_base, check_start, with_start
 from ._targets import pattern_value
 
 
@@ -85,8 +86,11 @@ def load(
         read = lambda name: check_finite(file, name, stored[name].read()) if verify else stored[name].read()
         arrays = {name: read(name) for name in plan.expected}
 
-        whole = {tensor: arrays[name] for name, tensor in plan.whole.items()}
+        whole = {tensor: arrays[name] for name, tensor in plan.whole.items() if name not in plan.idle}
         parts = with_blocks([_part(config, module, arrays, plan) for module in plan.targets], family)
+        if config.init_lora_weights == "pissa" and config.peft_type == "LORA":
+            check_start(directory, parts, model, family, params)
+            parts = [with_start(part, config, params) for part in parts] if config.use_dora else parts
         shared = _shared(config, arrays, plan)
         result = adapted(model, family, params, parts, whole, shared, directory)
         if check_base and facts:
@@ -233,8 +237,7 @@ def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], 
     }
     if config.use_dora:
         return Part(module, DoRA(**options), own)
-    begins = config.init_lora_weights == "pissa" and module.kind in ("linear", "conv1d")
-    return Part(module, PiSSA(**options) if begins else LoRA(**options), own)
+    return Part(module, PiSSA(**options) if begins_at_base(config, module) else LoRA(**options), own)
 
 
 def _at_full_rank(arrays: dict[str, np.ndarray], kept: np.ndarray, rank: int) -> dict[str, np.ndarray]:

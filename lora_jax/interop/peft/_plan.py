@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from .._families import Family
-from .._modules import Module, modules_of
+from .._modules import covered_by, Module, modules_of
 from ._config import AdapterConfig
 from ._layout import entries, PREFIX, PROJECTIONS
 from ._targets import pattern_value, saved_whole, targeted
@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     expected: dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]  # without the axes of length one that only files have
     whole: dict[str, str]  # of tensors that replace the base's: the file's name, and the tensor's
+    idle: set[str]  # those of the file's names whose tensors have no effect on what PEFT computes
 
 
 def plan_of(
@@ -67,7 +68,8 @@ def plan_of(
         alias: shapes[name] for alias, name in family.aliases.items() if name in shapes
     }
     expected |= {name: shapes[tensor] for name, tensor in whole.items()}
-    return Plan(bare, targets, ranks, names, expected, own_shapes, whole)
+    idle = _idle(config, family, whole)
+    return Plan(bare, targets, ranks, names, expected, own_shapes, whole, idle)
 
 
 def _is_bare(family: Family, modules: list[Module], stored: Mapping[str, Any]) -> bool:
@@ -99,9 +101,30 @@ def _tensors_saved_whole(
                 found[f"{PREFIX}{module.name}{'.base_layer' if module.name in targets else ''}.bias"] = (
                     module.bias.name
                 )
+    # The head's bias, of whose two names the head's own counts.
+    there = {tensor.name for module in modules for tensor in module.tensors}
+    for alias, name in family.aliases.items():
+        owner = alias.rpartition(".")[0]
+        if name in there and owner in {module.name for module in saved}:
+            found[PREFIX + alias] = alias
+        elif name in there and owner in targets and config.bias != "none":
+            found[f"{PREFIX}{owner}.base_layer.bias"] = alias
     # PEFT writes a bias that has two names under both, or under one.
     return found | {
         PREFIX + alias: alias
         for alias, name in family.aliases.items()
         if name in found.values() and PREFIX + alias in stored
+    }
+
+
+def _idle(config: AdapterConfig, family: Family, whole: Mapping[str, str]) -> set[str]:
+    """The first name of a bias of which the head, saved whole by itself, has a copy of its own."""
+    saved = config.modules_to_save
+    return {
+        PREFIX + name
+        for alias, name in family.aliases.items()
+        if alias in whole.values()
+        and PREFIX + name in whole
+        and covered_by(saved, alias.rpartition(".")[0])
+        and not covered_by(saved, name.rpartition(".")[0])
     }

@@ -64,7 +64,10 @@ def _matches(config: AdapterConfig, names: tuple[str, ...] | str, module: Module
     if isinstance(names, str) and names.lower() == "all-linear":
         in_head = config.task_type == "SEQ_CLS" and module.name.split(".")[0] in _HEADS
         return module.kind in ("linear", "conv1d") and module.name != output and not in_head
-    return _listed(names, module.name) and (isinstance(names, str) or _layer_chosen(config, module.name))
+    # The whole name of a module is chosen in any layer.
+    return _listed(names, module.name) and (
+        isinstance(names, str) or module.name in names or _layer_chosen(config, module.name)
+    )
 
 
 def _listed(names: tuple[str, ...] | str | None, module: str) -> bool:
