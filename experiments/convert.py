@@ -240,10 +240,14 @@ def described(delta: Any) -> str:
     kinds = sorted({type(leaf.spec.method).__name__ for leaf in adapters})
     ranks = sorted({leaf.spec.method.rank for leaf in adapters})
     whole = len(leaves) - len(adapters)
-    parts = [
-        f"{' and '.join(kinds)} of rank {' and '.join(map(str, ranks))}",
-        f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
-    ]
+    parts = (
+        [
+            f"{' and '.join(kinds)} of rank {' and '.join(map(str, ranks))}",
+            f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
+        ]
+        if adapters
+        else []
+    )
     parts += [f"{whole} tensor{'s' if whole > 1 else ''} trained whole"] if whole else []
     return ", ".join([*parts, f"{lora_jax.count(delta):,} parameters"])
 

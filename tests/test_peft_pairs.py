@@ -169,3 +169,23 @@ def test_a_field_that_is_not_supported_is_refused_beside_every_other(bases, tmp_
                 file.write_text(json.dumps({**settings, **options, field: value}))
                 with pytest.raises(ValueError, match=f"`{field}` is .*, which is not supported"):
                     peft.load(tmp_path / "adapter", model, params, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "module"), [("deberta", "rel_embeddings"), ("deberta of version 3", "word_embeddings")]
+)
+def test_an_adapter_that_peft_passes_by_is_refused_once_it_adds_something(
+    torch, theirs, bases, tmp_path, family, module
+):
+    """DeBERTa reads the weight of such modules itself, so that nothing trains there in PEFT."""
+    base = bases(family, "masked_lm")
+    options = dict(r=2, target_modules=["query_proj", module])
+    written_by_peft(torch, theirs, base, options, tmp_path / "random")
+    model, params = hf.load(base)
+    with pytest.raises(
+        ValueError, match=f"`target_modules` .* takes in '.*{module}', whose weight PyTorch's"
+    ):
+        peft.load(tmp_path / "random", model, params)
+    theirs.get_peft_model(in_torch(base), theirs.LoraConfig(**options)).save_pretrained(tmp_path / "start")
+    trees = peft.load(tmp_path / "start", model, params)
+    assert_close(output(model, *trees), output(model, params, jax.tree.map(lambda _: None, params)))

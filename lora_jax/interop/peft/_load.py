@@ -20,7 +20,7 @@ from .._families import Family, family_of_model
 from .._files import read_json
 from .._heads import head_in
 from .._imports import adapted
-from .._modules import Module, modules_of
+from .._modules import Module, modules_of, uncalled_modules
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from .._tensors import Tensor
@@ -91,6 +91,7 @@ def load(
         if config.init_lora_weights == "pissa" and config.peft_type == "LORA":
             check_start(directory, parts, model, family, params)
             parts = [with_start(part, config, params) for part in parts] if config.use_dora else parts
+        _check_called(directory, parts, model, family)
         shared = _shared(config, arrays, plan)
         result = adapted(model, family, params, parts, whole, shared, directory)
         if check_base and facts:
@@ -238,6 +239,22 @@ def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], 
     if config.use_dora:
         return Part(module, DoRA(**options), own)
     return Part(module, PiSSA(**options) if begins_at_base(config, module) else LoRA(**options), own)
+
+
+def _check_called(directory: Path, parts: list[Part], model: nn.Module, family: Family) -> None:
+    """Raises `ValueError` for an adapter that PEFT has and never runs. At its start it adds nothing here
+    either.
+    """
+    uncalled = uncalled_modules(model, family)
+    for part in parts:
+        if part.module.matrix.name.rpartition(".")[0] in uncalled and (
+            type(part.method) is not LoRA or (part.arrays["b"] @ part.arrays["a"]).any()
+        ):
+            raise ValueError(
+                f"`target_modules` of {directory} takes in {part.module.name!r}, whose weight PyTorch's "
+                "model reads without calling the module: PEFT's adapter has no effect there, and would have one "
+                "here. Remove the target and its tensors to compute what PEFT computes."
+            )
 
 
 def _at_full_rank(arrays: dict[str, np.ndarray], kept: np.ndarray, rank: int) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ def plan_of(
         names[module.name] = {ours: f"{PREFIX}{module.name}.{entry.ending}" for ours, entry in found.items()}
         expected |= {names[module.name][ours]: entry.shape for ours, entry in found.items()}
         own_shapes |= {names[module.name][ours]: entry.own_shape for ours, entry in found.items()}
-    if config.peft_type == "VERA" and config.save_projection:
+    if config.peft_type == "VERA" and config.save_projection and targets:
         ins, outs = max(module.ins[0] for module in targets), max(module.outs for module in targets)
         expected |= {PROJECTIONS["shared_a"]: (config.r, ins), PROJECTIONS["shared_b"]: (outs, config.r)}
     whole = _tensors_saved_whole(config, named, {module.name for module in targets}, family, stored)

@@ -6,6 +6,7 @@ from typing import Any
 
 from .._modules import ADAPTABLE, covered_by, ends_with, Module
 from ._config import AdapterConfig
+from ._settings import NO_MODULES
 
 
 # PEFT's table, for configs whose `target_modules` is null.
@@ -28,6 +29,8 @@ def targeted(
     """
     defaults = _DEFAULTS_OF_ADALORA if config.peft_type == "ADALORA" else _DEFAULTS
     names = defaults[model_type] if config.target_modules is None else config.target_modules
+    if names == NO_MODULES:
+        return []
     found = [module for module in modules if _matches(config, names, module, output)]
     for module in found:
         if module.kind not in ADAPTABLE:
