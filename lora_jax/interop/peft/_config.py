@@ -25,25 +25,16 @@ _SILENT = set(
         qalora_group_size init_weights beta1 beta2 deltaT orth_reg_weight target_r tfinal tinit total_step
     """.split()
 )
-# Keys of what is not supported, with the values that switch it off.
-_OFF: dict[str, tuple] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "loftq_config": (None, {}),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
+# Keys of what is not supported, which null, false or an empty value switch off, as they do in PEFT.
+_OFF = set(
+    """
+        alora_invocation_tokens arrow_config corda_config ensure_weight_tying kasa_config layer_replication
+        loftq_config lora_bias lora_ga_config megatron_config monteclora_config target_parameters
+        trainable_token_indices use_bdlora use_qalora velora_config
+    """.split()
+)
+# Of these, an empty object switches the thing on, with PEFT's defaults.
+_ON_IF_EMPTY = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"}
 # Starts that leave the base as it is, so that the tensors are all that is needed.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _OWN = {
@@ -135,21 +126,23 @@ def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
 def _as_tuple(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
 def _check_keys(file: Path, kind: str, content: Mapping[str, Any]) -> None:
-    known = _COMMON | _SILENT | set(_OFF) | _OWN[kind]
+    known = _COMMON | _SILENT | _OFF | _OWN[kind]
     for name, value in content.items():
-        if name in _OFF and not any(
-            value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF[name]
-        ):
+        if name in _OFF and (not _is_off(value) or (name in _ON_IF_EMPTY and value == {})):
             raise ValueError(
                 f"`{name}` is {value!r} in {file}, which is not supported, because what it changes cannot be "
                 "represented here; train or convert the adapter without it."
             )
-        if name not in known and value not in (None, False, [], {}, ""):
+        if name not in known and not _is_off(value):
             close = nearest(name, sorted(known), 1)
             raise ValueError(
                 f"`{name}` is {value!r} in {file}, which is not a key of {kind} in PEFT 0.21, and what it "
@@ -238,9 +231,9 @@ class _Reader:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.content.get(name, default)
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | None):
             raise self.wrong(name, "true or false")
-        return value
+        return bool(value)
 
     def text(self, name: str) -> str | None:
         value = self.content.get(name)
@@ -250,6 +243,7 @@ class _Reader:
 
     def start(self, name: str) -> bool | str:
         value = self.content.get(name, True)
+        value = False if value is None else value
         value = value.lower() if isinstance(value, str) else value
         if not isinstance(value, bool | str) or value not in _STARTS:
             raise ValueError(

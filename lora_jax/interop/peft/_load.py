@@ -252,8 +252,8 @@ def _check_called(directory: Path, parts: list[Part], model: nn.Module, family: 
         ):
             raise ValueError(
                 f"`target_modules` of {directory} takes in {part.module.name!r}, whose weight PyTorch's "
-                "model reads without calling the module: PEFT's adapter has no effect there, and would have one "
-                "here. Remove the target and its tensors to compute what PEFT computes."
+                "model reads without calling the module: PEFT's adapter has no effect there, and would have "
+                "one here. Remove the target and its tensors to compute what PEFT computes."
             )
 
 
