@@ -1,5 +1,7 @@
 """PEFT's directories against PEFT itself: what it writes is read, and written again as it was."""
 
+import json
+
 import numpy as np
 import peft_files
 import pytest
@@ -16,7 +18,7 @@ from peft_files import (
     without_head,
     written_by_peft,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import AdaLoRA, DoRA, LoRA, VeRA
 from lora_jax.interop import hf, peft
@@ -199,8 +201,6 @@ def test_every_field_of_a_method_is_read(torch, theirs, bases, tmp_path, options
 
 
 def test_older_files_of_dora(torch, theirs, bases, tmp_path):
-    from safetensors.numpy import save_file
-
     expected = written_by_peft(torch, theirs, bases("gpt2"), GPT2_CONFIGS["DoRA"], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(
@@ -221,3 +221,74 @@ def test_the_bin_file_of_old_is_read(torch, theirs, bases, tmp_path):
     file.unlink()
     model, params = hf.load(bases("gpt2"))
     assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected)
+
+
+@pytest.mark.parametrize("saved", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+def test_whole_weights_under_the_names_of_wrappers_too(torch, theirs, bases, tmp_path, saved):
+    """As PEFT writes them when it is told to save the embeddings beside the adapter."""
+    base = bases("gpt2 untied")
+    torch.manual_seed(7)
+    model = theirs.get_peft_model(
+        in_torch(base), theirs.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=saved)
+    ).eval()
+    disturb(torch, [parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
+    expected = output_of_theirs(torch, model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    names = load_file(file)
+    assert any(".modules_to_save." in name for name in names)
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    # A copy that differs is no copy.
+    changed = next(name for name in names if ".modules_to_save." in name)
+    save_file({**names, changed: names[changed] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="two different values of one tensor, '.*modules_to_save"):
+        peft.load(tmp_path / "adapter", *hf.load(base))
+
+
+def test_a_whole_name_is_chosen_in_any_layer(torch, theirs, bases, tmp_path):
+    base = bases("gpt2 untied")
+    options = dict(r=2, target_modules=["c_attn", "lm_head"], layers_to_transform=[1])
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    frozen, delta = check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    assert sorted(leaf.spec.path for leaf in adapters(delta)) == ["h/1/attn/c_attn/kernel", "lm_head/kernel"]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("family", ["roberta", "roberta untied"])
+def test_the_bias_of_a_head_that_is_adapted(torch, theirs, bases, tmp_path, family, bias):
+    """PyTorch has it under two names, which are one parameter where the head is tied."""
+    base = bases(family, "masked_lm")
+    options = dict(r=2, target_modules=["query", "decoder"], bias=bias)
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, tie="untie")
+
+
+def test_a_target_that_matches_nothing_beside_others_is_warned_of(torch, theirs, bases, tmp_path):
+    options = dict(r=2, target_modules=["c_attn", "gate_proj"])
+    expected = written_by_peft(torch, theirs, bases("gpt2"), options, tmp_path / "adapter")
+    model, params = hf.load(bases("gpt2"))
+    with pytest.warns(UserWarning, match="names 'gate_proj', which this model does not have"):
+        trees = peft.load(tmp_path / "adapter", model, params)
+    assert_close(output(model, *trees), expected)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_with_an_index(torch, theirs, bases, tmp_path, kind):
+    expected = written_by_peft(torch, theirs, bases("gpt2"), GPT2_CONFIGS["LoRA"], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    names = {name: f"adapter_model-0000{1 + index % 2}-of-00002.{kind}" for index, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        own = {name: tensors[name] for name in tensors if names[name] == shard}
+        if kind == "bin":
+            torch.save({name: torch.tensor(array) for name, array in own.items()}, file.with_name(shard))
+        else:
+            save_file(own, file.with_name(shard), metadata={"format": "pt"})
+    index = file.with_name(f"adapter_model.{kind}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model, params = hf.load(bases("gpt2"))
+    assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected)
+    file.with_name(names.popitem()[1]).unlink()
+    with pytest.raises(ValueError, match="names the file 'adapter_model-0000"):
+        peft.load(tmp_path / "adapter", model, params)

@@ -53,7 +53,8 @@ def load(
     specs), delta))` of `lora_jax.sharding` places them as the weights are.
 
     Args:
-      dir: has `adapter_config.json` and `adapter_model.safetensors`, or `.bin`, of which no code is run.
+      dir: has `adapter_config.json` and `adapter_model.safetensors`, or `.bin`, of which no code is run;
+        either may be in shards with an index.
       model, params: as `hf.load` returned them, with the head that the adapter was trained with:
         `head_of(dir)`.
       verify: whether to compare the files with the checksums that they carry, if any, and to look for values
@@ -71,7 +72,9 @@ def load(
         kind, _, family = family_of_model(model)
         config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
         file, stored = _stored(directory)
-        facts = facts_of(file, verify=verify) if file.suffix == ".safetensors" else None
+        # Files of other tools, and shards, carry none.
+        whole_file = file.suffix == ".safetensors" and file.is_file()
+        facts = facts_of(file, verify=verify) if whole_file else None
         if verify:
             check_beside(file, facts)
         _check_task(directory, config, model)
@@ -129,9 +132,11 @@ def _labels(stored: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _stored(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    binary = directory / "adapter_model.bin"
-    if not (directory / "adapter_model.safetensors").is_file() and binary.is_file():
-        return binary, _state_dict.tensors(binary)
+    names = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
+    binaries = ("adapter_model.bin", "adapter_model.bin.index.json")
+    if not any((directory / name).is_file() for name in names):
+        if any((directory / name).is_file() for name in binaries):
+            return directory / binaries[0], _state_dict.stored_binaries(directory, "adapter_model")
     return directory / "adapter_model.safetensors", stored_tensors(directory, stem="adapter_model")
 
 
@@ -150,8 +155,9 @@ def _under_expected_names(
 ) -> dict[str, Any]:
     """The tensors by the names that are expected, each array once.
 
-    Older files have `.weight` after DoRA's magnitudes. Where all biases train, PEFT writes those of modules
-    that are saved whole a second time, under their names in its own wrapper.
+    Older files have `.weight` after DoRA's magnitudes. Where all biases train, and where embeddings are saved
+    beside the adapter, PEFT writes tensors that it saves whole a second time, under their names in its own
+    wrapper.
     """
     old = {
         f"{name}.weight": name for names in plan.names.values() for ours, name in names.items() if ours == "m"
@@ -160,17 +166,13 @@ def _under_expected_names(
         old[name] if name in old and old[name] not in stored else name: tensor
         for name, tensor in stored.items()
     }
-    for name in [
-        name
-        for name in named
-        if name.endswith(".bias") and (".modules_to_save." in name or ".original_module." in name)
-    ]:
+    for name in [name for name in named if ".modules_to_save." in name or ".original_module." in name]:
         original = ".original_module." in name  # of the base; it has no effect
         inner = re.sub(r"\.original_module\.|\.modules_to_save(\.default)?\.", ".", name)
         if inner in plan.expected and inner in named:
             if not original and not np.array_equal(named[name].read(), named[inner].read()):
                 raise ValueError(
-                    f"{directory} has two different values of one bias, {name!r} and {inner!r}: save the "
+                    f"{directory} has two different values of one tensor, {name!r} and {inner!r}: save the "
                     "adapter again."
                 )
             del named[name]

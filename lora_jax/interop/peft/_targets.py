@@ -1,6 +1,7 @@
 """The modules that a config names, by PEFT's own rules."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ def targeted(
     """The modules that get an adapter. `output` is the module that turns features into logits, which
     "all-linear" leaves out.
 
-    Raises `ValueError` for a target that matches nothing, or a module that cannot be adapted.
+    A target that matches nothing beside others is warned of. Raises `ValueError` where none matches, or for
+    a module that cannot be adapted.
     """
     defaults = _DEFAULTS_OF_ADALORA if config.peft_type == "ADALORA" else _DEFAULTS
     names = defaults[model_type] if config.target_modules is None else config.target_modules
@@ -44,10 +46,14 @@ def targeted(
         else []
     )
     if unused:
-        raise ValueError(
+        stranger = (
             f"`target_modules` of {source} names {unused[0]!r}, which this model does not have: "
             f"{_endings(modules)}."
         )
+        if not found:
+            raise ValueError(stranger)
+        # As in PEFT. The tensors, all of which must be expected, decide whether something is missing.
+        warnings.warn(f"{stranger} The other targets are read.", stacklevel=4)
     if not found:
         raise ValueError(
             f"`target_modules` is {config.target_modules!r} in {source}, which matches no module of this "
