@@ -1,9 +1,10 @@
 """`load` reads those of PEFT's adapters that can be represented here; any other is an error."""
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
@@ -24,6 +25,7 @@ from .._modules import Module, modules_of, uncalled_modules
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from .._tensors import Tensor
+from . import _rename
 from ._config import AdapterConfig, parse
 from ._layout import PREFIX, PROJECTIONS, TASKS
 from ._plan import Plan, plan_of
@@ -32,7 +34,13 @@ from ._targets import pattern_value
 
 
 def load(
-    dir: str | Path, model: nn.Module, params: Any, *, verify: bool = True, check_base: bool = True
+    dir: str | Path,
+    model: nn.Module,
+    params: Any,
+    *,
+    verify: bool = True,
+    check_base: bool = True,
+    rename: Literal["strict", "auto"] = "strict",
 ) -> Lorafied:
     """The adapter in a directory of PEFT's, on `params`: what `lorafy` would have returned, trained.
 
@@ -61,6 +69,9 @@ def load(
         that are not finite.
       check_base: whether to compare `params` with the base beside which the adapter was saved, if the file
         has its fingerprint.
+      rename: "strict" reads PEFT's names only. "auto" also reads names that other tools wrapped
+        (`_orig_mod.`, `_fsdp_wrapped_module.`, `module.`, an adapter's name, `base_model.model.` twice or not
+        at all, Kohya's, MLX's) if each pairs with exactly one of PEFT's, and warns of what it read as what.
 
     Raises:
       ValueError: a tensor that is missing, unexpected, of another shape or dtype, or not finite; a field of
@@ -68,6 +79,8 @@ def load(
         modules that share their weight (then `OneSided`).
     """
     directory = Path(dir)
+    if rename not in ("strict", "auto"):
+        raise ValueError(f"`rename` is {rename!r}; it must be 'strict' or 'auto'.")
     with all_or_none(spanning(params)):
         kind, _, family = family_of_model(model)
         config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
@@ -78,14 +91,33 @@ def load(
         if verify:
             check_beside(file, facts)
         _check_task(directory, config, model)
-        plan = plan_of(directory, config, kind, model, family, stored)
-        stored = _under_expected_names(plan, directory, stored, family)
-        stored = _without_copies_of_base(plan, directory, model, family, params, stored)
-        check_tensors(
-            f"{directory} does not hold the adapter that its config describes for this model",
-            plan.expected,
-            stored,
-        )
+
+        def fitted(stored: Mapping[str, Any], renamed: bool) -> tuple[Plan, dict[str, Any]]:
+            plan = plan_of(directory, config, kind, model, family, stored)
+            if renamed:
+                alphas = {module.name: _alpha(config, module) for module in plan.targets}
+                stored = _rename.paired(directory, stored, plan.expected, alphas)
+            stored = _under_expected_names(plan, directory, stored, family)
+            stored = _without_copies_of_base(plan, directory, model, family, params, stored)
+            check_tensors(
+                f"{directory} does not hold the adapter that its config describes for this model",
+                plan.expected,
+                stored,
+            )
+            return plan, stored
+
+        if rename == "auto":
+            plan, stored = fitted(_rename.unwrapped_tensors(directory, stored), True)
+            _tell_renamed(directory, stored)
+        else:
+            try:
+                plan, stored = fitted(stored, False)
+            except ValueError as error:
+                if not _fits_renamed(fitted, directory, stored):
+                    raise
+                raise ValueError(
+                    f'{error} Each name pairs with one that PEFT writes: pass `rename="auto"`.'
+                ) from error
         read = lambda name: check_finite(file, name, stored[name].read()) if verify else stored[name].read()
         arrays = {name: read(name) for name in plan.expected}
 
@@ -102,6 +134,25 @@ def load(
         return result
 
 
+def _fits_renamed(fitted: Callable, directory: Path, stored: Mapping[str, Any]) -> bool:
+    """Whether `rename="auto"` would read these tensors."""
+    try:
+        fitted(_rename.unwrapped_tensors(directory, stored), True)
+    except ValueError:
+        return False
+    return True
+
+
+def _tell_renamed(directory: Path, stored: Mapping[str, Any]) -> None:
+    changed = [(tensor.name, name) for name, tensor in stored.items() if tensor.name != name]
+    if changed:
+        theirs, own = changed[0]
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        warnings.warn(
+            f"{directory} has names that are not PEFT's: {theirs!r} is read as {own!r}{more}.", stacklevel=3
+        )
+
+
 def head_of(dir: str | Path) -> dict[str, Any]:
     """The head that an adapter was trained with, as arguments of `hf.load` for its base.
 
@@ -115,7 +166,9 @@ def head_of(dir: str | Path) -> dict[str, Any]:
     """
     directory = Path(dir)
     config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
-    names = {name.removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()}
+    names = {
+        _rename.unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()
+    }
     if any(re.match(r"(transformer\.)?h\.\d+\.", name) for name in names):  # GPT-2, which has one head
         return {}
     head = next(
@@ -217,10 +270,14 @@ def _without_copies_of_base(
     return kept
 
 
+def _alpha(config: AdapterConfig, module: Module) -> float:
+    return plain_number(pattern_value(config.alpha_pattern, module.name, config.lora_alpha))
+
+
 def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], plan: Plan) -> Part:
     rank = plan.ranks[module.name]
     own = {ours: arrays[name].reshape(plan.shapes[name]) for ours, name in plan.names[module.name].items()}
-    alpha = plain_number(pattern_value(config.alpha_pattern, module.name, config.lora_alpha))
+    alpha = _alpha(config, module)
     if config.peft_type == "VERA":
         return Part(module, VeRA(rank, config.d_initial, config.projection_prng_key, config.dropout), own)
     if config.peft_type == "ADALORA":
