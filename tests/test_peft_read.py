@@ -292,3 +292,31 @@ def test_shards_with_an_index(torch, theirs, bases, tmp_path, kind):
     file.with_name(names.popitem()[1]).unlink()
     with pytest.raises(ValueError, match="names the file 'adapter_model-0000"):
         peft.load(tmp_path / "adapter", model, params)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "tokens"),
+    [
+        ("gpt2", None, [5, 2, 28]),
+        ("gpt2 untied", None, {"wte": [5, 2]}),
+        ("roberta", "features", {"word_embeddings": [7, 3]}),
+    ],
+)
+def test_tokens_that_train_by_themselves(torch, theirs, bases, tmp_path, family, head, tokens):
+    """They take the place of the base's rows, in the head too where it is tied."""
+    base = bases(family, head)
+    targets = ["c_attn"] if "gpt2" in family else ["query"]
+    options = dict(r=2, target_modules=targets, trainable_token_indices=tokens)
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    frozen, delta = check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    embedding = delta["wte"] if "gpt2" in family else delta["embeddings"]["word_embeddings"]
+    assert embedding["embedding"].shape[1] == 12  # trains whole from here on
+
+
+def test_tokens_of_a_tied_head_with_a_bias_are_refused(torch, theirs, bases, tmp_path):
+    """PEFT computes that head without its bias."""
+    base = bases("roberta", "masked_lm")
+    options = dict(r=2, target_modules=["query"], trainable_token_indices={"word_embeddings": [7, 3]})
+    written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="`trainable_token_indices` is set .* has a bias, which PEFT leaves"):
+        peft.load(tmp_path / "adapter", *hf.load(base))

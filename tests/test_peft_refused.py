@@ -111,7 +111,17 @@ A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
             "`peft_type` is 'LOHA' .* is not supported; supported are LORA, ADALORA, VERA",
         ),
         ({"lora_bias": True}, "`lora_bias` is True .* is not supported"),
-        ({"trainable_token_indices": [1, 3]}, "`trainable_token_indices`"),
+        ({"trainable_token_indices": [1, 1]}, "`trainable_token_indices` is .*different tokens"),
+        (
+            {"trainable_token_indices": [1, 29]},
+            "`trainable_token_indices` .* has the token 29, .* has 29 rows",
+        ),
+        ({"trainable_token_indices": {"wpe": [1]}}, "`trainable_token_indices` of .* names 'wpe'"),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["wte"]},
+            "trains tokens of 'transformer.wte', and 'transformer.wte' is adapted or saved whole too",
+        ),
+        ({"trainable_token_indices": [1]}, "wte.token_adapter.trainable_tokens_delta' is missing"),
         ({"layer_replication": [[0, 2]]}, "`layer_replication`"),
         ({"target_parameters": ["c_attn.weight"]}, "`target_parameters`"),
         ({"ensure_weight_tying": True}, "`ensure_weight_tying`"),

@@ -210,14 +210,14 @@ def _under_one_name(
                 )
     one, other = family.decoder, family.embedding
     if tied_head(model, family) is not None and {one, other} & found.keys():
-        embedding = found[other] if other in found else _base_value(model, family, other, leaves)
+        embedding = found[other] if other in found else base_value(model, family, other, leaves)
         if one not in found or embedding is None or not np.array_equal(found[one], embedding):
             raise _one_sided(source, (one if one in found else other).rpartition(".")[0])
         del found[one]
     return found
 
 
-def _base_value(model: nn.Module, family: Family, name: str, leaves: Mapping[str, Any]) -> np.ndarray | None:
+def base_value(model: nn.Module, family: Family, name: str, leaves: Mapping[str, Any]) -> np.ndarray | None:
     """A tensor of the base as files hold it; None where it has no values here, or others."""
     tensor = next(tensor for tensor in tensors_of(model, family) if tensor.name == name)
     leaf = leaves.get(tensor.path)

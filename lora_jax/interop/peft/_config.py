@@ -30,7 +30,7 @@ _OFF = set(
     """
         alora_invocation_tokens arrow_config corda_config ensure_weight_tying kasa_config layer_replication
         loftq_config lora_bias lora_ga_config megatron_config monteclora_config target_parameters
-        trainable_token_indices use_bdlora use_qalora velora_config
+        use_bdlora use_qalora velora_config
     """.split()
 )
 # Of these, an empty object switches the thing on, with PEFT's defaults.
@@ -39,7 +39,10 @@ _ON_IF_EMPTY = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora"
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _OWN = {
     "LORA": set(
-        "r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()
+        """
+            r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern
+            trainable_token_indices
+        """.split()
     ),
     "ADALORA": set(
         """
@@ -81,6 +84,8 @@ class AdapterConfig:
     projection_prng_key: int = 0
     save_projection: bool = True
     base: str | None = None
+    # The rows of an embedding that train, and the end of its name, or None for the word embedding.
+    tokens: tuple[str | None, tuple[int, ...]] | None = None
 
 
 def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
@@ -123,6 +128,7 @@ def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
         projection_prng_key=read.seed("projection_prng_key"),
         save_projection=read.flag("save_projection", True),
         base=read.text("base_model_name_or_path"),
+        tokens=read.tokens("trainable_token_indices") if kind == "LORA" else None,
     )
 
 
@@ -204,6 +210,22 @@ class _Reader:
         if not isinstance(value, list) or not all(map(_is_int, value)):
             raise self.wrong(name, "a layer's number or a list of them")
         return tuple(value)
+
+    def tokens(self, name: str) -> tuple[str | None, tuple[int, ...]] | None:
+        value = self.content.get(name)
+        if _is_off(value):
+            return None
+        module, rows = next(iter(value.items())) if isinstance(value, dict) else (None, value)
+        single = not isinstance(value, dict) or len(value) == 1
+        if (
+            not single
+            or not isinstance(rows, list)
+            or not rows
+            or not all(_is_int(row) and row >= 0 for row in rows)
+            or len(set(rows)) < len(rows)
+        ):
+            raise self.wrong(name, "a list of different tokens, or an object with one such list")
+        return module, tuple(rows)
 
     def rank(self, name: str, default: int) -> int:
         value = self.content.get(name, default)

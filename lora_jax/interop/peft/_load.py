@@ -20,8 +20,8 @@ from .._adapters import Part, plain_number, with_blocks
 from .._families import Family, family_of_model
 from .._files import read_json
 from .._heads import head_in
-from .._imports import adapted
-from .._modules import Module, modules_of, uncalled_modules
+from .._imports import adapted, base_value
+from .._modules import Module, modules_of, tied_head, uncalled_modules
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from .._tensors import Tensor
@@ -127,6 +127,18 @@ def load(
             check_start(directory, parts, model, family, params)
             parts = [with_start(part, config, params) for part in parts] if config.use_dora else parts
         _check_called(directory, parts, model, family)
+        if plan.tokens is not None and config.tokens is not None:
+            leaves = dict(named_leaves(params, is_leaf=is_node))
+            rows = _with_rows(directory, model, family, leaves, config.tokens[1], arrays[plan.tokens])
+            whole |= {family.embedding: rows}
+            if tied_head(model, family) is not None:
+                whole |= {family.decoder: rows}
+                if family.aliases:
+                    raise ValueError(
+                        f"`trainable_token_indices` is set in {directory}, and the head that is tied to the "
+                        "embedding has a bias, which PEFT leaves out of the head of such adapters: train the "
+                        "whole embedding and the head, with `modules_to_save`."
+                    )
         shared = _shared(config, arrays, plan)
         result = adapted(model, family, params, parts, whole, shared, directory)
         if check_base and facts:
@@ -298,6 +310,26 @@ def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], 
     if config.use_dora:
         return Part(module, DoRA(**options), own)
     return Part(module, PiSSA(**options) if begins_at_base(config, module) else LoRA(**options), own)
+
+
+def _with_rows(
+    directory: Path,
+    model: nn.Module,
+    family: Family,
+    leaves: Mapping[str, Any],
+    tokens: tuple[int, ...],
+    rows: np.ndarray,
+) -> np.ndarray:
+    """The base's embedding with these rows in place of its own."""
+    embedding = base_value(model, family, family.embedding, leaves)
+    if embedding is None:
+        raise ValueError(
+            f"`trainable_token_indices` is set in {directory}, and the embedding of `params` is quantised or "
+            "a shape: load the adapter on the base's own values."
+        )
+    changed = np.array(embedding)
+    changed[list(tokens)] = rows.astype(changed.dtype)
+    return changed
 
 
 def _check_called(directory: Path, parts: list[Part], model: nn.Module, family: Family) -> None:

@@ -9,7 +9,7 @@ import flax.linen as nn
 from .._families import Family
 from .._modules import covered_by, Module, modules_of
 from ._config import AdapterConfig
-from ._layout import entries, PREFIX, PROJECTIONS
+from ._layout import entries, PREFIX, PROJECTIONS, TOKENS
 from ._targets import pattern_value, saved_whole, targeted
 
 
@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     expected: dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]  # without the axes of length one that only files have
     whole: dict[str, str]  # of tensors that replace the base's: the file's name, and the tensor's
+    tokens: str | None  # the file's name of the rows that take the place of the word embedding's
     idle: set[str]  # those of the file's names whose tensors have no effect on what PEFT computes
 
 
@@ -69,7 +70,48 @@ def plan_of(
     }
     expected |= {name: shapes[tensor] for name, tensor in whole.items()}
     idle = _idle(config, family, whole)
-    return Plan(bare, targets, ranks, names, expected, own_shapes, whole, idle)
+    tokens = None
+    if config.tokens is not None:
+        rows, shape = config.tokens[1], shapes[family.embedding]
+        tokens = f"{_with_tokens(directory, config, named, targets, family, bare)}.{TOKENS}"
+        if max(rows) >= shape[0]:
+            raise ValueError(
+                f"`trainable_token_indices` of {directory} has the token {max(rows)}, and the embedding of "
+                f"this model has {shape[0]} rows: load the base that the adapter was trained on, with its "
+                "added tokens."
+            )
+        expected[PREFIX + tokens] = (len(rows), shape[1])
+    return Plan(bare, targets, ranks, names, expected, own_shapes, whole, tokens and PREFIX + tokens, idle)
+
+
+def _with_tokens(
+    directory: Path,
+    config: AdapterConfig,
+    modules: list[Module],
+    targets: list[Module],
+    family: Family,
+    bare: bool,
+) -> str:
+    """The embedding of which tokens train. Raises `ValueError` for another module, and where the embedding or
+    its head is adapted or saved whole too.
+    """
+    assert config.tokens is not None, "asked for by the caller"
+    ending = config.tokens[0]
+    own = family.embedding.rpartition(".")[0]
+    own = own.removeprefix(family.prefix) if bare else own
+    if ending is not None and [module.name for module in modules if module.name.endswith(ending)] != [own]:
+        raise ValueError(
+            f"`trainable_token_indices` of {directory} names {ending!r}, and only tokens of {own!r} can be "
+            "represented here."
+        )
+    taken = {module.name for module in [*targets, *saved_whole(config, modules)]}
+    found = taken & {own, family.decoder.rpartition(".")[0]}
+    if found:
+        raise ValueError(
+            f"`trainable_token_indices` of {directory} trains tokens of {own!r}, and {sorted(found)[0]!r} is "
+            "adapted or saved whole too: that cannot be represented here. Train it without one of the two."
+        )
+    return own
 
 
 def _is_bare(family: Family, modules: list[Module], stored: Mapping[str, Any]) -> bool:
