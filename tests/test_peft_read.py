@@ -320,3 +320,30 @@ def test_tokens_of_a_tied_head_with_a_bias_are_refused(torch, theirs, bases, tmp
     written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
     with pytest.raises(ValueError, match="`trainable_token_indices` is set .* has a bias, which PEFT leaves"):
         peft.load(tmp_path / "adapter", *hf.load(base))
+
+
+@pytest.mark.parametrize("saved", [None, ["wte", "lm_head"]])
+@pytest.mark.parametrize("family", ["gpt2", "gpt2 untied"])
+def test_rows_of_added_tokens_come_with_the_adapter(torch, theirs, bases, tmp_path, family, saved):
+    """The base's file has no row for them. PEFT writes the embeddings beside such adapters."""
+    base = bases(family)
+    torch.manual_seed(7)
+    model = in_torch(base)
+    model.resize_token_embeddings(31, mean_resizing=False)
+    config = theirs.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=saved)
+    model = theirs.get_peft_model(model, config).eval()
+    disturb(torch, [parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
+    expected = output_of_theirs(torch, model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved is None)
+    with pytest.raises(ValueError, match=r"trained with 31 tokens .* `hf.load\(dir, vocab_size=31\)`"):
+        peft.load(tmp_path / "adapter", *hf.load(base))
+    # Saved whole, a tied embedding and its head are two.
+    tie = "untie" if saved and family == "gpt2" else "share"
+    ours, params = hf.load(base, vocab_size=31, tie=tie)
+    frozen, delta = peft.load(tmp_path / "adapter", ours, params)
+    assert_close(output(ours, frozen, delta), expected)
+    # The rows are not lost when the adapter is written again.
+    peft.save(tmp_path / "again", ours, frozen, delta)
+    assert_close(output(ours, *peft.load(tmp_path / "again", ours, params)), expected)
+    with pytest.raises(ValueError, match="`vocab_size` is 28, and the base has 29 tokens"):
+        hf.load(base, vocab_size=28)

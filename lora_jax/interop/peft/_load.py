@@ -268,11 +268,26 @@ def _without_copies_of_base(
             copies |= {f"{PREFIX}{name}.{middle}weight": module.matrix for middle in ("", "base_layer.")}
     for name, tensor in stored.items():
         weight = copies.get(name)
+        if (
+            weight is not None
+            and len(tensor.shape) == 2
+            and tensor.shape[0] > weight.shape[0]
+            and tensor.shape[1:] == weight.shape[1:]
+        ):
+            raise ValueError(
+                f"{directory} was trained with {tensor.shape[0]} tokens ({name!r}), and `model` has "
+                f"{weight.shape[0]}: load the base with `hf.load(dir, vocab_size={tensor.shape[0]})`."
+            )
         if weight is None or name in plan.expected:
             kept[name] = tensor
             continue
         leaf = leaves.get(weight.path)
         if isinstance(leaf, Packed) or leaf is None or is_shape(leaf):
+            continue
+        if _adds_rows(tensor, weight.to_theirs(leaf)):
+            plan.expected[name] = tensor.shape
+            plan.whole[name] = family.decoder if _of_decoder(name, family) else weight.name
+            kept[name] = tensor
             continue
         if tensor.shape != weight.shape or not np.array_equal(tensor.read(), weight.to_theirs(leaf)):
             raise ValueError(
@@ -280,6 +295,22 @@ def _without_copies_of_base(
                 "`params`, in shape or in value: load the base it was trained on."
             )
     return kept
+
+
+def _of_decoder(name: str, family: Family) -> bool:
+    """Whether a copy in a file is that of the head."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".") == family.decoder
+
+
+def _adds_rows(tensor: Any, weight: np.ndarray) -> bool:
+    """Whether an embedding in a file is the base's and, where that has the zeros of `hf.load(vocab_size=)`,
+    the rows of added tokens.
+    """
+    if tensor.shape != weight.shape or weight[-1].any():
+        return False
+    count = len(weight) - int(np.argmax(weight[::-1].any(axis=1)))
+    array = tensor.read()
+    return bool(array[count:].any()) and np.array_equal(array[:count], weight[:count])
 
 
 def _alpha(config: AdapterConfig, module: Module) -> float:

@@ -77,8 +77,8 @@ def plan_of(
         if max(rows) >= shape[0]:
             raise ValueError(
                 f"`trainable_token_indices` of {directory} has the token {max(rows)}, and the embedding of "
-                f"this model has {shape[0]} rows: load the base that the adapter was trained on, with its "
-                "added tokens."
+                f"this model has {shape[0]} rows: load the base that the adapter was trained on, or "
+                "with `hf.load(dir, vocab_size=...)` and the number of its tokens."
             )
         expected[PREFIX + tokens] = (len(rows), shape[1])
     return Plan(bare, targets, ranks, names, expected, own_shapes, whole, tokens and PREFIX + tokens, idle)
