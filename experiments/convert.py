@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _HERE = {
     "`check_base=False`": "`--any-base`",
     "`overwrite=True`": "`--overwrite`",
     "`blocks`=None": "no `--blocks`",
+    '`rename="auto"`': "`--rename auto`",
 }
 
 
@@ -44,6 +46,7 @@ class Job:
     overwrite: bool = False
     verify: bool = True
     any_base: bool = False
+    rename: str = "strict"
 
 
 def convert(job: Job) -> list[str]:
@@ -115,6 +118,10 @@ def _check(job: Job, kind: str) -> None:
                 f"`--{name}` says what {WORDS[kind]} does not leave open, and {job.source} has that: leave "
                 "it out."
             )
+    if job.rename != "strict" and kind != "peft":
+        raise ValueError(
+            f"`--rename {job.rename}` is for PEFT's names, and {job.source} has {WORDS[kind]}: leave it out."
+        )
     if kind == "loralib" and job.alpha is None:
         raise ValueError(
             f"pass `--alpha`, the `lora_alpha` that {job.source} was trained with: a file of loralib's does "
@@ -184,7 +191,8 @@ def _model(job: Job) -> list[str]:
 
 def _adapter(job: Job, kind: str, base: Path) -> list[str]:
     apart = []
-    with Count("converting", 2, sys.stderr) as progress:
+    with Count("converting", 2, sys.stderr) as progress, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
         try:
             model, params, frozen, delta = _read(job, kind, base, "share")
         except OneSided:
@@ -200,6 +208,7 @@ def _adapter(job: Job, kind: str, base: Path) -> list[str]:
         f"read {job.source}, {described(delta)}, in {WORDS[kind]}",
         f"base {base}, {_size(model, params)}",
         *apart,
+        *dict.fromkeys(str(warning.message) for warning in told if warning.category is UserWarning),
         written,
     ]
 
@@ -208,7 +217,7 @@ def _read(job: Job, kind: str, base: Path, tie: str) -> tuple[Any, Any, Any, Any
     checks = {"verify": job.verify, "check_base": not job.any_base}
     room = peft if kind == "peft" else loralib
     model, params = hf.load(base, **room.head_of(job.source), tie=tie, place=_mapped, verify=job.verify)
-    own = {} if kind == "peft" else {"alpha": job.alpha, "blocks": job.blocks}
+    own = {"rename": job.rename} if kind == "peft" else {"alpha": job.alpha, "blocks": job.blocks}
     return model, params, *room.load(job.source, model, params, **own, **checks)
 
 
@@ -240,10 +249,14 @@ def described(delta: Any) -> str:
     kinds = sorted({type(leaf.spec.method).__name__ for leaf in adapters})
     ranks = sorted({leaf.spec.method.rank for leaf in adapters})
     whole = len(leaves) - len(adapters)
-    parts = [
-        f"{' and '.join(kinds)} of rank {' and '.join(map(str, ranks))}",
-        f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
-    ]
+    parts = (
+        [
+            f"{' and '.join(kinds)} of rank {' and '.join(map(str, ranks))}",
+            f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}",
+        ]
+        if adapters
+        else []
+    )
     parts += [f"{whole} tensor{'s' if whole > 1 else ''} trained whole"] if whole else []
     return ", ".join([*parts, f"{lora_jax.count(delta):,} parameters"])
 

@@ -48,23 +48,29 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def bases(torch, tmp_path_factory):
-    """`bases(family, head)`: a directory with random weights, nothing at 0 or 1."""
+    """`bases(family, head)`: a directory with random weights, nothing at 0 or 1. The family may end in
+    " untied", for a head of its own.
+    """
     import transformers
 
     @functools.cache
     def make(family, head=None):
         dir = tmp_path_factory.mktemp("base") / f"{family}_{head}"
         torch.manual_seed(7)  # or the weights would depend on which tests ran before
+        tied = dict(tie_word_embeddings=not family.endswith(" untied"))
         if family.startswith("gpt2"):
             config = dataclasses.replace(GPT2, n_layer=3) if family == "gpt2 of three layers" else GPT2
             model = transformers.GPT2LMHeadModel(
-                transformers.GPT2Config(**config.to_hf(), attn_implementation="eager")
+                transformers.GPT2Config(**{**config.to_hf(), **tied}, attn_implementation="eager")
             ).eval()
             disturb(torch, model.parameters(), 0.1)
         else:
+            own = dict(legacy=False, embedding_size=None) if family == "deberta of version 3" else {}
             config = encoders.changed(
-                ROBERTA if family == "roberta" else DEBERTA,
+                ROBERTA if family.startswith("roberta") else DEBERTA,
                 labels=("a", "b", "c") if "class" in head else ("LABEL_0", "LABEL_1"),
+                **tied,
+                **own,
             )
             model = encoders.theirs(torch, config, head)
         model.save_pretrained(dir)

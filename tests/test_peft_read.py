@@ -1,5 +1,7 @@
 """PEFT's directories against PEFT itself: what it writes is read, and written again as it was."""
 
+import json
+
 import numpy as np
 import peft_files
 import pytest
@@ -16,7 +18,7 @@ from peft_files import (
     without_head,
     written_by_peft,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import AdaLoRA, DoRA, LoRA, VeRA
 from lora_jax.interop import hf, peft
@@ -199,8 +201,6 @@ def test_every_field_of_a_method_is_read(torch, theirs, bases, tmp_path, options
 
 
 def test_older_files_of_dora(torch, theirs, bases, tmp_path):
-    from safetensors.numpy import save_file
-
     expected = written_by_peft(torch, theirs, bases("gpt2"), GPT2_CONFIGS["DoRA"], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(
@@ -221,3 +221,129 @@ def test_the_bin_file_of_old_is_read(torch, theirs, bases, tmp_path):
     file.unlink()
     model, params = hf.load(bases("gpt2"))
     assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected)
+
+
+@pytest.mark.parametrize("saved", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+def test_whole_weights_under_the_names_of_wrappers_too(torch, theirs, bases, tmp_path, saved):
+    """As PEFT writes them when it is told to save the embeddings beside the adapter."""
+    base = bases("gpt2 untied")
+    torch.manual_seed(7)
+    model = theirs.get_peft_model(
+        in_torch(base), theirs.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=saved)
+    ).eval()
+    disturb(torch, [parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
+    expected = output_of_theirs(torch, model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    names = load_file(file)
+    assert any(".modules_to_save." in name for name in names)
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    # A copy that differs is no copy.
+    changed = next(name for name in names if ".modules_to_save." in name)
+    save_file({**names, changed: names[changed] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="two different values of one tensor, '.*modules_to_save"):
+        peft.load(tmp_path / "adapter", *hf.load(base))
+
+
+def test_a_whole_name_is_chosen_in_any_layer(torch, theirs, bases, tmp_path):
+    base = bases("gpt2 untied")
+    options = dict(r=2, target_modules=["c_attn", "lm_head"], layers_to_transform=[1])
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    frozen, delta = check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    assert sorted(leaf.spec.path for leaf in adapters(delta)) == ["h/1/attn/c_attn/kernel", "lm_head/kernel"]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("family", ["roberta", "roberta untied"])
+def test_the_bias_of_a_head_that_is_adapted(torch, theirs, bases, tmp_path, family, bias):
+    """PyTorch has it under two names, which are one parameter where the head is tied."""
+    base = bases(family, "masked_lm")
+    options = dict(r=2, target_modules=["query", "decoder"], bias=bias)
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, tie="untie")
+
+
+def test_a_target_that_matches_nothing_beside_others_is_warned_of(torch, theirs, bases, tmp_path):
+    options = dict(r=2, target_modules=["c_attn", "gate_proj"])
+    expected = written_by_peft(torch, theirs, bases("gpt2"), options, tmp_path / "adapter")
+    model, params = hf.load(bases("gpt2"))
+    with pytest.warns(UserWarning, match="names 'gate_proj', which this model does not have"):
+        trees = peft.load(tmp_path / "adapter", model, params)
+    assert_close(output(model, *trees), expected)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_with_an_index(torch, theirs, bases, tmp_path, kind):
+    expected = written_by_peft(torch, theirs, bases("gpt2"), GPT2_CONFIGS["LoRA"], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    names = {name: f"adapter_model-0000{1 + index % 2}-of-00002.{kind}" for index, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        own = {name: tensors[name] for name in tensors if names[name] == shard}
+        if kind == "bin":
+            torch.save({name: torch.tensor(array) for name, array in own.items()}, file.with_name(shard))
+        else:
+            save_file(own, file.with_name(shard), metadata={"format": "pt"})
+    index = file.with_name(f"adapter_model.{kind}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model, params = hf.load(bases("gpt2"))
+    assert_close(output(model, *peft.load(tmp_path / "adapter", model, params)), expected)
+    file.with_name(names.popitem()[1]).unlink()
+    with pytest.raises(ValueError, match="names the file 'adapter_model-0000"):
+        peft.load(tmp_path / "adapter", model, params)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "tokens"),
+    [
+        ("gpt2", None, [5, 2, 28]),
+        ("gpt2 untied", None, {"wte": [5, 2]}),
+        ("roberta", "features", {"word_embeddings": [7, 3]}),
+    ],
+)
+def test_tokens_that_train_by_themselves(torch, theirs, bases, tmp_path, family, head, tokens):
+    """They take the place of the base's rows, in the head too where it is tied."""
+    base = bases(family, head)
+    targets = ["c_attn"] if "gpt2" in family else ["query"]
+    options = dict(r=2, target_modules=targets, trainable_token_indices=tokens)
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    frozen, delta = check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected)
+    embedding = delta["wte"] if "gpt2" in family else delta["embeddings"]["word_embeddings"]
+    assert embedding["embedding"].shape[1] == 12  # trains whole from here on
+
+
+def test_tokens_of_a_tied_head_with_a_bias_are_refused(torch, theirs, bases, tmp_path):
+    """PEFT computes that head without its bias."""
+    base = bases("roberta", "masked_lm")
+    options = dict(r=2, target_modules=["query"], trainable_token_indices={"word_embeddings": [7, 3]})
+    written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="`trainable_token_indices` is set .* has a bias, which PEFT leaves"):
+        peft.load(tmp_path / "adapter", *hf.load(base))
+
+
+@pytest.mark.parametrize("saved", [None, ["wte", "lm_head"]])
+@pytest.mark.parametrize("family", ["gpt2", "gpt2 untied"])
+def test_rows_of_added_tokens_come_with_the_adapter(torch, theirs, bases, tmp_path, family, saved):
+    """The base's file has no row for them. PEFT writes the embeddings beside such adapters."""
+    base = bases(family)
+    torch.manual_seed(7)
+    model = in_torch(base)
+    model.resize_token_embeddings(31, mean_resizing=False)
+    config = theirs.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=saved)
+    model = theirs.get_peft_model(model, config).eval()
+    disturb(torch, [parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
+    expected = output_of_theirs(torch, model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved is None)
+    with pytest.raises(ValueError, match=r"trained with 31 tokens .* `hf.load\(dir, vocab_size=31\)`"):
+        peft.load(tmp_path / "adapter", *hf.load(base))
+    # Saved whole, a tied embedding and its head are two.
+    tie = "untie" if saved and family == "gpt2" else "share"
+    ours, params = hf.load(base, vocab_size=31, tie=tie)
+    frozen, delta = peft.load(tmp_path / "adapter", ours, params)
+    assert_close(output(ours, frozen, delta), expected)
+    # The rows are not lost when the adapter is written again.
+    peft.save(tmp_path / "again", ours, frozen, delta)
+    assert_close(output(ours, *peft.load(tmp_path / "again", ours, params)), expected)
+    with pytest.raises(ValueError, match="`vocab_size` is 28, and the base has 29 tokens"):
+        hf.load(base, vocab_size=28)

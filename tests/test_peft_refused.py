@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import shutil
 
@@ -10,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import peft_files
 import pytest
-from peft_files import adapters, assert_close, bytes_of, FILES, output, trained
+from peft_files import (
+    adapters,
+    assert_close,
+    bytes_of,
+    FILES,
+    in_torch,
+    output,
+    output_of_theirs,
+    trained,
+    written_by_peft,
+)
 from safetensors.numpy import load_file
 
 import lora_jax
@@ -18,6 +29,7 @@ from lora_jax import DoRA, Full, LoRA, VeRA
 from lora_jax.interop import _fingerprint, hf, peft
 
 
+theirs = peft_files.theirs
 bases = peft_files.bases
 pytestmark = peft_files.ignored_warnings
 
@@ -99,7 +111,17 @@ A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
             "`peft_type` is 'LOHA' .* is not supported; supported are LORA, ADALORA, VERA",
         ),
         ({"lora_bias": True}, "`lora_bias` is True .* is not supported"),
-        ({"trainable_token_indices": [1, 3]}, "`trainable_token_indices`"),
+        ({"trainable_token_indices": [1, 1]}, "`trainable_token_indices` is .*different tokens"),
+        (
+            {"trainable_token_indices": [1, 29]},
+            "`trainable_token_indices` .* has the token 29, .* has 29 rows",
+        ),
+        ({"trainable_token_indices": {"wpe": [1]}}, "`trainable_token_indices` of .* names 'wpe'"),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["wte"]},
+            "trains tokens of 'transformer.wte', and 'transformer.wte' is adapted or saved whole too",
+        ),
+        ({"trainable_token_indices": [1]}, "wte.token_adapter.trainable_tokens_delta' is missing"),
         ({"layer_replication": [[0, 2]]}, "`layer_replication`"),
         ({"target_parameters": ["c_attn.weight"]}, "`target_parameters`"),
         ({"ensure_weight_tying": True}, "`ensure_weight_tying`"),
@@ -157,6 +179,40 @@ def test_a_config_that_cannot_be_meant_is_refused_by_its_field(ours, changes, me
     configure(dir, **changes)
     with pytest.raises(ValueError, match=message):
         peft.load(dir, model, params)
+
+
+def test_neutral_values_of_any_field_are_what_they_are_in_peft(torch, theirs, bases, tmp_path):
+    """Null and empty values. What PEFT reads as before, we read as before; what it reads otherwise, we do not
+    read.
+    """
+    base = bases("gpt2")
+    options = dict(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
+    model, params = hf.load(base)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    same = set()
+    for field, value in itertools.product(settings, (None, False, [], {})):
+        file.write_text(json.dumps({**settings, field: value}))
+        try:
+            found = theirs.PeftModel.from_pretrained(in_torch(base), tmp_path / "adapter").eval()
+            unchanged = np.abs(output_of_theirs(torch, found) - expected).max() < 1e-6
+        except Exception:  # PEFT meets such values with any error of Python's
+            unchanged = None
+        try:
+            trees = peft.load(tmp_path / "adapter", model, params)
+        except ValueError as error:
+            assert f"`{field}`" in str(error) or "does not hold the adapter" in str(error)
+            # Of another type than the field's, and refused as such.
+            assert not unchanged or value is not None and type(value) is not type(settings[field]), field
+            continue
+        assert unchanged is not False, (field, value)
+        assert_close(output(model, *trees), expected)
+        same.add((field, str(value)))
+    assert {("layer_replication", "[]"), ("megatron_config", "{}")} <= same
+    off = {"lora_bias", "use_dora", "use_rslora", "ensure_weight_tying", "use_qalora", "use_bdlora"}
+    assert {(field, "None") for field in off} <= same
+    assert not {("kasa_config", "{}"), ("use_bdlora", "{}"), ("arrow_config", "{}")} & same
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def add_to(commands: Commands) -> None:
         action="store_true",
         help="accept another base than the one the adapter was saved beside",
     )
+    convert.add_argument(
+        "--rename",
+        choices=("strict", "auto"),
+        default="strict",
+        help="auto: also read names that other tools wrapped, if each pairs with one of PEFT's",
+    )
     convert.set_defaults(handler=handle)
 
 
@@ -63,7 +69,12 @@ def handle(args: argparse.Namespace) -> None:
     from experiments.convert import convert, Job
 
     base = None if args.base is None else Path(args.base)
-    options = {"overwrite": args.overwrite, "verify": not args.no_verify, "any_base": args.any_base}
+    options = {
+        "overwrite": args.overwrite,
+        "verify": not args.no_verify,
+        "any_base": args.any_base,
+        "rename": args.rename,
+    }
     print(
         "\n".join(
             convert(

@@ -24,7 +24,7 @@ from ..methods import LoRA
 from ..processes import on_host
 from ._adapters import FileMethod, Part
 from ._families import Family
-from ._modules import Module, modules_of
+from ._modules import Module, modules_of, uncalled_modules
 from ._tensors import layout_of, shapes_of, Tensor, tensors_of
 
 
@@ -44,10 +44,20 @@ def has_new_head(model: nn.Module) -> bool:
 
 def checked_trees(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
     """The two trees, after a check that they are those of one `lorafy`, with the adapters of a new head
-    merged.
+    merged, and those that PyTorch's model would pass by.
     """
     _check_trees(frozen, delta)
-    return _with_head_whole(model, family, frozen, delta) if has_new_head(model) else (frozen, delta)
+    if not adapters_of(delta):
+        raise ValueError(NOTHING_ADAPTED)
+    uncalled = uncalled_modules(model, family)
+    paths = {
+        tensor.path
+        for tensor in tensors_of(model, family)
+        if has_new_head(model)
+        and not tensor.name.startswith(family.prefix)
+        or tensor.name.rpartition(".")[0] in uncalled
+    }
+    return _with_whole(paths, frozen, delta)
 
 
 def _check_trees(frozen: Any, delta: Any) -> None:
@@ -76,12 +86,11 @@ def _check_trees(frozen: Any, delta: Any) -> None:
                 )
 
 
-def _with_head_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) -> tuple[Any, Any]:
-    """The two trees with every adapter of the head merged. An adapter does not hold the weight that it adds
-    to, and the weight of a new head is in no other file.
+def _with_whole(whole: set[str], frozen: Any, delta: Any) -> tuple[Any, Any]:
+    """The two trees with every adapter of these leaves merged. An adapter does not hold the weight that it
+    adds to, and the weight of a new head is in no other file.
     """
-    head = {tensor.path for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)}
-    if not any(leaf.spec.path in head for leaf in adapters_of(delta).values()):
+    if not any(leaf.spec.path in whole for leaf in adapters_of(delta).values()):
         return frozen, delta
     leaves = jax.tree.leaves((frozen, delta), is_leaf=is_node)
     if any(
@@ -95,7 +104,7 @@ def _with_head_whole(model: nn.Module, family: Family, frozen: Any, delta: Any) 
     pairs: list[tuple[Any, Any]] = []
     paired(lambda leaf, other: pairs.append((leaf, other)), frozen, delta)
     pairs = [
-        (None, merge(*pair)) if path in head and isinstance(pair[1], Adapter) else pair
+        (None, merge(*pair)) if path in whole and isinstance(pair[1], Adapter) else pair
         for path, pair in zip(paths, pairs, strict=True)
     ]
     treedef = jax.tree.structure(frozen, is_leaf=is_node)

@@ -32,6 +32,9 @@ class Family:
     aliases: Mapping[str, str]  # a second name of a tensor: its first name
     fused: Mapping[str, int]  # the end of a module's name: how many projections it has side by side
     leftovers: re.Pattern  # names of further tensors in files, on which no result depends
+    # Modules whose weight PyTorch's model reads without calling them, so that PEFT's adapters of them do
+    # nothing there, and a tensor of each model where it is so.
+    uncalled: Mapping[str, str]
     table: str
 
     def projections_in(self, module: str) -> int:
@@ -93,6 +96,7 @@ FAMILIES = {
         decoder="lm_head.weight",
         aliases={},
         fused={"c_attn": 3},
+        uncalled={},
         leftovers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
         table="""
             transformer.wte.weight                 wte/embedding
@@ -130,6 +134,7 @@ FAMILIES = {
         decoder="lm_head.decoder.weight",
         aliases={"lm_head.decoder.bias": "lm_head.bias"},
         fused={},
+        uncalled={},
         # Files with any head may hold the pooler of pretraining, which only `features` uses.
         leftovers=re.compile(
             r"roberta\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))"
@@ -175,6 +180,10 @@ FAMILIES = {
         decoder="cls.predictions.decoder.weight",
         aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
         fused={},
+        uncalled={
+            "deberta.encoder.rel_embeddings": "deberta.encoder.rel_embeddings.weight",
+            "deberta.embeddings.word_embeddings": "lm_predictions.lm_head.dense.weight",
+        },
         # The published files hold absolute positions, which `position_biased_input`=false ignores, and a head
         # of pretraining.
         leftovers=re.compile(

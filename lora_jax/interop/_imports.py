@@ -16,7 +16,8 @@ import numpy as np
 
 from .._lorafy import Lorafied
 from .._lowrank.labels import widened
-from .._paths import is_array, named_leaves
+from .._packed.packed import is_packed
+from .._paths import is_array, is_shape, named_leaves
 from .._tree.method import Spec
 from .._tree.nodes import Adapter, Fixed, is_node, Shared
 from ..methods import LoRA
@@ -51,10 +52,10 @@ def adapted(
       source: the file's name, for errors.
     """
     agree()
-    whole = _under_one_name(model, family, whole, source)
     found = named_leaves(params, is_leaf=is_node)
     leaves = dict(found)
     _check_params(model, leaves)
+    whole = _under_one_name(model, family, whole, leaves, source)
     nodes: dict[str, tuple[Any, Any]] = {}
     by_path: dict[str, list[Part]] = {}
     head = next((module for module in modules_of(model, family) if module.tied), None)
@@ -189,15 +190,35 @@ def _trained_leaf(
 
 
 def _under_one_name(
-    model: nn.Module, family: Family, whole: Mapping[str, np.ndarray], source: Any
+    model: nn.Module, family: Family, whole: Mapping[str, np.ndarray], leaves: Mapping[str, Any], source: Any
 ) -> dict[str, np.ndarray]:
-    """`whole` with each tensor of the model under one name. A tied head, and a bias that has two names, must
-    equal the tensor that they repeat.
+    """`whole` with each tensor of the model under one name. A tied head must equal the embedding, that of the
+    file or else that of the base.
+
+    A bias with two names is one array in PyTorch where the head is tied. Elsewhere it is two, and the second
+    is the one that the head adds.
     """
-    repeated = [(alias, name) for alias, name in family.aliases.items() if alias in whole]
-    if tied_head(model, family) is not None and {family.decoder, family.embedding} & whole.keys():
-        repeated.append((family.decoder, family.embedding))
-    for one, other in repeated:
-        if one not in whole or other not in whole or not np.array_equal(whole[one], whole[other]):
-            raise _one_sided(source, (one if one in whole else other).rpartition(".")[0])
-    return {name: array for name, array in whole.items() if name not in {one for one, _ in repeated}}
+    found = dict(whole)
+    for alias, name in family.aliases.items():
+        if alias in found:
+            array = found.pop(alias)
+            earlier, found[name] = found.get(name, array), array
+            if model.config.tie_word_embeddings and not np.array_equal(array, earlier):
+                raise ValueError(
+                    f"{source} has two different values of one bias, {name!r} and {alias!r}: save the "
+                    "adapter again."
+                )
+    one, other = family.decoder, family.embedding
+    if tied_head(model, family) is not None and {one, other} & found.keys():
+        embedding = found[other] if other in found else base_value(model, family, other, leaves)
+        if one not in found or embedding is None or not np.array_equal(found[one], embedding):
+            raise _one_sided(source, (one if one in found else other).rpartition(".")[0])
+        del found[one]
+    return found
+
+
+def base_value(model: nn.Module, family: Family, name: str, leaves: Mapping[str, Any]) -> np.ndarray | None:
+    """A tensor of the base as files hold it; None where it has no values here, or others."""
+    tensor = next(tensor for tensor in tensors_of(model, family) if tensor.name == name)
+    leaf = leaves.get(tensor.path)
+    return None if leaf is None or is_shape(leaf) or is_packed(leaf) else tensor.to_theirs(leaf)

@@ -84,6 +84,12 @@ def tied_head(model: nn.Module, family: Family) -> str | None:
     return family.decoder.rpartition(".")[0] if has_one else None
 
 
+def uncalled_modules(model: nn.Module, family: Family) -> set[str]:
+    """The modules of this model in which PEFT's adapters do nothing."""
+    there = {tensor.name for tensor in tensors_of(model, family)}
+    return {module for module, tensor in family.uncalled.items() if tensor in there}
+
+
 def _kind(weight: Tensor) -> str:
     last = weight.path.rpartition("/")[2]
     if last == "embedding":
@@ -129,14 +135,16 @@ def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[s
     """`wanted`, with a larger module in place of all that it contains: `classifier` for its two layers.
 
     A module is left as it is where another one's name ends like its container's, dot or no dot, because PEFT
-    would take both: `word_embeddings` for `embeddings`.
+    would take both: `word_embeddings` for `embeddings`. A list of layers is none: PEFT has no copy of it.
     """
     every = {*all_names, *containers(all_names)}
 
     def stands_for(outer: str) -> bool:
         within = [name for name in all_names if name == outer or name.startswith(outer + ".")]
-        return all(name in wanted for name in within) and not any(
-            name != outer and name.endswith(outer) for name in every
+        return (
+            all(name in wanted for name in within)
+            and not any(name != outer and name.endswith(outer) for name in every)
+            and not any(name.removeprefix(outer + ".").split(".")[0].isdecimal() for name in within)
         )
 
     chosen = set()
@@ -144,7 +152,8 @@ def whole_modules(wanted: Collection[str], all_names: Collection[str]) -> list[s
         parts = name.split(".")
         above = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
         chosen.add(next(filter(stands_for, above), name))
-    return sorted(chosen)
+    # A module that has tensors of its own is also the container of others.
+    return sorted(name for name in chosen if not any(name.startswith(other + ".") for other in chosen))
 
 
 def covered_by(names: Iterable[str], module: str) -> bool:

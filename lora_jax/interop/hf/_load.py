@@ -5,7 +5,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,7 @@ def load(
     tie: str = "share",
     head: str | None = None,
     num_labels: int | None = None,
+    vocab_size: int | None = None,
     key: jax.Array | None = None,
     scan: bool = False,
     checkpoint: bool = False,
@@ -72,6 +73,8 @@ def load(
         strictly as ever, and tensors of other heads are passed over. Unless the file has the whole new head,
         for as many labels, all of it is drawn as the model draws it.
       num_labels: the number of labels of that head.
+      vocab_size: the number of tokens, where an adapter was trained with more than the base has. The rows of
+        the added tokens are zero until `peft.load` brings them.
       key: for a head that is drawn; None is `jax.random.key(0)`.
       scan, checkpoint, dtype: of the model; `dtype` is that of the computation.
       param_dtype: a dtype to which parameters are cast as they are read, each part before it goes to its
@@ -97,8 +100,10 @@ def load(
     with all_or_none(span):
         settings = read_json(directory / "config.json")
         family = family_of(settings)
-        named = family.config.from_hf(settings)
+        named: Any = family.config.from_hf(settings)
         config = named if num_labels is None else _with_labels(named, head, num_labels)
+        if vocab_size is not None:
+            config = _with_tokens(config, vocab_size)
         chosen = chosen_head(settings, family, head)
         # Where `head` is the config's own head, its tensors are read as strictly as all others.
         own = {family.heads.get(name) for name in settings.get("architectures") or ()}
@@ -117,6 +122,8 @@ def load(
         }
         stored, fresh = _head_of_file_or_new(family, tensors, stored) if replaced else (stored, set())
         kept = [tensor for tensor in tensors if tensor.path not in fresh]
+        if config.vocab_size > named.vocab_size:
+            stored = _with_rows(kept, stored, named.vocab_size, config.vocab_size)
         check_tensors(
             f"{directory} does not hold the model that its config.json describes",
             {tensor.name: tensor.shape for tensor in kept},
@@ -218,6 +225,46 @@ def _with_labels(config: Any, head: str | None, count: int) -> Any:
     return (
         config if count == config.num_labels else dataclasses.replace(config, labels=numbered_labels(count))
     )
+
+
+class _Padded(NamedTuple):
+    """A tensor of the file with zeros for the rows of added tokens. Its interface is that of `Stored`."""
+
+    tensor: Any
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    def read(self) -> np.ndarray:
+        array = self.tensor.read()
+        return np.concatenate([array, np.zeros((self.shape[0] - len(array), *self.shape[1:]), array.dtype)])
+
+
+def _with_tokens(config: Any, count: int) -> Any:
+    if isinstance(count, bool) or not isinstance(count, int) or count < config.vocab_size:
+        raise ValueError(
+            f"`vocab_size` is {count!r}, and the base has {config.vocab_size} tokens: pass the number that "
+            "the adapter was trained with, which is larger, or leave it out."
+        )
+    return dataclasses.replace(config, vocab_size=count)
+
+
+def _with_rows(tensors: list[Tensor], stored: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """`stored` with the rows of added tokens, in every tensor that has a row for each token."""
+    grown = {
+        tensor.name: _Padded(stored[tensor.name], tensor.shape)
+        for tensor in tensors
+        if tensor.name in stored
+        and tensor.shape[:1] == (after,)
+        and stored[tensor.name].shape == (before, *tensor.shape[1:])
+    }
+    return {**stored, **grown}
 
 
 def _tied_or_untied(

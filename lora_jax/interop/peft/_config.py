@@ -25,30 +25,24 @@ _SILENT = set(
         qalora_group_size init_weights beta1 beta2 deltaT orth_reg_weight target_r tfinal tinit total_step
     """.split()
 )
-# Keys of what is not supported, with the values that switch it off.
-_OFF: dict[str, tuple] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "loftq_config": (None, {}),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
+# Keys of what is not supported, which null, false or an empty value switch off, as they do in PEFT.
+_OFF = set(
+    """
+        alora_invocation_tokens arrow_config corda_config ensure_weight_tying kasa_config layer_replication
+        loftq_config lora_bias lora_ga_config megatron_config monteclora_config target_parameters
+        use_bdlora use_qalora velora_config
+    """.split()
+)
+# Of these, an empty object switches the thing on, with PEFT's defaults.
+_ON_IF_EMPTY = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"}
 # Starts that leave the base as it is, so that the tensors are all that is needed.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _OWN = {
     "LORA": set(
-        "r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern".split()
+        """
+            r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern
+            trainable_token_indices
+        """.split()
     ),
     "ADALORA": set(
         """
@@ -90,6 +84,8 @@ class AdapterConfig:
     projection_prng_key: int = 0
     save_projection: bool = True
     base: str | None = None
+    # The rows of an embedding that train, and the end of its name, or None for the word embedding.
+    tokens: tuple[str | None, tuple[int, ...]] | None = None
 
 
 def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
@@ -132,7 +128,12 @@ def parse(file: Path, content: Mapping[str, Any]) -> AdapterConfig:
         projection_prng_key=read.seed("projection_prng_key"),
         save_projection=read.flag("save_projection", True),
         base=read.text("base_model_name_or_path"),
+        tokens=read.tokens("trainable_token_indices") if kind == "LORA" else None,
     )
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def _as_tuple(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
@@ -140,16 +141,14 @@ def _as_tuple(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 def _check_keys(file: Path, kind: str, content: Mapping[str, Any]) -> None:
-    known = _COMMON | _SILENT | set(_OFF) | _OWN[kind]
+    known = _COMMON | _SILENT | _OFF | _OWN[kind]
     for name, value in content.items():
-        if name in _OFF and not any(
-            value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF[name]
-        ):
+        if name in _OFF and (not _is_off(value) or (name in _ON_IF_EMPTY and value == {})):
             raise ValueError(
                 f"`{name}` is {value!r} in {file}, which is not supported, because what it changes cannot be "
                 "represented here; train or convert the adapter without it."
             )
-        if name not in known and value not in (None, False, [], {}, ""):
+        if name not in known and not _is_off(value):
             close = nearest(name, sorted(known), 1)
             raise ValueError(
                 f"`{name}` is {value!r} in {file}, which is not a key of {kind} in PEFT 0.21, and what it "
@@ -212,6 +211,22 @@ class _Reader:
             raise self.wrong(name, "a layer's number or a list of them")
         return tuple(value)
 
+    def tokens(self, name: str) -> tuple[str | None, tuple[int, ...]] | None:
+        value = self.content.get(name)
+        if _is_off(value):
+            return None
+        module, rows = next(iter(value.items())) if isinstance(value, dict) else (None, value)
+        single = not isinstance(value, dict) or len(value) == 1
+        if (
+            not single
+            or not isinstance(rows, list)
+            or not rows
+            or not all(_is_int(row) and row >= 0 for row in rows)
+            or len(set(rows)) < len(rows)
+        ):
+            raise self.wrong(name, "a list of different tokens, or an object with one such list")
+        return module, tuple(rows)
+
     def rank(self, name: str, default: int) -> int:
         value = self.content.get(name, default)
         if not _is_int(value) or value < 1:
@@ -238,9 +253,9 @@ class _Reader:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.content.get(name, default)
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | None):
             raise self.wrong(name, "true or false")
-        return value
+        return bool(value)
 
     def text(self, name: str) -> str | None:
         value = self.content.get(name)
@@ -250,6 +265,7 @@ class _Reader:
 
     def start(self, name: str) -> bool | str:
         value = self.content.get(name, True)
+        value = False if value is None else value
         value = value.lower() if isinstance(value, str) else value
         if not isinstance(value, bool | str) or value not in _STARTS:
             raise ValueError(

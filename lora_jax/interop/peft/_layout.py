@@ -8,6 +8,8 @@ from .._modules import Module
 PREFIX = "base_model.model."
 # VeRA's pair, one for all modules: (r, largest in) and (largest out, r).
 PROJECTIONS = {"shared_a": "base_model.vera_A", "shared_b": "base_model.vera_B"}
+# The end of the name of the rows of an embedding that train by themselves.
+TOKENS = "token_adapter.trainable_tokens_delta"
 # Our heads, and PEFT's task with the same head.
 TASKS = {
     "sequence_classification": "SEQ_CLS",

@@ -1,9 +1,10 @@
 """`load` reads those of PEFT's adapters that can be represented here; any other is an error."""
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
@@ -19,19 +20,27 @@ from .._adapters import Part, plain_number, with_blocks
 from .._families import Family, family_of_model
 from .._files import read_json
 from .._heads import head_in
-from .._imports import adapted
-from .._modules import Module, modules_of
+from .._imports import adapted, base_value
+from .._modules import Module, modules_of, tied_head, uncalled_modules
 from .._safetensors import facts_of, stored_tensors
 from .._strict import check_beside, check_finite, check_tensors
 from .._tensors import Tensor
+from . import _rename
 from ._config import AdapterConfig, parse
 from ._layout import PREFIX, PROJECTIONS, TASKS
 from ._plan import Plan, plan_of
+from ._starts import begins_at_base, check_start, with_start
 from ._targets import pattern_value
 
 
 def load(
-    dir: str | Path, model: nn.Module, params: Any, *, verify: bool = True, check_base: bool = True
+    dir: str | Path,
+    model: nn.Module,
+    params: Any,
+    *,
+    verify: bool = True,
+    check_base: bool = True,
+    rename: Literal["strict", "auto"] = "strict",
 ) -> Lorafied:
     """The adapter in a directory of PEFT's, on `params`: what `lorafy` would have returned, trained.
 
@@ -52,13 +61,17 @@ def load(
     specs), delta))` of `lora_jax.sharding` places them as the weights are.
 
     Args:
-      dir: has `adapter_config.json` and `adapter_model.safetensors`, or `.bin`, of which no code is run.
+      dir: has `adapter_config.json` and `adapter_model.safetensors`, or `.bin`, of which no code is run;
+        either may be in shards with an index.
       model, params: as `hf.load` returned them, with the head that the adapter was trained with:
         `head_of(dir)`.
       verify: whether to compare the files with the checksums that they carry, if any, and to look for values
         that are not finite.
       check_base: whether to compare `params` with the base beside which the adapter was saved, if the file
         has its fingerprint.
+      rename: "strict" reads PEFT's names only. "auto" also reads names that other tools wrapped
+        (`_orig_mod.`, `_fsdp_wrapped_module.`, `module.`, an adapter's name, `base_model.model.` twice or not
+        at all, Kohya's, MLX's) if each pairs with exactly one of PEFT's, and warns of what it read as what.
 
     Raises:
       ValueError: a tensor that is missing, unexpected, of another shape or dtype, or not finite; a field of
@@ -66,32 +79,90 @@ def load(
         modules that share their weight (then `OneSided`).
     """
     directory = Path(dir)
+    if rename not in ("strict", "auto"):
+        raise ValueError(f"`rename` is {rename!r}; it must be 'strict' or 'auto'.")
     with all_or_none(spanning(params)):
         kind, _, family = family_of_model(model)
         config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
         file, stored = _stored(directory)
-        facts = facts_of(file, verify=verify) if file.suffix == ".safetensors" else None
+        # Files of other tools, and shards, carry none.
+        whole_file = file.suffix == ".safetensors" and file.is_file()
+        facts = facts_of(file, verify=verify) if whole_file else None
         if verify:
             check_beside(file, facts)
         _check_task(directory, config, model)
-        plan = plan_of(directory, config, kind, model, family, stored)
-        stored = _under_expected_names(plan, directory, stored, family)
-        stored = _without_copies_of_base(plan, directory, model, family, params, stored)
-        check_tensors(
-            f"{directory} does not hold the adapter that its config describes for this model",
-            plan.expected,
-            stored,
-        )
+
+        def fitted(stored: Mapping[str, Any], renamed: bool) -> tuple[Plan, dict[str, Any]]:
+            plan = plan_of(directory, config, kind, model, family, stored)
+            if renamed:
+                alphas = {module.name: _alpha(config, module) for module in plan.targets}
+                stored = _rename.paired(directory, stored, plan.expected, alphas)
+            stored = _under_expected_names(plan, directory, stored, family)
+            stored = _without_copies_of_base(plan, directory, model, family, params, stored)
+            check_tensors(
+                f"{directory} does not hold the adapter that its config describes for this model",
+                plan.expected,
+                stored,
+            )
+            return plan, stored
+
+        if rename == "auto":
+            plan, stored = fitted(_rename.unwrapped_tensors(directory, stored), True)
+            _tell_renamed(directory, stored)
+        else:
+            try:
+                plan, stored = fitted(stored, False)
+            except ValueError as error:
+                if not _fits_renamed(fitted, directory, stored):
+                    raise
+                raise ValueError(
+                    f'{error} Each name pairs with one that PEFT writes: pass `rename="auto"`.'
+                ) from error
         read = lambda name: check_finite(file, name, stored[name].read()) if verify else stored[name].read()
         arrays = {name: read(name) for name in plan.expected}
 
-        whole = {tensor: arrays[name] for name, tensor in plan.whole.items()}
+        whole = {tensor: arrays[name] for name, tensor in plan.whole.items() if name not in plan.idle}
         parts = with_blocks([_part(config, module, arrays, plan) for module in plan.targets], family)
+        if config.init_lora_weights == "pissa" and config.peft_type == "LORA":
+            check_start(directory, parts, model, family, params)
+            parts = [with_start(part, config, params) for part in parts] if config.use_dora else parts
+        _check_called(directory, parts, model, family)
+        if plan.tokens is not None and config.tokens is not None:
+            leaves = dict(named_leaves(params, is_leaf=is_node))
+            rows = _with_rows(directory, model, family, leaves, config.tokens[1], arrays[plan.tokens])
+            whole |= {family.embedding: rows}
+            if tied_head(model, family) is not None:
+                whole |= {family.decoder: rows}
+                if family.aliases:
+                    raise ValueError(
+                        f"`trainable_token_indices` is set in {directory}, and the head that is tied to the "
+                        "embedding has a bias, which PEFT leaves out of the head of such adapters: train the "
+                        "whole embedding and the head, with `modules_to_save`."
+                    )
         shared = _shared(config, arrays, plan)
         result = adapted(model, family, params, parts, whole, shared, directory)
         if check_base and facts:
             _fingerprint.check_base(directory, facts, model, family, result.frozen)
         return result
+
+
+def _fits_renamed(fitted: Callable, directory: Path, stored: Mapping[str, Any]) -> bool:
+    """Whether `rename="auto"` would read these tensors."""
+    try:
+        fitted(_rename.unwrapped_tensors(directory, stored), True)
+    except ValueError:
+        return False
+    return True
+
+
+def _tell_renamed(directory: Path, stored: Mapping[str, Any]) -> None:
+    changed = [(tensor.name, name) for name, tensor in stored.items() if tensor.name != name]
+    if changed:
+        theirs, own = changed[0]
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        warnings.warn(
+            f"{directory} has names that are not PEFT's: {theirs!r} is read as {own!r}{more}.", stacklevel=3
+        )
 
 
 def head_of(dir: str | Path) -> dict[str, Any]:
@@ -107,7 +178,9 @@ def head_of(dir: str | Path) -> dict[str, Any]:
     """
     directory = Path(dir)
     config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
-    names = {name.removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()}
+    names = {
+        _rename.unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()
+    }
     if any(re.match(r"(transformer\.)?h\.\d+\.", name) for name in names):  # GPT-2, which has one head
         return {}
     head = next(
@@ -124,9 +197,11 @@ def _labels(stored: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _stored(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    binary = directory / "adapter_model.bin"
-    if not (directory / "adapter_model.safetensors").is_file() and binary.is_file():
-        return binary, _state_dict.tensors(binary)
+    names = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
+    binaries = ("adapter_model.bin", "adapter_model.bin.index.json")
+    if not any((directory / name).is_file() for name in names):
+        if any((directory / name).is_file() for name in binaries):
+            return directory / binaries[0], _state_dict.stored_binaries(directory, "adapter_model")
     return directory / "adapter_model.safetensors", stored_tensors(directory, stem="adapter_model")
 
 
@@ -145,8 +220,9 @@ def _under_expected_names(
 ) -> dict[str, Any]:
     """The tensors by the names that are expected, each array once.
 
-    Older files have `.weight` after DoRA's magnitudes. Where all biases train, PEFT writes those of modules
-    that are saved whole a second time, under their names in its own wrapper.
+    Older files have `.weight` after DoRA's magnitudes. Where all biases train, and where embeddings are saved
+    beside the adapter, PEFT writes tensors that it saves whole a second time, under their names in its own
+    wrapper.
     """
     old = {
         f"{name}.weight": name for names in plan.names.values() for ours, name in names.items() if ours == "m"
@@ -155,17 +231,13 @@ def _under_expected_names(
         old[name] if name in old and old[name] not in stored else name: tensor
         for name, tensor in stored.items()
     }
-    for name in [
-        name
-        for name in named
-        if name.endswith(".bias") and (".modules_to_save." in name or ".original_module." in name)
-    ]:
+    for name in [name for name in named if ".modules_to_save." in name or ".original_module." in name]:
         original = ".original_module." in name  # of the base; it has no effect
         inner = re.sub(r"\.original_module\.|\.modules_to_save(\.default)?\.", ".", name)
         if inner in plan.expected and inner in named:
             if not original and not np.array_equal(named[name].read(), named[inner].read()):
                 raise ValueError(
-                    f"{directory} has two different values of one bias, {name!r} and {inner!r}: save the "
+                    f"{directory} has two different values of one tensor, {name!r} and {inner!r}: save the "
                     "adapter again."
                 )
             del named[name]
@@ -196,11 +268,26 @@ def _without_copies_of_base(
             copies |= {f"{PREFIX}{name}.{middle}weight": module.matrix for middle in ("", "base_layer.")}
     for name, tensor in stored.items():
         weight = copies.get(name)
+        if (
+            weight is not None
+            and len(tensor.shape) == 2
+            and tensor.shape[0] > weight.shape[0]
+            and tensor.shape[1:] == weight.shape[1:]
+        ):
+            raise ValueError(
+                f"{directory} was trained with {tensor.shape[0]} tokens ({name!r}), and `model` has "
+                f"{weight.shape[0]}: load the base with `hf.load(dir, vocab_size={tensor.shape[0]})`."
+            )
         if weight is None or name in plan.expected:
             kept[name] = tensor
             continue
         leaf = leaves.get(weight.path)
         if isinstance(leaf, Packed) or leaf is None or is_shape(leaf):
+            continue
+        if _adds_rows(tensor, weight.to_theirs(leaf)):
+            plan.expected[name] = tensor.shape
+            plan.whole[name] = family.decoder if _of_decoder(name, family) else weight.name
+            kept[name] = tensor
             continue
         if tensor.shape != weight.shape or not np.array_equal(tensor.read(), weight.to_theirs(leaf)):
             raise ValueError(
@@ -210,10 +297,30 @@ def _without_copies_of_base(
     return kept
 
 
+def _of_decoder(name: str, family: Family) -> bool:
+    """Whether a copy in a file is that of the head."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".") == family.decoder
+
+
+def _adds_rows(tensor: Any, weight: np.ndarray) -> bool:
+    """Whether an embedding in a file is the base's and, where that has the zeros of `hf.load(vocab_size=)`,
+    the rows of added tokens.
+    """
+    if tensor.shape != weight.shape or weight[-1].any():
+        return False
+    count = len(weight) - int(np.argmax(weight[::-1].any(axis=1)))
+    array = tensor.read()
+    return bool(array[count:].any()) and np.array_equal(array[:count], weight[:count])
+
+
+def _alpha(config: AdapterConfig, module: Module) -> float:
+    return plain_number(pattern_value(config.alpha_pattern, module.name, config.lora_alpha))
+
+
 def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], plan: Plan) -> Part:
     rank = plan.ranks[module.name]
     own = {ours: arrays[name].reshape(plan.shapes[name]) for ours, name in plan.names[module.name].items()}
-    alpha = plain_number(pattern_value(config.alpha_pattern, module.name, config.lora_alpha))
+    alpha = _alpha(config, module)
     if config.peft_type == "VERA":
         return Part(module, VeRA(rank, config.d_initial, config.projection_prng_key, config.dropout), own)
     if config.peft_type == "ADALORA":
@@ -233,8 +340,43 @@ def _part(config: AdapterConfig, module: Module, arrays: dict[str, np.ndarray], 
     }
     if config.use_dora:
         return Part(module, DoRA(**options), own)
-    begins = config.init_lora_weights == "pissa" and module.kind in ("linear", "conv1d")
-    return Part(module, PiSSA(**options) if begins else LoRA(**options), own)
+    return Part(module, PiSSA(**options) if begins_at_base(config, module) else LoRA(**options), own)
+
+
+def _with_rows(
+    directory: Path,
+    model: nn.Module,
+    family: Family,
+    leaves: Mapping[str, Any],
+    tokens: tuple[int, ...],
+    rows: np.ndarray,
+) -> np.ndarray:
+    """The base's embedding with these rows in place of its own."""
+    embedding = base_value(model, family, family.embedding, leaves)
+    if embedding is None:
+        raise ValueError(
+            f"`trainable_token_indices` is set in {directory}, and the embedding of `params` is quantised or "
+            "a shape: load the adapter on the base's own values."
+        )
+    changed = np.array(embedding)
+    changed[list(tokens)] = rows.astype(changed.dtype)
+    return changed
+
+
+def _check_called(directory: Path, parts: list[Part], model: nn.Module, family: Family) -> None:
+    """Raises `ValueError` for an adapter that PEFT has and never runs. At its start it adds nothing here
+    either.
+    """
+    uncalled = uncalled_modules(model, family)
+    for part in parts:
+        if part.module.matrix.name.rpartition(".")[0] in uncalled and (
+            type(part.method) is not LoRA or (part.arrays["b"] @ part.arrays["a"]).any()
+        ):
+            raise ValueError(
+                f"`target_modules` of {directory} takes in {part.module.name!r}, whose weight PyTorch's "
+                "model reads without calling the module: PEFT's adapter has no effect there, and would have "
+                "one here. Remove the target and its tensors to compute what PEFT computes."
+            )
 
 
 def _at_full_rank(arrays: dict[str, np.ndarray], kept: np.ndarray, rank: int) -> dict[str, np.ndarray]:

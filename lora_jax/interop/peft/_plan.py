@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from .._families import Family
-from .._modules import Module, modules_of
+from .._modules import covered_by, Module, modules_of
 from ._config import AdapterConfig
-from ._layout import entries, PREFIX, PROJECTIONS
+from ._layout import entries, PREFIX, PROJECTIONS, TOKENS
 from ._targets import pattern_value, saved_whole, targeted
 
 
@@ -23,6 +23,8 @@ class Plan(NamedTuple):
     expected: dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]  # without the axes of length one that only files have
     whole: dict[str, str]  # of tensors that replace the base's: the file's name, and the tensor's
+    tokens: str | None  # the file's name of the rows that take the place of the word embedding's
+    idle: set[str]  # those of the file's names whose tensors have no effect on what PEFT computes
 
 
 def plan_of(
@@ -58,7 +60,7 @@ def plan_of(
         names[module.name] = {ours: f"{PREFIX}{module.name}.{entry.ending}" for ours, entry in found.items()}
         expected |= {names[module.name][ours]: entry.shape for ours, entry in found.items()}
         own_shapes |= {names[module.name][ours]: entry.own_shape for ours, entry in found.items()}
-    if config.peft_type == "VERA" and config.save_projection:
+    if config.peft_type == "VERA" and config.save_projection and targets:
         ins, outs = max(module.ins[0] for module in targets), max(module.outs for module in targets)
         expected |= {PROJECTIONS["shared_a"]: (config.r, ins), PROJECTIONS["shared_b"]: (outs, config.r)}
     whole = _tensors_saved_whole(config, named, {module.name for module in targets}, family, stored)
@@ -67,7 +69,49 @@ def plan_of(
         alias: shapes[name] for alias, name in family.aliases.items() if name in shapes
     }
     expected |= {name: shapes[tensor] for name, tensor in whole.items()}
-    return Plan(bare, targets, ranks, names, expected, own_shapes, whole)
+    idle = _idle(config, family, whole)
+    tokens = None
+    if config.tokens is not None:
+        rows, shape = config.tokens[1], shapes[family.embedding]
+        tokens = f"{_with_tokens(directory, config, named, targets, family, bare)}.{TOKENS}"
+        if max(rows) >= shape[0]:
+            raise ValueError(
+                f"`trainable_token_indices` of {directory} has the token {max(rows)}, and the embedding of "
+                f"this model has {shape[0]} rows: load the base that the adapter was trained on, or "
+                "with `hf.load(dir, vocab_size=...)` and the number of its tokens."
+            )
+        expected[PREFIX + tokens] = (len(rows), shape[1])
+    return Plan(bare, targets, ranks, names, expected, own_shapes, whole, tokens and PREFIX + tokens, idle)
+
+
+def _with_tokens(
+    directory: Path,
+    config: AdapterConfig,
+    modules: list[Module],
+    targets: list[Module],
+    family: Family,
+    bare: bool,
+) -> str:
+    """The embedding of which tokens train. Raises `ValueError` for another module, and where the embedding or
+    its head is adapted or saved whole too.
+    """
+    assert config.tokens is not None, "asked for by the caller"
+    ending = config.tokens[0]
+    own = family.embedding.rpartition(".")[0]
+    own = own.removeprefix(family.prefix) if bare else own
+    if ending is not None and [module.name for module in modules if module.name.endswith(ending)] != [own]:
+        raise ValueError(
+            f"`trainable_token_indices` of {directory} names {ending!r}, and only tokens of {own!r} can be "
+            "represented here."
+        )
+    taken = {module.name for module in [*targets, *saved_whole(config, modules)]}
+    found = taken & {own, family.decoder.rpartition(".")[0]}
+    if found:
+        raise ValueError(
+            f"`trainable_token_indices` of {directory} trains tokens of {own!r}, and {sorted(found)[0]!r} is "
+            "adapted or saved whole too: that cannot be represented here. Train it without one of the two."
+        )
+    return own
 
 
 def _is_bare(family: Family, modules: list[Module], stored: Mapping[str, Any]) -> bool:
@@ -99,9 +143,30 @@ def _tensors_saved_whole(
                 found[f"{PREFIX}{module.name}{'.base_layer' if module.name in targets else ''}.bias"] = (
                     module.bias.name
                 )
+    # The head's bias, of whose two names the head's own counts.
+    there = {tensor.name for module in modules for tensor in module.tensors}
+    for alias, name in family.aliases.items():
+        owner = alias.rpartition(".")[0]
+        if name in there and owner in {module.name for module in saved}:
+            found[PREFIX + alias] = alias
+        elif name in there and owner in targets and config.bias != "none":
+            found[f"{PREFIX}{owner}.base_layer.bias"] = alias
     # PEFT writes a bias that has two names under both, or under one.
     return found | {
         PREFIX + alias: alias
         for alias, name in family.aliases.items()
         if name in found.values() and PREFIX + alias in stored
+    }
+
+
+def _idle(config: AdapterConfig, family: Family, whole: Mapping[str, str]) -> set[str]:
+    """The first name of a bias of which the head, saved whole by itself, has a copy of its own."""
+    saved = config.modules_to_save
+    return {
+        PREFIX + name
+        for alias, name in family.aliases.items()
+        if alias in whole.values()
+        and PREFIX + name in whole
+        and covered_by(saved, alias.rpartition(".")[0])
+        and not covered_by(saved, name.rpartition(".")[0])
     }

@@ -18,14 +18,13 @@ from .._exports import (
     checked_trees,
     frozen_tensors,
     has_new_head,
-    NOTHING_ADAPTED,
     parts_of,
     trained_whole,
 )
 from .._families import Family, family_of_model
 from .._files import new_directory, write_json
 from .._fingerprint import fingerprint
-from .._modules import covered_by, Module, modules_of, tied_head, whole_modules
+from .._modules import covered_by, Module, modules_of, whole_modules
 from .._safetensors import digest, Pending, write_tensors
 from .._strict import check_writable
 from ._layout import entries, PREFIX, PROJECTIONS, TASKS
@@ -97,6 +96,7 @@ def _save(
     own_name = (lambda name: name.removeprefix(family.prefix)) if task == "FEATURE_EXTRACTION" else str
     whole, saved, bias = _tensors_saved_whole(model, family, modules, parts, trained, frozen, own_name)
     tensors = _tensors(kind, parts, whole, own_name)
+    targets = target_names(parts, modules)
     settings = {
         "peft_type": kind,
         "task_type": task,
@@ -105,7 +105,7 @@ def _save(
         "bias": {"only": "vera_only" if kind == "VERA" else "lora_only"}.get(bias, bias),
         "fan_in_fan_out": any(part.module.kind == "conv1d" for part in parts),
         "modules_to_save": saved or None,
-        "target_modules": [own_name(name) for name in target_names(parts, modules)],
+        "target_modules": targets if isinstance(targets, str) else [own_name(name) for name in targets],
         **method_settings(parts),
     }
     if kind == "VERA":
@@ -141,8 +141,6 @@ def _representable(frozen: Any, delta: Any) -> tuple[str, Any, Any]:
     """PEFT's name for the method, and the two trees with adapters of that method."""
     leaves = adapters_of(delta).values()
     methods, kinds = {leaf.spec.method for leaf in leaves}, {type(leaf.spec.method) for leaf in leaves}
-    if not leaves:
-        raise ValueError(NOTHING_ADAPTED)
     if DoRA in kinds and len(kinds) > 1:
         other = next(leaf for leaf in leaves if not isinstance(leaf.spec.method, DoRA))
         raise ValueError(
@@ -175,7 +173,6 @@ def _tensors_saved_whole(
     word for which biases train.
     """
     adapted = {part.module.name for part in parts}
-    head = tied_head(model, family)
     wanted = {
         module.name for module in modules if has_new_head(model) and not module.name.startswith(family.prefix)
     }
@@ -184,10 +181,20 @@ def _tensors_saved_whole(
         for module in modules
         if module.name not in adapted and module.weight and module.weight.name in trained
     }
-    bias, biases = _biases(modules, adapted, wanted, trained)
+    # A head that has a bias under a second name brings it along.
+    second = {name: alias for alias, name in family.aliases.items()}
+    of_head = {name: alias.rpartition(".")[0] for name, alias in second.items()}
+    bias, biases = _biases(modules, adapted, wanted, trained, of_head)
     wanted |= {
-        module.name for module in modules if module.bias and module.bias.name in trained.keys() - biases
+        module.name
+        for module in modules
+        if module.bias
+        and module.bias.name in trained.keys() - biases
+        and of_head.get(module.bias.name) not in wanted
     }
+    value = lambda tensor: (
+        trained[tensor.name] if tensor.name in trained else frozen_tensors(frozen, [tensor])[tensor.name]
+    )
     names = whole_modules({own_name(name) for name in wanted}, [own_name(module.name) for module in modules])
     tensors: dict[str, np.ndarray] = {}
     for module in modules:
@@ -200,22 +207,36 @@ def _tensors_saved_whole(
             )
         for tensor in module.tensors:
             own = f"{module.name}.weight" if module.tied else tensor.name
-            found = trained if tensor.name in trained else frozen_tensors(frozen, [tensor])
-            tensors[own] = found[tensor.name]
+            tensors[own] = value(tensor)
     tensors |= {name: trained[name] for name in biases}
-    # PEFT also looks under PyTorch's second names.
-    tensors |= {alias: tensors[name] for alias, name in family.aliases.items() if name in tensors and head}
+    for module in modules:
+        own = module.bias.name if module.bias else ""
+        if own in second and (own in tensors or covered_by(names, of_head[own])):
+            # PyTorch's head adds what is under the second name.
+            tensors[second[own]] = value(module.bias)
+    if bias == "only":
+        for name in of_head.keys() & tensors.keys():
+            if not covered_by(names, name.rpartition(".")[0]):
+                del tensors[name]
     return tensors, names, bias
 
 
 def _biases(
-    modules: list[Module], adapted: set[str], saved: set[str], trained: dict[str, np.ndarray]
+    modules: list[Module],
+    adapted: set[str],
+    saved: set[str],
+    trained: dict[str, np.ndarray],
+    of_head: dict[str, str],
 ) -> tuple[str, set[str]]:
     """PEFT's word for which biases train, and their names: all but those of modules that are saved whole, or
-    those of the adapted modules.
+    those of the adapted modules. `of_head`: the module that adds a bias, where another one has it.
     """
     every = {module.bias.name for module in modules if module.bias and module.name not in saved}
-    own = {module.bias.name for module in modules if module.bias and module.name in adapted}
+    own = {
+        module.bias.name
+        for module in modules
+        if module.bias and of_head.get(module.bias.name, module.name) in adapted
+    }
     if not own & trained.keys():
         return "none", set()
     if every <= trained.keys():

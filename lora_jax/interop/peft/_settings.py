@@ -8,13 +8,22 @@ from .._adapters import Part, plain_number
 from .._modules import containers, Module, short_names
 
 
-def target_names(parts: list[Part], modules: list[Module]) -> list[str]:
+# What PEFT accepts where only whole modules are saved.
+NO_MODULES = "dummy-target-modules"
+
+
+def target_names(parts: list[Part], modules: list[Module]) -> list[str] | str:
+    """The endings of the adapted modules' names, or PEFT's word for none."""
+    if not parts:
+        return NO_MODULES
     wanted = {part.module.name for part in parts}
     every = {module.name for module in modules}
     return short_names(wanted, (every | containers(every)) - wanted)
 
 
 def method_settings(parts: list[Part]) -> dict[str, Any]:
+    if not parts:
+        return {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0}
     first = parts[0].method
     if isinstance(first, VeRA):
         return {

@@ -1,11 +1,13 @@
 """The modules that a config names, by PEFT's own rules."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._modules import ADAPTABLE, covered_by, ends_with, Module
 from ._config import AdapterConfig
+from ._settings import NO_MODULES
 
 
 # PEFT's table, for configs whose `target_modules` is null.
@@ -24,10 +26,13 @@ def targeted(
     """The modules that get an adapter. `output` is the module that turns features into logits, which
     "all-linear" leaves out.
 
-    Raises `ValueError` for a target that matches nothing, or a module that cannot be adapted.
+    A target that matches nothing beside others is warned of. Raises `ValueError` where none matches, or for
+    a module that cannot be adapted.
     """
     defaults = _DEFAULTS_OF_ADALORA if config.peft_type == "ADALORA" else _DEFAULTS
     names = defaults[model_type] if config.target_modules is None else config.target_modules
+    if names == NO_MODULES:
+        return []
     found = [module for module in modules if _matches(config, names, module, output)]
     for module in found:
         if module.kind not in ADAPTABLE:
@@ -41,10 +46,14 @@ def targeted(
         else []
     )
     if unused:
-        raise ValueError(
+        stranger = (
             f"`target_modules` of {source} names {unused[0]!r}, which this model does not have: "
             f"{_endings(modules)}."
         )
+        if not found:
+            raise ValueError(stranger)
+        # As in PEFT. The tensors, all of which must be expected, decide whether something is missing.
+        warnings.warn(f"{stranger} The other targets are read.", stacklevel=4)
     if not found:
         raise ValueError(
             f"`target_modules` is {config.target_modules!r} in {source}, which matches no module of this "
@@ -64,7 +73,10 @@ def _matches(config: AdapterConfig, names: tuple[str, ...] | str, module: Module
     if isinstance(names, str) and names.lower() == "all-linear":
         in_head = config.task_type == "SEQ_CLS" and module.name.split(".")[0] in _HEADS
         return module.kind in ("linear", "conv1d") and module.name != output and not in_head
-    return _listed(names, module.name) and (isinstance(names, str) or _layer_chosen(config, module.name))
+    # The whole name of a module is chosen in any layer.
+    return _listed(names, module.name) and (
+        isinstance(names, str) or module.name in names or _layer_chosen(config, module.name)
+    )
 
 
 def _listed(names: tuple[str, ...] | str | None, module: str) -> bool:
