@@ -53,8 +53,9 @@ def load(
     LoRA (rsLoRA, DoRA, PiSSA included), VeRA and AdaLoRA are read, on linear layers, convolutions and
     embeddings. Heads, biases and other weights that the file holds whole become leaves that train (`Full`).
     A PiSSA adapter that PEFT has not converted begins at the singular vectors of the base, which are computed
-    again. An adapter of GPT-2's fused `c_attn` whose B is zero outside of blocks becomes a LoRA of those
-    `blocks`. Arrays keep their dtype. The rank may be above min(in, out).
+    again; with DoRA it becomes the DoRA of twice the rank that computes the same. Tokens that train by
+    themselves make their embedding train whole. An adapter of GPT-2's fused `c_attn` whose B is zero outside
+    of blocks becomes a LoRA of those `blocks`. Arrays keep their dtype. The rank may be above min(in, out).
 
     Where arrays of `params` span several processes, all of them call this, and an error is raised in all. A
     and B come on each process's default device: `jax.device_put(delta, shardings(mesh, delta_specs(delta,

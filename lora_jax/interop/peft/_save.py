@@ -54,9 +54,10 @@ def save(
     (`lora_jax.arithmetic.as_lora`): PiSSA and Delta-LoRA with twice the rank, n `blocks` with n times the
     rank. Weights that train without an adapter are written whole, under `modules_to_save` or `bias`. The head
     of a classifier is written whole too, whether it trains or not, because PEFT's user may have a fresh one,
-    or none; it is merged if it is adapted. An adapter of a tied embedding is written for both modules. Where
-    dropouts differ, PEFT gets the largest. Arrays keep their dtypes. The file carries a checksum of itself
-    and of the config, and the fingerprint of the base.
+    or none; it is merged if it is adapted, and so is a weight that PyTorch's model reads without calling its
+    module, such as DeBERTa's `rel_embeddings`. An adapter of a tied embedding is written for both
+    modules. Where dropouts differ, PEFT gets the largest. Arrays keep their dtypes. The file carries
+    a checksum of itself and of the config, and the fingerprint of the base.
 
     Where arrays span several processes, all of them call this, as with `hf.save`.
 
