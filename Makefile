@@ -45,8 +45,8 @@ demo: $(VENV)/.experiments  ## Train LoRA on what ships with the project and wri
 test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
 	$(pytest) --nbmake $(PYTEST_ARGS)
 
-test-fast: $(tested)  ## Run the tests that are not slow
-	$(pytest) -m "not slow" $(PYTEST_ARGS)
+test-fast: $(tested)  ## Run the tests that are not slow and need no PyTorch
+	$(pytest) -m "not slow and not pytorch" $(PYTEST_ARGS)
 
 test-newest: $(VENV)/.test-newest  ## Run the tests that a newer JAX or Python can break, without the slow ones
 	$(pytest) -m "not slow" $(newest_tests) $(PYTEST_ARGS)

@@ -65,6 +65,13 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.line(f"{seconds:.0f} CPU seconds, of the workers and of what they started too")
 
 
+def pytest_collection_modifyitems(items):
+    """Marks what compares with PyTorch or PEFT by the fixtures that bring them."""
+    for item in items:
+        if {"torch", "peft", "theirs"} & set(item.fixturenames):
+            item.add_marker("pytorch")
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(_HUB_CACHE, ignore_errors=True)
 
