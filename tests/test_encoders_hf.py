@@ -283,17 +283,6 @@ def test_what_cannot_be_read_is_named(pretrained, tmp_path):
         hf.load(directory)
 
 
-def test_gpt2_has_no_labels_and_one_head(tmp_path):
-    from lora_jax.models import GPT2, GPT2Config
-
-    model = GPT2(GPT2Config(vocab_size=11, n_positions=4, n_embd=4, n_layer=1, n_head=1))
-    hf.save(tmp_path, model, encoders.random_params(model))
-    with pytest.raises(ValueError, match="`num_labels` is 2, and GPT-2 has no head with labels"):
-        hf.load(tmp_path, num_labels=2)
-    with pytest.raises(ValueError, match="`head` is 'masked_lm', and 'gpt2' has one head"):
-        hf.load(tmp_path, head="masked_lm")
-
-
 # -- LoRA ----------------------------------------------------------------------------------------------------
 
 

@@ -54,11 +54,7 @@ class Family:
 
     def build(self, config: ModelConfig, head: str | None, **options: Any) -> nn.Module:
         """The model, with that head where there is more than one."""
-        return (
-            self.model(config, **options)
-            if None in self.heads.values()
-            else self.model(config, head=head, **options)
-        )
+        return self.model(config, head=head, **options)
 
 
 def _layers_of_bert(prefix: str, query: str, key: str, value: str) -> str:
@@ -89,7 +85,11 @@ FAMILIES = {
     "gpt2": Family(
         model=GPT2,
         config=GPT2Config,
-        heads={"GPT2LMHeadModel": None, "GPT2Model": None},
+        heads={
+            "GPT2LMHeadModel": None,
+            "GPT2Model": None,
+            "GPT2ForSequenceClassification": "sequence_classification",
+        },
         layers="n_layer",
         prefix="transformer.",
         embedding="transformer.wte.weight",
@@ -116,6 +116,7 @@ FAMILIES = {
             transformer.ln_f.weight                ln_f/scale
             transformer.ln_f.bias                  ln_f/bias
             lm_head.weight                         lm_head/kernel *
+            score.weight                           score/kernel *
         """,
     ),
     "roberta": Family(
@@ -261,6 +262,8 @@ def chosen_head(config: Mapping[str, Any], family: Family, wanted: str | None = 
             f"`architectures` is {sorted(strangers)} in config.json, which is not supported; of "
             f"{config['model_type']!r} there are {list(family.heads)}.{fix}"
         )
+    if not named and None in family.heads.values():
+        return None
     found = {family.heads[name] for name in named} or set(family.heads.values())
     if len(found) > 1:
         raise ValueError(

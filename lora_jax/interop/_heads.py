@@ -11,10 +11,14 @@ _HEADS = (
     ("sequence_classification", ("pooler.dense", "classifier")),
     ("question_answering", ("qa_outputs",)),
 )
+# GPT-2's, the one head without a bias.
+_SCORE = "score.weight"
 
 
 def head_in(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `hf.load` for a head that the file holds as a whole; empty if it holds none."""
+    if _SCORE in stored and stored[_SCORE].shape:
+        return {"head": "sequence_classification", "num_labels": stored[_SCORE].shape[0]}
     token = ("token_classification", ("classifier",))
     heads = (*_HEADS, token) if any(name.startswith("roberta.") for name in stored) else _HEADS
     for head, modules in heads:

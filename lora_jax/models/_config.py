@@ -110,6 +110,58 @@ class ModelConfig:
         }
 
 
+def numbered_labels(count: int) -> tuple[str, ...]:
+    """Hugging Face's names for classes that have none."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+class LabelledConfig(ModelConfig):
+    """The configuration of a model that may have a head of classes. Subclasses have the field `labels`: the
+    names of the classes, Hugging Face's `id2label`.
+    """
+
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(
+                f"`labels` is {self.labels!r}; it must be the names of the classes, at least one."
+            )
+
+    @classmethod
+    def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        config = {key: value for key, value in config.items() if key != "label2id"}
+        names, count = config.pop("id2label", None), config.pop("num_labels", None)
+        if names:
+            names = {int(number): str(name) for number, name in names.items()}
+            if sorted(names) != list(range(len(names))):
+                raise ValueError(
+                    f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap."
+                )
+            if count is not None and count != len(names):
+                raise ValueError(
+                    f"`num_labels` is {count} in config.json, but `id2label` has {len(names)} names."
+                )
+            config["labels"] = tuple(names[number] for number in range(len(names)))
+        elif count is not None:
+            config["labels"] = numbered_labels(count)
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        fields = super().to_hf()
+        names = fields.pop("labels")
+        return {
+            **fields,
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a field with this annotation takes the value. An integer is a good float, and a boolean, which
     Python takes for an integer, is not a number.

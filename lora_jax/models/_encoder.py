@@ -5,7 +5,6 @@ Letters beyond those of `_layers.py`: E width of the embedding, N labels.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _rules
-from ._config import ModelConfig
+from ._config import LabelledConfig, numbered_labels as numbered_labels
 from ._layers import accumulator, ACTIVATIONS, LayerNorm, Part
 
 
@@ -28,7 +27,7 @@ HEADS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(ModelConfig):
+class EncoderConfig(LabelledConfig):
     """What the configurations of encoders have in common. Each model gives the sizes its own defaults."""
 
     vocab_size: int
@@ -45,7 +44,7 @@ class EncoderConfig(ModelConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     problem_type: str | None = None
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the names of the classes, Hugging Face's `id2label`
+    labels: tuple[str, ...] = numbered_labels(2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,47 +57,6 @@ class EncoderConfig(ModelConfig):
                 f"`hidden_size` is {self.hidden_size}; it must be a multiple of "
                 f"`num_attention_heads`={self.num_attention_heads}."
             )
-        if not self.labels or not all(isinstance(label, str) for label in self.labels):
-            raise ValueError(
-                f"`labels` is {self.labels!r}; it must be the names of the classes, at least one."
-            )
-
-    @classmethod
-    def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        config = {key: value for key, value in config.items() if key != "label2id"}
-        names, count = config.pop("id2label", None), config.pop("num_labels", None)
-        if names:
-            names = {int(number): str(name) for number, name in names.items()}
-            if sorted(names) != list(range(len(names))):
-                raise ValueError(
-                    f"`id2label` in config.json numbers its labels {sorted(names)}, not from 0 without a gap."
-                )
-            if count is not None and count != len(names):
-                raise ValueError(
-                    f"`num_labels` is {count} in config.json, but `id2label` has {len(names)} names."
-                )
-            config["labels"] = tuple(names[number] for number in range(len(names)))
-        elif count is not None:
-            config["labels"] = numbered_labels(count)
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        fields = super().to_hf()
-        names = fields.pop("labels")
-        return {
-            **fields,
-            "id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels)
-
-
-def numbered_labels(count: int) -> tuple[str, ...]:
-    """Hugging Face's names for classes that have none."""
-    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 class EncoderModel(nn.Module):

@@ -1,13 +1,13 @@
 """The configuration of GPT-2."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ._config import IDLE, ModelConfig
+from ._config import IDLE, LabelledConfig, numbered_labels
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config(ModelConfig):
+class GPT2Config(LabelledConfig):
     """Sizes and choices of a GPT-2, under the names and with the defaults of Hugging Face's `config.json`.
 
     ```python
@@ -17,7 +17,8 @@ class GPT2Config(ModelConfig):
     ```
 
     `reorder_and_upcast_attn` asks for attention scores in float32. They always are here, so that both values
-    do the same. The token ids take no part in the computation; they are kept for tokenizers and generation.
+    do the same. The token ids are kept for tokenizers and generation. Of them `pad_token_id` takes part in
+    the computation with a head of classes, which reads the last token before the padding.
 
     Raises:
       ValueError: a value out of range.
@@ -43,6 +44,7 @@ class GPT2Config(ModelConfig):
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple | None = 50256
     pad_token_id: int | None = None
+    labels: tuple[str, ...] = numbered_labels(2)
 
     family: ClassVar = "GPT-2"
     sizes: ClassVar = {
@@ -54,7 +56,7 @@ class GPT2Config(ModelConfig):
     # The further keys are of heads that this model does not have.
     idle: ClassVar = IDLE | frozenset(
         """
-        id2label label2id n_ctx n_special num_labels predict_special_tokens summary_activation
+        n_ctx n_special predict_special_tokens summary_activation
         summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     """.split()
     )
@@ -67,3 +69,9 @@ class GPT2Config(ModelConfig):
         self.check_activation("activation_function")
         if self.n_embd % self.n_head:
             raise ValueError(f"`n_embd` is {self.n_embd}; it must be a multiple of `n_head`={self.n_head}.")
+
+    def to_hf(self) -> dict[str, Any]:
+        fields = super().to_hf()
+        if self.labels == numbered_labels(2):  # what Hugging Face takes where nothing is said
+            del fields["id2label"], fields["label2id"]
+        return fields

@@ -89,7 +89,7 @@ class Block(_Part):
 
 
 class GPT2(nn.Module):
-    """GPT-2 with its language-model head.
+    """GPT-2 with its language-model head, or with `head="sequence_classification"`.
 
     ```python
     model = GPT2(GPT2Config.named("gpt2"))
@@ -106,6 +106,10 @@ class GPT2(nn.Module):
     `transformers`. Returns logits (B, T, V) in float32, or float64 in a float64 model. With `last_only` only
     those of the last column are computed, (B, 1, V). The model is in evaluation mode unless
     `deterministic=False`, which needs `rngs={"dropout": key}`.
+
+    **With the head of classes** the logits are (B, N), those of the last token that is not
+    `config.pad_token_id`, as in `transformers`; without a padding token, of the last token of the only row.
+    It takes no cache.
 
     **With a `cache`** the mask is that of the new tokens, and each attends to every real token before it.
     Positions default to the number of real tokens before, and `(logits, cache)` is returned. Writing past the
@@ -127,6 +131,7 @@ class GPT2(nn.Module):
     partition_rules = _rules.GPT2
 
     config: GPT2Config
+    head: str | None = None  # None: the language model's
     dtype: Any = None
     param_dtype: Any = jnp.float32
     scan: bool = False
@@ -147,6 +152,7 @@ class GPT2(nn.Module):
     ):
         config = self.config
         _check(config, input_ids, attention_mask, position_ids, cache, visible)
+        _check_head(self.head, config, input_ids, cache, last_only)
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
         if cache is not None:
@@ -176,6 +182,8 @@ class GPT2(nn.Module):
 
         x_BxTxD = x_BxTxD[:, -1:] if last_only else x_BxTxD
         x_BxTxD = LayerNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="ln_f")(x_BxTxD)
+        if self.head is not None:
+            return self._classified(input_ids, x_BxTxD)
         logits_BxTxV = self._head(wte, x_BxTxD)
         chex.assert_shape(logits_BxTxV, (*x_BxTxD.shape[:2], config.vocab_size))
         return logits_BxTxV if cache is None else (logits_BxTxV, cache._replace(layers=slots))
@@ -204,16 +212,44 @@ class GPT2(nn.Module):
         pairs = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
         return Cache(pairs, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
+    def _classified(self, input_ids, x_BxTxD):
+        positions_T, pad = jnp.arange(input_ids.shape[1]), self.config.pad_token_id
+        last_B = jnp.full(input_ids.shape[0], input_ids.shape[1] - 1)
+        if pad is not None:
+            last_B = jnp.max(jnp.where(jnp.asarray(input_ids) == pad, 0, positions_T[None]), axis=-1)
+        x_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        return self._projected(self.config.num_labels, x_BxD, name="score")
+
+    def _projected(self, features, x, name):
+        wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x.dtype))
+        std = nn.initializers.normal(self.config.initializer_range)
+        head = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        return head(features, kernel_init=std, dot_general=wide, name=name)(x)
+
     def _head(self, wte, x_BxTxD):
         if not self.config.tie_word_embeddings:
-            wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x_BxTxD.dtype))
-            std = nn.initializers.normal(self.config.initializer_range)
-            head = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
-            return head(self.config.vocab_size, kernel_init=std, dot_general=wide, name="lm_head")(x_BxTxD)
+            return self._projected(self.config.vocab_size, x_BxTxD, name="lm_head")
         x_BxTxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxTxD, wte.embedding, dtype=self.dtype)
         contract_D = (((2,), (1,)), ((), ()))
         return jax.lax.dot_general(
             x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype)
+        )
+
+
+def _check_head(head, config, input_ids, cache, last_only):
+    if head is None:
+        return
+    if head != "sequence_classification":
+        raise ValueError(
+            f"`head` is {head!r}; it must be None, for the language model's, or 'sequence_classification'."
+        )
+    if cache is not None or last_only:
+        raise ValueError("`cache` and `last_only` go with the language model's head; leave them out.")
+    if config.pad_token_id is None and jnp.shape(input_ids)[0] > 1:
+        raise ValueError(
+            f"`input_ids` has {jnp.shape(input_ids)[0]} rows, and `pad_token_id` is None, so that the last "
+            "token of "
+            "each is unknown: set `pad_token_id` in the config, or pass one row at a time."
         )
 
 

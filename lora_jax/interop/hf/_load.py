@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from ...models._encoder import EncoderConfig, numbered_labels
+from ...models._config import numbered_labels
 from ...processes import all_or_none, spanning
 from ...sharding import partition_specs, Rules, shardings
 from .. import _state_dict
@@ -213,10 +213,6 @@ def _stored(directory: Path, verify: bool, *, divided: bool) -> Mapping[str, Any
 
 
 def _with_labels(config: Any, head: str | None, count: int) -> Any:
-    if not isinstance(config, EncoderConfig):
-        raise ValueError(
-            f"`num_labels` is {count}, and {config.family} has no head with labels; leave it out."
-        )
     if head is None:
         raise ValueError(
             f"`num_labels` is {count} without a `head`: the config's own head has the {config.num_labels} "

@@ -182,8 +182,9 @@ def head_of(dir: str | Path) -> dict[str, Any]:
     names = {
         _rename.unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()
     }
-    if any(re.match(r"(transformer\.)?h\.\d+\.", name) for name in names):  # GPT-2, which has one head
-        return {}
+    if any(re.match(r"(transformer\.)?h\.\d+\.", name) for name in names):  # GPT-2
+        own = head_in(names)
+        return own or ({"head": "sequence_classification"} if config.task_type == "SEQ_CLS" else {})
     head = next(
         (head for head, task in TASKS.items() if task is not None and task == config.task_type and head), None
     )
