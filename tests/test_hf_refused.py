@@ -88,8 +88,8 @@ BIAS = "transformer.h.1.mlp.c_fc.bias"
             "`lorafy` and `adapt` need no model of ours.*https://",
         ),
         (
-            lambda dir: configure(dir, architectures=["GPT2ForSequenceClassification"]),
-            "'GPT2ForSequenceClassification'",
+            lambda dir: configure(dir, architectures=["GPT2DoubleHeadsModel"]),
+            "'GPT2DoubleHeadsModel'",
         ),
         (lambda dir: configure(dir, add_cross_attention=True), "`add_cross_attention` is True"),
         (lambda dir: configure(dir, n_layer=3), "'transformer.h.2.attn.c_attn.bias' is missing.*and 4 more"),
