@@ -16,7 +16,7 @@ from ._interpret.function import observe
 from ._interpret.reach import reaching
 from ._interpret.recorder import Use
 from ._lowrank.factored import Axis, Factored, Leaf
-from ._paths import is_array, is_floating, matches, named_leaves, nearest
+from ._paths import is_floating, matches, named_leaves, nearest
 
 
 WORDS = ("in", "out", "layer")
@@ -83,22 +83,13 @@ def unfollowed(fn: Callable, params: Any, args: tuple, readings: dict[str, Readi
     """
     leaves = named_leaves(params)
     treedef, (rest, containers) = jax.tree.structure(params), jax.tree.flatten(args)
-    values = [*(leaf for _, leaf in leaves), *rest]
-    arrays = [index for index, leaf in enumerate(values) if is_array(leaf)]
-    matrices = [i for i in arrays if i < len(leaves) and sum(size > 1 for size in values[i].shape) > 1]
-    others = [i for i in arrays if i < len(leaves) and i not in matrices]
-    data = [i for i in arrays if i >= len(leaves)]
 
-    def call(arrays: list) -> Any:
-        filled = list(values)
-        for index, array in zip([*matrices, *others, *data], arrays, strict=True):
-            filled[index] = array
-        own, beside = filled[: len(leaves)], filled[len(leaves) :]
+    def call(values: list) -> Any:
+        own, beside = values[: len(leaves)], values[len(leaves) :]
         return fn(jax.tree.unflatten(treedef, own), *jax.tree.unflatten(containers, beside))
 
-    shaped = lambda indices: [jax.ShapeDtypeStruct(values[i].shape, values[i].dtype) for i in indices]
-    found = reaching(call, shaped(matrices), shaped(others), shaped(data))
-    reached = [leaves[matrices[index]][0] for index in sorted(found)]
+    found = reaching(call, [*(leaf for _, leaf in leaves), *rest], range(len(leaves)))
+    reached = [leaves[index][0] for index in sorted(found)]
     known = {
         path
         for path, reading in readings.items()

@@ -101,21 +101,13 @@ def _left_out(fn: Callable, args: tuple, kwargs: dict) -> list[str]:
         named = named_leaves(argument, is_leaf=is_node)
         beside = any(isinstance(node, Adapted) for _, node in named)
         paths += [path if beside else None for path, _ in named]
-    plain = [_plain(value) for value in values]
-    arrays = [index for index, value in enumerate(plain) if is_array(value)]
-    weights = [i for i in arrays if paths[i] is not None and sum(size > 1 for size in plain[i].shape) > 1]
-    others = [i for i in arrays if paths[i] is not None and i not in weights]
-    data = [i for i in arrays if paths[i] is None]
 
-    def call(arrays: list) -> Any:
-        filled = list(plain)
-        for index, array in zip([*weights, *others, *data], arrays, strict=True):
-            filled[index] = array
-        args, kwargs = jax.tree.unflatten(containers, filled)
+    def call(values: list) -> Any:
+        args, kwargs = jax.tree.unflatten(containers, values)
         return fn(*args, **kwargs)
 
-    shaped = lambda indices: [jax.ShapeDtypeStruct(plain[i].shape, plain[i].dtype) for i in indices]
-    found = {weights[index] for index in reaching(call, shaped(weights), shaped(others), shaped(data))}
+    parameters = [index for index, path in enumerate(paths) if path is not None]
+    found = reaching(call, [_plain(value) for value in values], parameters)
     return [path for i, path in enumerate(paths) if path is not None and i in found and is_array(values[i])]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from . import _axes, _paths
 from ._packed.packed import is_packed
 from ._paths import path_seed
-from ._tree.method import Method, Spec
+from ._tree.method import grouped, Method, Spec
 from ._tree.nodes import Adapted, Adapter, Fixed, is_node, Trained
 from ._tree.pairs import paired
 from .methods.lora import LoRA
@@ -125,9 +125,7 @@ def lorafy(
             )
     by_path = dict(leaves)
     given = _axes.given(axes, leaves, [path for path, chosen in methods.items() if chosen.needs_axes])
-    specs = _grouped(
-        [_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items()]
-    )
+    specs = grouped(_spec(path, by_path[path], chosen, given, readings) for path, chosen in methods.items())
     pairs = [_split(leaf, specs.get(path), key) for path, leaf in leaves]
     treedef: Any = jax.tree.structure(params, is_leaf=is_packed)
     return Lorafied(*(jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True)))
@@ -157,15 +155,6 @@ def _spec(path: str, leaf: Any, method: Method, given: dict, readings: dict | No
     spec = Spec(path, shape, axes, method)
     method.check(spec)
     return spec
-
-
-def _grouped(specs: list[Spec]) -> dict[str, Spec]:
-    """The specs by path, after each method has seen those of all its leaves together."""
-    found = {spec.path: spec for spec in specs}
-    for method in dict.fromkeys(spec.method for spec in specs):
-        own = tuple(spec for spec in specs if spec.method == method)
-        found.update((spec.path, spec) for spec in method.grouped(own))
-    return found
 
 
 def _split(leaf: Any, spec: Spec | None, key: jax.Array) -> tuple[Any, Any]:

@@ -1,9 +1,8 @@
-"""Which inputs of a function reach a contraction as a weight, by whatever way: also by those that have no
-rule.
+"""Which inputs of a function reach a contraction as a weight, also by ways for which there is no rule.
 
-A value is followed as the set of inputs from which alone it is computed, or as DATA, which depends on
-anything else too. Where a contraction meets such a set and DATA, the set is a weight there. What `adapt`
-itself can follow is decided elsewhere; this is to know what it cannot.
+A value is followed as the set of parameters from which alone it is computed, or as DATA, which depends on
+anything else too. Where a contraction meets such a set and DATA, the set is a weight there. The rules of
+`uses.py` and `views.py` decide what `adapt` can follow; this file tells what it cannot.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
+from .._paths import is_array
 from .calls import scan_parts
 from .equation import trace
 
@@ -32,23 +32,35 @@ _OPAQUE = {
 }
 
 
-def reaching(
-    fn: Callable, weights: Sequence[Any], parameters: Sequence[Any], data: Sequence[Any]
-) -> set[int]:
-    """The indices of those of `weights` that reach a contraction of `fn` as weights.
+def is_matrix(leaf: Any) -> bool:
+    """Whether a leaf looks like a weight of a contraction: an array with two axes or more that are not 1."""
+    return is_array(leaf) and sum(size > 1 for size in leaf.shape) > 1
 
-    `fn(arrays)` takes one flat list of arrays, those of all three lists of arrays or shapes. `parameters` are
-    what else the weights may be computed with: scales, biases.
+
+def reaching(fn: Callable, values: Sequence[Any], parameters: Sequence[int]) -> set[int]:
+    """The indices of the matrices among the `parameters` that reach a contraction of `fn(values)` as weights.
+
+    `values` is a flat list of arrays, shapes and other arguments. `parameters` are indices of it. Its other
+    arrays are data.
     """
+    arrays = [index for index, value in enumerate(values) if is_array(value)]
 
-    def flat(*arrays: Any) -> list[Any]:
-        outputs = jax.tree.leaves(fn(list(arrays)))
+    def flat(*given: Any) -> list[Any]:
+        filled = list(values)
+        for index, array in zip(arrays, given, strict=True):
+            filled[index] = array
+        outputs = jax.tree.leaves(fn(filled))
         return [output for output in outputs if isinstance(output, jax.Array)]
 
-    jaxpr = trace(flat, *weights, *parameters, *data)
+    def origin(index: int) -> Origin:
+        if index not in parameters:
+            return DATA
+        # Scales and biases: a weight may be computed with them, and they are none.
+        return frozenset({index} if is_matrix(values[index]) else ())
+
+    shapes = [jax.ShapeDtypeStruct(values[index].shape, values[index].dtype) for index in arrays]
     found: set[int] = set()
-    origins: list[Origin] = [frozenset({index}) for index in range(len(weights))]
-    _follow(jaxpr, [*origins, *[frozenset()] * len(parameters), *[DATA] * len(data)], found)
+    _follow(trace(flat, *shapes), list(map(origin, arrays)), found)
     return found
 
 

@@ -7,6 +7,7 @@ more.
 
 import abc
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -131,3 +132,12 @@ class Method(metaclass=_MethodType):
 
         Raises `ValueError` if what is fixed allows no other rank.
         """
+
+
+def grouped(specs: Iterable[Spec]) -> dict[str, Spec]:
+    """The specs by path, after each method has seen those of all its leaves together."""
+    found = {spec.path: spec for spec in specs}
+    for method in dict.fromkeys(spec.method for spec in found.values()):
+        own = tuple(spec for spec in found.values() if spec.method == method)
+        found.update((spec.path, spec) for spec in method.grouped(own))
+    return found

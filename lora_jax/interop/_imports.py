@@ -18,7 +18,7 @@ from .._lorafy import Lorafied
 from .._lowrank.labels import widened
 from .._packed.packed import is_packed
 from .._paths import is_array, is_shape, named_leaves
-from .._tree.method import Spec
+from .._tree.method import grouped, Spec
 from .._tree.nodes import Adapter, Fixed, is_node, Shared
 from ..methods import LoRA
 from ..processes import agree
@@ -62,12 +62,7 @@ def adapted(
     for part in _untied(parts, head, source):
         by_path.setdefault(part.module.matrix.path, []).append(part)
     layers = _layers(model, family)
-    specs = {path: _spec(path, leaves[path], own, layers, source) for path, own in by_path.items()}
-    for method in dict.fromkeys(spec.method for spec in specs.values()):
-        specs.update(
-            (spec.path, spec)
-            for spec in method.grouped(tuple(spec for spec in specs.values() if spec.method == method))
-        )
+    specs = grouped(_spec(path, leaves[path], own, layers, source) for path, own in by_path.items())
     for path, own in by_path.items():
         nodes[path] = _node(leaves[path], specs[path], own, shared)
     for path, tensors in itertools.groupby(
