@@ -26,6 +26,8 @@ newest += docstrings imports optim.
 # Files, which Python's, NumPy's and Orbax's own readers and writers handle.
 newest += check hf interop_fuzz interop_imports other_tools safetensors torch
 newest_tests = tests/methods tests/test_quant.py $(foreach subject,$(newest),$(or $(wildcard tests/test_$(subject)*py),$(error no test is about $(subject))))
+# Grids, whole runs and other people's tools: each test is quick, and together they take half of the time.
+wide := checkpoint_average checkpoint_damage decode encoders_hf experiments_train gpt2_lora guards methods_composed other_tools plan precision quant_formats quant_programs sharding transform
 # `python3` unless it is too old or does not run (a version manager's shim for a version that is not active).
 find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \
 	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$candidate"; break; fi; \
@@ -45,8 +47,8 @@ demo: $(VENV)/.experiments  ## Train LoRA on what ships with the project and wri
 test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
 	$(pytest) --nbmake $(PYTEST_ARGS)
 
-test-fast: $(tested)  ## Run the tests that are not slow and need no PyTorch
-	$(pytest) -m "not slow and not pytorch" $(PYTEST_ARGS)
+test-fast: $(tested)  ## Run the quick tests, without PyTorch and the wide grids, in three minutes
+	$(pytest) -m "not slow and not pytorch" $(wide:%=--ignore=tests/test_%.py) $(PYTEST_ARGS)
 
 test-newest: $(VENV)/.test-newest  ## Run the tests that a newer JAX or Python can break, without the slow ones
 	$(pytest) -m "not slow" $(newest_tests) $(PYTEST_ARGS)
