@@ -30,8 +30,6 @@ def _jit(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     shardings = params.get("out_shardings", ())
     if any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings):
         options["out_shardings"] = [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
-    if params.get("inline") is True:
-        return interpreter.evaluate(params["jaxpr"], values)
     return interpreter.jitted(params["jaxpr"], options, params.get("name", "jit"))(*values)
 
 
@@ -119,8 +117,6 @@ def _scan(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     )
     steps = jnp.arange(params["length"]) if random else None
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    if "_split_transpose" in params:
-        options["_split_transpose"] = params["_split_transpose"]
     with interpreter.recorder.repeated(params["length"]):
         moved, ys = lax.scan(body, moving_carry, (steps, [part for part, _ in sliced]), **options)
     given = [stack is not None for stack in stacks]
