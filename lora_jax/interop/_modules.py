@@ -1,6 +1,6 @@
 """A model's modules under PyTorch's names, which adapter files use where our own trees have paths.
 
-The tensors are those of the tables in `_families.py`, here grouped by module. Configs name modules by their
+The tensors are those of the tables in `_families`, here grouped by module. Configs name modules by their
 last components, so that this file also finds the shortest such endings.
 """
 
