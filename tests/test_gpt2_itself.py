@@ -73,6 +73,67 @@ def test_last_only_is_the_last_column():
     np.testing.assert_allclose(apply(model, params, ids, last_only=True), whole[:, -1:], atol=1e-6, rtol=0)
 
 
+COLUMNS = np.array([[3, 0, 3], [-1, 1, -5]], np.int32)  # in any order, twice, from the end
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_logits_of_some_columns_are_those_of_all(scan):
+    """Forwards and backwards, where the head's gradient has a column of zeros for each that was not asked
+    for.
+    """
+    model, params = random_params(SMALL_VOCABULARY)
+    model, params = model.clone(scan=scan), stack_layers(params) if scan else params
+    ids, mask = some_ids((2, 5)), np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    weights = np.random.default_rng(5).normal(size=(2, 3, 101)).astype(np.float32)
+
+    def loss(params, cut):
+        if cut:
+            logits = model.apply({"params": params}, ids, mask, logits_at=COLUMNS)
+        else:
+            logits = model.apply({"params": params}, ids, mask)[np.arange(2)[:, None], COLUMNS]
+        return jnp.sum(weights * jnp.sin(logits)), logits
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (found, logits), (expected, whole) = gradient(params, True), gradient(params, False)
+    assert logits.shape == (2, 3, 101)
+    np.testing.assert_allclose(logits, whole, atol=1e-6, rtol=0)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=2e-5, rtol=1e-5), found, expected)
+
+
+def test_logits_of_some_columns_with_a_cache():
+    """Of the columns of this call: of prompts padded on the right, those of the last token of each."""
+    model, params = random_params(SMALL_VOCABULARY)
+    ids, mask = some_ids((2, 5)), np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    whole, expected = apply(model, params, ids, mask, cache=model.init_cache(2, 6))
+    last = mask.sum(-1, keepdims=True) - 1
+    logits, cache = apply(model, params, ids, mask, cache=model.init_cache(2, 6), logits_at=last)
+    np.testing.assert_allclose(logits[:, 0], whole[np.arange(2), last[:, 0]], atol=1e-6, rtol=0)
+    jax.tree.map(np.testing.assert_array_equal, cache, expected)
+
+
+def test_a_column_that_does_not_exist_gives_nan():
+    model, params = random_params(SMALL_VOCABULARY)
+    logits = apply(model, params, some_ids((2, 5)), logits_at=np.array([[4, 5], [-6, -5]]))
+    np.testing.assert_array_equal(np.isnan(logits).all(-1), [[False, True], [True, False]])
+    assert np.isnan(logits).any(-1).sum() == 2
+
+
+def test_some_columns_cost_what_they_are():
+    """No array of the size of all logits, forwards or backwards."""
+    model, params = random_params(SMALL_VOCABULARY)
+    ids, at = some_ids((2, 30)), np.zeros((2, 3), int)
+
+    def loss(params, **options):
+        return jnp.sum(jnp.sin(model.apply({"params": params}, ids, **options)))
+
+    def widest(**options):
+        found = equations(jax.make_jaxpr(jax.grad(functools.partial(loss, **options)))(params).jaxpr)
+        return max(v.aval.size for e in found for v in e.outvars if v.aval.shape[-1:] == (101,))
+
+    assert widest() == 2 * 30 * 101
+    assert widest(logits_at=at) == 2 * 3 * 101
+
+
 @pytest.mark.parametrize(
     "name, expected, scan",
     [
@@ -244,6 +305,18 @@ def test_configs_take_what_directories_hold():
         (dict(attention_mask=np.zeros((2, 5), np.float32)), TypeError, "not a bias"),
         (dict(position_ids=np.zeros((5,), int)), ValueError, r"`position_ids`.*\(5,\)"),
         (dict(cache=3), ValueError, "`cache` is for 3 rows and `input_ids` has 2"),
+        (dict(logits_at=np.zeros((3, 2), int)), ValueError, r"`logits_at`.*batch of 2.*got \(3, 2\)"),
+        (dict(logits_at=np.zeros(2, int)), ValueError, r"`logits_at`.*\(batch, columns\).*got \(2,\)"),
+        (
+            dict(logits_at=np.ones((2, 5), bool)),
+            TypeError,
+            "`logits_at` must be integers.*got bool: of a mask",
+        ),
+        (
+            dict(logits_at=np.zeros((2, 1), int), last_only=True),
+            ValueError,
+            "`logits_at` and `last_only` both",
+        ),
     ],
     ids=str,
 )

@@ -1,7 +1,8 @@
 """What the transformer models share: activations, attention, layer norm and repeated layers.
 
-Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), S slots
-(keys and values), H heads, K width of one head, D width of the model, F inner width, V vocabulary, L layers.
+Letters of the shape suffixes, here and in every model: B batch, T tokens of this call (queries), N of them
+whose logits are wanted, S slots (keys and values), H heads, K width of one head, D width of the model, F
+inner width, V vocabulary, L layers.
 
 Every model has this dtype policy:
 
@@ -159,6 +160,42 @@ def repeated(block, options, layers, *, scan, checkpoint, shared, name):
         length=layers,
     )
     return scanned(*options, name=name)
+
+
+def chosen(x_BxTxD, logits_at=None, last_only=False):
+    """The hidden states of the columns whose logits are wanted, (B, N, D); all of them where none are named.
+
+    `logits_at` is (B, N) integers: N columns of each row, in any order, some perhaps twice. A negative one
+    counts from the end, as in NumPy, and one that no column has gives NaN. `last_only` is the column -1 of
+    every row.
+
+    It is a gather whose slices are whole hidden states, and backwards a scatter of as many. The products of
+    the head, forwards and backwards, then have N columns in place of T.
+
+    Raises:
+      ValueError: `logits_at` has another shape, or comes with `last_only`.
+      TypeError: `logits_at` is not of integers.
+    """
+    batch, tokens, _ = x_BxTxD.shape
+    if logits_at is None:
+        return x_BxTxD[:, -1:] if last_only else x_BxTxD
+    if last_only:
+        raise ValueError(
+            "`logits_at` and `last_only` both say which logits are wanted; leave `last_only` out, and name "
+            "the last column as -1."
+        )
+    if not jnp.issubdtype(jnp.result_type(logits_at), jnp.integer):
+        raise TypeError(
+            f"`logits_at` must be integers, the columns whose logits are wanted, got "
+            f"{jnp.result_type(logits_at)}: of a mask of {tokens} columns, pass the numbers of those that "
+            "count, as many for each row."
+        )
+    if jnp.ndim(logits_at) != 2 or jnp.shape(logits_at)[0] != batch:
+        raise ValueError(
+            f"`logits_at` must have shape (batch, columns) with a batch of {batch}, as `input_ids` has, got "
+            f"{jnp.shape(logits_at)}."
+        )
+    return jnp.take_along_axis(x_BxTxD, jnp.asarray(logits_at)[:, :, None], axis=1, mode="fill")
 
 
 def check_inputs(input_ids, attention_mask, position_ids, *, limit, limited_by):

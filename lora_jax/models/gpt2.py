@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from . import _rules
 from ._cache import advance, Cache as Cache, write
 from ._gpt2_config import GPT2Config as GPT2Config
-from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, LayerNorm, Part, repeated
+from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, chosen, LayerNorm, Part, repeated
 
 
 class _Part(Part):
@@ -103,9 +103,12 @@ class GPT2(nn.Module):
 
     **Call.** `input_ids` (B, T) integers; `attention_mask` (B, T) integers or booleans, 0 at padding on
     either side; `position_ids` (B, T) or (1, T). Positions default to 0, 1, 2, …, padding counted, as in
-    `transformers`. Returns logits (B, T, V) in float32, or float64 in a float64 model. With `last_only` only
-    those of the last column are computed, (B, 1, V). The model is in evaluation mode unless
-    `deterministic=False`, which needs `rngs={"dropout": key}`.
+    `transformers`. Returns logits (B, T, V) in float32, or float64 in a float64 model. The model is in
+    evaluation mode unless `deterministic=False`, which needs `rngs={"dropout": key}`.
+
+    **Logits of some columns.** `logits_at`, (B, N) integers, names the columns of this call whose logits are
+    computed, (B, N, V): prompts and padding need none. A column may come twice; -1 is the last one. A column
+    that does not exist gives NaN. `last_only` is `logits_at` with the last column of each row, (B, 1, V).
 
     **With the head of classes** the logits are (B, N), those of the last token that is not
     `config.pad_token_id`, as in `transformers`; without a padding token, of the last token of the only row.
@@ -147,12 +150,13 @@ class GPT2(nn.Module):
         *,
         cache: Cache | None = None,
         visible=None,
+        logits_at=None,
         last_only: bool = False,
         deterministic: bool = True,
     ):
         config = self.config
         _check(config, input_ids, attention_mask, position_ids, cache, visible)
-        _check_head(self.head, config, input_ids, cache, last_only)
+        _check_head(self.head, config, input_ids, cache, last_only or logits_at is not None)
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
         if cache is not None:
@@ -180,13 +184,13 @@ class GPT2(nn.Module):
         )
         x_BxTxD, slots = layers(x_BxTxD, jnp.arange(config.n_layer), slots, mask_Bx1xTxS, start)
 
-        x_BxTxD = x_BxTxD[:, -1:] if last_only else x_BxTxD
-        x_BxTxD = LayerNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="ln_f")(x_BxTxD)
+        x_BxNxD = chosen(x_BxTxD, logits_at, last_only)
+        x_BxNxD = LayerNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="ln_f")(x_BxNxD)
         if self.head is not None:
-            return self._classified(input_ids, x_BxTxD)
-        logits_BxTxV = self._head(wte, x_BxTxD)
-        chex.assert_shape(logits_BxTxV, (*x_BxTxD.shape[:2], config.vocab_size))
-        return logits_BxTxV if cache is None else (logits_BxTxV, cache._replace(layers=slots))
+            return self._classified(input_ids, x_BxNxD)
+        logits_BxNxV = self._head(wte, x_BxNxD)
+        chex.assert_shape(logits_BxNxV, (*x_BxNxD.shape[:2], config.vocab_size))
+        return logits_BxNxV if cache is None else (logits_BxNxV, cache._replace(layers=slots))
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens, padding included.
@@ -217,7 +221,7 @@ class GPT2(nn.Module):
         last_B = jnp.full(input_ids.shape[0], input_ids.shape[1] - 1)
         if pad is not None:
             last_B = jnp.max(jnp.where(jnp.asarray(input_ids) == pad, 0, positions_T[None]), axis=-1)
-        x_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        x_BxD = chosen(x_BxTxD, last_B[:, None])[:, 0]
         return self._projected(self.config.num_labels, x_BxD, name="score")
 
     def _projected(self, features, x, name):
@@ -236,15 +240,17 @@ class GPT2(nn.Module):
         )
 
 
-def _check_head(head, config, input_ids, cache, last_only):
+def _check_head(head, config, input_ids, cache, some_only):
     if head is None:
         return
     if head != "sequence_classification":
         raise ValueError(
             f"`head` is {head!r}; it must be None, for the language model's, or 'sequence_classification'."
         )
-    if cache is not None or last_only:
-        raise ValueError("`cache` and `last_only` go with the language model's head; leave them out.")
+    if cache is not None or some_only:
+        raise ValueError(
+            "`cache`, `logits_at` and `last_only` go with the language model's head; leave them out."
+        )
     if config.pad_token_id is None and jnp.shape(input_ids)[0] > 1:
         raise ValueError(
             f"`input_ids` has {jnp.shape(input_ids)[0]} rows, and `pad_token_id` is None, so that the last "
