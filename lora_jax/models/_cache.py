@@ -4,6 +4,7 @@ It is no linen collection, because decoding loops carry and extend it, and `scan
 as over any other array.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -21,6 +22,7 @@ class Cache(NamedTuple):
     # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`).
     layers: tuple
     mask: jax.Array  # (B, S) bool: true where a slot holds a real token
+    positions: jax.Array  # (B, S) int32: of these tokens
     length: jax.Array  # () int32: slots filled
 
     def extended(self, slots: int) -> "Cache":
@@ -30,25 +32,31 @@ class Cache(NamedTuple):
         layers = jax.tree.map(
             lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)]), self.layers
         )
-        return Cache(layers, jnp.pad(self.mask, [(0, 0), (0, slots)]), self.length)
+        mask, positions = (jnp.pad(x, [(0, 0), (0, slots)]) for x in (self.mask, self.positions))
+        return Cache(layers, mask, positions, self.length)
 
 
-def advance(cache: Cache, mask_BxT, shape: tuple[int, int], positions: int):
+def advance(cache: Cache, mask_BxT, shape: tuple[int, int], position_ids=None, *, limit: int):
     """The slots that the new tokens attend to, (B, 1, T, S), their positions (B, T), and the cache that
-    counts them. `shape` is that of the tokens, and `positions` the number of the model's positions.
+    counts them. `shape` is that of the tokens. Positions default to the number of real tokens before, and to
+    `limit`, which no token has, where the cache is full.
     """
     batch, tokens = shape
     slots = cache.mask.shape[1]
     mask_BxT = jnp.ones(shape, bool) if mask_BxT is None else mask_BxT
-    before_Bx1 = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
-    position_BxT = jnp.maximum(before_Bx1 + jnp.cumsum(mask_BxT, -1, dtype=jnp.int32) - 1, 0)
-    # A write into a full cache would overwrite it in silence. A position out of range makes the logits NaN.
-    position_BxT = jnp.where(cache.length + tokens <= slots, position_BxT, positions)
-    mask_BxS = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BxT, cache.length, axis=1)
+    if position_ids is None:
+        before_Bx1 = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+        position_BxT = jnp.maximum(before_Bx1 + jnp.cumsum(mask_BxT, -1, dtype=jnp.int32) - 1, 0)
+        # A write into a full cache would overwrite it in silence. `limit` makes the logits NaN.
+        position_BxT = jnp.where(cache.length + tokens <= slots, position_BxT, limit)
+    else:
+        position_BxT = jnp.broadcast_to(jnp.asarray(position_ids, jnp.int32), shape)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=1)
+    mask_BxS, position_BxS = put(cache.mask, mask_BxT), put(cache.positions, position_BxT)
     past_TxS = jnp.arange(slots)[None, :] <= cache.length + jnp.arange(tokens)[:, None]
     mask_Bx1xTxS = mask_BxS[:, None, None, :] & past_TxS[None, None]
     chex.assert_shape(mask_Bx1xTxS, (batch, 1, tokens, slots))
-    return mask_Bx1xTxS, position_BxT, cache._replace(mask=mask_BxS, length=cache.length + tokens)
+    return mask_Bx1xTxS, position_BxT, Cache(cache.layers, mask_BxS, position_BxS, cache.length + tokens)
 
 
 def write(slots, new, start):

@@ -10,17 +10,16 @@ letters of the shape suffixes and the dtype policy are stated in `_layers.py`.
 """
 
 import functools
-from typing import Any
 
 import chex
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from . import _rules
 from ._cache import advance, Cache as Cache, write
+from ._decoder import check_arguments, check_head, DecoderModel
 from ._gpt2_config import GPT2Config as GPT2Config
-from ._layers import accumulator, ACTIVATIONS, attention, check_inputs, chosen, LayerNorm, Part, repeated
+from ._layers import ACTIVATIONS, attention, chosen, LayerNorm, Part, repeated
 
 
 class _Part(Part):
@@ -88,7 +87,7 @@ class Block(_Part):
         return x_BxTxD, slots
 
 
-class GPT2(nn.Module):
+class GPT2(DecoderModel):
     """GPT-2 with its language-model head, or with `head="sequence_classification"`.
 
     ```python
@@ -134,12 +133,6 @@ class GPT2(nn.Module):
     partition_rules = _rules.GPT2
 
     config: GPT2Config
-    head: str | None = None  # None: the language model's
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    scan: bool = False
-    checkpoint: bool = False
-    implementation: str | None = None
 
     @nn.compact
     def __call__(
@@ -155,13 +148,22 @@ class GPT2(nn.Module):
         deterministic: bool = True,
     ):
         config = self.config
-        _check(config, input_ids, attention_mask, position_ids, cache, visible)
-        _check_head(self.head, config, input_ids, cache, last_only or logits_at is not None)
+        check_arguments(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            visible,
+            limit=config.n_positions,
+            limited_by=f"`n_positions`={config.n_positions}",
+        )
+        check_head(self.head, config, input_ids, cache, last_only or logits_at is not None)
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
         if cache is not None:
-            mask_Bx1xTxS, derived_BxT, cache = advance(cache, mask_BxT, input_ids.shape, config.n_positions)
-            position_ids = derived_BxT if position_ids is None else position_ids
+            mask_Bx1xTxS, position_ids, cache = advance(
+                cache, mask_BxT, input_ids.shape, position_ids, limit=config.n_positions
+            )
             mask_Bx1xTxS = mask_Bx1xTxS if visible is None else mask_Bx1xTxS & visible[:, None]
         elif position_ids is None:
             position_ids = jnp.arange(input_ids.shape[1])[None]
@@ -187,8 +189,8 @@ class GPT2(nn.Module):
         x_BxNxD = chosen(x_BxTxD, logits_at, last_only)
         x_BxNxD = LayerNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="ln_f")(x_BxNxD)
         if self.head is not None:
-            return self._classified(input_ids, x_BxNxD)
-        logits_BxNxV = self._head(wte, x_BxNxD)
+            return self.classified(input_ids, x_BxNxD)
+        logits_BxNxV = self.logits(wte, x_BxNxD)
         chex.assert_shape(logits_BxNxV, (*x_BxNxD.shape[:2], config.vocab_size))
         return logits_BxNxV if cache is None else (logits_BxNxV, cache._replace(layers=slots))
 
@@ -206,82 +208,5 @@ class GPT2(nn.Module):
                 f"`slots` is {slots}; it must be between 1 and the model's "
                 f"`n_positions`={config.n_positions}."
             )
-        layers = (config.n_layer,) if self.scan else ()
-        shape = (*layers, batch, slots, config.n_head, config.n_embd // config.n_head)
-        dtype = dtype or self.dtype or self.param_dtype
-
-        def pair() -> tuple[jax.Array, jax.Array]:  # two arrays, so that a cache can be donated
-            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-        pairs = pair() if self.scan else tuple(pair() for _ in range(config.n_layer))
-        return Cache(pairs, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
-
-    def _classified(self, input_ids, x_BxTxD):
-        positions_T, pad = jnp.arange(input_ids.shape[1]), self.config.pad_token_id
-        last_B = jnp.full(input_ids.shape[0], input_ids.shape[1] - 1)
-        if pad is not None:
-            last_B = jnp.max(jnp.where(jnp.asarray(input_ids) == pad, 0, positions_T[None]), axis=-1)
-        x_BxD = chosen(x_BxTxD, last_B[:, None])[:, 0]
-        return self._projected(self.config.num_labels, x_BxD, name="score")
-
-    def _projected(self, features, x, name):
-        wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x.dtype))
-        std = nn.initializers.normal(self.config.initializer_range)
-        head = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
-        return head(features, kernel_init=std, dot_general=wide, name=name)(x)
-
-    def _head(self, wte, x_BxTxD):
-        if not self.config.tie_word_embeddings:
-            return self._projected(self.config.vocab_size, x_BxTxD, name="lm_head")
-        x_BxTxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxTxD, wte.embedding, dtype=self.dtype)
-        contract_D = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype)
-        )
-
-
-def _check_head(head, config, input_ids, cache, some_only):
-    if head is None:
-        return
-    if head != "sequence_classification":
-        raise ValueError(
-            f"`head` is {head!r}; it must be None, for the language model's, or 'sequence_classification'."
-        )
-    if cache is not None or some_only:
-        raise ValueError(
-            "`cache`, `logits_at` and `last_only` go with the language model's head; leave them out."
-        )
-    if config.pad_token_id is None and jnp.shape(input_ids)[0] > 1:
-        raise ValueError(
-            f"`input_ids` has {jnp.shape(input_ids)[0]} rows, and `pad_token_id` is None, so that the last "
-            "token of "
-            "each is unknown: set `pad_token_id` in the config, or pass one row at a time."
-        )
-
-
-def _check(config, input_ids, attention_mask, position_ids, cache, visible):
-    check_inputs(
-        input_ids,
-        attention_mask,
-        position_ids,
-        limit=config.n_positions,
-        limited_by=f"`n_positions`={config.n_positions}",
-    )
-    batch, tokens = jnp.shape(input_ids)
-    if cache is not None and cache.mask.shape[0] != batch:
-        raise ValueError(
-            f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}; make it with "
-            "`model.init_cache(batch, slots)`."
-        )
-    if visible is not None:
-        if cache is None or position_ids is None:
-            raise ValueError(
-                "`visible` goes with `cache` and `position_ids`: it says which slots of the cache a token "
-                "attends to; pass all three, or none."
-            )
-        expected = (batch, tokens, cache.mask.shape[1])
-        if jnp.shape(visible) != expected or jnp.result_type(visible) != bool:
-            raise ValueError(
-                f"`visible` must be booleans of shape {expected}, got "
-                f"{jnp.result_type(visible)}{jnp.shape(visible)}."
-            )
+        width = config.n_embd // config.n_head
+        return self.empty_cache(config.n_layer, config.n_head, width, batch, slots, dtype)

@@ -1,0 +1,104 @@
+"""What GPT-2 and the Llama family share: the fields of a decoder, its heads, its cache and the checks of its
+arguments.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ._cache import Cache
+from ._layers import accumulator, check_inputs, chosen
+
+
+class DecoderModel(nn.Module):
+    """The fields of a decoder, and what they give: the head, and an empty cache."""
+
+    config: Any
+    head: str | None = None  # None: the language model's
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    checkpoint: bool = False
+    implementation: str | None = None
+
+    def logits(self, embedding, x_BxNxD):
+        """By the embedding where they are tied, and by `lm_head` where not; float32 or wider."""
+        if not self.config.tie_word_embeddings:
+            return self._projected(self.config.vocab_size, x_BxNxD, name="lm_head")
+        x_BxNxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxNxD, embedding.embedding, dtype=self.dtype)
+        contract_D = (((2,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            x_BxNxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxNxD.dtype)
+        )
+
+    def classified(self, input_ids, x_BxTxD):
+        """The logits of the classes, (B, labels), at the last token of each row."""
+        positions_T, pad = jnp.arange(input_ids.shape[1]), self.config.pad_token_id
+        last_B = jnp.full(input_ids.shape[0], input_ids.shape[1] - 1)
+        if pad is not None:
+            last_B = jnp.max(jnp.where(jnp.asarray(input_ids) == pad, 0, positions_T[None]), axis=-1)
+        return self._projected(self.config.num_labels, chosen(x_BxTxD, last_B[:, None])[:, 0], name="score")
+
+    def _projected(self, features, x, name):
+        wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x.dtype))
+        std = nn.initializers.normal(self.config.initializer_range)
+        head = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        return head(features, kernel_init=std, dot_general=wide, name=name)(x)
+
+    def empty_cache(self, layers: int, heads: int, width: int, batch: int, slots: int, dtype: Any) -> Cache:
+        """`heads` of keys and values, `width` numbers each."""
+        shape = (*((layers,) if self.scan else ()), batch, slots, heads, width)
+        dtype = dtype or self.dtype or self.param_dtype
+
+        def pair() -> tuple[jax.Array, jax.Array]:  # two arrays, so that a cache can be donated
+            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+        pairs = pair() if self.scan else tuple(pair() for _ in range(layers))
+        real, positions = jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32)
+        return Cache(pairs, real, positions, jnp.zeros((), jnp.int32))
+
+
+def check_head(head, config, input_ids, cache, some_only):
+    if head is None:
+        return
+    if head != "sequence_classification":
+        raise ValueError(
+            f"`head` is {head!r}; it must be None, for the language model's, or 'sequence_classification'."
+        )
+    if cache is not None or some_only:
+        raise ValueError(
+            "`cache`, `logits_at` and `last_only` go with the language model's head; leave them out."
+        )
+    if config.pad_token_id is None and jnp.shape(input_ids)[0] > 1:
+        raise ValueError(
+            f"`input_ids` has {jnp.shape(input_ids)[0]} rows, and `pad_token_id` is None, so that the last "
+            "token of "
+            "each is unknown: set `pad_token_id` in the config, or pass one row at a time."
+        )
+
+
+def check_arguments(
+    input_ids, attention_mask, position_ids, cache, visible, *, limit=None, limited_by="is limited"
+):
+    check_inputs(input_ids, attention_mask, position_ids, limit=limit, limited_by=limited_by)
+    batch, tokens = jnp.shape(input_ids)
+    if cache is not None and cache.mask.shape[0] != batch:
+        raise ValueError(
+            f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}; make it with "
+            "`model.init_cache(batch, slots)`."
+        )
+    if visible is not None:
+        if cache is None or position_ids is None:
+            raise ValueError(
+                "`visible` goes with `cache` and `position_ids`: it says which slots of the cache a token "
+                "attends to; pass all three, or none."
+            )
+        expected = (batch, tokens, cache.mask.shape[1])
+        if jnp.shape(visible) != expected or jnp.result_type(visible) != bool:
+            raise ValueError(
+                f"`visible` must be booleans of shape {expected}, got "
+                f"{jnp.result_type(visible)}{jnp.shape(visible)}."
+            )
