@@ -11,4 +11,13 @@ with brought_by("models", "lora_jax.models"):
     from ._layouts import stack_layers as stack_layers, unstack_layers as unstack_layers
     from .deberta import DebertaV2 as DebertaV2, DebertaV2Config as DebertaV2Config
     from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config
+    from .llama import (
+        Gemma2Config as Gemma2Config,
+        Gemma3TextConfig as Gemma3TextConfig,
+        Llama as Llama,
+        LlamaConfig as LlamaConfig,
+        MistralConfig as MistralConfig,
+        Qwen2Config as Qwen2Config,
+        Qwen3Config as Qwen3Config,
+    )
     from .roberta import Roberta as Roberta, RobertaConfig as RobertaConfig

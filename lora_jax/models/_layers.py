@@ -229,6 +229,7 @@ def attention(
     mask_Bx1xTxS=None,
     causal=False,
     scale=1.0,
+    cap=None,
     dropout=None,
     implementation=None,
 ):
@@ -236,17 +237,18 @@ def attention(
 
     `mask` is boolean, true where a query attends; its T axis may be 1 (a mask of keys only). A query that
     attends to no key, such as a padding token on the left, gets the mean of all values, as in PyTorch, and
-    not NaN. `dropout` is a function of the attention weights. `jax.nn.dot_product_attention` is used where it
-    can be. It has no dropout, and takes its softmax in float32 even of float64 scores, so that these two
-    cases are written out.
+    not NaN. There may be fewer heads of keys and values, each for as many queries in a row (Ainslie et al.
+    2023). `cap` squeezes the scores to cap · tanh(scores / cap). `dropout` is a function of the attention
+    weights. `jax.nn.dot_product_attention` is used where it can be. It has no cap and no dropout, and takes
+    its softmax in float32 even of float64 scores, so that these cases are written out.
     """
     batch, tokens, heads, width = q_BxTxHxK.shape
-    chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, heads, width))
+    chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, None, width))
     if mask_Bx1xTxS is not None:
         chex.assert_rank(mask_Bx1xTxS, 4)
         chex.assert_type(mask_Bx1xTxS, bool)
 
-    if dropout is None and q_BxTxHxK.dtype != jnp.float64:
+    if dropout is None and cap is None and q_BxTxHxK.dtype != jnp.float64:
         # It promotes bfloat16 to its float32 accumulator implicitly, which strict dtype promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
@@ -261,7 +263,12 @@ def attention(
             )
 
     wide = accumulator(q_BxTxHxK.dtype)
+    shared = heads // k_BxSxHxK.shape[2]
+    if shared > 1:
+        k_BxSxHxK, v_BxSxHxK = (jnp.repeat(x, shared, axis=2) for x in (k_BxSxHxK, v_BxSxHxK))
     scores_BxHxTxS = scale * jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=wide)
+    if cap is not None:
+        scores_BxHxTxS = cap * jnp.tanh(scores_BxHxTxS / cap)
     if bias_BxHxTxS is not None:
         scores_BxHxTxS = scores_BxHxTxS + bias_BxHxTxS.astype(wide)
     allowed = jnp.ones((1, 1, 1, 1), bool) if mask_Bx1xTxS is None else mask_Bx1xTxS

@@ -19,6 +19,13 @@ GPT2 = (
     ("lm_head/kernel", _DECODER),
 )
 
+LLAMA = (
+    ("self_attn/(q_proj|k_proj|v_proj)/kernel|mlp/(gate_proj|up_proj)/kernel", _INTO),
+    ("self_attn/o_proj/kernel|mlp/down_proj/kernel", _OUT_OF),
+    ("embed_tokens/embedding", _EMBEDDING),
+    ("lm_head/kernel", _DECODER),
+)
+
 # RoBERTa and DeBERTa. Their token types, of which there are one or two, are not split.
 ENCODER = (
     (

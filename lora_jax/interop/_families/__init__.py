@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from . import deberta, gpt2, roberta
+from . import deberta, gpt2, llama, roberta
 from .family import Family as Family
 
 
@@ -19,7 +19,12 @@ ELSEWHERE = (
     "docs/frameworks.md shows them on models of Flax and Equinox, and https://github.com/jax-ml/bonsai has "
     "many such models."
 )
-FAMILIES = {"gpt2": gpt2.FAMILY, "roberta": roberta.FAMILY, "deberta-v2": deberta.FAMILY}
+FAMILIES = {
+    "gpt2": gpt2.FAMILY,
+    **llama.FAMILIES,
+    "roberta": roberta.FAMILY,
+    "deberta-v2": deberta.FAMILY,
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -66,10 +71,10 @@ def chosen_head(config: Mapping[str, Any], family: Family, wanted: str | None = 
 def family_of_model(model: nn.Module) -> tuple[str, str, Family]:
     """`(model_type, architecture, family)` of a model."""
     for kind, family in FAMILIES.items():
-        if isinstance(model, family.model):
+        if isinstance(model, family.model) and type(model.config) is family.config:
             head = getattr(model, "head", None)
             return kind, next(name for name, ours in family.heads.items() if ours == head), family
-    names = [family.model.__name__ for family in FAMILIES.values()]
+    names = list(dict.fromkeys(family.model.__name__ for family in FAMILIES.values()))
     raise TypeError(
         f"`model` is a {type(model).__name__}, which has no Hugging Face form here; pass one of {names}."
     )
