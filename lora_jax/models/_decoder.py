@@ -62,6 +62,7 @@ class DecoderModel(nn.Module):
 
 
 def check_head(head, config, input_ids, cache, some_only):
+    """Raises for a head that does not exist, or that the other arguments do not go with."""
     if head is None:
         return
     if head != "sequence_classification":
@@ -75,14 +76,12 @@ def check_head(head, config, input_ids, cache, some_only):
     if config.pad_token_id is None and jnp.shape(input_ids)[0] > 1:
         raise ValueError(
             f"`input_ids` has {jnp.shape(input_ids)[0]} rows, and `pad_token_id` is None, so that the last "
-            "token of "
-            "each is unknown: set `pad_token_id` in the config, or pass one row at a time."
+            "token of each is unknown: set `pad_token_id` in the config, or pass one row at a time."
         )
 
 
-def check_arguments(
-    input_ids, attention_mask, position_ids, cache, visible, *, limit=None, limited_by="is limited"
-):
+def check_arguments(input_ids, attention_mask, position_ids, cache, visible, *, limit=None, limited_by=""):
+    """Raises for a caller's mistakes. `limit` is of the tokens, and `limited_by` says what sets it."""
     check_inputs(input_ids, attention_mask, position_ids, limit=limit, limited_by=limited_by)
     batch, tokens = jnp.shape(input_ids)
     if cache is not None and cache.mask.shape[0] != batch:

@@ -16,7 +16,7 @@ import numpy as np
 from ._layers import accumulator
 
 
-# A number, or None where the kind has none of it, as `__post_init__` checks.
+# A number, or None where the kind has no such setting. mypy cannot know which, and `__post_init__` checks it.
 Setting = Any
 
 
@@ -32,8 +32,8 @@ class Rope:
     ```
 
     `kind`: "default"; "linear"; "dynamic", a base that grows with the text beyond the model's positions;
-    "llama3", slow planes divided, fast ones kept, and a ramp between (Llama 3.1); "yarn", the same with a
-    ramp over the planes and sharper attention (Peng et al. 2023).
+    "llama3", slow planes divided, fast ones kept, and a ramp between (Llama 3.1); "yarn", the same with
+    another ramp, and sharper attention (Peng et al. 2023).
 
     Raises:
       ValueError: a kind that does not exist, a number out of range, or a setting that the kind lacks or does
@@ -67,7 +67,7 @@ class Rope:
                 raise ValueError(
                     f"`{field.name}` is {value!r}, and `rope_type` {self.kind!r} has none; remove it."
                 )
-        for name in ("theta", "factor", "original_max_position_embeddings", "low_freq_factor"):
+        for name in ("theta", *(name for name in (*needed, *further) if name != "truncate")):
             value = getattr(self, name)
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not value > 0
@@ -120,7 +120,7 @@ class Rope:
 
     @property
     def sharpness(self) -> float:
-        """The factor of cosines and sines: the square root of that of the attention scores."""
+        """The factor of queries and of keys. The attention scores are multiplied by its square."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:

@@ -101,7 +101,7 @@ class Attention(_Part):
         return self.dense(width, "o_proj", use_bias=config.output_bias)(y_BxTxF), slots
 
     def _of_layer(self, turns_RxBxTxK, layer):
-        """Of the two rotary positions, those of layers with a window come first."""
+        """Those of this layer. Where there are two, the first are of layers with a window."""
         if len(self.config.ropes) == 1:
             return tuple(x[0] for x in turns_RxBxTxK)
         second_L = jnp.asarray([int(size is None) for size in self.config.windows])
