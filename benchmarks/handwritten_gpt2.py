@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import GPT2Config
-from lora_jax.models.gpt2 import accumulator, ACTIVATIONS, attention, LayerNorm
+from lora_jax.models._layers import accumulator, ACTIVATIONS, attention, LayerNorm
 
 
 class _Part(nn.Module):
