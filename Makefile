@@ -20,7 +20,7 @@ pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart
 # What another version of JAX or Python can break while the oldest ones pass; PyTorch is not needed. A subject is one file or
 # several that begin with its name.
 # Jaxprs, which every version of JAX writes in its own way, and what it says of meshes.
-newest := dropout explain explicit frameworks lorafy merge method model_starts quant_programs recompile sharding stack transform uses views
+newest := dropout explain explicit frameworks llama_itself lorafy merge method model_starts quant_programs recompile sharding stack transform uses views
 # Imports, examples whose output shows JAX's own texts, and Optax under strict promotion.
 newest += docstrings imports optim.
 # Files, which Python's, NumPy's and Orbax's own readers and writers handle.

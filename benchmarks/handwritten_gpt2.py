@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import GPT2Config
-from lora_jax.models._layers import accumulator, ACTIVATIONS, attention, LayerNorm
+from lora_jax.models.gpt2 import ACTIVATIONS, attention, LayerNorm
 
 
 class _Part(nn.Module):
@@ -117,6 +117,4 @@ class HandwrittenGPT2(nn.Module):
         x_BxTxD = LayerNorm(config.layer_norm_epsilon, self.dtype, name="ln_f")(x_BxTxD)
         x_BxTxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxTxD, wte.embedding, dtype=self.dtype)
         contract_D = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            x_BxTxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxTxD.dtype)
-        )
+        return jax.lax.dot_general(x_BxTxD, embedding_VxD, contract_D, preferred_element_type=jnp.float32)
