@@ -20,6 +20,7 @@ _NOT_IN_CORE = (
     "datasets",
     "equinox",
     "flax",
+    "gguf",
     "jaxtyping",
     "orbax",
     "peft",
@@ -60,6 +61,7 @@ _ROOMS = {
     "optim": {"optax"},
     "checkpoint": {"optax", "orbax"},
     "models": {"flax", "chex"},
+    "interop/gguf": {"flax", "gguf", "transformers"},
     "interop": {"flax", "safetensors"},
     "": set(),
 }
@@ -129,6 +131,7 @@ def test_file_keeps_to_its_room(file):
         ("optimal.py", "import optax", "imports optax"),
         ("models/gpt2.py", "import safetensors", "imports safetensors"),
         ("interop/hf.py", "import transformers", "imports transformers"),
+        ("interop/_names.py", "def f():\n    import gguf", "imports gguf"),
         ("optim/_masks.py", "import experiments.config", "imports experiments.config"),
         ("_interpret/calls.py", "from jax._src import core", "private jax._src.core"),
         ("_interpret/calls.py", "import jax\njax._src.core.trace_ctx", "private jax._src"),

@@ -42,7 +42,7 @@ _ROOMS = {
         for name in ("arithmetic", "checkpoint", "drop", "methods", "models", "optim")
     },
     **{name: f"lora_jax.{name}" for name in ("quant", "sharding")},
-    **{name: f"lora_jax.interop.{name}" for name in ("hf", "loralib", "peft")},
+    **{name: f"lora_jax.interop.{name}" for name in ("gguf", "hf", "loralib", "peft")},
 }
 
 
