@@ -2,6 +2,7 @@
 architecture is used, known to be idle, or refused.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def settings_of(file: GGUFFile) -> dict[str, Any]:
         "vocab_size": settings.take("vocab_size", int, file.length("tokenizer.ggml.tokens")),
         "hidden_size": width,
         "intermediate_size": settings.take("feed_forward_length", int),
-        "num_hidden_layers": settings.take("block_count", int),
+        "num_hidden_layers": _layers(settings),
         "num_attention_heads": heads,
         "num_key_value_heads": settings.take("attention.head_count_kv", int, heads),
         "head_dim": head,
@@ -115,6 +116,18 @@ class _Settings:
                 self.refuse(name, value)
 
 
+def _layers(settings: _Settings) -> int:
+    """How many layers the model has. A number that the tensors cannot bear out is damage: a model of so many
+    layers is not even described.
+    """
+    count = settings.take("block_count", int)
+    numbers = (re.match(r"blk\.(\d+)\.", name) for name in settings.file.tensors)
+    found = max((int(number[1]) + 1 for number in numbers if number), default=0)
+    if count > found:
+        settings.refuse("block_count", count, f" The file has tensors of {found} layers.")
+    return count
+
+
 def _scaling(settings: _Settings, head: int, theta: float) -> dict[str, Any] | None:
     """Hugging Face's `rope_scaling`. llama.cpp takes a factor without a kind for a linear one."""
     factor = settings.take("rope.scaling.factor", float, settings.take("rope.scale_linear", float, 0.0))
@@ -146,7 +159,7 @@ def _scaling(settings: _Settings, head: int, theta: float) -> dict[str, Any] | N
 def _llama3(file: GGUFFile, head: int, theta: float) -> dict[str, Any]:
     """Llama 3.1's scaling, of which the file has what it divides each frequency by."""
     divisors = np.asarray(file.stored()["rope_freqs.weight"].read(), np.float64)
-    scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
+    scaling = {"rope_type": "llama3", "factor": float(f"{divisors.max():.6g}"), **_LLAMA3}
     rope = Rope.from_hf(scaling, theta)
     expected = Rope(theta).frequencies(head, 0, 0) / rope.frequencies(head, 0, 0)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
