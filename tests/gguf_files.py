@@ -50,7 +50,8 @@ def data_of(shape, kind, seed):
     per_block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     rows, blocks = shape[0], shape[1] // per_block
     data = rng.integers(0, 256, (rows, blocks, width), np.uint8)
-    typical = 0.2 / 2 ** {"Q4_K": 9, "Q5_K": 10, "Q6_K": 11, "IQ4_XS": 11}.get(kind, 3 if "4" in kind else 5)
+    bits = {"Q4_0": 4, "Q4_1": 4, "IQ4_NL": 7, "TQ2_0": 1, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q3_K": 8}
+    typical = 0.2 / 2 ** bits.get(kind, 10)
     for at in SCALES.get(kind, ()):
         scale = rng.uniform(0.5, 1, (rows, blocks, 1)).astype(np.float16) * np.float16(typical)
         data[..., at : at + 2] = scale.astype(np.float16).view(np.uint8)
