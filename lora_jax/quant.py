@@ -210,9 +210,7 @@ def from_gguf(data: np.ndarray, kind: str, *, transpose: bool = True, dtype: Any
         )
     own = (data.shape[-2], data.shape[-1] // format.width * format.size)
     codes = data.reshape(*data.shape[:-2], -1)
-    return Packed(
-        {"codes": jnp.asarray(codes)}, format, own[:: -1 if transpose else 1], jnp.dtype(dtype), transpose
-    )
+    return Packed({"codes": codes}, format, own[:: -1 if transpose else 1], jnp.dtype(dtype), transpose)
 
 
 def nbytes(tree: Any) -> int:

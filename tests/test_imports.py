@@ -196,7 +196,7 @@ _LIBRARY = {
     "checkpoint": {"_extras", "_paths", "processes"},
     "interop": {
         *("_extras", "_lorafy", "_lowrank", "_merge", "_packed", "_paths", "_tree"),
-        *("arithmetic", "methods", "models", "processes", "sharding"),
+        *("arithmetic", "methods", "models", "processes", "quant", "sharding"),
     },
     "__init__": {
         *("_adapt", "_explain", "_interpret", "_lorafy", "_merge", "_stack", "_summary", "_tree"),

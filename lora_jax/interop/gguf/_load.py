@@ -19,6 +19,7 @@ from .._strict import check_finite, check_tensors, on_device
 from .._tensors import tensors_of
 from ._config import architecture_of, settings_of
 from ._names import gguf_name, rows_in_file
+from ._packing import packed_groups, packed_leaf
 from ._reader import open_gguf
 
 
@@ -37,6 +38,7 @@ def load(
     place: Callable[[str, np.ndarray], Any] = on_device,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    packed: Any = False,
     verify: bool = True,
 ) -> tuple[nn.Module, dict]:
     """The model in a GGUF file, with its language model's head, and its parameters.
@@ -46,6 +48,11 @@ def load(
     logits = model.apply({"params": params}, input_ids)
 
     model, params = gguf.load("model.gguf", scan=True, checkpoint=True, param_dtype=jnp.bfloat16)
+
+    # The weights stay in the file's 4 or 8 bits, and are unpacked where they are used.
+    model, params = gguf.load("model.gguf", packed=True)
+    frozen, delta = lora_jax.lorafy(params, "(q|v)_proj/kernel")
+    logits = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, input_ids)
     ```
 
     The architectures are `llama` (Llama 1 to 3, SmolLM2, Mistral), `qwen2` and `qwen3`. Every type that
@@ -59,6 +66,10 @@ def load(
       scan, checkpoint, dtype: of the model; `dtype` is that of the computation.
       param_dtype: the dtype of the parameters; None is float32, in which values are dequantised.
       place, mesh, rules: as in `hf.load`. With a mesh each part is dequantised when its device asks for it.
+      packed: True leaves the projections of the layers packed, as `quantize` packs weights: they need
+        `adapt`, and everything else takes them as it takes those. Patterns as the targets of `lorafy` choose
+        others. Their types must be among `lora_jax.quant.Blocks`'s, one type for a stack; leaves in floating
+        point are as always. `place` gets their bytes.
       verify: whether to look for values that are not finite.
 
     Raises:
@@ -99,4 +110,8 @@ def load(
             place,
             None if mesh is None else shardings_of(model, mesh, rules),
         )
-        return model, traverse_util.unflatten_dict(placer.leaves(tensors, stored), sep="/")
+        groups = packed_groups(model, tensors, stored, packed)
+        plain = [tensor for tensor in tensors if tensor.path not in groups]
+        flat = placer.leaves(plain, stored)
+        flat |= {path: packed_leaf(path, group, stored, placer) for path, group in groups.items()}
+        return model, traverse_util.unflatten_dict(flat, sep="/")

@@ -102,6 +102,11 @@ class Stored:
         self.check_readable()
         return Values(self)
 
+    def rows(self) -> np.ndarray:
+        """The bytes, row by row, in the order of the rows here."""
+        data = self.tensor.data.view(np.ndarray)
+        return data if self.order is None else data[self.order]
+
     def check_readable(self) -> None:
         """Raises `ValueError` if `gguf` cannot dequantise the type."""
         package, kind = gguf_package(), self.tensor.tensor_type
