@@ -12,8 +12,9 @@ import numpy as np
 from ...models.llama import FamilyConfig
 
 
-# `model_type` of Hugging Face for llama.cpp's architectures.
+# `model_type` of Hugging Face for llama.cpp's architectures, and the other way round.
 KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"mistral": "llama", **{kind: architecture for architecture, kind in KINDS.items()}}
 
 _MODULES = {
     "model.embed_tokens": "token_embd",
