@@ -40,6 +40,18 @@ SIZES = {
     "vocab_size": 96,
 }
 
+# The settings of a tokenizer with a token for each character, one for two of them, and one that ends a text.
+_TOKENS = [*map(chr, range(33, 126)), "Ġ", "Ġt", "<|im_end|>"]
+CHARACTERS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": _TOKENS,
+    "tokenizer.ggml.token_type": [1] * 95 + [3],
+    "tokenizer.ggml.merges": ["Ġ t"],
+    "tokenizer.ggml.eos_token_id": 95,
+    "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+}
+
 
 def data_of(shape, kind, seed):
     """Random data of a type as the writer takes it. Blocks are random bytes, with scales of usual size."""

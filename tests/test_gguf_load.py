@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from gguf_files import halves, needs_real, REAL, SCALES, values, write
+from gguf_files import CHARACTERS, halves, needs_real, REAL, SCALES, values, write
 
 from lora_jax.interop import gguf, hf
 from lora_jax.interop._families import family_of_model
@@ -105,6 +105,20 @@ def test_the_real_model(theirs):
     for _ in range(6):
         ids = [*ids, int(step(jnp.array([ids + [0] * (11 - len(ids))]), len(ids) - 1))]
     assert tokenizer.decode(ids).startswith("The capital of France is Paris")
+
+
+def test_a_tokenizer(tmp_path):
+    """A token for each character, counted from '!', and one for a space with a t."""
+    pytest.importorskip("transformers")
+    write(tmp_path / "model.gguf", extra=CHARACTERS)
+    tokenizer = gguf.tokenizer(tmp_path / "model.gguf")
+    space, space_t, end = 93, 94, 95
+    expected = [ord("a") - 33, space_t, ord("o") - 33, space, ord("b") - 33, end]
+    assert tokenizer("a to b<|im_end|>")["input_ids"] == expected
+    assert tokenizer.decode(expected) == "a to b<|im_end|>"
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", end)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "a<|im_end|>b<|im_end|>"
 
 
 @needs_real
