@@ -70,7 +70,7 @@ def data_of(shape, kind, seed):
     return data.reshape(rows, -1)
 
 
-def shapes(settings, *, bias=(), tied=True, norms=False):
+def shapes(settings, *, bias=(), tied=True, norms=False, gemma=False):
     """Of every tensor, with NumPy's order of axes: (out, in)."""
     width, inner = settings["embedding_length"], settings["feed_forward_length"]
     heads, kv = settings["attention.head_count"], settings["attention.head_count_kv"]
@@ -85,6 +85,8 @@ def shapes(settings, *, bias=(), tied=True, norms=False):
     }
     if norms:
         layer |= {"attn_q_norm": (head,), "attn_k_norm": (head,)}
+    if gemma:
+        layer |= {"post_attention_norm": (width,), "post_ffw_norm": (width,)}
     for i in range(settings["block_count"]):
         found |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
         found |= {f"blk.{i}.{name}.bias": layer[name][:1] for name in bias}

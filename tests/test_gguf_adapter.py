@@ -214,7 +214,11 @@ def test_other_models(tmp_path):
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     trees = lora_jax.lorafy(params, "c_attn/kernel", method=LoRA(rank=2))
     with pytest.raises(
-        TypeError, match="`model` is of the kind 'gpt2', whose adapters .* llama, mistral, qwen2, qwen3"
+        TypeError,
+        match=(
+            "`model` is of the kind 'gpt2', whose adapters .* gemma2, gemma3_text, llama, mistral, qwen2, "
+            "qwen3"
+        ),
     ):
         gguf.save_adapter(tmp_path / "adapter.gguf", model, *trees)
     write(tmp_path / "base.gguf")

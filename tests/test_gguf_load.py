@@ -56,6 +56,12 @@ CASES = {
     "llama, untied": ("llama", {}, {"tied": False}),
     "qwen2": ("qwen2", {}, {"bias": ("attn_q", "attn_k", "attn_v"), "tied": False}),
     "qwen3": ("qwen3", {"attention.key_length": 128}, {"norms": True}),
+    "gemma2": ("gemma2", {"attention.key_length": 256, "attention.sliding_window": 4}, {"gemma": True}),
+    "gemma3": (
+        "gemma3",
+        {"attention.key_length": 256, "attention.sliding_window": 4, "block_count": 6},
+        {"gemma": True, "norms": True},
+    ),
 }
 
 
@@ -64,10 +70,11 @@ def test_the_model_is_that_of_transformers(case, tmp_path, theirs):
     """Its own reader of GGUF files: the same parameters, and the same logits."""
     architecture, changes, layout = CASES[case]
     write(tmp_path / "model.gguf", architecture, kinds=("Q8_0", "Q4_K", "Q5_1"), changes=changes, **layout)
-    check_against(theirs, tmp_path / "model.gguf", IDS)
+    check_against(theirs, tmp_path / "model.gguf", IDS, wide=True)
 
 
-def check_against(theirs, file, ids):
+def check_against(theirs, file, ids, wide=False):
+    """`wide`: logits in float64, because rounding grows in Gemma's norms of random weights."""
     import torch
 
     model, params = gguf.load(file)
@@ -80,9 +87,11 @@ def check_against(theirs, file, ids):
         np.testing.assert_array_equal(tensor.to_theirs(found[tensor.path]), state[tensor.name].numpy())
         names.add(tensor.name)
     assert names | {"lm_head.weight"} == set(state) | {"lm_head.weight"}
-    with torch.no_grad():
-        expected = reference.eval()(torch.tensor(ids)).logits.numpy()
-    logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
+    reference = (reference.double() if wide else reference).eval()
+    with torch.no_grad(), jax.enable_x64(wide):
+        expected = reference(torch.tensor(ids)).logits.numpy()
+        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params) if wide else params
+        logits = np.asarray(model.apply({"params": cast}, jnp.asarray(ids)))
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
     return model, params
 
@@ -230,6 +239,21 @@ def test_settings(tmp_path):
     assert (config.family, config.windows) == ("Mistral", (16, 16))
     config = config_of(tmp_path, bias=("ffn_gate", "ffn_up", "ffn_down"))
     assert config.mlp_bias and not config.attention_bias
+
+
+def test_gemma_s_settings(tmp_path):
+    changes = {"attention.key_length": 32, "attention.value_length": 32, "rope.freq_base": None}
+    config = config_of(tmp_path, "gemma2", changes=changes, gemma=True)
+    assert (config.attention_cap, config.logit_cap, config.windows) == (50, 30, (4096, None))
+    assert config.attention_scale == 32**-0.5
+    small = {"embedding_length": 64, "feed_forward_length": 32, "block_count": 46}
+    config = config_of(tmp_path, "gemma2", changes={**changes, **small}, gemma=True)  # a 27B
+    assert config.attention_scale == 16**-0.5
+    more = {"attention.sliding_window": 8, "rope.freq_base_swa": 500.0, "rope.freq_base": 1e6}
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    config = config_of(tmp_path, "gemma3", changes={**changes, **more, **linear}, gemma=True, norms=True)
+    assert config.ropes == (Rope(500.0), Rope(1e6, "linear", 8.0)) and config.windows == (8, 8)
+    assert (config.attention_cap, config.logit_cap) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_other_contents(how, match, tmp_path):
 def test_other_settings(tmp_path):
     file = tmp_path / "model.gguf"
     write(file, "gptneox")
-    refused(file, "architecture 'gptneox' .*supported are .'llama', 'qwen2', 'qwen3'")
+    refused(file, "architecture 'gptneox' .*supported are .'gemma2', 'gemma3', 'llama', 'qwen2', 'qwen3'")
     write(file, "qwen2", changes={"attention.sliding_window": 8}, bias=("attn_q", "attn_k", "attn_v"))
     refused(file, "8 for `qwen2.attention.sliding_window`")
     write(file, changes={"context_length": None})

@@ -64,11 +64,12 @@ def settings_of(file: GGUFFile) -> dict[str, Any]:
             for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         },
     }
-    window = settings.take("attention.sliding_window", int, 0)
-    if window and architecture == "llama":
+    if architecture.startswith("gemma"):
+        config |= _gemma(settings, config)
+    elif window := settings.take("attention.sliding_window", int, 0):
+        if architecture != "llama":
+            settings.refuse("attention.sliding_window", window)
         config |= {"model_type": "mistral", "sliding_window": window}
-    elif window:
-        settings.refuse("attention.sliding_window", window)
     elif architecture != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if config["model_type"] == "llama":
@@ -114,6 +115,30 @@ class _Settings:
             name, value = key.removeprefix(self.prefix), self.file.value(key)
             if value and name not in _IDLE:
                 self.refuse(name, value)
+
+
+# By the number of layers: the 27B models, which scale attention by the width of a model's heads were it
+# cut into them. llama.cpp tells them by that number too; no file says it.
+_WIDE = {"gemma2": 46, "gemma3": 62}
+_PATTERNS = {"gemma2": 2, "gemma3": 6}
+
+
+def _gemma(settings: _Settings, config: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 2 and 3 have beside the others. The defaults are llama.cpp's."""
+    architecture = settings.prefix[:-1]
+    settings.expect("attention.sliding_window_pattern", _PATTERNS[architecture])
+    wide = config["num_hidden_layers"] == _WIDE[architecture]
+    scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config["head_dim"]
+    found = {"query_pre_attn_scalar": scalar}
+    if architecture == "gemma2":
+        found["sliding_window"] = settings.take("attention.sliding_window", int, 4096)
+        found["attn_logit_softcapping"] = settings.take("attn_logit_softcapping", float, 50.0) or None
+        found["final_logit_softcapping"] = settings.take("final_logit_softcapping", float, 30.0) or None
+    else:
+        found["sliding_window"] = settings.take("attention.sliding_window", int)
+        found["rope_local_base_freq"] = settings.take("rope.freq_base_swa", float, 10_000.0)
+        found["final_logit_softcapping"] = settings.take("final_logit_softcapping", float, 0.0) or None
+    return found
 
 
 def _layers(settings: _Settings) -> int:

@@ -18,7 +18,7 @@ from .._placing import Placer, shardings_of
 from .._strict import check_finite, check_tensors, on_device
 from .._tensors import tensors_of
 from ._config import architecture_of, settings_of
-from ._names import gguf_name, rows_in_file
+from ._names import gguf_name, rows_in_file, shift_in_file
 from ._packing import packed_groups, packed_leaf
 from ._reader import open_gguf
 
@@ -55,9 +55,10 @@ def load(
     logits = lora_jax.adapt(model.apply)({"params": lora_jax.combine(frozen, delta)}, input_ids)
     ```
 
-    The architectures are `llama` (Llama 1 to 3, SmolLM2, Mistral), `qwen2` and `qwen3`. Every type that
-    `gguf.dequantize` knows is read, to float32. What llama.cpp has in another order is put into that of
-    Hugging Face, so that the parameters are those of `hf.load`, and `hf.save` and `peft` take them.
+    The architectures are `llama` (Llama 1 to 3, SmolLM2, Mistral), `qwen2`, `qwen3`, `gemma2` and `gemma3`
+    (its text model). Every type that `gguf.dequantize` knows is read, to float32. What llama.cpp has in
+    another order is put into that of Hugging Face, so that the parameters are those of `hf.load`, and
+    `hf.save` and `peft` take them.
 
     Args:
       file: the model in one file.
@@ -91,14 +92,20 @@ def load(
             if "token_embd.weight" in stored:
                 stored["output.weight"] = stored["token_embd.weight"]
         model = family.build(config, None, dtype=dtype, scan=scan, checkpoint=checkpoint)
-        tensors = [tensor._replace(name=gguf_name(tensor.name)) for tensor in tensors_of(model, family)]
+        tensors = [
+            tensor._replace(name=gguf_name(tensor.name, architecture)) for tensor in tensors_of(model, family)
+        ]
         check_tensors(
             f"{source.path} does not hold the model that its settings describe",
             {tensor.name: tensor.shape for tensor in tensors},
             stored,
         )
         stored = {
-            name: dataclasses.replace(tensor, order=rows_in_file(name, architecture, config))
+            name: dataclasses.replace(
+                tensor,
+                order=rows_in_file(name, architecture, config),
+                shift=shift_in_file(name, architecture),
+            )
             for name, tensor in stored.items()
         }
         model = model.clone(param_dtype=jnp.dtype(param_dtype or jnp.float32))

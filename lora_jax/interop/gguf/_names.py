@@ -13,7 +13,7 @@ from ...models.llama import FamilyConfig
 
 
 # `model_type` of Hugging Face for llama.cpp's architectures, and the other way round.
-KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+KINDS = {kind: kind for kind in ("llama", "qwen2", "qwen3", "gemma2")} | {"gemma3": "gemma3_text"}
 ARCHITECTURES = {"mistral": "llama", **{kind: architecture for architecture, kind in KINDS.items()}}
 
 _MODULES = {
@@ -32,19 +32,34 @@ _MODULES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+# Gemma has a norm before each half of a layer and one after it.
+_GEMMA = {
+    **_MODULES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """llama.cpp's name of a tensor, or of a module, that Hugging Face calls `name`.
 
-    >>> gguf_name("model.layers.3.self_attn.q_proj.weight"), gguf_name("model.norm.weight")
-    ('blk.3.attn_q.weight', 'output_norm.weight')
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight", "llama"), gguf_name("model.norm", "gemma3")
+    ('blk.3.attn_q.weight', 'output_norm')
     """
+    modules = _GEMMA if architecture.startswith("gemma") else _MODULES
     stem, last = re.fullmatch(r"(.*?)((?:\.weight|\.bias)?)", name).groups()  # type: ignore[union-attr]
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     if layer is None:
-        return _MODULES[stem] + last
-    return f"blk.{layer[1]}.{_MODULES[layer[2]]}{last}"
+        return modules[stem] + last
+    return f"blk.{layer[1]}.{modules[layer[2]]}{last}"
+
+
+def shift_in_file(name: str, architecture: str) -> float:
+    """What the file's values are above those here: scales of Gemma's norms count from 1 in Hugging Face's
+    files, and from 0 in llama.cpp's.
+    """
+    return 1.0 if architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
 
 
 def rows_in_file(name: str, architecture: str, config: FamilyConfig) -> np.ndarray | None:

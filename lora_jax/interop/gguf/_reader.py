@@ -73,12 +73,14 @@ def open_gguf(file: str | Path) -> GGUFFile:
 class Stored:
     """A tensor in a file. Its values are in float32, whatever it is stored in.
 
-    `order`: the row of the file for each row here, where llama.cpp has them in another order.
+    `order`: the row of the file for each row here, where llama.cpp has them in another order. `shift`: how
+    much the file's values are above those here.
     """
 
     file: Path
     tensor: Any
     order: np.ndarray | None = None
+    shift: float = 0.0
 
     @property
     def name(self) -> str:
@@ -97,7 +99,7 @@ class Stored:
         are made when they are used.
         """
         data = self.tensor.data.view(np.ndarray)
-        if self.tensor.tensor_type.name == "F32" and self.order is None:
+        if self.tensor.tensor_type.name == "F32" and self.order is None and not self.shift:
             return data if data.flags.aligned else data.copy()
         self.check_readable()
         return Values(self)
@@ -157,4 +159,5 @@ class Values:
             else:
                 chosen = data[rows] if order is None else data[order[rows]]
                 values = gguf_package().dequantize(chosen, self.stored.tensor.tensor_type)[:, *others]
+        values = values - np.float32(self.stored.shift) if self.stored.shift else values
         return values.T if self.turned else values

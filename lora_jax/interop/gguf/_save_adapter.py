@@ -98,7 +98,7 @@ def _tensors(part: Part, alpha: float, architecture: str, model: nn.Module) -> d
             "other weights, or write the merged model, `hf.save(dir, model, merge(frozen, delta))`, and "
             "convert that."
         )
-    name = gguf_name(part.module.name)
+    name = gguf_name(part.module.name, architecture)
     a, b = part.arrays["a"], b_for(part, part.arrays["b"], alpha)
     if part.module.kind == "embedding":
         a = a.T  # its rows are looked up
