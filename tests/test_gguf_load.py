@@ -126,31 +126,68 @@ def test_a_tokenizer(tmp_path):
     assert tokenizer("a to b<|im_end|>")["input_ids"] == expected
     assert tokenizer.decode(expected) == "a to b<|im_end|>"
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", end)
+    assert tokenizer.chat_template == CHARACTERS["tokenizer.chat_template"]
+    pytest.importorskip("jinja2")
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "a<|im_end|>b<|im_end|>"
 
 
+TEXTS = ("The Alimentum is not family friendly.", "x = 1\n\n\tprint(x)  # naïve", "£20-25 日本 🙂", "")
+
+
 @needs_real
 def test_the_real_tokenizer():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     tokenizer = gguf.tokenizer(REAL)
-    reference = transformers.AutoTokenizer.from_pretrained(REAL.parent, gguf_file=REAL.name)
-    for text in (
-        "The Alimentum is not family friendly.",
-        "x = 1\n\n\tprint(x)  # naïve",
-        "£20-25 日本 🙂",
-        "",
-    ):
-        ids = tokenizer(text)["input_ids"]
-        assert ids == reference(text)["input_ids"] and tokenizer.decode(ids) == text
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == (
+    assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in TEXTS)
+    assert tokenizer("The capital of France is")["input_ids"] == [504, 3575, 282, 4649, 314]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",
         "<|endoftext|>",
+        "<|im_end|>",
     )
     assert tokenizer("<|im_end|>")["input_ids"] == [2] == [tokenizer.eos_token_id]
+    pytest.importorskip("jinja2")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert chat.endswith("<|im_start|>user\nHello<|im_end|>\n")
+
+
+@needs_real
+@pytest.mark.slow
+def test_the_real_tokenizer_is_that_of_transformers(theirs):
+    tokenizer = gguf.tokenizer(REAL)
+    reference = theirs.AutoTokenizer.from_pretrained(REAL.parent, gguf_file=REAL.name)
+    for text in (*TEXTS, "<|im_start|>user\n<repo_name> a<|im_end|>"):
+        assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
+        assert tokenizer.tokenize(text) == reference.tokenize(text)
+    assert tokenizer.get_vocab() == reference.get_vocab() and len(tokenizer) == 49152
+    assert tokenizer.special_tokens_map == reference.special_tokens_map
+    assert set(tokenizer.all_special_ids) == set(reference.all_special_ids)
+    assert tokenizer.chat_template == reference.chat_template
+    for name in ("add_bos_token", "add_eos_token", "padding_side"):
+        assert getattr(tokenizer, name) == getattr(reference, name)
+
+
+@pytest.mark.parametrize("says", [None, True, False])
+def test_where_texts_begin(says, tmp_path, theirs):
+    """A vocabulary of SentencePiece, with BOS unless the file says otherwise."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab"]
+    extra = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, *(-float(i) for i in range(6))],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 1],
+        **{f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))},
+        **({} if says is None else {"tokenizer.ggml.add_bos_token": says}),
+    }
+    write(tmp_path / "model.gguf", extra=extra)
+    tokenizer = gguf.tokenizer(tmp_path / "model.gguf")
+    reference = theirs.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in ("ab a", "b", " ab</s>"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == reference(text)["input_ids"] and (ids[0] == 1) == (says is not False)
+    assert tokenizer.special_tokens_map == reference.special_tokens_map
 
 
 # -- options -------------------------------------------------------------------------------------------------

@@ -62,6 +62,10 @@ def test_other_settings(tmp_path):
         gguf.load(file, tie="knot")
     with pytest.raises(ValueError, match="has no tokenizer .`tokenizer.ggml.tokens`"):
         gguf.tokenizer(file)
+    pytest.importorskip("transformers")
+    write(file, extra={"tokenizer.ggml.model": "plamo2", "tokenizer.ggml.tokens": ["a"]})
+    with pytest.raises(ValueError, match="has a tokenizer that transformers .* cannot make .*'plamo2'"):
+        gguf.tokenizer(file)
 
 
 def test_not_finite(tmp_path):

@@ -258,7 +258,7 @@ class LayeredConfig(FamilyConfig):
     """
 
     sliding_window: int | None = 4096
-    layer_types: tuple[str, ...] | None = None  # None: as the family has it
+    layer_types: tuple | None = None  # None: as the family has it
 
     def __post_init__(self) -> None:
         super().__post_init__()
