@@ -16,6 +16,10 @@ import numpy as np
 from ._layers import accumulator
 
 
+# A number, or None where the kind has none of it, as `__post_init__` checks.
+Setting = Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """How fast each plane of a head turns, under Hugging Face's names.
@@ -38,15 +42,15 @@ class Rope:
 
     theta: float = 10_000.0
     kind: str = "default"
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Setting = None
+    original_max_position_embeddings: Setting = None
+    low_freq_factor: Setting = None
+    high_freq_factor: Setting = None
+    attention_factor: Setting = None
+    beta_fast: Setting = None
+    beta_slow: Setting = None
+    mscale: Setting = None
+    mscale_all_dim: Setting = None
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +125,6 @@ class Rope:
             return 1.0
         if self.attention_factor is not None:
             return float(self.attention_factor)
-        assert self.factor is not None  # as `__post_init__` has checked
 
         def grown(by: float) -> float:
             return 1.0 if self.factor <= 1 else 0.1 * by * math.log(self.factor) + 1.0
