@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import _axes
+from ._packed.blocks import Blocks as Blocks
 from ._packed.formats import (
     Format,
     FORMATS,
@@ -187,6 +189,28 @@ def from_bitsandbytes(
     """
     format, arrays, shape, dtype = _read_bitsandbytes(tensors, name)
     return Packed(arrays, format, shape[::-1] if transpose else shape, dtype, turned=transpose)
+
+
+def from_gguf(data: np.ndarray, kind: str, *, transpose: bool = True, dtype: Any = "float32") -> Packed:
+    """A weight as a GGUF file has it, for a place in `frozen`: bit for bit what `gguf.dequantize` makes of
+    its bytes, rounded once where `dtype` is not float32.
+
+    `data` is what `gguf.GGUFReader` has for the tensor: (out, bytes of a row), with the axes of a stack
+    before these. `kind` is llama.cpp's name of its type, for example "Q4_K". GGUF stores (out, in);
+    `transpose` makes that (in, out), as Flax has it.
+
+    Raises:
+      ValueError: a type that is not kept packed; data of another dtype or shape.
+    """
+    format = Blocks(kind)
+    if data.dtype != np.uint8 or data.ndim < 2 or data.shape[-1] % format.width:
+        raise ValueError(
+            f"`data` is {data.dtype}{list(data.shape)}; of {kind}, rows of whole blocks of {format.width} "
+            "bytes (uint8) were expected."
+        )
+    own = (data.shape[-2], data.shape[-1] // format.width * format.size)
+    codes = data.reshape(*data.shape[:-2], -1)
+    return Packed({"codes": codes}, format, own[:: -1 if transpose else 1], jnp.dtype(dtype), transpose)
 
 
 def nbytes(tree: Any) -> int:

@@ -20,6 +20,7 @@ _NOT_IN_CORE = (
     "datasets",
     "equinox",
     "flax",
+    "gguf",
     "jaxtyping",
     "orbax",
     "peft",
@@ -60,6 +61,7 @@ _ROOMS = {
     "optim": {"optax"},
     "checkpoint": {"optax", "orbax"},
     "models": {"flax", "chex"},
+    "interop/gguf": {"flax", "gguf", "transformers"},
     "interop": {"flax", "safetensors"},
     "": set(),
 }
@@ -129,6 +131,7 @@ def test_file_keeps_to_its_room(file):
         ("optimal.py", "import optax", "imports optax"),
         ("models/gpt2.py", "import safetensors", "imports safetensors"),
         ("interop/hf.py", "import transformers", "imports transformers"),
+        ("interop/_names.py", "def f():\n    import gguf", "imports gguf"),
         ("optim/_masks.py", "import experiments.config", "imports experiments.config"),
         ("_interpret/calls.py", "from jax._src import core", "private jax._src.core"),
         ("_interpret/calls.py", "import jax\njax._src.core.trace_ctx", "private jax._src"),
@@ -193,7 +196,7 @@ _LIBRARY = {
     "checkpoint": {"_extras", "_paths", "processes"},
     "interop": {
         *("_extras", "_lorafy", "_lowrank", "_merge", "_packed", "_paths", "_tree"),
-        *("arithmetic", "methods", "models", "processes", "sharding"),
+        *("arithmetic", "methods", "models", "processes", "quant", "sharding"),
     },
     "__init__": {
         *("_adapt", "_explain", "_interpret", "_lorafy", "_merge", "_stack", "_summary", "_tree"),

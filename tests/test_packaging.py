@@ -62,6 +62,7 @@ def test_metadata(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == {
         "models",
+        "gguf",
         "experiments",
         "meteor",
         "cuda",

@@ -42,7 +42,7 @@ _ROOMS = {
         for name in ("arithmetic", "checkpoint", "drop", "methods", "models", "optim")
     },
     **{name: f"lora_jax.{name}" for name in ("quant", "sharding")},
-    **{name: f"lora_jax.interop.{name}" for name in ("hf", "loralib", "peft")},
+    **{name: f"lora_jax.interop.{name}" for name in ("gguf", "hf", "loralib", "peft")},
 }
 
 
@@ -96,6 +96,18 @@ def beside_a_model(tmp_path):
     )
 
 
+@pytest.fixture
+def beside_a_gguf_file(tmp_path):
+    """Puts the GGUF file that a page loads, a tiny one with a token for each character, into its
+    directory.
+    """
+    pytest.importorskip("transformers")
+    from gguf_files import CHARACTERS, write
+
+    file = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    write(file, kinds=("Q8_0", *["Q4_1"] * 14), extra=CHARACTERS)
+
+
 # -- the blocks ----------------------------------------------------------------------------------------------
 
 
@@ -133,6 +145,11 @@ def _checks_pytorch(namespace: dict, printed: str) -> None:
     assert namespace["alpha"] == 16
 
 
+def _checks_gguf(namespace: dict, printed: str) -> None:
+    assert Path("adapter.gguf").is_file() and namespace["logits"].shape == (1, 24, 96)
+    assert "Blocks(kind='Q4_1') 81920 bytes for 131072 numbers" in printed
+
+
 def _checks_sharding(namespace: dict, printed: str) -> None:
     devices = set(jax.devices())
     assert len(devices) == 8
@@ -146,6 +163,7 @@ _CHECKS = {
     "README.md": _checks_readme,
     "docs/frameworks.md": _checks_frameworks,
     "docs/checkpoints.md": _checks_checkpoints,
+    "docs/gguf.md": _checks_gguf,
     "docs/pytorch.md": _checks_pytorch,
     "docs/sharding.md": _checks_sharding,
 }
@@ -160,6 +178,8 @@ def test_every_block_runs(page, request, tmp_path, monkeypatch, relaxed_promotio
     monkeypatch.chdir(tmp_path)
     if page == "docs/pytorch.md":
         request.getfixturevalue("beside_a_model")
+    if page == "docs/gguf.md":
+        request.getfixturevalue("beside_a_gguf_file")
     namespace, printed = _run(page, capsys)
     _CHECKS.get(page, lambda namespace, printed: None)(namespace, printed)
 

@@ -84,6 +84,10 @@ class Format(abc.ABC):
     in_order: ClassVar[tuple[str, ...]] = ("codes",)
 
     @abc.abstractmethod
+    def ndims(self, own: tuple[int, ...]) -> dict[str, int]:
+        """How many axes each array has for one weight of the shape `own`."""
+
+    @abc.abstractmethod
     def pack(self, weight: jax.Array, stack: int) -> dict[str, jax.Array]:
         """The arrays that hold `weight`. Its first `stack` axes lead in each: every index of them is packed
         by itself.
@@ -141,6 +145,10 @@ class NF4(Format):
                     f"`{name}` is {value!r}; it must be a positive "
                     f"{'even ' if divisor == 2 else ''}integer, as 64 or 256."
                 )
+
+    def ndims(self, own: tuple[int, ...]) -> dict[str, int]:
+        nested = {"nested_absmax": 1, "nested_offset": 0} if self.double else {}
+        return {"codes": 1, "absmax": 1, **nested}
 
     def pack(self, weight: jax.Array, stack: int) -> dict[str, jax.Array]:
         _check(weight, stack, 0)
@@ -200,6 +208,9 @@ class Int8(Format):
     >>> arrays["codes"].tolist(), arrays["scale"].shape
     ([[127, 64], [-3, -127]], (1, 2))
     """
+
+    def ndims(self, own: tuple[int, ...]) -> dict[str, int]:
+        return {"codes": len(own), "scale": len(own)}
 
     def pack(self, weight: jax.Array, stack: int) -> dict[str, jax.Array]:
         _check(weight, stack, 1)

@@ -170,16 +170,25 @@ def _apart(function: Callable, packed: Packed, *arrays: jax.Array) -> jax.Array:
     def branch(packed: Packed, *arrays: jax.Array) -> jax.Array:
         compute = lambda packed, *arrays: function(packed.value(), *arrays)
         result = jax.eval_shape(compute, packed, *arrays)
-        scale = next(
-            array for array in jax.tree.leaves((arrays, packed)) if jnp.issubdtype(array.dtype, jnp.floating)
-        )
         return lax.cond(
-            _false_from(scale), lambda *_: jnp.zeros(result.shape, result.dtype), compute, packed, *arrays
+            _false_from(_floating((arrays, packed))),
+            lambda *_: jnp.zeros(result.shape, result.dtype),
+            compute,
+            packed,
+            *arrays,
         )
 
     return lax.platform_dependent(
         packed, *arrays, cpu=branch, default=lambda packed, *arrays: function(packed.value(), *arrays)
     )
+
+
+def _floating(tree: Any) -> jax.Array:
+    """Some floating-point array of a tree, or bytes of it taken for one."""
+    leaves = jax.tree.leaves(tree)
+    floating = (array for array in leaves if jnp.issubdtype(array.dtype, jnp.floating))
+    first = next(floating, None)
+    return lax.bitcast_convert_type(leaves[0].reshape(-1)[:2], jnp.float16) if first is None else first
 
 
 def layer_by_layer(function: Callable, weight: Any, layers: Sequence[int], *arrays: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """What a tree holds in place of an array that is quantised: packed arrays, and what they stand for."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,7 +44,7 @@ class Packed:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        own = _own_ndims(self.format, self.own, self.dtype)
+        own = self.format.ndims(self.own)
         return min(
             (self.arrays[name].shape[: self.arrays[name].ndim - ndim] for name, ndim in own.items()), key=len
         )
@@ -82,7 +81,7 @@ class Packed:
         """
         if self.at_use is None or is_explicit(self.at_use.mesh):  # there `value` makes the codes whole
             return self
-        found, ndims = dict(self.arrays), _own_ndims(self.format, self.own, self.dtype)
+        found, ndims = dict(self.arrays), self.format.ndims(self.own)
         for name in self.format.in_order:
             spec = tuple(self.at_use.spec)[:: -1 if self.turned else 1]
             if ndims[name] < len(self.own):
@@ -109,9 +108,3 @@ def _whole(array: jax.Array) -> jax.Array:
 
 def is_packed(leaf: Any) -> bool:
     return isinstance(leaf, Packed)
-
-
-@functools.lru_cache(maxsize=1024)
-def _own_ndims(format: Format, own: tuple[int, ...], dtype: Any) -> dict[str, int]:
-    arrays = jax.eval_shape(lambda weight: format.pack(weight, 0), jax.ShapeDtypeStruct(own, dtype))
-    return {name: array.ndim for name, array in arrays.items()}

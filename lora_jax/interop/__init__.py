@@ -4,5 +4,5 @@ from .._extras import brought_by
 
 
 with brought_by("models", "lora_jax.interop"):
-    from . import hf as hf, loralib as loralib, peft as peft
+    from . import gguf as gguf, hf as hf, loralib as loralib, peft as peft
     from ._imports import OneSided as OneSided

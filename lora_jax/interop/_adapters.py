@@ -5,13 +5,16 @@ the names in files. An adapter of a fused projection that acts on some of its bl
 `blocks`.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from .._lowrank.labels import scaled_by
 from ..methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from ._families import Family
 from ._modules import Module
@@ -35,6 +38,26 @@ def plain_number(value: float) -> float | int:
     """The integer that a number is but for the rounding of a quotient and a product, if there is one."""
     near = round(value)
     return near if near and math.isclose(value, near, rel_tol=1e-12) else value
+
+
+def alpha_of(part: Part) -> float:
+    """The alpha of an adapter that is LoRA, whose scale is alpha / r, without the rounding of a quotient and
+    a product.
+    """
+    method = part.method
+    assert isinstance(method, LoRA), "`as_lora` makes one of every other method"
+    return plain_number(method.scale * method.rank if method.rs else method.alpha)
+
+
+def common_alpha(parts: list[Part]) -> float:
+    """One alpha for a file that has one for all: the most frequent. No B is a multiple of zero."""
+    counts = collections.Counter(map(alpha_of, parts))
+    return max(counts, key=lambda value: (value != 0, counts[value]))
+
+
+def b_for(part: Part, b: np.ndarray, alpha: float) -> np.ndarray:
+    """B, which takes what `alpha` lacks of the adapter's own alpha."""
+    return b if alpha_of(part) == alpha else np.asarray(scaled_by(jnp.asarray(b), alpha_of(part) / alpha))
 
 
 def with_blocks(parts: list[Part], family: Family) -> list[Part]:

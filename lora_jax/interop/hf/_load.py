@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,14 @@ from jax.sharding import Mesh
 
 from ...models._config import numbered_labels
 from ...processes import all_or_none, spanning
-from ...sharding import partition_specs, Rules, shardings
+from ...sharding import Rules
 from .. import _state_dict
 from .._families import chosen_head, Family, family_of
 from .._files import read_json
+from .._placing import Placer, shardings_of
 from .._safetensors import facts_of, stored_tensors
-from .._strict import check_beside, check_finite, check_tensors, check_width, DTYPES, on_device, renamed
-from .._tensors import shapes_of, Tensor, tensors_of
+from .._strict import check_beside, check_finite, check_tensors, DTYPES, on_device, renamed
+from .._tensors import Tensor, tensors_of
 
 
 def load(
@@ -113,7 +113,7 @@ def load(
         config = _tied_or_untied(directory, family, build, config, stored, tie)
         model = build(config)
         tensors = tensors_of(model, family)
-        layout = None if mesh is None else _shardings(model, mesh, rules)
+        layout = None if mesh is None else shardings_of(model, mesh, rules)
         expected = {tensor.name for tensor in tensors}
         stored = {
             name: tensor
@@ -137,64 +137,16 @@ def load(
             else jnp.dtype(param_dtype)
         )
 
-        def checked(name: str, array: np.ndarray) -> np.ndarray:
-            array = check_finite(directory, name, array) if verify else array
-            return array if param_dtype is None else array.astype(model.param_dtype, copy=False)
-
-        def placed(path: str, names: list[str], arrays: list[np.ndarray], stacked: bool) -> Any:
-            if layout is not None:
-                return _split(
-                    path,
-                    layout[path],
-                    arrays,
-                    param_dtype,
-                    stacked,
-                    lambda index, array: checked(names[index], array),
-                )
-            arrays = [checked(name, array) for name, array in zip(names, arrays, strict=True)]
-            return place(path, np.stack(arrays) if stacked else arrays[0])
-
-        flat = {
-            path: placed(path, [path], [array], False) for path, array in _drawn(model, fresh, key).items()
-        }
-        for path, group in itertools.groupby(kept, lambda tensor: tensor.path):
-            parts = list(group)
-            arrays = [tensor.to_ours(stored[tensor.name].read()) for tensor in parts]
-            flat[path] = placed(
-                path, [stored[tensor.name].name for tensor in parts], arrays, parts[0].layer is not None
-            )
-        return model, traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _shardings(model: nn.Module, mesh: Mesh, rules: Rules | None) -> dict[str, Any]:
-    """The sharding of every leaf. Raises `ValueError` for a mesh that does not divide one."""
-    shapes = dict(shapes_of(model))
-    return shardings(mesh, partition_specs(shapes, model.partition_rules if rules is None else rules), shapes)
-
-
-def _split(
-    path: str,
-    sharding: Any,
-    arrays: list[np.ndarray],
-    dtype: Any,
-    stacked: bool,
-    checked: Callable[[int, np.ndarray], np.ndarray],
-) -> jax.Array:
-    """One array over the devices; each part is read when its device asks for it. `arrays` has the layers of a
-    stack, or one array.
-    """
-    check_width(path, arrays[0].dtype if dtype is None else jnp.dtype(dtype))
-    shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # which JAX asserts too; only its annotation is wider
-        if not stacked:
-            return np.array(checked(0, arrays[0][index]))
-        return np.stack(
-            [checked(layer, arrays[layer][index[1:]]) for layer in range(*index[0].indices(len(arrays)))]
+        placer = Placer(
+            (lambda name, array: check_finite(directory, name, array)) if verify else lambda _, array: array,
+            None if param_dtype is None else model.param_dtype,
+            place,
+            layout,
         )
-
-    return jax.make_array_from_callback(shape, sharding, part)
+        drawn = _drawn(model, fresh, key)
+        flat = {path: placer.leaf(path, [path], [array], False) for path, array in drawn.items()}
+        flat |= placer.leaves(kept, stored)
+        return model, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _stored(directory: Path, verify: bool, *, divided: bool) -> Mapping[str, Any]:

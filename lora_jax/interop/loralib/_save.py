@@ -1,20 +1,17 @@
 """`save` writes every adapter that is a LoRA, or computes what a LoRA does, in loralib's layout."""
 
-import collections
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from ... import arithmetic
-from ..._lowrank.labels import scaled_by
 from ..._tree.nodes import Adapter, adapters_of, Shared
 from ...methods import LoRA
 from ...processes import agree, all_or_none, spanning
 from .. import _fingerprint, _torch_files
-from .._adapters import Part, plain_number
+from .._adapters import b_for, common_alpha, Part
 from .._exports import (
     checked_trees,
     frozen_tensors,
@@ -72,9 +69,7 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
     parts = parts_of(model, family, delta)
     if not parts:
         raise ValueError(NOTHING_ADAPTED)
-    counts = collections.Counter(_alpha(part) for part in parts)
-    # No B is a multiple of zero.
-    alpha = max(counts, key=lambda value: (value != 0, counts[value]))
+    alpha = common_alpha(parts)
     tensors: dict[str, np.ndarray] = {}
     for part in parts:
         a, b = _written(part, alpha)
@@ -106,17 +101,6 @@ def _has_layout(leaf: Adapter) -> bool:
     )
 
 
-def _alpha(part: Part) -> float:
-    """loralib's alpha, whose scale is alpha / r, without the rounding of a quotient and a product."""
-    method = _lora(part)
-    return plain_number(method.scale * method.rank if method.rs else method.alpha)
-
-
-def _lora(part: Part) -> LoRA:
-    assert isinstance(part.method, LoRA), "`as_lora` makes one of every other method"
-    return part.method
-
-
 def _written(part: Part, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     a, b = part.arrays["a"], part.arrays["b"]
     if part.module.kind == "convolution":
@@ -124,8 +108,7 @@ def _written(part: Part, alpha: float) -> tuple[np.ndarray, np.ndarray]:
             f"{part.module.name!r} is a convolution, whose adapter in loralib is another one (it reshapes "
             "A·B): write PEFT's format, `peft.save`."
         )
-    if _lora(part).blocks is not None:  # (r, in, blocks) and (out, r, blocks)
+    assert isinstance(part.method, LoRA), "`as_lora` makes one of every other method"
+    if part.method.blocks is not None:  # (r, in, blocks) and (out, r, blocks)
         a, b = (array.transpose(2, 0, 1).reshape(-1, array.shape[1]) for array in (a, b))
-    if _alpha(part) != alpha:
-        b = np.asarray(scaled_by(jnp.asarray(b), _alpha(part) / alpha))
-    return np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return np.ascontiguousarray(a), np.ascontiguousarray(b_for(part, b, alpha))
