@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from . import deberta, gpt2, roberta
+from . import bert, deberta, gpt2, roberta
 from .family import Family as Family
 
 
@@ -19,7 +19,12 @@ ELSEWHERE = (
     "docs/frameworks.md shows them on models of Flax and Equinox, and https://github.com/jax-ml/bonsai has "
     "many such models."
 )
-FAMILIES = {"gpt2": gpt2.FAMILY, "roberta": roberta.FAMILY, "deberta-v2": deberta.FAMILY}
+FAMILIES = {
+    "gpt2": gpt2.FAMILY,
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
+    "deberta-v2": deberta.FAMILY,
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -308,13 +308,15 @@ def _head_of_file_or_new(
     family: Family, tensors: list[Tensor], stored: dict[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
     """`stored` without the tensors of other heads, and the paths of leaves to be drawn: the whole head if any
-    of its tensors is missing or has another shape, and otherwise none.
+    of its tensors is missing or has another shape, and a pooler before it that the file does not have.
     """
-    body = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
+    found = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
     own = [tensor for tensor in tensors if not tensor.name.startswith(family.prefix)]
+    pooler = [tensor for tensor in tensors if own and tensor.name.startswith(family.pooler)]
+    fresh = set() if any(tensor.name in stored for tensor in pooler) else {tensor.path for tensor in pooler}
     if any(tensor.name not in stored or stored[tensor.name].shape != tensor.shape for tensor in own):
-        return body, {tensor.path for tensor in own}
-    return body | {tensor.name: stored[tensor.name] for tensor in own}, set()
+        return found, fresh | {tensor.path for tensor in own}
+    return found | {tensor.name: stored[tensor.name] for tensor in own}, fresh
 
 
 def _drawn(model: nn.Module, paths: set[str], key: jax.Array | None) -> dict[str, np.ndarray]:
