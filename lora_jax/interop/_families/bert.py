@@ -25,10 +25,9 @@ FAMILY = Family(
     aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     fused={},
     uncalled={},
-    # Files with any head may hold the pooler of pretraining, and its other head.
+    # Files with any head may hold the pooler of pretraining and its other head, that of two sentences.
     leftovers=re.compile(
-        r"bert\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias))|"
-        r"cls\.seq_relationship\.(weight|bias)"
+        r"bert\.(embeddings\.(position|token_type)_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\..*)"
     ),
     table="""
         bert.embeddings.word_embeddings.weight             embeddings/word_embeddings/embedding

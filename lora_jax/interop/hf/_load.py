@@ -71,7 +71,8 @@ def load(
         head a leaf of its own: the file's, if it has one, and otherwise with the embedding's values.
       head: one of `lora_jax.models.HEADS`, in place of the head that the config names. The encoder is read as
         strictly as ever, and tensors of other heads are passed over. Unless the file has the whole new head,
-        for as many labels, all of it is drawn as the model draws it.
+        for as many labels, all of it is drawn as the model draws it; so is a pooler before the head that a
+        masked LM's file lacks.
       num_labels: the number of labels of that head.
       vocab_size: the number of tokens, where an adapter was trained with more than the base has. The rows of
         the added tokens are zero until `peft.load` brings them.
