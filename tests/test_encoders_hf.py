@@ -231,6 +231,38 @@ def test_a_new_head_on_a_pretrained_encoder(pretrained, name):
     )
 
 
+def test_berts_pooler_is_the_files_or_else_new(pretrained):
+    """It belongs to the encoder's tensors, and a masked LM as transformers saves it has none."""
+    directory, model, params = pretrained(BERT)
+    draw = lambda n, head: hf.load(directory, head=head, num_labels=2, key=jax.random.key(n))[1]
+    (one, other) = (draw(n, "sequence_classification") for n in (0, 1))
+    np.testing.assert_array_equal(one["pooler"]["dense"]["kernel"], np.ones((32, 32)))
+    equal(one["pooler"], other["pooler"])
+    assert not np.array_equal(one["classifier"]["kernel"], other["classifier"]["kernel"])
+    assert "pooler" not in draw(0, "token_classification")
+
+    hf.save(directory, model, params, overwrite=True)
+    (one, other) = (draw(n, "sequence_classification") for n in (0, 1))
+    assert not np.array_equal(one["pooler"]["dense"]["kernel"], other["pooler"]["dense"]["kernel"])
+    equal(one["encoder"], params["encoder"])
+    with pytest.raises(ValueError, match="'bert.pooler.dense.weight' is missing"):
+        hf.load(directory, head="features")
+
+
+def test_files_of_the_bare_model_lack_its_prefix(torch, tmp_path):
+    """As sentence-transformers publishes them, buffers included."""
+    reference = theirs(torch, BERT, "features")
+    reference.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "pooler.dense.weight" in tensors
+    save_file({**tensors, "embeddings.position_ids": np.arange(24)[None]}, tmp_path / "model.safetensors")
+    model, params = hf.load(tmp_path)
+    assert model.head == "features"
+    equal(params, encoders.from_torch(torch, reference))
+    _, again = hf.load(tmp_path, head="sequence_classification")
+    equal(again["pooler"], params["pooler"])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_encoder_must_be_whole_whatever_the_head(pretrained, name):
     directory, _, _ = pretrained(CONFIGS[name])
