@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ._encoder import check_token_types, EncoderConfig, EncoderLayer, EncoderModel, EncoderPart, Residual
+from ._encoder import check_token_types, EncoderConfig, EncoderLayer, EncoderPart, Residual
 from ._layers import attention, repeated
 
 
@@ -115,7 +115,7 @@ class Pooler(EncoderPart):
         return jnp.tanh(self.dense(self.config.hidden_size, "dense")(x_BxTxD[:, 0]))
 
 
-def encoded(model: EncoderModel, options: Any, input_ids, attention_mask, position_ids, token_type_ids):
+def encoded(model, options, input_ids, attention_mask, position_ids, token_type_ids):
     """The states of the last layer, and the embedding of words, inside the model's `__call__`."""
     check_token_types(token_type_ids, input_ids, model.config.type_vocab_size)
     if token_type_ids is None:
