@@ -115,7 +115,14 @@ class Pooler(EncoderPart):
         return jnp.tanh(self.dense(self.config.hidden_size, "dense")(x_BxTxD[:, 0]))
 
 
-def encoded(model, options, input_ids, attention_mask, position_ids, token_type_ids):
+def encoded(
+    model,
+    options: tuple[Any, Any, Any, bool, str | None],
+    input_ids,
+    attention_mask,
+    position_ids,
+    token_type_ids,
+):
     """The states of the last layer, and the embedding of words, inside the model's `__call__`."""
     check_token_types(token_type_ids, input_ids, model.config.type_vocab_size)
     if token_type_ids is None:
