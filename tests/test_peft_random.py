@@ -37,10 +37,8 @@ _REFUSALS = (
 _BASES = [
     ("gpt2", None),
     ("gpt2 untied", None),
-    ("bert", "masked_lm"),
     ("bert untied", "masked_lm"),
     ("bert", "sequence_classification"),
-    ("bert", "features"),
     ("roberta", "masked_lm"),
     ("roberta untied", "masked_lm"),
     ("roberta", "sequence_classification"),
