@@ -351,12 +351,11 @@ def test_what_cannot_be_read_is_named(pretrained, tmp_path):
     ("config", "scan"),
     [
         (BERT, False),
-        (ROBERTA, False),
         (ROBERTA, True),
         (DEBERTA, False),
         (changed(DEBERTA, share_att_key=False), True),
     ],
-    ids=["bert", "roberta", "roberta, scanned", "deberta", "deberta of own keys, scanned"],
+    ids=["bert", "roberta, scanned", "deberta", "deberta of own keys, scanned"],
 )
 def test_adapted_is_merged_and_nothing_is_formed(config, scan, x64):
     """With every matrix of the encoder adapted, the projections of distances and the convolution among
