@@ -1,4 +1,6 @@
-"""RoBERTa and DeBERTa at a size for tests, and the same models in PyTorch with every parameter random."""
+"""BERT, RoBERTa and DeBERTa at a size for tests, and the same models in PyTorch with every parameter
+random.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lora_jax.models import DebertaV2, DebertaV2Config, Roberta, RobertaConfig
+from lora_jax.models import Bert, BertConfig, DebertaV2, DebertaV2Config, Roberta, RobertaConfig
 
 
 # The published models, everything as published but the sizes: names of layers of width 32.
@@ -21,10 +23,12 @@ _SMALL = {
 }
 _BUCKETS = {"position_buckets": 8, "max_position_embeddings": 24}
 SCALED = {
+    **{name: BertConfig.named(name, **_SMALL, max_position_embeddings=24) for name in BertConfig.sizes},
     **{name: RobertaConfig.named(name, **_SMALL, max_position_embeddings=26) for name in RobertaConfig.sizes},
     **{name: DebertaV2Config.named(name, **_SMALL, **_BUCKETS) for name in DebertaV2Config.sizes},
 }
-ROBERTA, DEBERTA = SCALED["roberta-base"], SCALED["deberta-v2-xlarge"]
+BERT, ROBERTA, DEBERTA = (SCALED[name] for name in ("bert-base-uncased", "roberta-base", "deberta-v2-xlarge"))
+_MODELS = {BertConfig: Bert, RobertaConfig: Roberta, DebertaV2Config: DebertaV2}
 _CLASSES = {
     "masked_lm": "ForMaskedLM",
     "sequence_classification": "ForSequenceClassification",
@@ -35,20 +39,25 @@ _CLASSES = {
 
 
 def named_class(config, head):
-    return ("Roberta" if isinstance(config, RobertaConfig) else "DebertaV2") + _CLASSES[head]
+    return _MODELS[type(config)].__name__ + _CLASSES[head]
 
 
 def ours(config, head, **options):
-    return (Roberta if isinstance(config, RobertaConfig) else DebertaV2)(config, head=head, **options)
+    return _MODELS[type(config)](config, head=head, **options)
+
+
+def their_config(config, **options):
+    import transformers
+
+    settings = {key: value for key, value in config.to_hf().items() if value is not None}
+    return getattr(transformers, type(config).__name__)(**settings, **options)
 
 
 def theirs(torch, config, head, seed=7):
     """PyTorch's model with every parameter random, the ones that start as 0 or 1 included."""
     import transformers
 
-    settings = {key: value for key, value in config.to_hf().items() if value is not None}
-    kind = transformers.RobertaConfig if isinstance(config, RobertaConfig) else transformers.DebertaV2Config
-    model = getattr(transformers, named_class(config, head))(kind(**settings)).eval()
+    model = getattr(transformers, named_class(config, head))(their_config(config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

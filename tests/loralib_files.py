@@ -25,6 +25,7 @@ CONFIGS = {
     "gpt2": GPT2Config(
         vocab_size=29, n_positions=9, n_embd=12, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
     ),
+    "bert": encoders.changed(encoders.BERT, **_SIZES),
     "roberta": encoders.changed(encoders.ROBERTA, **_SIZES),
     "deberta": encoders.changed(encoders.DEBERTA, **_SIZES),
 }
@@ -194,7 +195,7 @@ def check_continued(torch, theirs, dir, tmp_path, model, trees, state, enable_lo
     )
 
 
-QUERIES = {"roberta": ("query", "value"), "deberta": ("query_proj", "value_proj")}
+QUERIES = {"bert": ("query", "value"), "roberta": ("query", "value"), "deberta": ("query_proj", "value_proj")}
 
 
 class Ours:

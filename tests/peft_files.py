@@ -35,8 +35,10 @@ GPT2 = GPT2Config(
     vocab_size=29, n_positions=9, n_embd=12, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
 )
 _SIZES = dict(vocab_size=31, hidden_size=12, intermediate_size=20, num_attention_heads=2)
+BERT = encoders.changed(encoders.BERT, **_SIZES)
 ROBERTA = encoders.changed(encoders.ROBERTA, **_SIZES)
 DEBERTA = encoders.changed(encoders.DEBERTA, **_SIZES)
+_ENCODERS = {"bert": BERT, "roberta": ROBERTA, "deberta": DEBERTA}
 IDS = np.random.default_rng(0).integers(2, 29, (3, 7))
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -67,7 +69,7 @@ def bases(torch, tmp_path_factory):
         else:
             own = dict(legacy=False, embedding_size=None) if family == "deberta of version 3" else {}
             config = encoders.changed(
-                ROBERTA if family.startswith("roberta") else DEBERTA,
+                _ENCODERS[family.split()[0]],
                 labels=("a", "b", "c") if "class" in head else ("LABEL_0", "LABEL_1"),
                 **tied,
                 **own,
@@ -106,7 +108,11 @@ def without_head(dir, architecture, copied):
     shutil.copytree(dir, copied)
     tensors = load_file(copied / "model.safetensors")
     save_file(
-        {name: array for name, array in tensors.items() if not name.startswith(("classifier", "pooler"))},
+        {
+            name: array
+            for name, array in tensors.items()
+            if not name.startswith(("classifier", "pooler", "bert.pooler"))
+        },
         copied / "model.safetensors",
         metadata={"format": "pt"},
     )

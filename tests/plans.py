@@ -22,6 +22,7 @@ SIZES = {
 
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=80, n_positions=24, n_embd=64, n_layer=2, n_head=8),
+    "bert": dataclasses.replace(encoders.BERT, **SIZES),
     "roberta": dataclasses.replace(encoders.ROBERTA, **SIZES),
     "deberta-v2": dataclasses.replace(encoders.DEBERTA, **SIZES),
 }

@@ -10,7 +10,16 @@ import pytest
 
 import lora_jax
 from lora_jax import AdaLoRA, DoRA, Full, LoRA, LoRAFA, PiSSA, VeRA
-from lora_jax.models import DebertaV2, DebertaV2Config, GPT2, GPT2Config, Roberta, RobertaConfig
+from lora_jax.models import (
+    Bert,
+    BertConfig,
+    DebertaV2,
+    DebertaV2Config,
+    GPT2,
+    GPT2Config,
+    Roberta,
+    RobertaConfig,
+)
 
 
 IDS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -24,9 +33,8 @@ def shapes(name, scan):
     if name.startswith("gpt2"):
         model = GPT2(GPT2Config.named(name), scan=scan)
     else:
-        kind, config = (
-            (Roberta, RobertaConfig) if name.startswith("roberta") else (DebertaV2, DebertaV2Config)
-        )
+        pairs = ((Bert, BertConfig), (Roberta, RobertaConfig), (DebertaV2, DebertaV2Config))
+        kind, config = next(pair for pair in pairs if name in pair[1].sizes)
         model = kind(config.named(name), head="sequence_classification", scan=scan)
     return model, jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
 
@@ -38,6 +46,9 @@ TABLE = [
     ("roberta-base", {QUERY_VALUE: LoRA(rank=8), "classifier/.*": Full()}, 294_912 + ROBERTA_HEAD),
     ("roberta-large", {QUERY_VALUE: LoRA(rank=8)}, 786_432),
     ("deberta-v2-xxlarge", {QUERY_VALUE: LoRA(rank=16)}, 4_718_592),
+    # BERT's are as many as RoBERTa's of the same width and depth, and its new head is one layer.
+    ("bert-base-uncased", {QUERY_VALUE: LoRA(rank=8), "classifier/.*": Full()}, 294_912 + 1_538),
+    ("bert-large-uncased", {QUERY_VALUE: LoRA(rank=8)}, 786_432),
     # The same leaves by other methods; VeRA's paper says 0.043 million.
     ("roberta-base", {QUERY_VALUE: DoRA(rank=8)}, 313_344),
     ("roberta-base", {QUERY_VALUE: LoRAFA(rank=8)}, 147_456),

@@ -1,4 +1,4 @@
-"""RoBERTa and DeBERTa to and from Hugging Face directories, and with LoRA."""
+"""BERT, RoBERTa and DeBERTa to and from Hugging Face directories, and with LoRA."""
 
 import json
 
@@ -7,17 +7,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import apply, changed, DEBERTA, named_class, ours, ROBERTA, run_theirs, SCALED, some_ids, theirs
+from encoders import (
+    apply,
+    BERT,
+    changed,
+    DEBERTA,
+    named_class,
+    ours,
+    ROBERTA,
+    run_theirs,
+    SCALED,
+    some_ids,
+    theirs,
+)
 from formation import formed
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
 from lora_jax import LoRA
 from lora_jax.interop import hf
-from lora_jax.models import HEADS, RobertaConfig, stack_layers
+from lora_jax.models import BertConfig, HEADS, RobertaConfig, stack_layers
 
 
 CONFIGS = {
+    "bert": BERT,
+    "bert untied": changed(BERT, tie_word_embeddings=False, labels=("bad", "fair", "good")),
     "roberta": ROBERTA,
     "roberta untied": changed(ROBERTA, tie_word_embeddings=False, labels=("bad", "fair", "good")),
     "deberta": DEBERTA,
@@ -31,6 +45,7 @@ CONFIGS = {
     ),
     "deberta v3": SCALED["deberta-v3-base"],
 }
+FAMILIES = ("bert", "roberta", "deberta")
 QUERY_VALUE = ["attention/self/(query|value)(_proj)?/kernel"]
 
 
@@ -43,7 +58,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize(
-    ("name", "scan"), [(name, False) for name in CONFIGS] + [("roberta", True), ("deberta", True)]
+    ("name", "scan"), [(name, False) for name in CONFIGS] + [(name, True) for name in FAMILIES]
 )
 def test_round_trip_is_exact(tmp_path, name, scan):
     for head in HEADS:
@@ -60,11 +75,11 @@ def test_round_trip_is_exact(tmp_path, name, scan):
         ]
 
 
-# Every head of the two families, and the other configs with the head that they change.
+# Every head of the families, and the other configs with the head that they change.
 @pytest.mark.parametrize(
     ("name", "head"),
-    [(name, head) for name in ("roberta", "deberta") for head in HEADS]
-    + [(name, "masked_lm") for name in CONFIGS if name not in ("roberta", "deberta")]
+    [(name, head) for name in FAMILIES for head in HEADS]
+    + [(name, "masked_lm") for name in CONFIGS if name not in FAMILIES]
     + [("roberta untied", "sequence_classification")],
 )
 def test_pytorch_loads_what_we_save(torch, tmp_path, name, head):
@@ -93,7 +108,7 @@ def test_pytorch_loads_what_we_save(torch, tmp_path, name, head):
 @pytest.mark.parametrize(
     ("name", "head"),
     [(name, "masked_lm") for name in CONFIGS]
-    + [(name, head) for name in ("roberta", "deberta") for head in ("sequence_classification", "features")],
+    + [(name, head) for name in FAMILIES for head in ("sequence_classification", "features")],
 )
 def test_we_load_what_pytorch_saves(torch, tmp_path, name, head):
     reference = theirs(torch, CONFIGS[name], head)
@@ -103,7 +118,7 @@ def test_we_load_what_pytorch_saves(torch, tmp_path, name, head):
     equal(params, encoders.from_torch(torch, reference))
 
 
-@pytest.mark.parametrize("name", ["roberta", "deberta"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_untie_gives_the_decoder_its_own_leaf(torch, tmp_path, name):
     import transformers
 
@@ -144,7 +159,21 @@ def pretrained(tmp_path):
         hf.save(tmp_path, model, params)
         tensors = load_file(tmp_path / "model.safetensors")
         width = config.hidden_size
-        if isinstance(config, RobertaConfig):
+        if isinstance(config, BertConfig):
+            first = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+            tensors = {
+                next((name.replace(later, old) for later, old in first.items() if later in name), name): array
+                for name, array in tensors.items()
+            } | {
+                "bert.pooler.dense.weight": np.ones((width, width), np.float32),
+                "bert.pooler.dense.bias": np.ones(width, np.float32),
+                "cls.seq_relationship.weight": np.ones((2, width), np.float32),
+                "cls.seq_relationship.bias": np.ones(2, np.float32),
+                "bert.embeddings.position_ids": np.arange(24)[None],
+                "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
+                "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
+            }
+        elif isinstance(config, RobertaConfig):
             tensors |= {
                 "roberta.pooler.dense.weight": np.ones((width, width), np.float32),
                 "roberta.pooler.dense.bias": np.ones(width, np.float32),
@@ -162,7 +191,7 @@ def pretrained(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["roberta", "deberta", "deberta v3"])
+@pytest.mark.parametrize("name", [*FAMILIES, "deberta v3"])
 def test_published_files_load_with_what_they_carry_along(pretrained, name):
     directory, model, params = pretrained(CONFIGS[name])
     loaded, again = hf.load(directory)
@@ -170,7 +199,7 @@ def test_published_files_load_with_what_they_carry_along(pretrained, name):
     equal(again, params)
 
 
-@pytest.mark.parametrize("name", ["roberta", "deberta"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_new_head_on_a_pretrained_encoder(pretrained, name):
     """The encoder is the file's; the head is drawn, whole, from the key."""
     directory, _, pretrained_params = pretrained(CONFIGS[name])
@@ -202,7 +231,39 @@ def test_a_new_head_on_a_pretrained_encoder(pretrained, name):
     )
 
 
-@pytest.mark.parametrize("name", ["roberta", "deberta"])
+def test_berts_pooler_is_the_files_or_else_new(pretrained):
+    """It belongs to the encoder's tensors, and a masked LM as transformers saves it has none."""
+    directory, model, params = pretrained(BERT)
+    draw = lambda n, head: hf.load(directory, head=head, num_labels=2, key=jax.random.key(n))[1]
+    (one, other) = (draw(n, "sequence_classification") for n in (0, 1))
+    np.testing.assert_array_equal(one["pooler"]["dense"]["kernel"], np.ones((32, 32)))
+    equal(one["pooler"], other["pooler"])
+    assert not np.array_equal(one["classifier"]["kernel"], other["classifier"]["kernel"])
+    assert "pooler" not in draw(0, "token_classification")
+
+    hf.save(directory, model, params, overwrite=True)
+    (one, other) = (draw(n, "sequence_classification") for n in (0, 1))
+    assert not np.array_equal(one["pooler"]["dense"]["kernel"], other["pooler"]["dense"]["kernel"])
+    equal(one["encoder"], params["encoder"])
+    with pytest.raises(ValueError, match="'bert.pooler.dense.weight' is missing"):
+        hf.load(directory, head="features")
+
+
+def test_files_of_the_bare_model_lack_its_prefix(torch, tmp_path):
+    """As sentence-transformers publishes them, buffers included."""
+    reference = theirs(torch, BERT, "features")
+    reference.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "pooler.dense.weight" in tensors
+    save_file({**tensors, "embeddings.position_ids": np.arange(24)[None]}, tmp_path / "model.safetensors")
+    model, params = hf.load(tmp_path)
+    assert model.head == "features"
+    equal(params, encoders.from_torch(torch, reference))
+    _, again = hf.load(tmp_path, head="sequence_classification")
+    equal(again["pooler"], params["pooler"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_encoder_must_be_whole_whatever_the_head(pretrained, name):
     directory, _, _ = pretrained(CONFIGS[name])
     tensors = load_file(directory / "model.safetensors")
@@ -224,7 +285,7 @@ def test_an_encoder_must_be_whole_whatever_the_head(pretrained, name):
         hf.load(directory, head="token_classification")
 
 
-@pytest.mark.parametrize("name", ["roberta", "deberta"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_configs_own_head_must_be_whole_even_when_it_is_asked_for(tmp_path, name):
     """A fine-tuned classifier that lost a tensor is never replaced by a random one."""
     model = ours(CONFIGS[name], "sequence_classification")
@@ -288,8 +349,13 @@ def test_what_cannot_be_read_is_named(pretrained, tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "scan"),
-    [(ROBERTA, False), (ROBERTA, True), (DEBERTA, False), (changed(DEBERTA, share_att_key=False), True)],
-    ids=["roberta", "roberta, scanned", "deberta", "deberta of own keys, scanned"],
+    [
+        (BERT, False),
+        (ROBERTA, True),
+        (DEBERTA, False),
+        (changed(DEBERTA, share_att_key=False), True),
+    ],
+    ids=["bert", "roberta, scanned", "deberta", "deberta of own keys, scanned"],
 )
 def test_adapted_is_merged_and_nothing_is_formed(config, scan, x64):
     """With every matrix of the encoder adapted, the projections of distances and the convolution among

@@ -1,4 +1,4 @@
-"""RoBERTa and DeBERTa against themselves, and what they refuse."""
+"""BERT, RoBERTa and DeBERTa against themselves, and what they refuse."""
 
 import encoders
 import jax
@@ -8,6 +8,7 @@ import optax
 import pytest
 from encoders import (
     apply,
+    BERT,
     changed,
     DEBERTA,
     ours,
@@ -16,10 +17,10 @@ from encoders import (
     some_ids,
 )
 
-from lora_jax.models import DebertaV2, DebertaV2Config, Roberta, RobertaConfig
+from lora_jax.models import BertConfig, DebertaV2, DebertaV2Config, RobertaConfig
 
 
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [BERT, ROBERTA, DEBERTA], ids=lambda c: c.family)
 def test_bfloat16_is_near_and_logits_are_float32(config):
     model = ours(config, "masked_lm")
     params = encoders.random_params(model, scale=0.1)
@@ -33,7 +34,7 @@ def test_bfloat16_is_near_and_logits_are_float32(config):
         assert np.abs(np.asarray(found)[mask == 1] - exact).max() < 2**-4 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [BERT, ROBERTA, DEBERTA], ids=lambda c: c.family)
 def test_attention_is_jaxs_own(config, monkeypatch):
     """So that fused kernels apply: one call a layer, and of the model's choice of them."""
     calls, own = [], jax.nn.dot_product_attention
@@ -47,7 +48,7 @@ def test_attention_is_jaxs_own(config, monkeypatch):
     assert all((call["bias"] is not None) == (config is DEBERTA) for call in used)
 
 
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [BERT, ROBERTA, DEBERTA], ids=lambda c: c.family)
 def test_padding_changes_nothing(config):
     """A row alone, and the same row beside a longer one: to the rounding of float32."""
     model = ours(config, "sequence_classification")
@@ -57,7 +58,7 @@ def test_padding_changes_nothing(config):
     np.testing.assert_allclose(apply(model, params, ids[2:, :8])[0], beside, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [BERT, ROBERTA, DEBERTA], ids=lambda c: c.family)
 def test_dropout_needs_a_key_and_is_as_often_as_it_says(config):
     model = ours(config, "sequence_classification")
     params = encoders.random_params(model)
@@ -97,6 +98,9 @@ def test_the_size_of_a_scanned_program_does_not_depend_on_depth():
 @pytest.mark.parametrize(
     "name, millions",
     [
+        ("bert-base-uncased", 109.5),
+        ("bert-large-uncased", 335.1),
+        ("all-MiniLM-L6-v2", 22.7),
         ("roberta-base", 124.6),
         ("roberta-large", 355.4),
         ("deberta-v3-base", 184.4),
@@ -105,9 +109,9 @@ def test_the_size_of_a_scanned_program_does_not_depend_on_depth():
     ],
 )
 def test_published_sizes(name, millions):
-    kind, config = (Roberta, RobertaConfig) if name.startswith("roberta") else (DebertaV2, DebertaV2Config)
+    kind = next(kind for kind in (BertConfig, RobertaConfig, DebertaV2Config) if name in kind.sizes)
     shapes = jax.eval_shape(
-        kind(config.named(name), head="sequence_classification", scan=True).init,
+        ours(kind.named(name), "sequence_classification", scan=True).init,
         jax.random.key(0),
         jnp.zeros((1, 1), int),
     )
@@ -171,6 +175,11 @@ def test_a_small_task_is_learned(config, head, relaxed_promotion):
             "`is_decoder` is True in config.json, which is not supported for RoBERTa",
         ),
         (ROBERTA, "add_cross_attention", True, "`add_cross_attention` is True"),
+        (BERT, "is_decoder", True, "`is_decoder` is True in config.json, which is not supported for BERT"),
+        (BERT, "add_cross_attention", True, "`add_cross_attention` is True"),
+        (BERT, "position_embedding_type", "relative_key_query", "not supported for BERT: only 'absolute' is"),
+        (BERT, "type_vocab_size", 0, "`type_vocab_size` is 0; it must be positive"),
+        (BERT, "hidden_act", "mish", "`hidden_act` is 'mish', which is not supported"),
         (ROBERTA, "position_embedding_type", "relative_key", "only 'absolute' is"),
         (ROBERTA, "hidden_act", "mish", "`hidden_act` is 'mish', which is not supported"),
         (ROBERTA, "hidden_size", 33, "must be a multiple of `num_attention_heads`"),
@@ -205,7 +214,7 @@ def test_configs_survive_a_round_trip(config):
     assert type(config).from_hf({**config.to_hf(), "some_new_switch": False, "_name_or_path": "x"}) == config
 
 
-@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [BERT, ROBERTA, DEBERTA], ids=lambda c: c.family)
 def test_mistaken_calls_are_named(config):
     model = ours(config, "masked_lm")
     variables = {"params": encoders.random_params(model)}
@@ -229,6 +238,11 @@ def test_mistaken_calls_are_named(config):
 def test_too_long_is_refused_where_positions_are_absolute():
     model = ours(ROBERTA, "masked_lm")
     with pytest.raises(ValueError, match="has 25 tokens and the model has room for 24"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.full((1, 25), 3))
+    model = ours(BERT, "masked_lm")
+    with pytest.raises(
+        ValueError, match="has 25 tokens and the model has room for `max_position_embedd.*`=24"
+    ):
         jax.eval_shape(model.init, jax.random.key(0), jnp.full((1, 25), 3))
     model = ours(changed(DEBERTA, position_biased_input=True), "masked_lm")
     with pytest.raises(ValueError, match="has 25 tokens and the model `max_position_embeddings`=24"):

@@ -161,6 +161,10 @@ _HEADS = {
     ("roberta", "token_classification"): {"head": "token_classification", "num_labels": 3},
     ("roberta", "question_answering"): {"head": "question_answering"},
     ("roberta", "masked_lm"): {},
+    ("bert", "sequence_classification"): {"head": "sequence_classification", "num_labels": 3},
+    ("bert", "token_classification"): {},  # or the half of a head for sequences
+    ("bert", "question_answering"): {"head": "question_answering"},
+    ("bert", "masked_lm"): {},
     ("deberta", "sequence_classification"): {"head": "sequence_classification", "num_labels": 3},
     ("deberta", "token_classification"): {},  # or the half of a head for sequences
     ("deberta", "question_answering"): {"head": "question_answering"},

@@ -14,10 +14,13 @@ from lora_jax.models import GPT2
 
 GPT2_CONFIG = encoders.changed(gpt2_models.SMALL_VOCABULARY, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
 RATES = dict(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+BERT = encoders.changed(encoders.BERT, classifier_dropout=0.4, **RATES)
 ROBERTA = encoders.changed(encoders.ROBERTA, classifier_dropout=0.4, **RATES)
 DEBERTA = encoders.changed(encoders.DEBERTA, pooler_dropout=0.3, cls_dropout=0.4, **RATES)
 MODELS = {
     "gpt2": GPT2(GPT2_CONFIG),
+    "bert": encoders.ours(BERT, "sequence_classification"),
+    "bert, masked": encoders.ours(BERT, "masked_lm"),
     "roberta": encoders.ours(ROBERTA, "sequence_classification"),
     "roberta, by token": encoders.ours(ROBERTA, "token_classification"),
     "deberta": encoders.ours(DEBERTA, "sequence_classification"),
@@ -30,13 +33,13 @@ def fresh(torch, model):
     import transformers
 
     torch.manual_seed(7)
-    settings = {key: value for key, value in model.config.to_hf().items() if value is not None}
     if isinstance(model, GPT2):
+        settings = {key: value for key, value in model.config.to_hf().items() if value is not None}
         config = transformers.GPT2Config(**settings, attn_implementation="eager")
         return transformers.GPT2LMHeadModel(config)
     name = encoders.named_class(model.config, model.head)
-    kind = transformers.RobertaConfig if name.startswith("Roberta") else transformers.DebertaV2Config
-    return getattr(transformers, name)(kind(**settings, attn_implementation="eager"))
+    config = encoders.their_config(model.config, attn_implementation="eager")
+    return getattr(transformers, name)(config)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -37,6 +37,8 @@ _REFUSALS = (
 _BASES = [
     ("gpt2", None),
     ("gpt2 untied", None),
+    ("bert untied", "masked_lm"),
+    ("bert", "sequence_classification"),
     ("roberta", "masked_lm"),
     ("roberta untied", "masked_lm"),
     ("roberta", "sequence_classification"),
@@ -117,6 +119,14 @@ def test_what_we_write_peft_reads(torch, theirs, bases, tmp_path, family_and_hea
         ),
         ("roberta untied", "masked_lm", {"(query|decoder)/kernel": LoRA(rank=2), "bias": Full()}, set()),
         ("deberta untied", "masked_lm", {"query_proj/kernel": LoRA(rank=2), "bias": Full()}, set()),
+        # A pooler that PEFT's user may have fresh is of the head.
+        ("bert", "sequence_classification", {"query/kernel": LoRA(rank=2)}, {"classifier", "bert.pooler"}),
+        (
+            "bert",
+            "sequence_classification",
+            {"(query|pooler/dense|classifier)/kernel": LoRA(rank=2)},
+            {"classifier", "bert.pooler"},
+        ),
         # A head only.
         ("roberta", "sequence_classification", {"classifier/.*kernel": LoRA(rank=2)}, {"classifier"}),
         ("deberta", "token_classification", {"classifier/kernel": DoRA(rank=2)}, {"classifier"}),

@@ -75,10 +75,10 @@ _PAIRS = (
 
 
 @pytest.mark.parametrize(("kind", "head"), _PAIRS)
-@pytest.mark.parametrize("family", ["roberta", "deberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
 def test_encoders_from_peft_and_back(torch, theirs, bases, tmp_path, family, kind, head):
     base = bases(family, head)
-    options = _ENCODERS[kind]("query" if family == "roberta" else "query_proj", _TASKS[head])
+    options = _ENCODERS[kind]("query_proj" if family == "deberta" else "query", _TASKS[head])
     expected = written_by_peft(torch, theirs, base, options, tmp_path / "adapter")
     scan = family == "deberta"
     check_both_ways(torch, theirs, base, tmp_path / "adapter", tmp_path, expected, scan=scan)
@@ -254,7 +254,7 @@ def test_a_whole_name_is_chosen_in_any_layer(torch, theirs, bases, tmp_path):
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-@pytest.mark.parametrize("family", ["roberta", "roberta untied"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "roberta untied"])
 def test_the_bias_of_a_head_that_is_adapted(torch, theirs, bases, tmp_path, family, bias):
     """PyTorch has it under two names, which are one parameter where the head is tied."""
     base = bases(family, "masked_lm")

@@ -288,16 +288,19 @@ def test_dora_on_a_tied_embedding_is_refused(bases, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+_BARE = {"bert": "BertForMaskedLM", "roberta": "RobertaModel", "deberta": "DebertaV2Model"}
+
+
 # --- heads and biases ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["roberta", "deberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
 def test_a_head_is_never_left_behind(torch, theirs, bases, tmp_path, family):
     """A frozen random head, and DeBERTa's pooler, are written all the same: PyTorch's would be other
     random ones.
     """
     base = bases(family, "sequence_classification")
-    bare = without_head(base, "RobertaModel" if family == "roberta" else "DebertaV2Model", tmp_path / "base")
+    bare = without_head(base, _BARE[family], tmp_path / "base")
     model, params = hf.load(bare, head="sequence_classification", num_labels=3, key=jax.random.key(1))
     frozen, delta = lora_jax.lorafy(params, "layer/.*(query|query_proj)/kernel", method=LoRA(rank=2))
     delta = trained(delta)
@@ -308,7 +311,7 @@ def test_a_head_is_never_left_behind(torch, theirs, bases, tmp_path, family):
         [
             parameter
             for name, parameter in fresh.named_parameters()
-            if name.startswith(("classifier", "pooler"))
+            if name.startswith(("classifier", "pooler", "bert.pooler"))
         ],
         3.0,
     )
@@ -347,6 +350,7 @@ def test_biases_as_peft_counts_them(bases, tmp_path):
     ("family", "head"),
     [
         ("roberta", "sequence_classification"),
+        ("bert", "sequence_classification"),
         ("deberta", "sequence_classification"),
         ("roberta", "token_classification"),
     ],
@@ -354,7 +358,7 @@ def test_biases_as_peft_counts_them(bases, tmp_path):
 def test_an_adapted_head_is_written_merged(torch, theirs, bases, tmp_path, family, head):
     """PEFT saves it whole, and has no adapter there; and the weight of a new head is in no base."""
     base = bases(family, head)
-    bare = without_head(base, "RobertaModel" if family == "roberta" else "DebertaV2Model", tmp_path / "base")
+    bare = without_head(base, _BARE[family], tmp_path / "base")
     model, params = hf.load(bare, head=head, num_labels=3, key=jax.random.key(1))
     for number, method in enumerate((LoRA(rank=2), VeRA(rank=3), DoRA(rank=2))):
         frozen, delta = lora_jax.lorafy(params, "layer/.*kernel|(classifier|pooler)/.*kernel", method=method)
@@ -396,7 +400,7 @@ def test_only_the_head_adapted_and_only_the_encoder_known(torch, theirs, bases, 
     assert len(adapters(delta)) == 2 and frozen["classifier"]["dense"]["bias"] is not None
 
 
-@pytest.mark.parametrize("family", ["roberta", "deberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
 def test_all_embeddings_trained_in_a_model_without_a_head(torch, theirs, bases, tmp_path, family):
     """PEFT reads `embeddings` as any name that ends so, `word_embeddings` too."""
     base = bases(family, "features")

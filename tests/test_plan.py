@@ -88,6 +88,7 @@ SETTINGS = {
     "kind, setting",
     [
         *(("gpt2", setting) for setting in SETTINGS),
+        ("bert", "LoRA"),
         ("roberta", "nf4"),
         ("deberta-v2", "LoRA"),
     ],
@@ -251,6 +252,8 @@ def test_collectives_of_a_compiled_program():
     [  # totals as published; adapters by hand: layers * 2 matrices * 2 * width * rank
         ("gpt2", LoRA(rank=4, blocks=(True, False, True)), 124_439_808, 12 * 2 * 2 * 768 * 4),
         ("gpt3-175b", LoRA(rank=4, blocks=(True, False, True)), 174_604_259_328, 18_874_368),
+        ("bert-base-uncased", LoRA(rank=8), None, 294_912),
+        ("all-MiniLM-L6-v2", LoRA(rank=8), None, 6 * 2 * 2 * 384 * 8),
         ("roberta-base", LoRA(rank=8), None, 294_912),
         ("deberta-v2-xxlarge", LoRA(rank=16), None, 48 * 2 * 2 * 1536 * 16),
     ],

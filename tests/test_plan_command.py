@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(words, message, capsys):
     "content, message",
     [
         ("{", "is not valid JSON"),
-        ('{"model_type": "llama"}', "is 'llama', and must be one of gpt2, roberta, deberta-v2"),
+        ('{"model_type": "llama"}', "is 'llama', and must be one of gpt2, bert, roberta, deberta-v2"),
         ("[]", "is None"),
     ],
 )

@@ -111,6 +111,7 @@ def mesh_of(shape):
 _BIG = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 64}
 MODELS = {
     "gpt2": GPT2(GPT2Config(vocab_size=29, n_positions=16, n_embd=32, n_layer=2, n_head=8)),
+    "bert": encoders.ours(encoders.changed(encoders.BERT, **_BIG), "sequence_classification"),
     "roberta": encoders.ours(encoders.changed(encoders.ROBERTA, **_BIG), "sequence_classification"),
     "deberta": encoders.ours(encoders.changed(encoders.DEBERTA, **_BIG), "masked_lm"),
 }

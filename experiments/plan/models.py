@@ -14,7 +14,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.strict_json import nearest
-from lora_jax.models import DebertaV2, DebertaV2Config, GPT2, GPT2Config, Roberta, RobertaConfig
+from lora_jax.models import (
+    Bert,
+    BertConfig,
+    DebertaV2,
+    DebertaV2Config,
+    GPT2,
+    GPT2Config,
+    Roberta,
+    RobertaConfig,
+)
 
 
 def _gpt3(layers: int, width: int, heads: int) -> dict[str, int]:
@@ -33,6 +42,9 @@ GPT3 = {
     "gpt3-13b": _gpt3(40, 5120, 40),
     "gpt3-175b": _gpt3(96, 12288, 96),
 }
+
+
+_ENCODERS: dict[Any, Any] = {BertConfig: Bert, RobertaConfig: Roberta, DebertaV2Config: DebertaV2}
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,14 @@ def named(name: str, dtype: str, *, checkpoint: bool) -> Subject:
             (True, False, True),
             None,
         )
-    roberta = isinstance(config, RobertaConfig)
-    model = (Roberta if roberta else DebertaV2)(config, head="sequence_classification", **options)
-    longest = config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
-    targets = "attention/self/(query|value)/kernel" if roberta else "attention/self/(query|value)_proj/kernel"
-    head = "classifier/.*" if roberta else "(classifier|pooler)/.*"
-    bounded = roberta or config.position_biased_input
+    deberta = isinstance(config, DebertaV2Config)
+    model = _ENCODERS[type(config)](config, head="sequence_classification", **options)
+    taken = config.pad_token_id + 1 if isinstance(config, RobertaConfig) else 0
+    longest = config.max_position_embeddings - taken
+    targets = f"attention/self/(query|value){'_proj' if deberta else ''}/kernel"
+    # BERT's pooler is pretrained.
+    head = "(classifier|pooler)/.*" if deberta else "classifier/.*"
+    bounded = not deberta or config.position_biased_input
     return Subject(
         name, model, config.num_hidden_layers, config.hidden_size, longest, bounded, targets, None, head
     )
@@ -96,7 +110,7 @@ def named(name: str, dtype: str, *, checkpoint: bool) -> Subject:
 def _config(name: str) -> Any:
     published = {
         **dict.fromkeys(GPT3, GPT2Config),
-        **{size: kind for kind in (GPT2Config, RobertaConfig, DebertaV2Config) for size in kind.sizes},
+        **{size: kind for kind in (GPT2Config, *_ENCODERS) for size in kind.sizes},
     }
     if name in GPT3:
         return GPT2Config(**GPT3[name])
@@ -116,7 +130,12 @@ def _from_json(file: Path) -> Any:
         content = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"`{file}` is not valid JSON: {error}") from error
-    kinds = {"gpt2": GPT2Config, "roberta": RobertaConfig, "deberta-v2": DebertaV2Config}
+    kinds: dict[str, Any] = {
+        "gpt2": GPT2Config,
+        "bert": BertConfig,
+        "roberta": RobertaConfig,
+        "deberta-v2": DebertaV2Config,
+    }
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind not in kinds:
         raise ValueError(

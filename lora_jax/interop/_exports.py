@@ -53,9 +53,7 @@ def checked_trees(model: nn.Module, family: Family, frozen: Any, delta: Any) -> 
     paths = {
         tensor.path
         for tensor in tensors_of(model, family)
-        if has_new_head(model)
-        and not tensor.name.startswith(family.prefix)
-        or tensor.name.rpartition(".")[0] in uncalled
+        if has_new_head(model) and family.in_head(tensor.name) or tensor.name.rpartition(".")[0] in uncalled
     }
     return _with_whole(paths, frozen, delta)
 

@@ -5,10 +5,11 @@ from typing import Any
 
 
 # The modules of our heads; the last one gives the number of labels. A `classifier` alone does not decide
-# between two heads: a DeBERTa may have a frozen pooler before it.
+# between two heads: a BERT or a DeBERTa may have a frozen pooler before it.
 _HEADS = (
     ("sequence_classification", ("classifier.dense", "classifier.out_proj")),
     ("sequence_classification", ("pooler.dense", "classifier")),
+    ("sequence_classification", ("bert.pooler.dense", "classifier")),
     ("question_answering", ("qa_outputs",)),
 )
 # GPT-2's, the one head without a bias.

@@ -1,5 +1,5 @@
-"""What RoBERTa and DeBERTa share: BERT's layer (a norm after each residual), the names of the heads and what
-ends in logits, and the configuration of encoders.
+"""What BERT, RoBERTa and DeBERTa share: BERT's layer (a norm after each residual), the names of the heads and
+what ends in logits, and the configuration of encoders.
 
 Letters beyond those of `_layers.py`: E width of the embedding, N labels.
 """
@@ -102,7 +102,7 @@ class Residual(EncoderPart):
 
 
 class EncoderLayer(EncoderPart):
-    """A layer's second half, the same in both models. It is a method, because its two modules have no parent
+    """A layer's second half, the same in all of them. It is a method, because its two modules have no parent
     of their own in Hugging Face's names.
     """
 
@@ -145,6 +145,33 @@ class Decoder(Part):
             return contracted(x_BxTxE, kernel_ExV, ((2,), (0,)), bias_V)
         x_BxTxE, embedding_VxE = nn.dtypes.promote_dtype(x_BxTxE, embedding_VxE, dtype=self.dtype)
         return contracted(x_BxTxE, embedding_VxE, ((2,), (1,)), bias_V)
+
+
+class Transform(EncoderPart):
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        return self.norm("LayerNorm")(self.activation(self.dense(self.features, "dense")(x_BxTxD)))
+
+
+class Predictions(EncoderPart):
+    @nn.compact
+    def __call__(self, x_BxTxD, embedding_VxE):
+        bias_V = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
+        x_BxTxE = Transform(*self.options(), embedding_VxE.shape[1], name="transform")(x_BxTxD)
+        tied = embedding_VxE if self.config.tie_word_embeddings else None
+        return Decoder(*self.options(), name="decoder")(x_BxTxE, tied, bias_V)
+
+
+class MaskedLMHead(EncoderPart):
+    """BERT's, which is also DeBERTa's with `legacy`. RoBERTa's has other names and an activation of its
+    own.
+    """
+
+    @nn.compact
+    def __call__(self, x_BxTxD, embedding_VxE):
+        return Predictions(*self.options(), name="predictions")(x_BxTxD, embedding_VxE)
 
 
 def check_head(head: str, config: EncoderConfig) -> None:

@@ -1,14 +1,13 @@
 """The configuration of RoBERTa."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ._encoder import EncoderConfig
+from ._bert_layers import BertLayersConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class RobertaConfig(EncoderConfig):
+class RobertaConfig(BertLayersConfig):
     """Sizes and choices of a RoBERTa, under the names and with the defaults of Hugging Face's `config.json`.
 
     ```python
@@ -26,13 +25,6 @@ class RobertaConfig(EncoderConfig):
     """
 
     vocab_size: int = 50265
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    classifier_dropout: float | None = None  # None: hidden_dropout_prob
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
     bos_token_id: int | None = 0
     eos_token_id: int | tuple | None = 2
@@ -53,20 +45,7 @@ class RobertaConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("type_vocab_size")
-        self.check_activation("hidden_act")
         if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
             raise ValueError(
                 f"`pad_token_id` is {self.pad_token_id}; it must be a token, and leave positions after it."
             )
-
-    @classmethod
-    def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        config = super().translated(config)
-        kind = config.pop("position_embedding_type", "absolute")
-        if kind != "absolute":
-            raise ValueError(
-                f"`position_embedding_type` is {kind!r} in config.json, which is not supported for RoBERTa: "
-                "only 'absolute' is; load a model that was trained with it."
-            )
-        return config

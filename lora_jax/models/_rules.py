@@ -26,7 +26,7 @@ LLAMA = (
     ("lm_head/kernel", _DECODER),
 )
 
-# RoBERTa and DeBERTa. Their token types, of which there are one or two, are not split.
+# BERT, RoBERTa and DeBERTa. Their token types, of which there are one or two, are not split.
 ENCODER = (
     (
         "self/(query|key|value|query_proj|key_proj|value_proj|pos_key_proj|pos_query_proj)/kernel|intermediate/dense/kernel",

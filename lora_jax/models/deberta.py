@@ -22,6 +22,7 @@ from ._encoder import (
     EncoderModel,
     EncoderPart,
     Logits,
+    MaskedLMHead,
     Residual,
 )
 from ._layers import ACTIVATIONS, check_inputs, layer_norm, LayerNorm, repeated
@@ -143,29 +144,6 @@ class Pooler(EncoderPart):
         return ACTIVATIONS[self.config.pooler_hidden_act](x_BxD)
 
 
-class Transform(EncoderPart):
-    @nn.compact
-    def __call__(self, x_BxTxD):
-        return self.norm("LayerNorm")(
-            self.activation(self.dense(self.config.embedding_width, "dense")(x_BxTxD))
-        )
-
-
-class LegacyPredictions(EncoderPart):
-    @nn.compact
-    def __call__(self, x_BxTxD, embedding_VxE):
-        bias_V = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
-        x_BxTxE = Transform(*self.options(), name="transform")(x_BxTxD)
-        tied = embedding_VxE if self.config.tie_word_embeddings else None
-        return Decoder(*self.options(), name="decoder")(x_BxTxE, tied, bias_V)
-
-
-class LegacyHead(EncoderPart):
-    @nn.compact
-    def __call__(self, x_BxTxD, embedding_VxE):
-        return LegacyPredictions(*self.options(), name="predictions")(x_BxTxD, embedding_VxE)
-
-
 class PredictionHead(EncoderPart):
     """The authors' head, which is always tied."""
 
@@ -253,7 +231,7 @@ class DebertaV2(EncoderModel):
             return x_BxTxD
         if self.head == "masked_lm":
             head = (
-                LegacyHead(*options, name="cls")
+                MaskedLMHead(*options, name="cls")
                 if config.legacy
                 else Predictions(*options, name="lm_predictions")
             )

@@ -13,86 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ._encoder import (
-    check_head,
-    check_token_types,
-    Decoder,
-    EncoderLayer,
-    EncoderModel,
-    EncoderPart,
-    Logits,
-    Residual,
-)
-from ._layers import attention, check_inputs, repeated
+from ._bert_layers import encoded, Pooler
+from ._encoder import check_head, Decoder, EncoderModel, EncoderPart, Logits
+from ._layers import check_inputs
 from ._roberta_config import RobertaConfig as RobertaConfig
-
-
-class Embeddings(EncoderPart):
-    @nn.compact
-    def __call__(self, input_ids, token_type_ids, position_ids):
-        config = self.config
-        words = self.embed(config.vocab_size, config.hidden_size, "word_embeddings")
-        types = self.embed(config.type_vocab_size, config.hidden_size, "token_type_embeddings")
-        positions = self.embed(config.max_position_embeddings, config.hidden_size, "position_embeddings")
-        x_BxTxD = words(input_ids) + types(token_type_ids) + positions(position_ids)
-        x_BxTxD = self.norm("LayerNorm")(x_BxTxD)
-        return self.drop(config.hidden_dropout_prob, x_BxTxD), words.embedding
-
-
-class SelfAttention(EncoderPart):
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxS):
-        batch, tokens, width = x_BxTxD.shape
-        heads = self.config.num_attention_heads
-        q_BxTxHxK, k_BxSxHxK, v_BxSxHxK = (
-            self.dense(width, name)(x_BxTxD).reshape(batch, tokens, heads, width // heads)
-            for name in ("query", "key", "value")
-        )
-        y_BxTxHxK = attention(
-            q_BxTxHxK,
-            k_BxSxHxK,
-            v_BxSxHxK,
-            mask_Bx1xTxS=mask_Bx1xTxS,
-            scale=(width // heads) ** -0.5,
-            dropout=self.random(self.config.attention_probs_dropout_prob),
-            implementation=self.implementation,
-        )
-        return y_BxTxHxK.reshape(batch, tokens, width)
-
-
-class Attention(EncoderPart):
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxS):
-        y_BxTxD = SelfAttention(*self.options(), name="self")(x_BxTxD, mask_Bx1xTxS)
-        return Residual(*self.options(), name="output")(y_BxTxD, x_BxTxD)
-
-
-class Layer(EncoderLayer):
-    """One layer, with the arguments and results of `repeated`; its number and slots are not used."""
-
-    @nn.compact
-    def __call__(self, x_BxTxD, number, slots, mask_Bx1xTxS):
-        x_BxTxD = Attention(*self.options(), name="attention")(x_BxTxD, mask_Bx1xTxS)
-        return self.feed_forward(x_BxTxD), slots
-
-
-class Encoder(EncoderPart):
-    scan: bool = False
-    checkpoint: bool = False
-
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxS):
-        count = self.config.num_hidden_layers
-        layers = repeated(
-            Layer, self.options(), count, scan=self.scan, checkpoint=self.checkpoint, shared=1, name="layer"
-        )
-        return layers(x_BxTxD, jnp.arange(count), None, mask_Bx1xTxS)[0]
-
-
-class Pooler(EncoderPart):
-    @nn.compact
-    def __call__(self, x_BxTxD):
-        return jnp.tanh(self.dense(self.config.hidden_size, "dense")(x_BxTxD[:, 0]))
 
 
 class ClassificationHead(EncoderPart):
@@ -100,7 +24,7 @@ class ClassificationHead(EncoderPart):
 
     @nn.compact
     def __call__(self, x_BxTxD):
-        drop = functools.partial(self.drop, _classifier_dropout(self.config))
+        drop = functools.partial(self.drop, self.config.head_dropout)
         x_BxD = jnp.tanh(self.dense(self.config.hidden_size, "dense")(drop(x_BxTxD[:, 0])))
         return Logits(*self.options(), self.config.num_labels, name="out_proj")(drop(x_BxD))
 
@@ -169,21 +93,14 @@ class Roberta(EncoderModel):
             limit=None if position_ids is not None else room,
             limited_by=limited_by,
         )
-        check_token_types(token_type_ids, input_ids, config.type_vocab_size)
-        mask_Bx1xTxS = (
-            None if attention_mask is None else (jnp.asarray(attention_mask) != 0)[:, None, None, :]
-        )
         if position_ids is None:
             real = (jnp.asarray(input_ids) != config.pad_token_id).astype(jnp.int32)
             position_ids = jnp.cumsum(real, axis=1) * real + config.pad_token_id
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros((1, 1), jnp.int32)
 
         options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
-        x_BxTxD, embedding_VxD = Embeddings(*options, name="embeddings")(
-            input_ids, token_type_ids, position_ids
+        x_BxTxD, embedding_VxD = encoded(
+            self, options, input_ids, attention_mask, position_ids, token_type_ids
         )
-        x_BxTxD = Encoder(*options, self.scan, self.checkpoint, name="encoder")(x_BxTxD, mask_Bx1xTxS)
 
         if self.head == "features":
             return x_BxTxD, Pooler(*options, name="pooler")(x_BxTxD)
@@ -193,9 +110,5 @@ class Roberta(EncoderModel):
             return ClassificationHead(*options, name="classifier")(x_BxTxD)
         if self.head == "question_answering":
             return Logits(*options, 2, name="qa_outputs")(x_BxTxD)
-        drop = nn.Dropout(_classifier_dropout(config), deterministic=deterministic)
+        drop = nn.Dropout(config.head_dropout, deterministic=deterministic)
         return Logits(*options, config.num_labels, name="classifier")(drop(x_BxTxD))
-
-
-def _classifier_dropout(config):
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

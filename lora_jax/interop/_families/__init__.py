@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from . import deberta, gpt2, llama, roberta
+from . import bert, deberta, gpt2, llama, roberta
 from .family import Family as Family
 
 
@@ -22,6 +22,7 @@ ELSEWHERE = (
 FAMILIES = {
     "gpt2": gpt2.FAMILY,
     **llama.FAMILIES,
+    "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
     "deberta-v2": deberta.FAMILY,
 }

@@ -71,7 +71,8 @@ def load(
         head a leaf of its own: the file's, if it has one, and otherwise with the embedding's values.
       head: one of `lora_jax.models.HEADS`, in place of the head that the config names. The encoder is read as
         strictly as ever, and tensors of other heads are passed over. Unless the file has the whole new head,
-        for as many labels, all of it is drawn as the model draws it.
+        for as many labels, all of it is drawn as the model draws it; so is a pooler before the head that a
+        masked LM's file lacks.
       num_labels: the number of labels of that head.
       vocab_size: the number of tokens, where an adapter was trained with more than the base has. The rows of
         the added tokens are zero until `peft.load` brings them.
@@ -260,13 +261,15 @@ def _head_of_file_or_new(
     family: Family, tensors: list[Tensor], stored: dict[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
     """`stored` without the tensors of other heads, and the paths of leaves to be drawn: the whole head if any
-    of its tensors is missing or has another shape, and otherwise none.
+    of its tensors is missing or has another shape, and a pooler before it that the file does not have.
     """
-    body = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
+    found = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
     own = [tensor for tensor in tensors if not tensor.name.startswith(family.prefix)]
+    pooler = [tensor for tensor in tensors if own and tensor.name.startswith(family.pooler)]
+    fresh = set() if any(tensor.name in stored for tensor in pooler) else {tensor.path for tensor in pooler}
     if any(tensor.name not in stored or stored[tensor.name].shape != tensor.shape for tensor in own):
-        return body, {tensor.path for tensor in own}
-    return body | {tensor.name: stored[tensor.name] for tensor in own}, set()
+        return found, fresh | {tensor.path for tensor in own}
+    return found | {tensor.name: stored[tensor.name] for tensor in own}, fresh
 
 
 def _drawn(model: nn.Module, paths: set[str], key: jax.Array | None) -> dict[str, np.ndarray]:

@@ -79,7 +79,7 @@ def _save(file: Path, model: nn.Module, frozen: Any, delta: Any, overwrite: bool
         if module.tied and module.matrix.name in trained:
             trained[f"{module.name}.weight"] = trained[module.matrix.name]
     if has_new_head(model):
-        head = [tensor for tensor in tensors_of(model, family) if not tensor.name.startswith(family.prefix)]
+        head = [tensor for tensor in tensors_of(model, family) if family.in_head(tensor.name)]
         trained |= frozen_tensors(frozen, (tensor for tensor in head if tensor.name not in trained))
     tensors |= trained
     for name, array in tensors.items():

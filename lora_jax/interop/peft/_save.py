@@ -55,9 +55,9 @@ def save(
     rank. Weights that train without an adapter are written whole, under `modules_to_save` or `bias`. The head
     of a classifier is written whole too, whether it trains or not, because PEFT's user may have a fresh one,
     or none; it is merged if it is adapted, and so is a weight that PyTorch's model reads without calling its
-    module, such as DeBERTa's `rel_embeddings`. An adapter of a tied embedding is written for both
-    modules. Where dropouts differ, PEFT gets the largest. Arrays keep their dtypes. The file carries
-    a checksum of itself and of the config, and the fingerprint of the base.
+    module, such as DeBERTa's `rel_embeddings`. BERT's pooler is of that head. An adapter of a tied embedding
+    is written for both modules. Where dropouts differ, PEFT gets the largest. Arrays keep their dtypes. The
+    file carries a checksum of itself and of the config, and the fingerprint of the base.
 
     Where arrays span several processes, all of them call this, as with `hf.save`.
 
@@ -174,9 +174,7 @@ def _tensors_saved_whole(
     word for which biases train.
     """
     adapted = {part.module.name for part in parts}
-    wanted = {
-        module.name for module in modules if has_new_head(model) and not module.name.startswith(family.prefix)
-    }
+    wanted = {module.name for module in modules if has_new_head(model) and family.in_head(module.name)}
     wanted |= {
         module.name
         for module in modules

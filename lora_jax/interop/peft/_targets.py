@@ -11,7 +11,12 @@ from ._settings import NO_MODULES
 
 
 # PEFT's table, for configs whose `target_modules` is null.
-_DEFAULTS = {"gpt2": ("c_attn",), "roberta": ("query", "value"), "deberta-v2": ("query_proj", "value_proj")}
+_DEFAULTS = {
+    "gpt2": ("c_attn",),
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "deberta-v2": ("query_proj", "value_proj"),
+}
 _DEFAULTS_OF_ADALORA = _DEFAULTS | {
     "roberta": ("query", "key", "value", "dense"),
     "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
