@@ -6,7 +6,8 @@ bytes, beside the head on all.
 On what: one step of the experiments (`experiments/training/step.py`), of GPT-2 small, 124M, batch 4 of 128
 tokens, float32, AdamW, compiled from shapes alone for the device at hand, as in `benchmarks.step_cost`. 30%,
 60% and 100% of the positions of each example are counted: 38, 77 and 128. "All" has no gather: 100% beside it
-is what the gather costs by itself.
+is what the gather costs by itself. The temporary bytes of full fine-tuning do not depend on it: they are
+largest in the update, which has no logits.
 
 Bounds (exit status 1 if one is missed): the FLOPs that a row spares are at least 0.99 of the head's products
 at the positions that are not counted: two products of (positions, 768, 50257) with LoRA, which has no
