@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from benchmarks import step_cost
+from benchmarks import counted_positions, step_cost
 from benchmarks.training_steps import Setting, training_step
 from lora_jax.models import GPT2Config
 
@@ -62,3 +62,19 @@ def test_a_missed_bound_is_reported():
         "bytes / handwritten",
         "FLOPs / full",
     ]
+
+
+def test_the_head_costs_the_positions_that_are_counted():
+    config = GPT2Config(vocab_size=2048, n_positions=128, n_embd=64, n_layer=1, n_head=2)
+    for way in ("LoRA, q, v", "full fine-tuning"):
+        found = {
+            share: counted_positions.measure(config, way, counted_positions.COUNTED[share])
+            for share in ("all", "100%", "30%")
+        }
+        rows = counted_positions.compare(config, way, found)
+        assert counted_positions.missed(rows) == []
+        assert rows[2]["FLOPs / all"] < 0.6
+    rows[1]["bytes / all"], rows[2]["spared / head's products"] = 1.03, 0.98
+    low, gather = "0.9800 of the head's products are spared", "1.0300 of the bytes, above 1.02"
+    missed = counted_positions.missed(rows)
+    assert len(missed) == 2 and gather in missed[0] and low in missed[1]

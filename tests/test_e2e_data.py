@@ -126,6 +126,16 @@ def test_ids_of_the_first_example(gpt2_tokenizer, data_dir):
     assert pair[0][-1] == pair[1][-1] == 50256
 
 
+def whole(batch):
+    """Labels and mask of every position, as the authors have them, from those of the counted columns."""
+    labels, mask = np.zeros((2, *batch["input_ids"].shape), int)
+    for row, column in zip(*np.nonzero(batch["mask"]), strict=True):
+        place = row, batch["columns"][row, column]
+        assert not mask[place], "no position is counted twice"
+        labels[place], mask[place] = batch["labels"][row, column], 1
+    return labels.tolist(), mask.tolist()
+
+
 def test_batch_is_the_authors():
     """Padded with 0, targets one to the left, the mask from len(context) - 1 for each token of the
     completion.
@@ -133,33 +143,47 @@ def test_batch_is_the_authors():
     data = examples.Examples([([5, 6, 9], [7, 8, 9]), ([5, 9], [7, 9])], seq_len=8)
     batch = data.batch(np.array([0, 1]))
     assert batch["input_ids"].tolist() == [[5, 6, 9, 7, 8, 9, 0, 0], [5, 9, 7, 9, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[6, 9, 7, 8, 9, 0, 0, 0], [9, 7, 9, 0, 0, 0, 0, 0]]
-    assert batch["mask"].tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
+    labels, mask = whole(batch)
+    assert labels == [[0, 0, 7, 8, 9, 0, 0, 0], [0, 7, 9, 0, 0, 0, 0, 0]]
+    assert mask == [[0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
+    assert not batch["columns"][batch["mask"] == 0].any(), "what fills up a row is a column that exists"
 
 
-def test_a_batch_is_as_wide_as_its_longest_example():
-    """To the next power of two: what is cut off is padding."""
-    pairs = [([5] * 10, [7] * 10), ([5] * 2, [7] * 3), ([5] * 30, [7] * 10)]
+def test_a_batch_is_as_wide_as_its_longest_example_and_completion():
+    """To the next width: what is cut off is padding."""
+    pairs = [([5] * 10, [7] * 10), ([5] * 2, [7] * 3), ([5] * 30, [7] * 17), ([5] * 10, [7] * 36)]
     data, wide = (
-        examples.Examples(pairs, seq_len=48),
-        examples.Examples([*pairs, ([5] * 40, [7] * 8)], seq_len=48),
+        examples.Examples(pairs, seq_len=56),
+        examples.Examples([*pairs, ([5], [7] * 60)], seq_len=56),
     )
-    for rows, width in (([1], 16), ([0, 1], 32), ([1, 2], 48), ([0, 1, 2], 48)):
-        narrow, whole = data.batch(np.array(rows)), wide.batch(np.array([*rows, 3]))
+    for rows, width, columns in (
+        ([1], 16, 16), ([0, 1], 32, 16), ([1, 2], 48, 32), ([0, 1, 2, 3], 48, 48), ([-1, 0], 48, 48)
+    ):  # fmt: skip
+        narrow, broad = data.batch(np.array(rows)), wide.batch(np.array([*rows, 4]))
         for name, array in narrow.items():
-            assert array.shape == (len(rows), width)
-            np.testing.assert_array_equal(np.pad(array, [(0, 0), (0, 48 - width)]), whole[name][:-1])
+            end = width if name == "input_ids" else columns
+            assert array.shape == (len(rows), end)
+            if -1 not in rows:
+                np.testing.assert_array_equal(np.pad(array, [(0, 0), (0, 56 - end)]), broad[name][:-1])
+    assert not narrow["mask"][0].any(), "-1 is none"
 
 
-@pytest.mark.parametrize("seq_len, mask", [(5, [0, 0, 1, 1, 0]), (3, [0, 0, 0]), (2, [0, 0])])
-def test_truncation_is_the_authors(seq_len, mask):
-    """Inputs lose their end, n = kept inputs - len(context) tokens are counted, and the label of the last
-    kept input is known.
-    """
+def test_widths_are_few_and_close():
+    """A quarter of a power of two apart at most, and never below what is asked for."""
+    widths = [examples.padded_width(longest, 1024) for longest in range(1, 1025)]
+    assert sorted(set(widths))[:9] == [16, 32, 48, 64, 80, 96, 112, 128, 160]
+    assert len(set(widths)) == 8 + 3 * 4
+    for longest, width in enumerate(widths, 1):
+        assert longest <= width < max(longest + 16, 1.25 * longest)
+    assert examples.padded_width(0, 1024) == 16, "a batch of which nothing is counted has a shape too"
+
+
+@pytest.mark.parametrize("seq_len, labels", [(5, [0, 0, 7, 8, 0]), (3, [0, 0, 0]), (2, [0, 0])])
+def test_truncation_is_the_authors(seq_len, labels):
+    """Inputs lose their end, and n = kept inputs - len(context) tokens are counted."""
     batch = examples.Examples([([5, 6, 9], [7, 8, 9])], seq_len).batch(np.array([0]))
     assert batch["input_ids"].tolist() == [[5, 6, 9, 7, 8, 9][:seq_len]]
-    assert batch["labels"].tolist() == [[6, 9, 7, 8, 9][:seq_len]]
-    assert batch["mask"].tolist() == [mask]
+    assert whole(batch) == ([labels], [[int(label > 0) for label in labels]])
 
 
 def test_too_long_is_refused_by_name(generated, small_tokenizer):

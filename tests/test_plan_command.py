@@ -47,6 +47,8 @@ def test_command(directories, tmp_path, capsys):
         "8",
         "--seq",
         "16",
+        "--counted",
+        "6",
         "--dtype",
         "float32",
         "--compare-full",
@@ -60,6 +62,7 @@ def test_command(directories, tmp_path, capsys):
         "Collectives a device",
         "Does it fit?",
         "full fine-tuning",
+        "8 examples of 16 tokens, 6 of them counted, in 1 part",
         "h100, 80.00 GB | yes",
     ):
         assert title in captured.out
@@ -110,6 +113,9 @@ def test_help_has_an_example(capsys):
         ),
         (["gpt2", "--batch", "0"], "`--batch` must be at least 1, got 0"),
         (["gpt2", "--seq", "2048"], "`--seq` is 2048, and gpt2 has positions for 1024"),
+        (["gpt2", "--counted", "2000"], "`--counted` is 2000, more than the 1024 tokens of an example"),
+        (["gpt2", "--counted", "0"], "`--counted` must be at least 1, got 0"),
+        (["roberta-base", "--counted", "8"], "`--counted` is 8, and roberta-base is planned with one label"),
         (["gpt2", "--method", "Lora"], "`--method` is 'Lora', and must be one of AdaLoRA, DeltaLoRA"),
         (["gpt2", "--method", "DoRA", "--blocks", "1,0,1"], "`--blocks` is not an option of DoRA"),
         (["gpt2", "--rank", "10000"], "`rank` is 10000, above min(in, out) = 768"),

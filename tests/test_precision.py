@@ -81,7 +81,8 @@ def test_the_default_leaves_the_step_as_it_was():
 
     def plain_loss(delta, frozen, piece, key):
         forward = lora_jax.adapt(spread.spread(MODEL.apply, trainer.mesh))
-        logits = forward({"params": lora_jax.combine(frozen, delta, key=key)}, piece["input_ids"])
+        params = {"params": lora_jax.combine(frozen, delta, key=key)}
+        logits = forward(params, piece["input_ids"], logits_at=piece["columns"])
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         taken = jnp.take_along_axis(logits, piece["labels"][..., None], axis=-1)[..., 0]
         mask = piece["mask"].astype(jnp.float32)
@@ -193,7 +194,8 @@ def narrow_logits():
     """The base's, of the batch of the first step."""
     params = jax.tree.map(lambda leaf: leaf.astype(NARROW), weights())
     batch = examples().batch(order.indices(0, 0, 24, 8))
-    return jax.jit(MODEL.clone(dtype=NARROW).apply)({"params": params}, batch["input_ids"])
+    apply = jax.jit(MODEL.clone(dtype=NARROW).apply)
+    return apply({"params": params}, batch["input_ids"], logits_at=batch["columns"])
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,22 @@ def test_costs_beside_other_ways_are_the_benchmarks():
     assert full[0].startswith(f"{max(plain):.2f}; {min(again):.2f} to {max(again):.2f} under `checkpoint`")
 
 
+def test_costs_of_counted_positions_are_the_benchmarks():
+    file = _REPOSITORY / "benchmarks" / "results" / "counted_positions-jax-0.10.2.json"
+    rows = {(row["step"], row["counted"]): row for row in json.loads(file.read_text("utf-8"))["rows"]}
+    page = _PAGES["docs/cost.md"].partition("## The head where it counts")[2].partition("\n## ")[0]
+    shown = {row[0].replace("everything in full", "full fine-tuning"): row[1:] for row in _rows(page)}
+    for step in {step for step, _ in rows}:
+        wanted = [
+            rows[step, share][name] for name in ("FLOPs / all", "bytes / all") for share in ("60%", "30%")
+        ]
+        assert shown[step] == tuple(f"{value:.2f}" for value in wanted)
+        assert f"{rows[step, '100%']['FLOPs / all']:.3f}" == "1.000"
+    assert f"{max(row['bytes / all'] for row in rows.values()) - 1:.1%} of the bytes" in page.replace(
+        "\n", " "
+    )
+
+
 def test_results_are_those_of_the_runs():
     runs = _rows((_REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
     shown = _rows(_PAGES["docs/experiments.md"].partition("## Results")[2])

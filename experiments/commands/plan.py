@@ -57,6 +57,12 @@ def add_to(commands: Commands) -> None:
         "--seq", type=int, help="tokens an example; default: as many as the model has positions"
     )
     plan.add_argument(
+        "--counted",
+        type=int,
+        metavar="N",
+        help="tokens of an example that have a loss, which prompts and padding have not; default: all",
+    )
+    plan.add_argument(
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float16", "float32"),

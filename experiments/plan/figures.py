@@ -37,6 +37,7 @@ class Request:
     blocks: tuple[bool, ...] | None = None
     batch: int = 64
     seq: int | None = None
+    counted: int | None = None
     dtype: str = "bfloat16"
     optimizer: Literal["adamw", "adamw_authors"] = "adamw"
     accumulate: int = 1
@@ -47,7 +48,7 @@ class Request:
 
     def check(self) -> None:
         """Raises `ValueError` for what can be told without the model."""
-        for name in ("batch", "seq", "accumulate", "rank"):
+        for name in ("batch", "seq", "counted", "accumulate", "rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {value}.")
@@ -74,6 +75,15 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
     tokens = subject.longest if request.seq is None else request.seq
     if subject.bounded and tokens > subject.longest:
         raise ValueError(f"`--seq` is {tokens}, and {request.model} has positions for {subject.longest}.")
+    if request.counted is not None and subject.classifies:
+        raise ValueError(
+            f"`--counted` is {request.counted}, and {request.model} is planned with one label an example: "
+            "leave it out."
+        )
+    if request.counted is not None and request.counted > tokens:
+        raise ValueError(
+            f"`--counted` is {request.counted}, more than the {tokens} tokens of an example (`--seq`)."
+        )
     method = _method(request, subject)
     work = Workload(
         request.batch,
@@ -83,6 +93,7 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
         request.optimizer,
         request.accumulate,
         request.quantize,
+        request.counted,
     )
     mesh = make_mesh(request.mesh)
     step = training_step(subject, mesh, work)
@@ -98,6 +109,7 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
         "workload": {
             "batch": work.batch,
             "tokens": tokens,
+            "counted": work.counted,
             "accumulate": work.accumulate,
             "remat": request.remat,
             "quantize": work.quantize,
@@ -112,7 +124,9 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[
     }
     if request.compare_full and not isinstance(method, Full):
         say("compiling the step of full fine-tuning")
-        full = Workload(work.batch, tokens, Full(), None, work.optimizer, work.accumulate)
+        full = Workload(
+            work.batch, tokens, Full(), None, work.optimizer, work.accumulate, counted=work.counted
+        )
         found["full"] = _figures(subject, training_step(subject, mesh, full), full, request)
     if request.model == PAPER and not isinstance(method, Full):
         found["claims"] = claims.of(subject, step, tokens)

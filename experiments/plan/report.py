@@ -52,6 +52,7 @@ def _setting(found: dict[str, Any]) -> Table:
         "checkpoint": f"{amount(trained['bytes'])}; with {found['optimizer']}'s state "
         f"{amount(trained['with_optimiser_bytes'])}",
         "step": f"{work['batch']} examples of {work['tokens']:,} tokens, "
+        f"{'' if work['counted'] is None else str(work['counted']) + ' of them counted, '}"
         f"in {work['accumulate']} part{'s' * (work['accumulate'] > 1)}"
         f"{', layers recomputed' if work['remat'] else ''}",
         "mesh": ", ".join(f"{name} {count}" for name, count in found["mesh"].items()),

@@ -24,7 +24,8 @@ from lora_jax.sharding import partition_specs
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step is asked to do. `targets`: None for the model's own, query and value."""
+    """What a step is asked to do. `targets`: None for the model's own, query and value. `counted`: the tokens
+    of an example that have a loss; None for all."""
 
     batch: int
     tokens: int
@@ -33,6 +34,7 @@ class Workload:
     optimizer: Literal["adamw", "adamw_authors"] = "adamw"
     accumulate: int = 1
     quantize: str | None = None
+    counted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,10 @@ def targets_of(subject: Subject, work: Workload) -> Any:
 
 def _batch(subject: Subject, mesh: Mesh, work: Workload) -> dict[str, Any]:
     examples, tokens = (work.accumulate, work.batch // work.accumulate), work.tokens
-    names: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "labels": (tokens,), "mask": (tokens,)}
+    counted = tokens if work.counted is None else work.counted
+    names: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "labels": (counted,), "mask": (counted,)}
+    if work.counted is not None:
+        names["columns"] = (counted,)
     if subject.classifies:
         names = {
             "input_ids": (tokens,),

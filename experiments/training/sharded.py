@@ -145,11 +145,13 @@ class ShardedStep:
     ) -> tuple[jax.Array, jax.Array]:
         """Summed loss and number of what is counted, of one part of a batch; random only with a key.
 
-        Of tokens those with a `mask` of 1 are counted. Without a `mask`, each label is: of an example, then.
+        Labels with a `mask` of 1 are counted. Without a `mask`, each label is: of an example, then. With
+        `columns`, the labels are of these positions, and the head computes no other logits.
         """
         params = lora_jax.combine(frozen, delta, key=key)
         inputs = [piece[name] for name in ("input_ids", "attention_mask") if name in piece]
-        logits = self.forward({"params": params}, *inputs)
+        some = {"logits_at": piece["columns"]} if "columns" in piece else {}
+        logits = self.forward({"params": params}, *inputs, **some)
         mask = piece["mask"] if "mask" in piece else jnp.ones(piece["labels"].shape)
         return losses.masked_sum(logits, piece["labels"], mask, smoothing, self.reduce)
 

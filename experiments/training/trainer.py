@@ -83,22 +83,24 @@ class Trainer:
         """These examples in `accumulate` parts, each spread over the mesh. A process reads the rows of
         its own devices; of `-1`, which is none, nothing is counted.
         """
-        rows, width = indices.reshape(accumulate, -1), examples.width(indices)
+        rows, size = indices.reshape(accumulate, -1), examples.size(indices)
         read: dict[str, dict[str, np.ndarray]] = {}
 
         def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
             key = str(index)  # slices can be keys from Python 3.12 on
             if key not in read:
                 wanted = rows[index[:2]]
-                arrays = examples.batch(wanted.reshape(-1), width)
+                arrays = examples.batch(wanted.reshape(-1), size)
                 arrays["mask"] = arrays["mask"] * (wanted.reshape(-1, 1) >= 0)
-                read[key] = {name: array.reshape(*wanted.shape, width) for name, array in arrays.items()}
+                read[key] = {name: array.reshape(*wanted.shape, -1) for name, array in arrays.items()}
             return read[key][name]
 
-        make = functools.partial(
-            jax.make_array_from_callback, (*rows.shape, width), NamedSharding(self.mesh, BATCH)
-        )
-        return {name: make(functools.partial(part, name)) for name in ("input_ids", "labels", "mask")}
+        make = functools.partial(jax.make_array_from_callback, sharding=NamedSharding(self.mesh, BATCH))
+        widths = {name: array.shape[1] for name, array in examples.batch(rows[0, :0], size).items()}
+        return {
+            name: make((*rows.shape, width), data_callback=functools.partial(part, name))
+            for name, width in widths.items()
+        }
 
     def evaluate(self, compiled: Callable, delta: Any, examples: Any) -> float:
         """Negative log-likelihood a counted token over the validation examples, without dropout or
