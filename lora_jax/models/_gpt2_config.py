@@ -70,6 +70,11 @@ class GPT2Config(LabelledConfig):
         if self.n_embd % self.n_head:
             raise ValueError(f"`n_embd` is {self.n_embd}; it must be a multiple of `n_head`={self.n_head}.")
 
+    @property
+    def positions(self) -> int:
+        """How many tokens a sequence may have."""
+        return self.n_positions
+
     def to_hf(self) -> dict[str, Any]:
         fields = super().to_hf()
         if self.labels == numbered_labels(2):  # what Hugging Face takes where nothing is said

@@ -60,6 +60,10 @@ class RobertaConfig(EncoderConfig):
                 f"`pad_token_id` is {self.pad_token_id}; it must be a token, and leave positions after it."
             )
 
+    @property
+    def positions(self) -> int:
+        return self.max_position_embeddings - self.pad_token_id - 1
+
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         config = super().translated(config)
