@@ -209,12 +209,23 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
         (
             {"base": {}},
             ValueError,
-            "`base` takes exactly one of `path`, `run` and `architecture`, got none of them",
+            "`base` takes exactly one of `name`, `path`, `run` and `architecture`, got none of them",
         ),
         (
             {"base": {"path": "a", "run": "b"}},
             ValueError,
-            "`base` takes exactly one of `path`, `run` and `architecture`, got path, run",
+            "`base` takes exactly one of `name`, `path`, `run` and `architecture`, got path, run",
+        ),
+        (
+            {"base": {"name": "smollm2-135m", "path": "a"}},
+            ValueError,
+            "`base` takes exactly one of `name`, `path`, `run` and `architecture`, got name, path",
+        ),
+        (
+            {"base": {"name": "smollm2"}},
+            ValueError,
+            "`base.name` must be one of all-minilm-l6-v2, smollm2-135m, got `smollm2`; did you mean "
+            "`smollm2-135m`?",
         ),
         ({"train": {"steps": 0, "batch": 2, "lr": 1}}, ValueError, "`train.steps` must be at least 1, got 0"),
         (

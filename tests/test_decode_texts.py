@@ -15,6 +15,8 @@ class Tokenizer:
     """Letters, a is token 1; 0 ends a text."""
 
     eos_token_id = 0
+    all_special_tokens = ["`"]
+    bos_token = eos_token = pad_token = unk_token = "`"
 
     def __call__(self, text, add_special_tokens):
         return {"input_ids": [ord(letter) - 96 for letter in text]}
@@ -111,7 +113,30 @@ def test_the_blank_line_of_gpt2_is_one_token(data_dir):
     ],
 )
 def test_what_is_kept_of_a_text(text, kept):
-    assert decode.clean(text) == kept
+    assert decode.clean(text, ["<|endoftext|>"]) == kept
+
+
+def test_a_text_ends_where_the_tokenizer_has_a_boundary():
+    """A model of chats ends a turn by another token than a text, and begins the next by a third. An unknown
+    word ends nothing.
+    """
+    import tokenizers
+    import transformers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "pub": 1}, unk_token="<unk>"))
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|endoftext|>"],
+    )
+    marks = decode.boundaries(made)
+    assert set(marks) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
+    for mark in marks:
+        assert decode.clean(f"a <unk> pub{mark}rest", marks) == "a <unk> pub"
+    made.eos_token = "<unk>"  # as GPT-2 has one token for everything
+    assert "<unk>" in decode.boundaries(made)
 
 
 def test_long_decoding_says_how_far_it_is(monkeypatch):

@@ -190,8 +190,8 @@ def test_what_an_adapter_calls_its_base(inputs, monkeypatch):
     monkeypatch.chdir(inputs)
 
     def name(path):
-        arguments = (None, None, jax.random.key(0), make_mesh(Mesh()), Precision())
-        return bases.load(Base(path=path), Path("data"), Path("."), *arguments).name
+        places = bases.Places(Path("data"), Path("."), Path("bases"), None, Path("tokenizer"))
+        return bases.load(Base(path=path), places, jax.random.key(0), make_mesh(Mesh()), Precision()).name
 
     whole = str((inputs / "data" / "base").resolve())
     assert name("base") == name("./data/base") == whole

@@ -117,9 +117,8 @@ def directory(tmp_path_factory):
 def test_the_base_is_stored_rounded_and_split(directory, drawn, shape):
     section = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="base") if drawn else Base(path="base")
     mesh = sharded.make_mesh(Mesh(*shape))
-    load = lambda policy: bases.load(
-        section, directory, directory, None, None, jax.random.key(0), mesh, policy
-    )
+    places = bases.Places(directory, directory, directory, None, directory)
+    load = lambda policy: bases.load(section, places, jax.random.key(0), mesh, policy)
     wide, narrow = load(Precision()), load(Precision(parameters="bfloat16"))
     assert dtypes(wide.params) == {WIDE} and dtypes(narrow.params) == {NARROW}
     assert (wide.model.param_dtype, narrow.model.param_dtype, narrow.model.dtype) == (WIDE, NARROW, None)

@@ -27,6 +27,8 @@ PACKED = {"data": {"task": "text", "train": ["a.txt", "b.txt.zst"], "valid": "c.
     "module, changes",
     [
         *((module, {}) for module in requirements.OF_EVERY_RUN),
+        ("gguf", {"base": {"name": "smollm2-135m"}}),
+        ("gguf", {"base": {"path": "a.gguf"}}),
         ("datasets", DATASET),
         ("pyarrow", PACKED),
         ("rich", {}),

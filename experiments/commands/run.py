@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import requirements
+from experiments import catalogue, requirements
 from experiments.commands.options import Commands
 
 
@@ -19,6 +19,12 @@ def add_to(commands: Commands) -> None:
     run.add_argument(
         "--data",
         help="where the config's paths start; default: $LORA_JAX_DATA, or the working directory",
+    )
+    run.add_argument(
+        "--bases",
+        metavar="DIR",
+        help=f"where `fetch` has put the bases that have a name; default: ${catalogue.VARIABLE}, or "
+        f"{catalogue.DEFAULT} in the working directory",
     )
     run.add_argument(
         "--workdir", help="where results go, and where an interrupted run is found again; default: runs/NAME"
@@ -73,18 +79,21 @@ def _run(args: argparse.Namespace) -> None:
     from experiments.running.run import run
 
     data = Path(args.data or os.environ.get("LORA_JAX_DATA") or ".")
-    run(config, path, data, Path(args.workdir or Path("runs") / config.name))
+    workdir = Path(args.workdir or Path("runs") / config.name)
+    run(config, path, data, workdir, bases=catalogue.directory(args.bases))
 
 
 def _further(config: Any) -> list[str]:
-    """The modules that this run needs and another may not: the readers of its data, and the bar of a
-    terminal.
+    """The modules that this run needs and another may not: the readers of its base and its data, and the bar
+    of a terminal.
     """
-    section = config.data
+    section, base = config.data, config.base
+    packed = [] if base.name is None else catalogue.entry(base.name, "base.name").files
     files = (
         (section.train, section.valid) if isinstance(section.train, str) else (*section.train, section.valid)
     )
     found = {
+        "gguf": any(file.endswith(".gguf") for file in (base.path or "", *packed)),
         "datasets": getattr(section, "dataset", None) is not None,
         "pyarrow": any(file.endswith(".zst") for file in files),
         "rich": sys.stdout.isatty(),

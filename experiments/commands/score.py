@@ -22,6 +22,12 @@ def add_to(commands: Commands) -> None:
     score.add_argument(
         "--hyps", required=True, metavar="FILE", help="one generated text a line, in the order of the inputs"
     )
+    score.add_argument(
+        "--contexts",
+        metavar="FILE",
+        help="one record a line, such as a run's contexts.txt: adds the share of its values that the texts "
+        "name (values), and of texts that name all of theirs (all_values)",
+    )
     score.set_defaults(handler=handle)
 
 
@@ -32,7 +38,17 @@ def handle(args: argparse.Namespace) -> None:
         raise ValueError(
             f"`TASK` must be one of {', '.join(SCORED)}, got `{args.task}`{nearest(args.task, SCORED) or '.'}"
         )
-    from experiments.metrics import files, score_e2e
+    from experiments.metrics import files, score_e2e, values
 
-    scores = score_e2e(*files.read(Path(args.refs), Path(args.hyps)))
-    print(json.dumps(scores, indent=2))
+    references, hypotheses = files.read(Path(args.refs), Path(args.hyps))
+    named = {}
+    if args.contexts is not None:
+        contexts = files.read_contexts(Path(args.contexts), hypotheses)
+        found = values.score(contexts, hypotheses)
+        if found is None:
+            raise ValueError(
+                f"`{args.contexts}` has lines that are no records with a name, such as "
+                "`name : The Mill | food : Indian`: pass a run's contexts.txt, or leave `--contexts` out."
+            )
+        named = {name: found[name] for name in ("values", "all_values")}
+    print(json.dumps(score_e2e(references, hypotheses) | named, indent=2))

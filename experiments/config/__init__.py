@@ -2,8 +2,8 @@
 
 A config is a row of a table: `source` names the paper, the table and the numbers to expect, or says that
 there are none. Paths inside a config are relative to `--data`; `base.run`, and a `base.path` that begins with
-a dot, to the config's own file. Left out: anything that describes the machine (device counts aside) or where
-results go: those are arguments of the command line.
+a dot, to the config's own file; a `base.name` is below `--bases`. Left out: anything that describes the
+machine (device counts aside) or where results go: those are arguments of the command line.
 """
 
 from .base import Architecture as Architecture, Base as Base

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from experiments import catalogue
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -15,15 +17,17 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Base:
-    """Where the weights come from: exactly one of `path`, `run` and `architecture`.
+    """Where the weights come from: exactly one of `name`, `path`, `run` and `architecture`.
 
-    `path`: a Hugging Face directory, beside this config's file if it begins with a dot, or the name of one on
-    the hub. `run`: another config, whose merged result is the base; it is run first when it is not finished,
-    in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the seed, with the
-    `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens trained on the
-    training text.
+    `name`: a base that `python -m experiments fetch` has put into the directory of the bases. `path`: a
+    Hugging Face directory or a GGUF file, beside this config's file if it begins with a dot, or the name of a
+    directory on the hub. `run`: another config, whose merged result is the base; it is run first when it is
+    not finished, in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the
+    seed, with the `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens
+    trained on the training text.
     """
 
+    name: str | None = None
     path: str | None = None
     run: str | None = None
     workdir: str = "base"
@@ -32,12 +36,15 @@ class Base:
     vocabulary: int | None = None
 
     def __post_init__(self):
-        given = [name for name in ("path", "run", "architecture") if getattr(self, name) is not None]
+        sources = ("name", "path", "run", "architecture")
+        given = [source for source in sources if getattr(self, source) is not None]
         if len(given) != 1:
             raise ValueError(
-                "`base` takes exactly one of `path`, `run` and `architecture`, got "
+                "`base` takes exactly one of `name`, `path`, `run` and `architecture`, got "
                 f"{', '.join(given) or 'none of them'}."
             )
+        if self.name is not None:
+            catalogue.entry(self.name, "base.name")
         if ((self.tokenizer is None) == (self.vocabulary is None)) != (self.architecture is None):
             raise ValueError(
                 "one of `base.tokenizer` and `base.vocabulary` goes with `base.architecture`: every other "

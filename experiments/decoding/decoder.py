@@ -5,7 +5,7 @@ Each batch is padded to a power of two, so that a data set needs few compiled pr
 in `search`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,9 @@ class Decoder:
         """The texts that plain `params` (merge first) make of the first `count` prompts, or of all."""
         ids = [prompt.ids for prompt in self.prompts[:count]]
         found = generate(self.model, params, ids, self.section, end=self.end, tell=tell)
-        return [clean(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) for tokens in found]
+        texts = (self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in found)
+        marks = boundaries(self.tokenizer)
+        return [clean(text, marks) for text in texts]
 
 
 def generate(
@@ -79,7 +81,7 @@ def generate(
     for start in range(0, len(order), section.batch):
         rows = order[start : start + section.batch]
         filled = rows + rows[-1:] * (section.batch - len(rows))
-        width = padded_width(len(prompts[rows[-1]]), model.config.n_positions - section.max_tokens)
+        width = padded_width(len(prompts[rows[-1]]), model.config.positions - section.max_tokens)
         # The padding is any token at all: the mask keeps it out.
         ids = np.asarray(
             [[end[0]] * (width - len(prompts[row])) + list(prompts[row]) for row in filled], np.int32
@@ -106,10 +108,10 @@ def _keys(section: Decode, rows: Sequence[int]) -> jax.Array | None:
 
 def _check(config: Any, prompts: Sequence[Sequence[int]], section: Decode, end: tuple[int, ...]) -> None:
     lengths = [len(prompt) for prompt in prompts]
-    if lengths and max(lengths) + section.max_tokens > config.n_positions:
+    if lengths and max(lengths) + section.max_tokens > config.positions:
         raise ValueError(
             f"a prompt of {max(lengths)} tokens and `decode.max_tokens` ({section.max_tokens}) exceed the "
-            f"model's {config.n_positions} positions."
+            f"model's {config.positions} positions."
         )
     if lengths and min(lengths) == 0:
         raise ValueError(f"prompt {lengths.index(0) + 1} is empty: there is nothing to continue.")
@@ -138,8 +140,22 @@ def end_tokens(section: Decode, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def clean(text: str) -> str:
-    """What the authors keep of a generated text: up to the end of text and the first blank line,
-    stripped; on one line, as predictions are stored.
+def boundaries(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokens that stand between texts and never in one: GPT-2 has the end of text alone, a
+    model of chats the ends of turns too. What stands for an unknown word is none of them.
     """
-    return " ".join(text.split("<|endoftext|>")[0].split("\n\n")[0].split())
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    unknown = {tokenizer.unk_token} - set(named)
+    return tuple(mark for mark in tokenizer.all_special_tokens if mark not in unknown)
+
+
+def clean(text: str, marks: Iterable[str]) -> str:
+    """What the authors keep of a generated text: up to the first of the `marks` and the first blank line,
+    stripped; on one line, as predictions are stored.
+
+    >>> clean(" A pub .<|endoftext|>B", ["<|endoftext|>"])
+    'A pub .'
+    """
+    for mark in marks:
+        text = text.split(mark)[0]
+    return " ".join(text.split("\n\n")[0].split())

@@ -53,6 +53,17 @@ def read_references(path: Path) -> References:
     return groups
 
 
+def read_contexts(path: Path, hypotheses: list[str]) -> list[str]:
+    """The record of each hypothesis, one a line, or `ValueError` with both numbers."""
+    contexts = _lines(path)
+    if len(contexts) != len(hypotheses):
+        raise ValueError(
+            f"`{path}` has {_inputs(len(contexts))} and the hypotheses are for {_inputs(len(hypotheses))}: "
+            "contexts need exactly one line an input."
+        )
+    return contexts
+
+
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no file `{path}`.")

@@ -32,6 +32,8 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
     }
     (workdir / "figures").mkdir(exist_ok=True)
     draw(metrics, config, workdir / "figures" / "loss.png")
+    if facts.get("values"):
+        draw_values(facts["values"], config, workdir / "figures" / "values.png")
     (workdir / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if (workdir / "adapter").is_dir():
         (workdir / "adapter" / "README.md").write_text(
@@ -71,6 +73,32 @@ def _of_training_only(config: Config) -> list[str]:
     return [words for words, value in found.items() if value]
 
 
+# Whose texts name values, in words: the reports' keys, in the order of the table.
+WRITERS = {"before": "base, untouched", "after": "this run", "people": "people"}
+
+
+def draw_values(found: dict[str, dict[str, Any]], config: Config, path: Path) -> None:
+    """The share of values that texts name: a group of bars for all, and one for each attribute."""
+    figure, axes = _figure()
+    attributes = list(found["after"]["attributes"])
+    groups = ["all values", *attributes, "texts with all"]
+    width = 0.8 / len(found)
+    writers = [writer for writer in WRITERS if writer in found]
+    for place, writer in enumerate(writers):
+        scores = found[writer]
+        shares = [
+            scores["values"],
+            *(scores["attributes"][name] for name in attributes),
+            scores["all_values"],
+        ]
+        left = [group + (place - (len(writers) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(left, [100 * share for share in shares], width, label=WRITERS[writer])
+    axes.set(ylabel="named (%)", title=config.name, ylim=(0, 100))
+    axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=len(writers), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def draw_together(workdirs: Sequence[Path], path: Path) -> None:
     """The validation losses of several finished runs in one picture."""
     curves = {
@@ -84,13 +112,7 @@ def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 
 def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) -> None:
-    # The object interface: no display, no global state, whatever backend the user has chosen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _figure()
     for label, points in curves.items():
         # Few points, as of a validation loss, are shown as such.
         axes.plot(
@@ -103,6 +125,16 @@ def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) ->
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _figure() -> tuple[Any, Any]:
+    # The object interface: no display, no global state, whatever backend the user has chosen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
 
 
 def render(config: Config, facts: dict[str, Any]) -> str:
@@ -165,6 +197,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += [
         *prompt(facts.get("prompt")),
         *_scores(facts["scores"], config),
+        *_values(facts.get("values", {})),
         *_cost(facts["cost"]),
         *_samples(facts["samples"], config.decode),
     ]
@@ -235,11 +268,7 @@ def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[
     if not scores:
         return []
     names = list(scores["after"])
-    rows = {
-        words: scores[key]
-        for key, words in (("before", "base, untouched"), ("after", "this run"))
-        if key in scores
-    }
+    rows = {words: scores[key] for key, words in WRITERS.items() if key in scores}
     lines = ["## Scores (test inputs)", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {words} | {' | '.join(_as_printed(name, found[name]) for name in names)} |"
@@ -257,6 +286,37 @@ def _scores(scores: dict[str, dict[str, float | None]], config: Config) -> list[
     return [
         *lines,
         "ROUGE-L are percentages here. A dash under METEOR: java or its package was not there.",
+        "",
+    ]
+
+
+def _values(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Which of the values of its record a text names; nothing in an older version's report."""
+    if not found:
+        return []
+    attributes = list(found["after"]["attributes"])
+    names = ["all values", *attributes, "texts with all"]
+    lines = ["## Values named (test inputs)", "", f"| | {' | '.join(names)} |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for writer, words in WRITERS.items():
+        if writer in found:
+            scores = found[writer]
+            shares = [
+                scores["values"],
+                *(scores["attributes"][name] for name in attributes),
+                scores["all_values"],
+            ]
+            lines.append(f"| {words} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |")
+    return [
+        *lines,
+        "",
+        "Percent of the values of the records that the texts name, and of texts that name all of theirs: "
+        "names "
+        "by their words, the rest",
+        "by the wordings of `experiments/metrics/values.py`. People leave some out. `score e2e` with "
+        "`--contexts contexts.txt` gives the first and last number again.",
+        "",
+        "![values](figures/values.png)",
         "",
     ]
 

@@ -9,11 +9,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments import catalogue
 from experiments.config import Architecture, Base, Precision
 from experiments.training import precision
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+from lora_jax.processes import on_first
 from lora_jax.sharding import partition_specs, shardings
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a base may come from. `data`: where the config's paths start; `beside`: the config's directory,
+    where a `path` that begins with a dot starts; `bases`: where a `name` is; `run`: the finished work
+    directory of a base that is another config's result; `tokenizer`: this run's own, which was trained for a
+    `vocabulary` or is written out of a GGUF file.
+    """
+
+    data: Path
+    beside: Path
+    bases: Path
+    run: Path | None
+    tokenizer: Path
 
 
 @dataclass(frozen=True)
@@ -31,49 +48,50 @@ class Loaded:
     name: str | None = None
 
 
-def load(
-    section: Base,
-    data: Path,
-    beside: Path,
-    run: Path | None,
-    tokenizer: Path | None,
-    key: jax.Array,
-    mesh: Mesh,
-    policy: Precision,
-) -> Loaded:
+def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
     """The base that `section` describes, in the dtypes of `policy`.
 
-    `beside`: the config's directory, where a `section.path` that begins with a dot starts; `run`: the
-    finished work directory, where `section.run` names another config; `tokenizer`: the one that was trained,
-    where `section.vocabulary` asks for one. The weights are cast and split over `mesh` as they are read or
-    drawn: no device holds more than its part.
+    The weights are cast and split over `mesh` as they are read or drawn: no device holds more than its part.
     """
     if section.architecture is not None:
-        words = data / section.tokenizer if section.tokenizer is not None else tokenizer
-        assert words is not None  # one of them goes with an architecture, as the config has checked
+        words = places.data / section.tokenizer if section.tokenizer is not None else places.tokenizer
         if not words.is_dir():
-            raise FileNotFoundError(f"`base.tokenizer`: no directory `{words}`. {where_paths_start(data)}")
+            raise FileNotFoundError(
+                f"`base.tokenizer`: no directory `{words}`. {where_paths_start(places.data)}"
+            )
         return _random(section.architecture, words, key, mesh, policy)
-    if run is not None:
-        directory, on_hub = run / "merged", False
+    source, origin, name = _source(section, places)
+    if source.suffix == ".gguf":
+        from lora_jax.interop import gguf
+
+        model, params = gguf.load(source, mesh=mesh, param_dtype=policy.parameters)
+        tokenizer, directory = _with_end(gguf.tokenizer(source), source), places.tokenizer
+        # The files that an export carries along.
+        on_first(lambda: str(tokenizer.save_pretrained(directory)))
     else:
-        assert section.path is not None  # a base that is neither drawn nor another run's is at a path
-        directory, on_hub = find(section.path, data, beside)
-    model, params = hf.load(directory, mesh=mesh, param_dtype=policy.parameters)
-    loaded = load_tokenizer(directory)
-    if len(loaded) > model.config.vocab_size:
+        model, params = hf.load(source, mesh=mesh, param_dtype=policy.parameters)
+        tokenizer, directory = load_tokenizer(source), source
+    if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer in `{directory}` has {len(loaded)} tokens, more than the model's vocabulary "
+            f"the tokenizer in `{source}` has {len(tokenizer)} tokens, more than the model's vocabulary "
             f"({model.config.vocab_size})."
         )
-    return Loaded(
-        precision.computing(model, policy),
-        params,
-        loaded,
-        directory,
-        section.path or f"merged result of {section.run}",
-        section.path if on_hub else str(directory.resolve()),
-    )
+    return Loaded(precision.computing(model, policy), params, tokenizer, directory, origin, name)
+
+
+def _source(section: Base, places: Places) -> tuple[Path, str, str]:
+    """The directory or the GGUF file of a base that is not drawn; where it is from, in words; and what an
+    adapter calls it.
+    """
+    if section.name is not None:
+        found = catalogue.entry(section.name, "base.name")
+        return catalogue.verified(section.name, places.bases), section.name, found.adapts
+    if places.run is not None:
+        merged = places.run / "merged"
+        return merged, f"merged result of {section.run}", str(merged.resolve())
+    assert section.path is not None  # what is left, as the config has checked
+    source, on_hub = find(section.path, places.data, places.beside)
+    return source, section.path, section.path if on_hub else str(source.resolve())
 
 
 def where_paths_start(data: Path) -> str:
@@ -85,11 +103,15 @@ def where_paths_start(data: Path) -> str:
 
 
 def find(path: str, data: Path, beside: Path) -> tuple[Path, bool]:
-    """A directory below `data`, or below `beside` if the path begins with a dot, or else a snapshot of
-    the hub's repository of that name; and whether it is the last.
+    """A directory or a GGUF file below `data`, or below `beside` if the path begins with a dot, or else a
+    snapshot of the hub's repository of that name; and whether it is the last.
     """
     dotted = path.startswith(".")
     local = (beside / path).resolve() if dotted else data / path
+    if path.endswith(".gguf"):
+        if not local.is_file():
+            raise FileNotFoundError(f"`base.path`: no file `{local}`. {where_paths_start(data)}")
+        return local, False
     if local.is_dir():
         return local, False
     if Path(path).is_absolute() or dotted:
@@ -112,16 +134,18 @@ def find(path: str, data: Path, beside: Path) -> tuple[Path, bool]:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a directory, without asking the hub. It has to know its end-of-text token, which
-    separates everything.
-    """
+    """The tokenizer in a directory, without asking the hub."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no tokenizer directory `{directory}`.")
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return _with_end(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True), directory)
+
+
+def _with_end(tokenizer: Any, source: Path) -> Any:
+    """The tokenizer, which has to know its end-of-text token: that separates everything."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in `{directory}` names no end-of-text token (`eos_token`).")
+        raise ValueError(f"the tokenizer in `{source}` names no end-of-text token (`eos_token`).")
     return tokenizer
 
 

@@ -16,11 +16,14 @@ def write(directory: Path, decoder: Decoder) -> None:
     """Writes `generation_config.json`, and into `tokenizer_config.json` the end of text for padding, unless
     there is one, and the model's number of positions.
     """
-    tokenizer, positions = decoder.tokenizer, decoder.model.config.n_positions
+    tokenizer, positions = decoder.tokenizer, decoder.model.config.positions
     pad = {} if tokenizer.pad_token is not None else {"pad_token": tokenizer.eos_token}
-    _change(directory / "tokenizer_config.json", {**pad, "model_max_length": positions})
+    longest = {} if positions is None else {"model_max_length": positions}
+    _change(directory / "tokenizer_config.json", {**pad, **longest})
+    begin = tokenizer.bos_token_id
     ids = {
-        "bos_token_id": decoder.model.config.bos_token_id,
+        # Some tokenizers name none where the model's own config does.
+        "bos_token_id": decoder.model.config.bos_token_id if begin is None else begin,
         "eos_token_id": list(decoder.end),
         "pad_token_id": tokenizer.eos_token_id if pad else tokenizer.pad_token_id,
     }

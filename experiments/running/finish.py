@@ -6,7 +6,7 @@ files. So a wrong scale, a transposed matrix or a missing tensor shows as a numb
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ import lora_jax
 from experiments import config as configs
 from experiments.config import Config, Train
 from experiments.decoding.decoder import Decoder
-from experiments.metrics import score_e2e, warn
+from experiments.metrics import score_e2e, values, warn
 from experiments.progress import Count
 from experiments.reports import cost, report
 from experiments.running import beside, processes
 from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
-from experiments.tasks.examples import Splits
+from experiments.tasks.examples import Prompt, Splits
 from experiments.training import precision
 from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, State
@@ -176,15 +176,16 @@ def predict(
     directory: Path,
     begin: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Decodes the test inputs; returns the samples and the scores for the report.
+    """Decodes the test inputs; returns the samples, the scores and the values named for the report.
 
-    `predictions.txt` has a line an input, and `references.txt` people's wordings in the scorer's form. With
-    `decode.before` the untouched base answers all inputs too, in `predictions_before.txt`; otherwise only
-    those that the report shows. `begin` is told what comes next, and how much of it.
+    `predictions.txt` has a line an input, as `contexts.txt` has, and `references.txt` people's wordings in
+    the scorer's form. With `decode.before` the untouched base answers all inputs too, in
+    `predictions_before.txt`; otherwise only those that the report shows. `begin` is told what comes next, and
+    how much of it.
     """
     prompts, section = decoder.prompts, decoder.section
     if not prompts:
-        return {"samples": [], "scores": {}}
+        return {"samples": [], "scores": {}, "values": {}}
 
     def decoded(params: Any, count: int, what: str) -> list[str]:
         if not count:
@@ -202,13 +203,16 @@ def predict(
         for name in whole:
             _write_lines(directory / PREDICTIONS[name], texts[name])
 
+        _write_lines(directory / "contexts.txt", [" ".join(prompt.text.split()) for prompt in prompts])
+
     on_first(write)
     samples = [
         {"input": prompt.text, "before": old, "after": new, "references": list(prompt.references[:2])}
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
     ]
+    named = _named(prompts, {name: texts[name] for name in whole})
     if not all(prompt.references for prompt in prompts):
-        return {"samples": samples, "scores": {}}
+        return {"samples": samples, "scores": {}, "values": named}
     references = [prompt.references for prompt in prompts]
 
     def score() -> dict[str, dict[str, float | None]]:
@@ -222,7 +226,18 @@ def predict(
         }
 
     begin("scoring the texts")
-    return {"samples": samples, "scores": on_first(score)}
+    return {"samples": samples, "scores": on_first(score), "values": named}
+
+
+def _named(prompts: Sequence[Prompt], texts: dict[str, list[str]]) -> dict[str, Any]:
+    """The values that the texts of each kind name, and those of people, who leave some out; nothing where
+    prompts are no records.
+    """
+    found = {name: values.score([prompt.text for prompt in prompts], texts[name]) for name in texts}
+    theirs = [(prompt.text, text) for prompt in prompts for text in prompt.references]
+    if theirs:
+        found["people"] = values.score(*zip(*theirs, strict=True))
+    return {name: scores for name, scores in found.items() if scores is not None}
 
 
 def _write_lines(file: Path, lines: list[str]) -> None:

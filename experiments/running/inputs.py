@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import lora_jax
-from experiments import config as configs, tasks
+from experiments import catalogue, config as configs, tasks
 from experiments.config import Config
 from experiments.decoding.decoder import Decoder
-from experiments.running import base as bases, processes
-from experiments.running.base import Loaded
+from experiments.running import base, processes
+from experiments.running.base import Loaded, Places
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
 from experiments.training import precision
@@ -30,10 +30,11 @@ from lora_jax.processes import on_first
 
 
 class Inputs(NamedTuple):
-    """The mesh, where the data lies, and the contents of its files."""
+    """The mesh, where the data and the bases lie, and the contents of the data's files."""
 
     mesh: Mesh
     data: Path
+    bases: Path
     contents: Any
 
 
@@ -51,25 +52,28 @@ class Ready(NamedTuple):
     identity: dict[str, str]
 
 
-def read(config: Config, config_path: Path, data: Path, workdir: Path) -> Inputs:
+def read(config: Config, config_path: Path, data: Path, bases: Path, workdir: Path) -> Inputs:
     """The inputs that need no weights of the base.
 
     Raises:
-      ValueError: the mesh, the sequences' length, a target, the work directory or the data is wrong.
+      ValueError: the mesh, the sequences' length, a target, the base's files, the work directory or the data
+        is wrong.
     """
     mesh = make_mesh(config.mesh)
     _check_against_shapes(config, config_path)
+    if config.base.name is not None:
+        catalogue.verified(config.base.name, bases)
     processes.check_shared(workdir)
     if config.generate is not None:
         section, data = config.generate, workdir / "data"
         on_first(lambda: str(generate.write(section, data)))
     try:
-        return Inputs(mesh, data, tasks.read(config.data, data))
+        return Inputs(mesh, data, bases, tasks.read(config.data, data))
     except FileNotFoundError as error:
         fix = (
             "`generate` makes train.txt, valid.txt and test.txt: name these in `data`, or leave it out."
             if config.generate is not None
-            else bases.where_paths_start(data)
+            else base.where_paths_start(data)
         )
         raise FileNotFoundError(f"{error} {fix}") from error
 
@@ -79,34 +83,32 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
 
     `base_run`: the finished work directory of the config that `base.run` names.
     """
-    mesh, data, contents = inputs
+    mesh, data, contents = inputs.mesh, inputs.data, inputs.contents
     keys = dict(
         zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True)
     )
-    own_tokenizer = None
-    if config.base.vocabulary is not None:
-        size, own_tokenizer = config.base.vocabulary, workdir / "tokenizer"
+    own_tokenizer, size = workdir / "tokenizer", config.base.vocabulary
+    if size is not None:
         on_first(lambda: str(tokenizer.train(contents["train"], size, own_tokenizer)))
-    base = bases.load(
-        config.base, data, config_path.parent, base_run, own_tokenizer, keys["base"], mesh, config.precision
-    )
-    _check_room(config, base.model.config.n_positions)
-    splits = tasks.prepare(config.data, contents, base.tokenizer)
-    decoder = Decoder.create(config, base.model, base.tokenizer, splits.prompts)
+    places = Places(data, config_path.parent, inputs.bases, base_run, own_tokenizer)
+    loaded = base.load(config.base, places, keys["base"], mesh, config.precision)
+    _check_room(config, loaded.model.config.positions)
+    splits = tasks.prepare(config.data, contents, loaded.tokenizer)
+    decoder = Decoder.create(config, loaded.model, loaded.tokenizer, splits.prompts)
 
     identity = {
-        "base": fingerprint(base.params),
+        "base": fingerprint(loaded.params),
         "config": _digest(config),
         "data": _data_fingerprint(splits),
     }
-    params, specs = on_mesh(mesh, base.params, base.model.partition_rules)
-    base = dataclasses.replace(base, params=params)
+    params, specs = on_mesh(mesh, loaded.params, loaded.model.partition_rules)
+    loaded = dataclasses.replace(loaded, params=params)
     frozen, delta = lora_jax.lorafy(
         params, list(config.targets), method=precision.method(config), key=keys["adapter"]
     )
-    trainer = Trainer.create(config, mesh, base.model.apply, frozen, delta, specs)
+    trainer = Trainer.create(config, mesh, loaded.model.apply, frozen, delta, specs)
     return Ready(
-        base, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
+        loaded, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
     )
 
 
@@ -121,13 +123,13 @@ def _check_against_shapes(config: Config, config_path: Path) -> None:
     if described.base.architecture is None:
         return
     _check_room(config, described.base.architecture.n_positions)
-    model = bases.model(described.base.architecture, vocabulary=257, end=0)
+    model = base.model(described.base.architecture, vocabulary=257, end=0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
     lora_jax.lorafy(shapes, list(config.targets), method=configs.method_value(config.method))
 
 
-def _check_room(config: Config, positions: int) -> None:
-    if config.data.seq_len > positions:
+def _check_room(config: Config, positions: int | None) -> None:
+    if positions is not None and config.data.seq_len > positions:
         raise ValueError(
             f"`data.seq_len` ({config.data.seq_len}) is longer than the model, which has {positions} "
             "positions."

@@ -6,19 +6,21 @@ from typing import Any
 
 import jax
 
-from experiments import config as configs
+from experiments import catalogue, config as configs
 from experiments.config import Config
 from experiments.progress import Record
 from experiments.running import finish, inputs, processes, workdir as workdirs
-from experiments.running.inputs import Ready
+from experiments.running.inputs import Inputs, Ready
 from experiments.running.preemption import StopRequest
 from lora_jax.checkpoint import Checkpoints, NoneIntact, State
 from lora_jax.processes import on_first
 
 
-def run(config: Config, config_path: Path, data: Path, workdir: Path) -> Path:
+def run(
+    config: Config, config_path: Path, data: Path, workdir: Path, *, bases: Path = Path(catalogue.DEFAULT)
+) -> Path:
     """Trains, exports and reports as `config` says, or goes on with it, in `workdir`. On SIGTERM while it
-    trains it saves, and returns.
+    trains it saves, and returns. `bases`: where a `base.name` is looked for.
 
     Several processes that found each other call it alike, and run as one. The mesh may change between two
     starts: numbers then agree as far as float32 rounds, and not bit for bit.
@@ -32,7 +34,7 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path) -> Path:
         processes.say(f"{config.name}: already finished, see {workdir / 'report.md'}")
         return workdir
     on_first(lambda: workdirs.check_writable(workdir))
-    ready = _prepared(config, config_path, data, workdir)
+    ready = _prepared(config, config_path, data, bases, workdir)
     if ready is None:  # the base's own run was stopped, and has said so
         return workdir
     state = _trained(ready, config, workdir, resolved)
@@ -48,16 +50,16 @@ def run(config: Config, config_path: Path, data: Path, workdir: Path) -> Path:
     return workdir
 
 
-def _prepared(config: Config, config_path: Path, data: Path, workdir: Path) -> Ready | None:
+def _prepared(config: Config, config_path: Path, data: Path, bases: Path, workdir: Path) -> Ready | None:
     """What the run needs before its first step; None where the base's own run is not finished."""
-    found = inputs.read(config, config_path, data, workdir)
-    base_run = _run_base(config, config_path, found.data, workdir)
+    found = inputs.read(config, config_path, data, bases, workdir)
+    base_run = _run_base(config, config_path, found, workdir)
     if base_run is not None and not on_first((base_run / "report.md").is_file):
         return None
     return inputs.load(config, config_path, found, base_run, workdir)
 
 
-def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> Path | None:
+def _run_base(config: Config, config_path: Path, found: Inputs, workdir: Path) -> Path | None:
     """The finished work directory of the config that `base.run` names, after running it if need be."""
     if config.base.run is None:
         return None
@@ -66,7 +68,8 @@ def _run_base(config: Config, config_path: Path, data: Path, workdir: Path) -> P
     if jax.process_count() > 1:
         # Its own need not have all devices of all processes.
         described = dataclasses.replace(described, mesh=config.mesh)
-    return run(described, path, data, (workdir / config.base.workdir).resolve())
+    base_workdir = (workdir / config.base.workdir).resolve()
+    return run(described, path, found.data, base_workdir, bases=found.bases)
 
 
 def _trained(ready: Ready, config: Config, workdir: Path, resolved: dict[str, Any]) -> State:

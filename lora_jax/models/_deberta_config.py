@@ -114,6 +114,10 @@ class DebertaV2Config(EncoderConfig):
             )
 
     @property
+    def positions(self) -> int | None:
+        return self.max_position_embeddings if self.position_biased_input else None
+
+    @property
     def furthest(self) -> int:
         """The distance from which on all distances count as one."""
         return (

@@ -58,6 +58,11 @@ class EncoderConfig(LabelledConfig):
                 f"`num_attention_heads`={self.num_attention_heads}."
             )
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a sequence may have. None: any number."""
+        return self.max_position_embeddings
+
 
 class EncoderModel(nn.Module):
     """The fields of an encoder with one of the heads of `HEADS`."""

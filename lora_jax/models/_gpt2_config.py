@@ -72,7 +72,7 @@ class GPT2Config(LabelledConfig):
 
     @property
     def positions(self) -> int:
-        """How many positions the model has, under the name that all decoders share."""
+        """How many tokens a sequence may have."""
         return self.n_positions
 
     def to_hf(self) -> dict[str, Any]:

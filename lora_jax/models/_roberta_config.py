@@ -49,3 +49,7 @@ class RobertaConfig(BertLayersConfig):
             raise ValueError(
                 f"`pad_token_id` is {self.pad_token_id}; it must be a token, and leave positions after it."
             )
+
+    @property
+    def positions(self) -> int:
+        return self.max_position_embeddings - self.pad_token_id - 1

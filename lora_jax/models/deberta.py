@@ -206,7 +206,7 @@ class DebertaV2(EncoderModel):
     ):
         config = self.config
         check_head(self.head, config)
-        limit = config.max_position_embeddings if config.position_biased_input else None
+        limit = config.positions
         check_inputs(
             input_ids,
             attention_mask,

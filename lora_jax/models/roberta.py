@@ -81,7 +81,7 @@ class Roberta(EncoderModel):
     ):
         config = self.config
         check_head(self.head, config)
-        room = config.max_position_embeddings - config.pad_token_id - 1
+        room = config.positions
         limited_by = (
             f"has room for {room}: `max_position_embeddings`={config.max_position_embeddings} less the "
             "padding's"
