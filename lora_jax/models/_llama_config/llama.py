@@ -7,6 +7,31 @@ from .._rope import Rope
 from .family import BiasedConfig, FamilyConfig
 
 
+_LLAMA_3 = dict(
+    vocab_size=128256,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope=Rope(500_000.0),
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
+_LLAMA_3_1 = {
+    **_LLAMA_3,
+    "max_position_embeddings": 131072,
+    "rope": Rope(
+        500_000.0,
+        kind="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+}
+_8B = dict(intermediate_size=14336)
+_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(BiasedConfig):
     """Sizes and choices of a Llama 1 to 3 or a SmolLM2, under the names and with the defaults of Hugging
@@ -29,29 +54,10 @@ class LlamaConfig(BiasedConfig):
     sizes: ClassVar = {
         "llama-7b": dict(),
         "llama-2-7b": dict(max_position_embeddings=4096, rms_norm_eps=1e-5),
-        "llama-3-8b": dict(
-            vocab_size=128256,
-            intermediate_size=14336,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            rope=Rope(500_000.0),
-            bos_token_id=128000,
-            eos_token_id=128001,
-        ),
-        "llama-3-70b": dict(
-            vocab_size=128256,
-            hidden_size=8192,
-            intermediate_size=28672,
-            num_hidden_layers=80,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            rope=Rope(500_000.0),
-            bos_token_id=128000,
-            eos_token_id=128001,
-        ),
+        "llama-3-8b": {**_LLAMA_3, **_8B},
+        "llama-3-70b": {**_LLAMA_3, **_70B},
+        "llama-3.1-8b": {**_LLAMA_3_1, **_8B},
+        "llama-3.1-70b": {**_LLAMA_3_1, **_70B},
         "smollm2-135m": dict(
             vocab_size=49152,
             hidden_size=576,

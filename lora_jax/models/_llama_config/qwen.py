@@ -8,14 +8,8 @@ from .family import BiasedConfig, LayeredConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen2Config(LayeredConfig):
-    """Sizes and choices of a Qwen2 or Qwen2.5. Queries, keys and values have a bias. With
-    `use_sliding_window`, the layers from `max_window_layers` on have a window.
-
-    ```python
-    Qwen2Config.named("qwen2.5-7b")
-    ```
-    """
+class _QwenConfig(LayeredConfig):
+    """With `use_sliding_window`, the layers from `max_window_layers` on have a window."""
 
     vocab_size: int = 151936
     intermediate_size: int = 22016
@@ -25,6 +19,27 @@ class Qwen2Config(LayeredConfig):
     eos_token_id: int | tuple | None = None
     use_sliding_window: bool = False
     max_window_layers: int = 28
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
+
+    def usual_types(self) -> tuple[str, ...]:
+        full = self.num_hidden_layers if self.window is None else self.max_window_layers
+        return tuple(
+            "full_attention" if i < full else "sliding_attention" for i in range(self.num_hidden_layers)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config(_QwenConfig):
+    """Sizes and choices of a Qwen2 or Qwen2.5. Queries, keys and values have a bias. With
+    `use_sliding_window`, the layers from `max_window_layers` on have a window.
+
+    ```python
+    Qwen2Config.named("qwen2.5-7b")
+    ```
+    """
 
     family: ClassVar = "Qwen2"
     sizes: ClassVar = {
@@ -53,20 +68,11 @@ class Qwen2Config(LayeredConfig):
     def input_bias(self) -> bool:
         return True
 
-    @property
-    def window(self) -> int | None:
-        return self.sliding_window if self.use_sliding_window else None
-
-    def usual_types(self) -> tuple[str, ...]:
-        full = self.num_hidden_layers if self.window is None else self.max_window_layers
-        return tuple(
-            "full_attention" if i < full else "sliding_attention" for i in range(self.num_hidden_layers)
-        )
-
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3Config(BiasedConfig, Qwen2Config):
-    """Sizes and choices of a dense Qwen3. Queries and keys are normalised, head by head.
+class Qwen3Config(_QwenConfig, BiasedConfig):
+    """Sizes and choices of a dense Qwen3. Queries and keys are normalised, head by head. Windows are as in
+    Qwen2.
 
     ```python
     Qwen3Config.named("qwen3-0.6b")
