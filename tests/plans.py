@@ -5,6 +5,7 @@ import json
 
 import encoders
 import jax
+import llama_models
 import pytest
 
 from experiments.plan import models
@@ -21,6 +22,7 @@ SIZES = {
 
 
 CONFIGS = {
+    **{kind: dataclasses.replace(config, **SIZES, head_dim=8) for kind, config in llama_models.TINY.items()},
     "gpt2": GPT2Config(vocab_size=80, n_positions=24, n_embd=64, n_layer=2, n_head=8),
     "bert": dataclasses.replace(encoders.BERT, **SIZES),
     "roberta": dataclasses.replace(encoders.ROBERTA, **SIZES),

@@ -8,8 +8,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import llama_models
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec as P
 from plans import directories as directories, plans_promote as plans_promote, SMALL, small
 
@@ -81,6 +83,7 @@ SETTINGS = {
     "AdaLoRA": {"method": lora_jax.AdaLoRA(rank=2)},
     "VeRA": {"method": lora_jax.VeRA(rank=4), "optimizer": "adamw_authors"},
     "Full": {"method": Full()},
+    "counted": {"method": LoRA(rank=2), "counted": 5},
 }
 
 
@@ -91,6 +94,8 @@ SETTINGS = {
         ("bert", "LoRA"),
         ("roberta", "nf4"),
         ("deberta-v2", "LoRA"),
+        ("qwen2", "counted"),
+        ("gemma3_text", "nf4"),
     ],
 )
 def test_the_step_runs_in_the_bytes_of_its_plan(kind, setting, directories):
@@ -256,14 +261,33 @@ def test_collectives_of_a_compiled_program():
         ("all-MiniLM-L6-v2", LoRA(rank=8), None, 6 * 2 * 2 * 384 * 8),
         ("roberta-base", LoRA(rank=8), None, 294_912),
         ("deberta-v2-xxlarge", LoRA(rank=16), None, 48 * 2 * 2 * 1536 * 16),
+        # Here: layers * (width + width of the heads of queries, and the same of values) * rank.
+        ("llama-3-8b", LoRA(rank=8), 8_030_261_248, 32 * (4096 + 4096 + 4096 + 1024) * 8),
+        ("llama-3.1-70b", LoRA(rank=8), 70_553_706_496, 80 * (8192 + 8192 + 8192 + 1024) * 8),
+        ("qwen2.5-7b", LoRA(rank=8), 7_615_616_512, 28 * (3584 + 3584 + 3584 + 512) * 8),
+        ("smollm2-135m", LoRA(rank=8), 134_515_008, 30 * (576 + 576 + 576 + 192) * 8),
     ],
 )
 def test_published_models(name, method, parameters, adapters):
     planned = training_step(
-        models.named(name, "bfloat16", checkpoint=True), sharded.make_mesh(Mesh()), Workload(1, 8, method)
+        models.named(name, "bfloat16", checkpoint=True),
+        sharded.make_mesh(Mesh(1, 1, 8)),
+        Workload(1, 8, method),
     )
     assert parameters in (None, lora_jax.count(planned.params))
     assert figures._of_adapters(planned.delta) == adapters
+
+
+@pytest.mark.parametrize("kind", llama_models.TINY)
+def test_the_llama_family_by_its_directories(kind, directories):
+    """Query and value of each layer are adapted, and every weight is split over the mesh."""
+    subject = small(directories / kind)
+    assert (subject.layers, subject.width, subject.longest, subject.bounded) == (2, 64, 40, False)
+    planned = training_step(subject, sharded.make_mesh(Mesh(2, 2, 2)), Workload(**SMALL, method=LoRA(rank=2)))
+    assert figures._of_adapters(planned.delta) == 2 * (64 + 64 + 64 + 16) * 2
+    for path, leaf in traverse_util.flatten_dict(planned.frozen).items():
+        parts = 4 if path[-1] in ("kernel", "embedding") else 1
+        assert parts * math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size, path
 
 
 def test_gpt3_sizes_are_roughly_what_they_are_called():

@@ -123,6 +123,13 @@ def test_help_has_an_example(capsys):
         (["gpt2", "--accelerator", "h1oo"], "`--accelerator` is 'h1oo', and must be one of v100-32g"),
         (["gpt2", "--mesh", "tensor=7"], "the mesh {'data': 1, 'fsdp': 1, 'tensor': 7} does not divide"),
         (
+            ["smollm2-135m", "--mesh", "tensor=5"],
+            "does not divide 'embed_tokens/embedding': axis 1 of its shape (49152, 576) would be split into "
+            "5 parts",
+        ),
+        (["llama-3-8"], "(published: gpt3-125m, "),
+        (["llama3-8b"], "did you mean `llama-3-8b`"),
+        (
             ["gpt2", "--json", "/no/such/place/plan.json"],
             "`--json` is `/no/such/place/plan.json`, and there is no directory",
         ),
@@ -139,7 +146,7 @@ def test_bad_input_is_one_line(words, message, capsys):
     "content, message",
     [
         ("{", "is not valid JSON"),
-        ('{"model_type": "llama"}', "is 'llama', and must be one of gpt2, bert, roberta, deberta-v2"),
+        ('{"model_type": "mixtral"}', "is 'mixtral', and must be one of gpt2, llama, mistral, qwen2, qwen3"),
         ("[]", "is None"),
     ],
 )

@@ -20,8 +20,8 @@ def add_to(commands: Commands) -> None:
         "model",
         metavar="MODEL",
         help=(
-            "a published name (gpt3-175b, roberta-large, deberta-v2-xxlarge, ...), or a directory with "
-            "config.json"
+            "a published name (gpt3-175b, llama-3-8b, qwen2.5-7b, deberta-v2-xxlarge, ...), or a directory "
+            "with config.json; a name that is unknown gets the list"
         ),
     )
     plan.add_argument(

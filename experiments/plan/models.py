@@ -19,8 +19,15 @@ from lora_jax.models import (
     BertConfig,
     DebertaV2,
     DebertaV2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2,
     GPT2Config,
+    Llama,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
     Roberta,
     RobertaConfig,
 )
@@ -44,7 +51,42 @@ GPT3 = {
 }
 
 
-_ENCODERS: dict[Any, Any] = {BertConfig: Bert, RobertaConfig: Roberta, DebertaV2Config: DebertaV2}
+@dataclass(frozen=True)
+class _Family:
+    """What is planned of one kind of model. `targets`, `blocks` and `head` are a `Subject`'s; `sizes`: the
+    names of the config's fields for its depth and width."""
+
+    config: Any
+    model: Any
+    targets: str
+    blocks: tuple[bool, ...] | None = None
+    head: str | None = None
+    sizes: tuple[str, str] = ("num_hidden_layers", "hidden_size")
+
+
+def _llama(config: Any) -> _Family:
+    return _Family(config, Llama, "self_attn/(q_proj|v_proj)/kernel")
+
+
+# By the `model_type` of a config.json.
+FAMILIES = {
+    "gpt2": _Family(GPT2Config, GPT2, "attn/c_attn/kernel", (True, False, True), sizes=("n_layer", "n_embd")),
+    "llama": _llama(LlamaConfig),
+    "mistral": _llama(MistralConfig),
+    "qwen2": _llama(Qwen2Config),
+    "qwen3": _llama(Qwen3Config),
+    "gemma2": _llama(Gemma2Config),
+    "gemma3_text": _llama(Gemma3TextConfig),
+    # BERT's pooler is pretrained.
+    "bert": _Family(BertConfig, Bert, "attention/self/(query|value)/kernel", head="classifier/.*"),
+    "roberta": _Family(RobertaConfig, Roberta, "attention/self/(query|value)/kernel", head="classifier/.*"),
+    "deberta-v2": _Family(
+        DebertaV2Config,
+        DebertaV2,
+        "attention/self/(query|value)_proj/kernel",
+        head="(classifier|pooler)/.*",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -74,72 +116,55 @@ def named(name: str, dtype: str, *, checkpoint: bool) -> Subject:
 
     Raises `ValueError` for a name that is neither, with the nearest.
     """
-    options = {
-        "scan": True,
-        "checkpoint": checkpoint,
-        "dtype": jnp.dtype(dtype),
-        "param_dtype": jnp.dtype(dtype),
-    }
-    config = _config(name)
-    if isinstance(config, GPT2Config):
-        model = GPT2(config, **options)
-        return Subject(
-            name,
-            model,
-            config.n_layer,
-            config.n_embd,
-            config.n_positions,
-            True,
-            "attn/c_attn/kernel",
-            (True, False, True),
-            None,
-        )
-    deberta = isinstance(config, DebertaV2Config)
-    model = _ENCODERS[type(config)](config, head="sequence_classification", **options)
-    taken = config.pad_token_id + 1 if isinstance(config, RobertaConfig) else 0
-    longest = config.max_position_embeddings - taken
-    targets = f"attention/self/(query|value){'_proj' if deberta else ''}/kernel"
-    # BERT's pooler is pretrained.
-    head = "(classifier|pooler)/.*" if deberta else "classifier/.*"
-    bounded = not deberta or config.position_biased_input
+    family, config = _found(name)
+    options = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    if family.head is not None:
+        options["head"] = "sequence_classification"
+    depth, width = (getattr(config, field) for field in family.sizes)
     return Subject(
-        name, model, config.num_hidden_layers, config.hidden_size, longest, bounded, targets, None, head
+        name,
+        family.model(config, scan=True, checkpoint=checkpoint, **options),
+        depth,
+        width,
+        config.positions or config.max_position_embeddings,
+        config.positions is not None and family.model is not Llama,  # rotary ones have no table
+        family.targets,
+        family.blocks,
+        family.head,
     )
 
 
-def _config(name: str) -> Any:
-    published = {
-        **dict.fromkeys(GPT3, GPT2Config),
-        **{size: kind for kind in (GPT2Config, *_ENCODERS) for size in kind.sizes},
+def _published() -> dict[str, tuple[_Family, dict[str, Any]]]:
+    """The family of each published name, and its sizes."""
+    gpt3 = {name: (FAMILIES["gpt2"], sizes) for name, sizes in GPT3.items()}
+    return gpt3 | {
+        name: (family, sizes) for family in FAMILIES.values() for name, sizes in family.config.sizes.items()
     }
-    if name in GPT3:
-        return GPT2Config(**GPT3[name])
-    if name in published:
-        return published[name].named(name)
+
+
+def _found(name: str) -> tuple[_Family, Any]:
+    names = _published()
+    if name in names:
+        family, sizes = names[name]
+        return family, family.config(**sizes)
     file = Path(name) / "config.json"
     if not file.is_file():
         raise ValueError(
             f"`MODEL` is {name!r}, neither a published size nor a directory with a "
-            f"config.json{nearest(name, published)} (published: {', '.join(published)})."
+            f"config.json{nearest(name, names)} (published: {', '.join(names)})."
         )
     return _from_json(file)
 
 
-def _from_json(file: Path) -> Any:
+def _from_json(file: Path) -> tuple[_Family, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"`{file}` is not valid JSON: {error}") from error
-    kinds: dict[str, Any] = {
-        "gpt2": GPT2Config,
-        "bert": BertConfig,
-        "roberta": RobertaConfig,
-        "deberta-v2": DebertaV2Config,
-    }
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind not in kinds:
+    if kind not in FAMILIES:
         raise ValueError(
-            f"`model_type` in `{file}` is {kind!r}, and must be one of {', '.join(kinds)}: other models are "
-            "not known here."
+            f"`model_type` in `{file}` is {kind!r}, and must be one of {', '.join(FAMILIES)}: other models "
+            "are not known here."
         )
-    return kinds[kind].from_hf(content)
+    return FAMILIES[kind], FAMILIES[kind].config.from_hf(content)
