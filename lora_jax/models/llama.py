@@ -153,10 +153,28 @@ class Llama(DecoderModel):
     logits, cache = model.apply({"params": params}, logits.argmax(-1), cache=cache)   # then token by token
     ```
 
-    Arguments, results, `cache`, `visible`, `logits_at`, `last_only`, the heads and the fields are those of
-    `GPT2`. What differs: no text is too long, since rotary positions have no table. Beyond
-    `max_position_embeddings` the model computes what `transformers` computes. Windows are counted in columns,
-    padding included, and with a cache in positions.
+    Args:
+      input_ids: (B, T) integers. No text is too long, since rotary positions have no table: beyond
+        `max_position_embeddings` the model computes what `transformers` computes.
+      attention_mask: (B, T), 0 at padding, on either side. With a cache, of the new tokens.
+      position_ids: (B, T) or (1, T). Default: 0, 1, 2, …, padding counted; with a cache, from the number of
+        real tokens before.
+      cache: of `init_cache`; each new token attends to every real one before it. A write past the last slot
+        gives NaN.
+      visible: (B, T, S) booleans, the slots that each new token attends to. Needs `cache` and
+        `position_ids`.
+      logits_at: (B, N) integers, the columns whose logits are computed; -1 is the last one, and one that
+        does not exist gives NaN.
+      last_only: `logits_at` with the last column of each row.
+      deterministic: False drops attention out, and needs `rngs={"dropout": key}`.
+
+    Returns:
+      Logits in float32, or float64 in a float64 model: (B, T, V), or (B, N, V) of the columns that were
+      named; with a cache, `(logits, cache)`. With the head of classes (B, labels), those of the last token
+      that is not `config.pad_token_id`; it takes no cache.
+
+    Windows are counted in columns, padding included, and with a cache in positions. The fields, `scan` and
+    `checkpoint` among them, are those of `GPT2`.
 
     Raises:
       ValueError: an argument of another shape.
