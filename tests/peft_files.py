@@ -102,7 +102,7 @@ def _in_torch(dir):
 
 
 def without_head(dir, architecture, copied):
-    """A pretrained encoder, as fine-tuning begins with."""
+    """A pretrained model, as fine-tuning begins with."""
     from safetensors.numpy import save_file
 
     shutil.copytree(dir, copied)
@@ -111,7 +111,7 @@ def without_head(dir, architecture, copied):
         {
             name: array
             for name, array in tensors.items()
-            if not name.startswith(("classifier", "pooler", "bert.pooler"))
+            if not name.startswith(("classifier", "pooler", "bert.pooler", "score"))
         },
         copied / "model.safetensors",
         metadata={"format": "pt"},

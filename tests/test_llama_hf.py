@@ -9,14 +9,18 @@ import re
 import jax
 import numpy as np
 import pytest
-from llama_models import apply, kind_of, random_params, some_ids, TINY, torch_model
+from llama_models import apply, random_params, some_ids, TINY, torch_model
+from peft_files import assert_close, check_both_ways, ignored_warnings, output, without_head, written_by_peft
 from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import DoRA, LoRA
 from lora_jax.interop import hf, peft
-from lora_jax.models import Llama, LlamaConfig
+from lora_jax.models import Llama
 from lora_jax.models._rope import Rope
+
+
+pytestmark = ignored_warnings
 
 
 def _rewrite(directory, **changes):
@@ -77,8 +81,6 @@ def test_load_reads_what_transformers_wrote(torch, tmp_path, kind):
     np.testing.assert_allclose(apply(model, params, ids), expected, atol=1e-5, rtol=1e-5)
 
 
-# What PEFT does with the newest `transformers`.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 _TARGETS = {
     "query and value": ["q_proj/kernel", "v_proj/kernel"],
     "all": ["(self_attn|mlp)/.*_proj/kernel"],
@@ -90,7 +92,8 @@ _TARGETS = {
     "method", [LoRA(rank=3, alpha=6), DoRA(rank=2, alpha=4)], ids=lambda m: type(m).__name__
 )
 @pytest.mark.parametrize(
-    ("kind", "targets"), [("llama", "all"), ("qwen2", "query and value"), ("qwen3", "all")]
+    ("kind", "targets"),
+    [("qwen2", "query and value"), *((kind, "all") for kind in TINY if kind != "qwen2")],
 )
 def test_peft_reads_what_save_wrote(torch, tmp_path, kind, targets, method):
     import peft as theirs
@@ -113,20 +116,22 @@ def test_peft_reads_what_save_wrote(torch, tmp_path, kind, targets, method):
 
 @pytest.mark.pytorch
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "settings"),
     [
-        dict(target_modules="all-linear"),
-        dict(target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.mlp.down_proj": 5}),
-        dict(target_modules=["k_proj", "o_proj"], use_dora=True),
-        dict(target_modules=["gate_proj"], modules_to_save=["lm_head"]),
+        *((kind, dict(target_modules="all-linear")) for kind in TINY),
+        *((kind, dict(target_modules="all-linear", use_dora=True)) for kind in TINY),
+        ("llama", dict(target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.mlp.down_proj": 5})),
+        ("gemma2", dict(target_modules="all-linear", rank_pattern={r"layers.0.*_proj": 2, "o_proj": 4})),
+        ("llama", dict(target_modules=["k_proj", "o_proj"], use_dora=True)),
+        ("llama", dict(target_modules=["gate_proj"], modules_to_save=["lm_head"])),
     ],
     ids=str,
 )
-def test_load_reads_what_peft_wrote(torch, tmp_path, settings):
+def test_load_reads_what_peft_wrote(torch, tmp_path, kind, settings):
     import peft as theirs
     import transformers
 
-    model, params = random_params(TINY["llama"])
+    model, params = random_params(TINY[kind])
     hf.save(tmp_path / "base", model, params)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = theirs.get_peft_model(
@@ -144,6 +149,45 @@ def test_load_reads_what_peft_wrote(torch, tmp_path, settings):
     frozen, delta = peft.load(tmp_path / "adapter", model, params)
     ours = apply(model, lora_jax.merge(frozen, delta), ids)
     np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize("kind", TINY)
+def test_a_head_of_classes_comes_with_its_adapter(torch, tmp_path, kind):
+    """PEFT trains it whole and saves it, and the base need not have it."""
+    import peft as theirs
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    config = dataclasses.replace(TINY[kind], labels=("a", "b", "c"))
+    torch_model(torch, config, "sequence_classification").save_pretrained(base)
+    settings = dict(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    expected = written_by_peft(torch, theirs, base, settings, adapter)
+    frozen, delta = check_both_ways(torch, theirs, base, adapter, tmp_path, expected)
+    assert frozen["score"]["kernel"] is None and delta["score"]["kernel"].shape == (32, 3)
+    assert theirs.PeftConfig.from_pretrained(tmp_path / "ours").task_type == "SEQ_CLS"
+
+    options = peft.head_of(adapter)
+    assert options == {"head": "sequence_classification", "num_labels": 3}
+    architecture = {"gemma3_text": "Gemma3TextModel"}.get(kind, f"{kind.capitalize()}Model")
+    model, params = hf.load(without_head(base, architecture, tmp_path / "bare"), **options)
+    assert_close(output(model, *peft.load(tmp_path / "ours", model, params)), expected)
+
+
+@pytest.mark.pytorch
+def test_an_adapter_of_the_bare_model(torch, tmp_path):
+    """As those that make embeddings are. Classes that are the features show what it computes."""
+    import peft as theirs
+
+    model, params = random_params(TINY["mistral"], head="sequence_classification")
+    hf.save(tmp_path / "base", model, params)
+    bare = without_head(tmp_path / "base", "MistralModel", tmp_path / "bare")
+    settings = dict(r=2, target_modules=["q_proj", "up_proj"], task_type="FEATURE_EXTRACTION")
+    expected = written_by_peft(torch, theirs, bare, settings, tmp_path / "adapter")
+    assert peft.head_of(tmp_path / "adapter") == {}
+    model, params = hf.load(bare, head="sequence_classification", num_labels=32)
+    params = {**params, "score": {"kernel": np.eye(32, dtype=np.float32)}}
+    found = output(model, *peft.load(tmp_path / "adapter", model, params))
+    assert_close(found, expected[:, -1])
 
 
 @pytest.mark.parametrize(
@@ -202,13 +246,43 @@ def test_untied_head_of_a_tied_file(tmp_path):
     np.testing.assert_allclose(apply(apart, loaded, ids), apply(model, params, ids), atol=1e-5)
 
 
+# Parameters of the published files, a tied head counted once.
+_PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "smollm2-135m": 134_515_008,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+def test_published_sizes_have_the_published_numbers_of_parameters():
+    counts = {}
+    for tiny in TINY.values():
+        for name in type(tiny).sizes:
+            model = Llama(type(tiny).named(name), scan=True)
+            shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), int))["params"]
+            counts[name] = lora_jax.count(shapes)
+    assert counts == _PUBLISHED
+
+
+@pytest.mark.pytorch
 @pytest.mark.parametrize("kind", TINY)
-def test_published_sizes_have_configs(kind):
-    """The names are found, and the counts of the two that papers print are theirs."""
-    for name in type(TINY[kind]).sizes:
-        assert kind_of(type(TINY[kind]).named(name)) == kind
-    counts = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
-    for name in counts.keys() & LlamaConfig.sizes.keys() if kind == "llama" else ():
-        model = Llama(LlamaConfig.named(name), scan=True)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), int))["params"]
-        assert lora_jax.count(shapes) == counts[name]
+def test_defaults_are_those_of_transformers(torch, kind):
+    """What a config.json leaves out."""
+    import transformers
+
+    ours = type(TINY[kind])()
+    theirs = type(ours).from_hf(transformers.AutoConfig.for_model(kind).to_dict())
+    if kind.startswith("qwen"):  # it forgets a window that is not used
+        assert not ours.use_sliding_window
+        theirs = dataclasses.replace(theirs, sliding_window=ours.sliding_window)
+    assert theirs == ours

@@ -12,7 +12,7 @@ _HEADS = (
     ("sequence_classification", ("bert.pooler.dense", "classifier")),
     ("question_answering", ("qa_outputs",)),
 )
-# GPT-2's, the one head without a bias.
+# A decoder's, the one head without a bias.
 _SCORE = "score.weight"
 
 

@@ -182,7 +182,8 @@ def head_of(dir: str | Path) -> dict[str, Any]:
     names = {
         _rename.unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()
     }
-    if any(re.match(r"(transformer\.)?h\.\d+\.", name) for name in names):  # GPT-2
+    # A decoder has no other head than that of classes.
+    if any(re.match(r"((transformer\.)?h|(model\.)?layers)\.\d+\.", name) for name in names):
         own = head_in(names)
         return own or ({"head": "sequence_classification"} if config.task_type == "SEQ_CLS" else {})
     head = next(
