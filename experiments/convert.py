@@ -19,10 +19,17 @@ import numpy as np
 import lora_jax
 from experiments.progress import Count
 from lora_jax import Adapter
-from lora_jax.interop import hf, loralib, OneSided, peft
+from lora_jax.interop import gguf, hf, loralib, OneSided, peft
 
 
-WORDS = {"peft": "PEFT's format", "loralib": "loralib's format", "hf": "Hugging Face's format"}
+WORDS = {
+    "peft": "PEFT's format",
+    "loralib": "loralib's format",
+    "gguf": "llama.cpp's format",
+    "hf": "Hugging Face's format",
+}
+# The formats that are one file, and how its name ends.
+SUFFIXES = {"loralib": (".pt", ".bin"), "gguf": (".gguf",)}
 # The library's names of the arguments that skip a check, and the command line's.
 _HERE = {
     "`verify=False`": "`--no-verify`",
@@ -95,11 +102,12 @@ def kind_of(source: Path) -> str:
     )
 
 
-def check_file_name(argument: str, target: Path) -> None:
-    if target.suffix not in (".pt", ".bin"):
+def check_file_name(argument: str, target: Path, form: str) -> None:
+    suffixes = SUFFIXES.get(form, ())
+    if suffixes and target.suffix not in suffixes:
         raise ValueError(
-            f"`{argument}` {target} must be a file .pt or .bin, which is what loralib has, such as "
-            f"{target / 'adapter.pt'}."
+            f"`{argument}` {target} must be a file {' or '.join(suffixes)}, which is {WORDS[form]}, such as "
+            f"{target / f'adapter{suffixes[0]}'}."
         )
 
 
@@ -127,8 +135,7 @@ def _check(job: Job, kind: str) -> None:
             f"pass `--alpha`, the `lora_alpha` that {job.source} was trained with: a file of loralib's does "
             "not hold it, and the scale is alpha / rank."
         )
-    if job.to == "loralib":
-        check_file_name("DST", job.target)
+    check_file_name("DST", job.target, job.to)
     if not job.overwrite and (any(job.target.iterdir()) if job.target.is_dir() else job.target.exists()):
         raise ValueError(
             f"`DST` {_taken(job.target)}: choose another name, or replace it with `--overwrite`."
@@ -229,6 +236,8 @@ def _write(job: Job, kind: str, base: Path, model: Any, frozen: Any, delta: Any)
         # The name that was there is more than a path on this computer.
         name = (_named_base(job.source) if kind == "peft" else None) or str(base)
         peft.save(job.target, model, frozen, delta, base=name, overwrite=job.overwrite)
+    elif job.to == "gguf":
+        gguf.save_adapter(job.target, model, frozen, delta, overwrite=job.overwrite)
     else:
         where += _with_alpha(loralib.save(job.target, model, frozen, delta, overwrite=job.overwrite))
     return where
@@ -278,8 +287,7 @@ def export(workdir: Path, target: Path, form: str) -> str:
     """A finished run's result at `target`, where nothing is yet; returns a line about it."""
     if not (workdir / "report.md").is_file():
         raise ValueError(f"`--workdir` {workdir} holds no finished run.")
-    if form == "loralib":
-        check_file_name("--to", target)
+    check_file_name("--to", target, form)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten.")
     if form != "hf" and not (workdir / "adapter").is_dir():
@@ -291,17 +299,21 @@ def export(workdir: Path, target: Path, form: str) -> str:
         raise ValueError(
             f"`--workdir` {workdir} has no adapter/: {facts.get('adapter', {}).get('missing') or older}"
         )
-    if form == "loralib":
-        return f"wrote {target}" + _with_alpha(_to_loralib(workdir, target))
+    if form in SUFFIXES:
+        return f"wrote {target}{_to_file(workdir, target, form)}"
     shutil.copytree(workdir / {"hf": "merged", "peft": "adapter"}[form], target, dirs_exist_ok=True)
     return f"wrote {target}"
 
 
-def _to_loralib(workdir: Path, target: Path) -> float:
+def _to_file(workdir: Path, target: Path, form: str) -> str:
+    """Writes the adapter as one file; returns what else there is to say."""
     model, params = hf.load(workdir / "merged", place=_mapped)
     # The merged model stands in for its base, which may lie anywhere: only names and shapes are needed.
     frozen, delta = peft.load(workdir / "adapter", model, params, check_base=False)
+    if form == "gguf":
+        gguf.save_adapter(target, model, frozen, delta)
+        return ""
     if any(type(adapter.spec.method) is not lora_jax.LoRA for adapter in _adapters(delta)):
         frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)
     # As shapes, so that the file gets no fingerprint of values that are not the base's.
-    return loralib.save(target, model, jax.eval_shape(lambda frozen: frozen, frozen), delta)
+    return _with_alpha(loralib.save(target, model, jax.eval_shape(lambda frozen: frozen, frozen), delta))

@@ -274,16 +274,15 @@ def test_a_directory_by_name_goes_by_the_hubs_name(made, tmp_path):
 def test_a_gguf_file_brings_its_tokenizer_along(made, pip, tmp_path, monkeypatch, section):
     """The reader is `lora_jax.interop.gguf`'s; here it is one that answers with the base that ships."""
     asked = []
-    reader = types.ModuleType("lora_jax.interop.gguf")
-    reader.load = lambda file, **how: asked.append((file, how)) or hf.load(SMALL, **how)
-    reader.tokenizer = lambda file: bases.load_tokenizer(SMALL)
-    monkeypatch.setitem(sys.modules, "lora_jax.interop.gguf", reader)
-    monkeypatch.setattr("lora_jax.interop.gguf", reader, raising=False)
+    read = lambda file, **how: asked.append((file, how)) or hf.load(SMALL, **how)
+    monkeypatch.setattr(bases.gguf, "load", read)
+    monkeypatch.setattr(bases.gguf, "tokenizer", lambda file: bases.load_tokenizer(SMALL))
     assert main(["fetch", "one", "--to", str(made)]) == 0
     loaded = load(Base(**section), bases.Places(made, made, made, None, tmp_path / "tokenizer"))
     ((file, how),) = asked
     assert file == made / "one" / "one.gguf" and set(how) == {"mesh", "param_dtype"}
     assert loaded.name == ("someone/one" if "name" in section else str(file.resolve()))
+    assert loaded.gguf == "one.gguf"
     assert loaded.directory == tmp_path / "tokenizer"
     hf.save(tmp_path / "merged", loaded.model, loaded.params, source=loaded.directory)
     assert len(bases.load_tokenizer(tmp_path / "merged")) == loaded.model.config.vocab_size

@@ -21,14 +21,12 @@ def add_to(commands: Commands) -> None:
         metavar="SRC",
         help="an adapter directory of PEFT's, a file of loralib's (.pt, .bin), or a Hugging Face model",
     )
-    convert.add_argument(
-        "target", metavar="DST", help="where the result goes: a directory, or for loralib a file .pt or .bin"
-    )
+    convert.add_argument("target", metavar="DST", help=f"where the result goes: {options.TARGET}")
     convert.add_argument(
         "--to",
         required=True,
         choices=options.FORMATS,
-        help="hf: the model with the adapter merged; peft, loralib: the adapter",
+        help=options.WRITES,
     )
     convert.add_argument(
         "--base",

@@ -13,13 +13,13 @@ def add_to(commands: Commands) -> None:
     export.add_argument(
         "--to",
         required=True,
-        help="a directory that does not exist or is empty; for loralib, a file .pt or .bin",
+        help=f"where nothing is yet: {options.TARGET}",
     )
     export.add_argument(
         "--format",
         required=True,
         choices=options.FORMATS,
-        help="hf: the merged model, with its tokenizer, for from_pretrained; peft, loralib: the adapter",
+        help=options.WRITES,
     )
     export.set_defaults(handler=handle)
 

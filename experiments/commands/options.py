@@ -7,7 +7,13 @@ from typing import TypeAlias
 
 # As `add_subparsers` returns it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-FORMATS = ("hf", "peft", "loralib")
+# What `--to` or `--format` takes, and what each writes.
+FORMATS = ("hf", "peft", "loralib", "gguf")
+WRITES = (
+    "hf: the model with the adapter merged, for from_pretrained; peft, loralib, gguf: the adapter, gguf for "
+    "llama.cpp"
+)
+TARGET = "a directory; for loralib a file .pt or .bin, for gguf a file .gguf"
 
 
 def alpha(text: str) -> float:

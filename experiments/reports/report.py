@@ -192,6 +192,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of "
         "the curve.",
         _adapter(facts["adapter"]),
+        *_llama_cpp(facts.get("llama_cpp")),
         "",
     ]
     lines += [
@@ -241,6 +242,19 @@ def _adapter(files: dict[str, Any]) -> str:
         f"`adapter/` is what was trained, in PEFT's format: a file of {size}, beside the merged model's "
         f"{merged}."
     )
+
+
+def _llama_cpp(file: dict[str, Any] | None) -> list[str]:
+    """The adapter as llama.cpp reads it; nothing where the base is no file of llama.cpp's."""
+    if file is None:
+        return []
+    if file["bytes"] is None:
+        return [f"There is no `adapter.gguf`: {file['missing']}."]
+    return [
+        f"`adapter.gguf` ({_megabytes(file['bytes'])}) is the same for llama.cpp, beside the base's own "
+        "file: "
+        f"`llama-cli -m {file['base']} --lora adapter.gguf`."
+    ]
 
 
 def _source(config: Config) -> list[str]:

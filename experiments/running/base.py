@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from experiments import catalogue
 from experiments.config import Architecture, Base, Precision
 from experiments.training import precision
-from lora_jax.interop import hf
+from lora_jax.interop import gguf, hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.processes import on_first
 from lora_jax.sharding import partition_specs, shardings
@@ -37,7 +37,8 @@ class Places:
 class Loaded:
     """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words
     where the weights are from. `name` is what an adapter calls its base: the hub's name, or a whole path,
-    which PEFT finds from any directory. None: the weights were drawn, and are in no file.
+    which PEFT finds from any directory. None: the weights were drawn, and are in no file. `gguf`: the name of
+    the file that they were read from, where llama.cpp reads it too.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Loaded:
     directory: Path
     origin: str
     name: str | None = None
+    gguf: str | None = None
 
 
 def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
@@ -61,9 +63,8 @@ def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Prec
             )
         return _random(section.architecture, words, key, mesh, policy)
     source, origin, name = _source(section, places)
-    if source.suffix == ".gguf":
-        from lora_jax.interop import gguf
-
+    packed = source.name if source.suffix == ".gguf" else None
+    if packed is not None:
         model, params = gguf.load(source, mesh=mesh, param_dtype=policy.parameters)
         tokenizer, directory = _with_end(gguf.tokenizer(source), source), places.tokenizer
         # The files that an export carries along.
@@ -76,7 +77,7 @@ def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Prec
             f"the tokenizer in `{source}` has {len(tokenizer)} tokens, more than the model's vocabulary "
             f"({model.config.vocab_size})."
         )
-    return Loaded(precision.computing(model, policy), params, tokenizer, directory, origin, name)
+    return Loaded(precision.computing(model, policy), params, tokenizer, directory, origin, name, packed)
 
 
 def _source(section: Base, places: Places) -> tuple[Path, str, str]:

@@ -28,7 +28,7 @@ from experiments.tasks.examples import Prompt, Splits
 from experiments.training import precision
 from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, State
-from lora_jax.interop import hf, peft
+from lora_jax.interop import gguf, hf, peft
 from lora_jax.processes import on_first
 
 
@@ -49,6 +49,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
     merged = export(trainer, delta, ready.base, workdir / "merged")
     on_first(lambda: beside.write(workdir / "merged", ready.decoder))
     adapter = write_adapter(trainer, delta, ready.base, workdir)
+    llama_cpp = write_llama_cpp(trainer, delta, ready.base, workdir)
     begin("reading the merged model back, and comparing it with the trained one")
     comparison = compare(trainer, delta, workdir / "merged", splits)
     predicted = predict(ready.decoder, ready.base.params, merged, workdir, begin)
@@ -66,6 +67,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         "summary": str(lora_jax.summary(ready.base.params, delta)),
         "result": words,
         "adapter": adapter,
+        "llama_cpp": llama_cpp,
         "comparison": comparison,
         "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
         "prompt": beside.example(ready.decoder),
@@ -122,6 +124,20 @@ def write_adapter(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> 
     except ValueError as error:
         return {**facts, "missing": f"PEFT has no form for it: {str(error).rstrip('.')}"}
     return {**facts, "bytes": _tensor_bytes(workdir / "adapter")}
+
+
+def write_llama_cpp(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -> dict[str, Any] | None:
+    """Writes `adapter.gguf` where the base is llama.cpp's own file; returns its size and that file's name, or
+    why there is none. None: the base is another.
+    """
+    if base.gguf is None:
+        return None
+    file = workdir / "adapter.gguf"
+    try:
+        gguf.save_adapter(file, base.model, trainer.frozen, delta, overwrite=True)
+    except ValueError as error:
+        return {"base": base.gguf, "bytes": None, "missing": str(error).rstrip(".")}
+    return {"base": base.gguf, "bytes": on_first(lambda: file.stat().st_size), "missing": None}
 
 
 def _tensor_bytes(directory: Path) -> int:

@@ -1,0 +1,99 @@
+"""A run from a GGUF file, through the command line: what it leaves for llama.cpp is what it merged."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from gguf_adapters import applied, in_file_order, path_of, read
+from gguf_files import CHARACTERS, values, write
+from runs import GENERATE, refused, without_java as without_java
+from training import optax_promotes as optax_promotes
+
+from experiments.command_line import main
+from experiments.running.base import load_tokenizer
+from lora_jax.interop import hf, peft
+
+
+pytestmark = pytest.mark.slow
+
+CONFIG = {
+    "name": "packed",
+    "source": {"paper": None, "note": "a test"},
+    "generate": GENERATE,
+    "base": {"path": "./base.gguf"},
+    "data": {"task": "e2e", "train": "train.txt", "valid": "valid.txt", "test": "test.txt", "seq_len": 600},
+    "method": {"name": "LoRA", "rank": 2, "alpha": 3},
+    "targets": ["(q_proj|v_proj|down_proj)/kernel"],
+    "train": {"steps": 2, "batch": 2, "lr": 0.01, "eval_batches": 1, "log_every": 1},
+    "decode": {"max_tokens": 4, "prompts": 2, "shown": 1, "end": ["."]},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with the base, the run `done`, and the tensors of the base."""
+    root = tmp_path_factory.mktemp("packed")
+    layout = {"changes": {"context_length": 640}, "extra": CHARACTERS}
+    tensors = write(root / "base.gguf", kinds=("Q8_0", "Q4_1"), **layout)
+    (root / "packed.json").write_text(json.dumps(CONFIG))
+    assert main(["run", str(root / "packed.json"), "--workdir", str(root / "done")]) == 0
+    return root, tensors
+
+
+def test_the_adapter_for_llama_cpp_is_what_was_merged(made):
+    root, tensors = made
+    pairs, alpha, settings = read(root / "done" / "adapter.gguf")
+    assert settings["general.type"] == "adapter" and alpha == 3
+    assert len(pairs) == 2 * 3, "two layers of three matrices"
+    merged = traverse_util.flatten_dict(hf.load(root / "done" / "merged")[1], sep="/")
+    for name, (a, b) in pairs.items():
+        wanted = merged[path_of(name)].T
+        if "attn_q" in name:
+            wanted = in_file_order(wanted, 4)
+        before = values(tensors, name)
+        assert np.abs(before - wanted).max() > 1e-5, "nothing was trained"
+        np.testing.assert_allclose(applied(before, name, a, b, alpha), wanted, atol=1e-6)
+
+
+def test_the_report_names_it_and_its_base(made):
+    root, _ = made
+    file, page = root / "done" / "adapter.gguf", (root / "done" / "report.md").read_text()
+    facts = json.loads((root / "done" / "report.json").read_text())
+    assert facts["llama_cpp"] == {"base": "base.gguf", "bytes": file.stat().st_size, "missing": None}
+    assert "`llama-cli -m base.gguf --lora adapter.gguf`" in page
+
+
+def test_the_tokenizer_of_the_file_goes_with_the_merged_model(made):
+    tokenizer = load_tokenizer(made[0] / "done" / "merged")
+    assert tokenizer.decode(tokenizer("The t")["input_ids"]) == "The t"
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_export_and_convert_write_the_same_adapter(made, tmp_path, capsys, monkeypatch):
+    root, _ = made
+    done, wanted = root / "done", read(root / "done" / "adapter.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--workdir", str(done), "--format", "gguf", "--to", "exported.gguf"]) == 0
+    words = ["convert", str(done / "adapter"), "converted.gguf", "--to", "gguf", "--any-base"]
+    assert main([*words, "--base", str(done / "merged")]) == 0
+    assert "wrote converted.gguf, in llama.cpp's format" in capsys.readouterr().out
+    for name in ("exported.gguf", "converted.gguf"):
+        pairs, alpha, settings = read(tmp_path / name)
+        assert (alpha, settings) == wanted[1:] and pairs.keys() == wanted[0].keys()
+        for tensor, arrays in pairs.items():
+            np.testing.assert_array_equal(arrays, wanted[0][tensor], strict=True)
+    line = refused(capsys, monkeypatch, *words[:2], "adapter.bin", *words[3:])
+    assert "`DST` adapter.bin must be a file .gguf, which is llama.cpp's format, such as" in line
+
+
+def test_what_llama_cpp_cannot_hold_is_said(made):
+    """The run goes on without it."""
+    root, _ = made
+    words = ["run", str(root / "packed.json"), "--workdir", str(root / "dora"), "--set", "method.name=DoRA"]
+    assert main([*words, "--set", "train.steps=1"]) == 0
+    assert not (root / "dora" / "adapter.gguf").exists()
+    page = (root / "dora" / "report.md").read_text()
+    assert "There is no `adapter.gguf`: " in page and "DoRA" in page
+    _, params = hf.load(root / "dora" / "merged")
+    peft.load(root / "dora" / "adapter", hf.load(root / "dora" / "merged")[0], params, check_base=False)
