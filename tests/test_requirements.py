@@ -86,7 +86,7 @@ def test_a_command_outside_of_its_environment_is_one_line(tmp_path, command):
 def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch):
     from experiments.command_line import main
 
-    monkeypatch.setitem(sys.modules, "experiments.reports.report", None)
+    monkeypatch.setitem(sys.modules, "experiments.reports.table", None)
     with pytest.raises(ModuleNotFoundError):
         main(["report", "nowhere"])
 

@@ -37,7 +37,7 @@ def _price(words: str, amount: str, of_price: str) -> str:
 
 
 def _rating(stars: str, of_rating: str) -> str:
-    of_five = rf"(?:{stars})(?: stars?)?(?: out)?(?: of)? (?:5|five)|(?<!of )(?:{stars}) stars?"
+    of_five = rf"(?:{stars})(?: stars?)? (?:out of|of|out) (?:5|five)|(?<!of )(?<!out )(?:{stars}) stars?"
     return f"{of_five}|{_said_of('rat(?:ed|es?|ings?)|review(?:s|ed)?|satisfaction', of_rating)}"
 
 
