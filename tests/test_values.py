@@ -115,6 +115,7 @@ def test_a_trap_names_nothing(attribute, text):
         ),
         ({"name": "The Mill", "near": "The Old Mill"}, "by The Old Mill", {"near"}),
         ({"name": "The Mill", "near": "The Old Mill"}, "Mill, by the Old Mill", {"name", "near"}),
+        ({"name": "The Mill", "near": "Mill House"}, "by Mill House", {"near"}),
         ({"name": "The Mill"}, "A windmill.", set()),
         ({"name": "The Mill"}, "Mill's food is good", {"name"}),
         ({"near": "Café Sicilia"}, "near cafe sicilia.", {"near"}),
@@ -125,6 +126,7 @@ def test_a_trap_names_nothing(attribute, text):
         ({"name": "東京"}, "東京 is a pub", {"name"}),
         ({"name": "東京"}, "a pub", set()),
         ({"name": "", "near": "!", "food": "", "dogs": ""}, "a pub", set()),
+        ({"name": "", "food": ""}, "", set()),
         ({"food": "Indian"}, "Indian food", {"food"}),
         ({"name": "All Bar One", "family friendly": "no"}, "Children should avoid All Bar One.", {"name"}),
         ({"name": "Noah", "family friendly": "yes"}, "Noah is a family place", {"name", "family friendly"}),
@@ -376,6 +378,9 @@ def test_several_runs_beside_each_other(tmp_path, capsys, bars):
     runs = {"one": ("after",), "two": ("after", "before", "people"), "three": ("after", "people")}
     for directory, writers in runs.items():
         _run(tmp_path / directory, "same" if directory != "two" else "other", writers)
+    facts = json.loads((tmp_path / "three" / "report.json").read_text("utf-8"))
+    facts["values"]["before"] = facts["values"]["after"]
+    (tmp_path / "three" / "report.json").write_text(json.dumps(facts), "utf-8")
     paths = [tmp_path / directory for directory in runs]
     assert main(["report", *map(str, paths), "--values", str(tmp_path / "values.png")]) == 0
     names = [f"same ({paths[0]})", "other", f"same ({paths[2]})"]
@@ -387,3 +392,9 @@ def test_several_runs_beside_each_other(tmp_path, capsys, bars):
     assert (tmp_path / "values.png").read_bytes().startswith(b"\x89PNG")
     assert list(bars(0)) == ["base, untouched", *names, "people"]
     assert bars(0) == {"base, untouched": _BEFORE, **dict.fromkeys(names, _AFTER), "people": _PEOPLE}
+
+
+def test_many_runs_have_a_colour_each(tmp_path, bars):
+    found = values.score(_CONTEXTS, _TEXTS["after"])
+    figures.draw_values({f"run {number}": found for number in range(12)}, "", tmp_path / "values.png")
+    assert len(bars(0)) == 12
