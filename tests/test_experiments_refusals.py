@@ -160,7 +160,7 @@ def test_a_place_that_cannot_be_written_to(inputs, tmp_path, capsys, monkeypatch
         line = refused(capsys, monkeypatch, "run", inputs / "absent.json", "--workdir", tmp_path / "work")
     assert f"cannot be written to ({tmp_path}: Read-only file system): choose another" in line
     with monkeypatch.context() as patch:  # of any command
-        patch.setattr("experiments.reports.report.table", read_only)
+        patch.setattr("experiments.reports.table.table", read_only)
         line = refused(capsys, monkeypatch, "report", tmp_path)
     assert line == f"error: `{tmp_path}`: Read-only file system: choose another place."
 

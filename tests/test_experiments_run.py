@@ -13,7 +13,8 @@ from experiments import config as configs, tasks
 from experiments.command_line import main
 from experiments.config import Decode
 from experiments.decoding.decoder import Decoder, generate
-from experiments.reports import card, report
+from experiments.progress import read_metrics
+from experiments.reports import card, figures, page as pages
 from experiments.running import beside, finish
 from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf, loralib, peft
@@ -64,11 +65,11 @@ def test_the_report_says_what_only_the_training_loss_has(root, tmp_path, monkeyp
     words = "with label smoothing 0.1 and dropout 0.1"
     assert (
         f"The training loss is that of each batch, {words}. The validation loss is without"
-        in report.render(config, facts)
+        in pages.render(config, facts)
     )
     labels = []
-    monkeypatch.setattr(report, "_plot", lambda curves, *_: labels.extend(curves))
-    report.draw(report.read_metrics(root / "done" / "metrics.jsonl"), config, tmp_path / "loss.png")
+    monkeypatch.setattr(figures, "_plot", lambda curves, *_: labels.extend(curves))
+    figures.draw(read_metrics(root / "done" / "metrics.jsonl"), config, tmp_path / "loss.png")
     assert labels == [f"training, {words}", "validation"]
     assert "training loss is that" not in (root / "done" / "base" / "report.md").read_text()
 
@@ -214,6 +215,19 @@ def test_the_report_scores_and_weighs(root, capsys):
     for when, file in (("after", "predictions.txt"), ("before", "predictions_before.txt")):
         assert main(["score", "e2e", "--refs", str(done / "references.txt"), "--hyps", str(done / file)]) == 0
         assert json.loads(capsys.readouterr().out) == facts["scores"][when]
+        files = [
+            "--refs",
+            done / "references.txt",
+            "--hyps",
+            done / file,
+            "--contexts",
+            done / "contexts.txt",
+        ]
+        assert main(["score", "e2e", *map(str, files)]) == 0
+        named = {name: facts["values"][when][name] for name in ("values", "all_values")}
+        assert json.loads(capsys.readouterr().out) == facts["scores"][when] | named
+    assert facts["values"]["people"]["all_values"] == 1, "its texts are made of the records"
+    assert "## Values named" in page and (done / "figures" / "values.png").is_file()
     assert "| base, untouched |" in page and "| published | 70.4 | - |" in page
     ours, full = facts["cost"]["this run"], facts["cost"]["full fine-tuning"]
     for method, cost in ((facts["trainable"], ours), (facts["base"]["parameters"], full)):
@@ -223,7 +237,7 @@ def test_the_report_scores_and_weighs(root, capsys):
     assert facts["bytes"] == {"base": 4 * facts["base"]["parameters"], "delta": 4 * facts["trainable"]}
     assert main(["report", str(done)]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
-    assert row.count("|") == 10 and f"{100 * facts['scores']['after']['BLEU']:.2f}" in row
+    assert row.count("|") == 13 and f"{100 * facts['scores']['after']['BLEU']:.2f}" in row
 
 
 def test_the_predictions_are_those_of_the_base_and_of_the_merged_model(root):

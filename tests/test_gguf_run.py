@@ -34,7 +34,7 @@ CONFIG = {
 def made(tmp_path_factory):
     """A directory with the base, the run `done`, and the tensors of the base."""
     root = tmp_path_factory.mktemp("packed")
-    layout = {"changes": {"context_length": 640}, "extra": CHARACTERS}
+    layout = {"changes": {"context_length": 640, "vocab_size": 100}, "extra": CHARACTERS}
     tensors = write(root / "base.gguf", kinds=("Q8_0", "Q4_1"), **layout)
     (root / "packed.json").write_text(json.dumps(CONFIG))
     assert main(["run", str(root / "packed.json"), "--workdir", str(root / "done")]) == 0

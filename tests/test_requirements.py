@@ -64,9 +64,11 @@ def test_the_command_that_helps_names_the_clone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["report", "plan", "score"])
 def test_a_command_outside_of_its_environment_is_one_line(tmp_path, command):
     """Python alone, without any package."""
-    words = {"report": [tmp_path], "plan": ["gpt3-175b"], "score": ["e2e", "--refs", "a", "--hyps", "b"]}[
-        command
-    ]
+    words = {
+        "report": ["experiments/results/e2e/lora", "--figure", tmp_path / "losses.png"],
+        "plan": ["gpt3-175b"],
+        "score": ["e2e", "--refs", "a", "--hyps", "b"],
+    }[command]
     found = subprocess.run(
         [sys.executable, "-S", "-m", "experiments", command, *map(str, words)],
         cwd=_REPOSITORY,
@@ -86,7 +88,7 @@ def test_a_command_outside_of_its_environment_is_one_line(tmp_path, command):
 def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch):
     from experiments.command_line import main
 
-    monkeypatch.setitem(sys.modules, "experiments.reports.report", None)
+    monkeypatch.setitem(sys.modules, "experiments.reports.table", None)
     with pytest.raises(ModuleNotFoundError):
         main(["report", "nowhere"])
 

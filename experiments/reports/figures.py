@@ -1,0 +1,128 @@
+"""The pictures of finished runs: losses, and the values that texts name; of one run or of several."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config
+from experiments.progress import read_metrics
+from experiments.reports import finished
+from experiments.reports.scores import percent, WRITERS
+
+
+def draw(metrics: list[dict[str, Any]], config: Config, path: Path) -> None:
+    """Training and validation loss over the steps, with what only the former has."""
+    only = of_training_only(config)
+    training = f"training, with {' and '.join(only)}" if only else "training"
+    _plot({training: _curve(metrics, "loss"), "validation": _curve(metrics, "valid_loss")}, config.name, path)
+
+
+def of_training_only(config: Config) -> list[str]:
+    """What raises the training loss and is not in the validation loss."""
+    smoothing, dropout = config.train.label_smoothing, config.method.get("dropout")
+    found = {f"label smoothing {smoothing:g}": smoothing, f"dropout {dropout}": dropout}
+    return [words for words, value in found.items() if value]
+
+
+def draw_values(writers: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Groups of bars: all values, each attribute, and texts with all. `writers`: whose texts, in words, and
+    what `metrics.values.score` has of them.
+    """
+    shares = {writer: percent(found) for writer, found in writers.items()}
+    first, *attributes, last = dict.fromkeys(name for found in shares.values() for name in found)
+    groups = [first, *(name for name in attributes if name != last), last]
+    width, middle = 0.8 / len(writers), (len(writers) - 1) / 2
+    figure, axes = _figure(max(7, 3 + 0.12 * len(groups) * len(writers)))
+    colours = _colours(writers)
+    for place, (writer, found) in enumerate(shares.items()):
+        bars = {
+            group + (place - middle) * width: found[name]
+            for group, name in enumerate(groups)
+            if name in found
+        }
+        axes.bar(bars.keys(), bars.values(), width, label=writer, color=colours[writer])
+    axes.set(ylabel="named (%)", title=title, ylim=(0, 101))
+    axes.set_xticks(range(len(groups)), [textwrap.fill(name, 9) for name in groups])
+    axes.margins(x=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_values_together(workdirs: Sequence[Path], path: Path) -> None:
+    """The values that the texts of several finished runs name, in one picture; the untouched base and people
+    once each, from the first run that has them.
+
+    Raises `ValueError` for a run whose report has no values.
+    """
+    reports = [finished.facts(workdir).get("values", {}) for workdir in workdirs]
+    for workdir, values in zip(workdirs, reports, strict=True):
+        if not values:
+            raise ValueError(
+                f"`{workdir}` has no values named in its report: it is of an older version, or its "
+                "test inputs are no records with a name. Leave it out of `--values`."
+            )
+    once = {key: found for values in reversed(reports) for key, found in values.items()}
+    writers: dict[str, Any] = {}
+    for key, words in WRITERS.items():
+        if key == "after":
+            writers |= zip(finished.names(workdirs), (values[key] for values in reports), strict=True)
+        elif key in once:
+            writers[words] = once[key]
+    draw_values(writers, "values named", path)
+
+
+def _colours(writers: Iterable[str]) -> dict[str, Any]:
+    """Greys for the base and for people, and a colour of its own for each run."""
+    from matplotlib import colormaps
+
+    base, people = WRITERS["before"], WRITERS["people"]
+    runs = [writer for writer in writers if writer not in (base, people)]
+    few = len(runs) <= 7  # as many as "tab10" has before its grey
+    colours = [
+        colormaps["tab10"](place) if few else colormaps["turbo"](place / len(runs))
+        for place in range(len(runs))
+    ]
+    return {base: "0.75", people: "0.25", **dict(zip(runs, colours, strict=True))}
+
+
+def draw_together(workdirs: Sequence[Path], path: Path) -> None:
+    """The validation losses of several finished runs in one picture."""
+    curves = {
+        name: _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss")
+        for name, workdir in zip(finished.names(workdirs), workdirs, strict=True)
+    }
+    _plot(curves, "validation", path)
+
+
+def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in metrics if name in line]
+
+
+def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) -> None:
+    figure, axes = _figure()
+    for label, points in curves.items():
+        # Few points, as of a validation loss, are shown as such.
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-" if len(points) < 30 else "-",
+            label=label,
+            linewidth=1,
+            markersize=3,
+        )
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float = 7) -> tuple[Any, Any]:
+    # The object interface: no display, no global state, whatever backend the user has chosen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

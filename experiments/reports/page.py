@@ -1,0 +1,198 @@
+"""The page of a finished run, `report.md`."""
+
+import json
+from typing import Any
+
+from experiments import config as configs
+from experiments.config import Config, Decode
+from experiments.reports import scores
+from experiments.reports.cost import STEPS
+from experiments.reports.figures import of_training_only
+
+
+def render(config: Config, facts: dict[str, Any]) -> str:
+    """The page, as Markdown."""
+    found, base, comparison = facts["numbers"], facts["base"], facts["comparison"]
+    stored = "" if config.quantize is None else f", base stored in {config.quantize}"
+    smoothed = (
+        f" (with label smoothing {config.train.label_smoothing:g})" if config.train.label_smoothing else ""
+    )
+    rows = {
+        "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
+        "method": (
+            f"`{configs.method_value(config.method)}` on "
+            f"{', '.join(f'`{pattern}`' for pattern in config.targets)}{stored}"
+        ),
+        "trainable parameters": f"{facts['trainable']:,} "
+        f"({facts['trainable'] / base['parameters']:.3%} of the base)",
+        "sizes": f"base {_megabytes(facts['bytes']['base'])}, "
+        f"what trains {_megabytes(facts['bytes']['delta'])}",
+        "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
+        "steps": (
+            f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens "
+            "each"
+        ),
+        "validation loss": f"{found['first_valid_loss']:.4f} before, {found['valid_loss']:.4f} after "
+        f"(best {found['best_valid_loss']:.4f})",
+        "last training loss": f"{found['train_loss']:.4f}{smoothed}",
+        "exported": facts["result"],
+        "time": (
+            f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax "
+            f"{facts['jax']}"
+        ),
+        "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, "
+        f"largest logit {comparison['max_logit']:.1f}",
+        "merged, in PyTorch": _in_pytorch(comparison["pytorch"]),
+        "command": f"`{facts['command']}`",
+        "data": f"fingerprint `{facts['data']}`",
+        "commit, date": f"{facts['commit'] or 'outside of a clone'}, {facts['date']}",
+    }
+    lines = [f"# {config.name}", "", *_source(config), "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
+    lines += ["", "![loss](figures/loss.png)", ""]
+    if only := of_training_only(config):
+        lines += [
+            f"The training loss is that of each batch, with {' and '.join(only)}. The validation loss is "
+            "without, and so may lie below it.",
+            "",
+        ]
+    lines += [
+        "`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the "
+        "adapter and the"
+    ]
+    lines += [
+        "optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of "
+        "the curve.",
+        _adapter(facts["adapter"]),
+        *_llama_cpp(facts.get("llama_cpp")),
+        "",
+    ]
+    lines += [
+        *prompt(facts.get("prompt")),
+        *scores.scored(facts["scores"], config),
+        *scores.named(facts.get("values", {})),
+        *_cost(facts["cost"]),
+        *_samples(facts["samples"], config.decode),
+    ]
+    lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def prompt(found: dict[str, Any] | None) -> list[str]:
+    """How a prompt is written, in Markdown; nothing where there are none, or in an older version's report."""
+    if found is None:
+        return []
+    ends = " or ".join(f"`{json.dumps(end)}`" for end in found["ends"])
+    return [
+        "## The prompt",
+        "",
+        "The model has learned to continue texts of this form. The first test input, as it was given:",
+        "",
+        "```",
+        found["text"],
+        "```",
+        "",
+        f"The tokenizer adds nothing to it. The answer ends at {ends}.",
+        "",
+    ]
+
+
+def _in_pytorch(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not tried: PyTorch is not installed"
+    return (
+        f"largest difference of a logit {found['max_difference']:.2e}; missing and unexpected keys: "
+        f"{', '.join(found['keys']) or 'none'}"
+    )
+
+
+def _adapter(files: dict[str, Any]) -> str:
+    if files["bytes"] is None:
+        return f"There is no `adapter/`: {files['missing']}."
+    size, merged = _megabytes(files["bytes"]), _megabytes(files["merged_bytes"])
+    return (
+        f"`adapter/` is what was trained, in PEFT's format: a file of {size}, beside the merged model's "
+        f"{merged}."
+    )
+
+
+def _llama_cpp(file: dict[str, Any] | None) -> list[str]:
+    """The adapter as llama.cpp reads it; nothing where the base is no file of llama.cpp's."""
+    if file is None:
+        return []
+    if file["bytes"] is None:
+        return [f"There is no `adapter.gguf`: {file['missing']}."]
+    return [
+        f"`adapter.gguf` ({_megabytes(file['bytes'])}) is the same for llama.cpp, beside the base's own "
+        "file: "
+        f"`llama-cli -m {file['base']} --lora adapter.gguf`."
+    ]
+
+
+def _source(config: Config) -> list[str]:
+    source = config.source
+    if source.paper is None:
+        words = "This run reproduces no published row."
+    else:
+        words = f"Row: {', '.join(part for part in (source.paper, source.table, source.row) if part)}."
+        if source.expected:
+            words += (
+                f" Published: {', '.join(f'{name} {value:g}' for name, value in source.expected.items())}."
+            )
+    return [f"{words} {source.note}" if source.note else words]
+
+
+def _cost(cost: dict[str, dict[str, float]]) -> list[str]:
+    if not cost:
+        return []
+    ours, full = cost["this run"], cost["full fine-tuning"]
+    shown = {
+        "bytes": _megabytes,
+        "optimiser bytes": _megabytes,
+        "seconds": "{:.3f} s".format,
+        "FLOPs": "{:.3g}".format,
+    }
+    words = {"bytes": "memory", "optimiser bytes": "optimiser state", "seconds": f"time (median of {STEPS})"}
+    lines = [
+        "## A training step, beside full fine-tuning's",
+        "",
+        "| | this run | full fine-tuning | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name in ours:
+        cells = [shown.get(name, "{:,}".format)(value) for value in (ours[name], full[name])]
+        lines.append(f"| {words.get(name, name)} | {' | '.join(cells)} | {ours[name] / full[name]:.3f} |")
+    return [
+        *lines,
+        "",
+        "Memory and FLOPs are the compiler's figures for a whole step on one device; the times were "
+        "measured one after the other.",
+        "",
+    ]
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
+    if not samples:
+        return []
+    how = (
+        "drawn"
+        if section.sample
+        else "greedy decoding"
+        if section.beams == 1
+        else f"beam search, width {section.beams}"
+    )
+    lines = [f"## Samples ({how}, test inputs)", ""]
+    for sample in samples:
+        lines += [
+            f"**{sample['input']}**",
+            "",
+            f"- before: {sample['before']}",
+            f"- after: {sample['after']}",
+        ]
+        lines += [f"- a person: {text}" for text in sample["references"][:1]] + [""]
+    return lines

@@ -1,0 +1,42 @@
+"""Several finished runs in one table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.reports import finished
+from experiments.reports.scores import as_printed, percent
+
+
+def table(workdirs: Sequence[Path]) -> str:
+    """One line a finished run, as Markdown. Raises `ValueError` for a directory that holds none."""
+    reports = [finished.facts(workdir) for workdir in workdirs]
+    rows = [
+        _row(name, finished.config(workdir)["train"]["lr"], facts)
+        for name, workdir, facts in zip(finished.names(workdirs), workdirs, reports, strict=True)
+    ]
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def _row(name: str, rate: float, facts: dict[str, Any]) -> dict[str, str]:
+    """A dash for what the run has not: pretraining has no scores, and older reports have no values."""
+    found, scores, values = facts["numbers"], facts.get("scores", {}), facts.get("values", {})
+    named = percent(values["after"]) if values else {}
+    return {
+        "run": name,
+        "trainable": f"{facts['trainable']:,}",
+        "rate": f"{rate:g}",
+        "steps": f"{found['steps']:,}",
+        "validation loss before": f"{found['first_valid_loss']:.4f}",
+        "after": f"{found['valid_loss']:.4f}",
+        **{
+            f"BLEU {when}": as_printed("BLEU", scores.get(when, {}).get("BLEU"))
+            for when in ("before", "after")
+        },
+        "values named": f"{named['all values']:.1f}" if named else "-",
+        "texts with all": f"{named['texts with all']:.1f}" if named else "-",
+        "s/step": f"{found['median_seconds_per_step']:.3f}",
+        "merged - adapted": f"{facts['comparison']['max_difference']:.1e}",
+    }
