@@ -280,7 +280,7 @@ def test_a_gguf_file_brings_its_tokenizer_along(made, pip, tmp_path, monkeypatch
     assert main(["fetch", "one", "--to", str(made)]) == 0
     loaded = load(Base(**section), bases.Places(made, made, made, None, tmp_path / "tokenizer"))
     ((file, how),) = asked
-    assert file == made / "one" / "one.gguf" and set(how) == {"mesh", "param_dtype"}
+    assert file == made / "one" / "one.gguf" and set(how) == {"mesh", "param_dtype", "scan"}
     assert loaded.name == ("someone/one" if "name" in section else str(file.resolve()))
     assert loaded.gguf == "one.gguf"
     assert loaded.directory == tmp_path / "tokenizer"

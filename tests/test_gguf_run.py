@@ -11,6 +11,7 @@ from runs import GENERATE, refused, without_java as without_java
 from training import optax_promotes as optax_promotes
 
 from experiments.command_line import main
+from experiments.progress import read_metrics
 from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf, peft
 
@@ -41,12 +42,11 @@ def made(tmp_path_factory):
     return root, tensors
 
 
-def test_the_adapter_for_llama_cpp_is_what_was_merged(made):
-    root, tensors = made
-    pairs, alpha, settings = read(root / "done" / "adapter.gguf")
+def check_adapter(done, tensors):
+    pairs, alpha, settings = read(done / "adapter.gguf")
     assert settings["general.type"] == "adapter" and alpha == 3
     assert len(pairs) == 2 * 3, "two layers of three matrices"
-    merged = traverse_util.flatten_dict(hf.load(root / "done" / "merged")[1], sep="/")
+    merged = traverse_util.flatten_dict(hf.load(done / "merged")[1], sep="/")
     for name, (a, b) in pairs.items():
         wanted = merged[path_of(name)].T
         if "attn_q" in name:
@@ -54,6 +54,24 @@ def test_the_adapter_for_llama_cpp_is_what_was_merged(made):
         before = values(tensors, name)
         assert np.abs(before - wanted).max() > 1e-5, "nothing was trained"
         np.testing.assert_allclose(applied(before, name, a, b, alpha), wanted, atol=1e-6)
+
+
+def test_the_adapter_for_llama_cpp_is_what_was_merged(made):
+    root, tensors = made
+    check_adapter(root / "done", tensors)
+
+
+def test_layers_in_a_loop_compute_the_same(made):
+    """Stacked layers draw other adapters, which begin at zero too."""
+    root, tensors = made
+    words = ["run", str(root / "packed.json"), "--workdir", str(root / "scan"), "--set", "base.scan=true"]
+    assert main(words) == 0
+    check_adapter(root / "scan", tensors)
+    first = [read_metrics(root / name / "metrics.jsonl")[0]["valid_loss"] for name in ("done", "scan")]
+    assert first[1] == pytest.approx(first[0], rel=1e-5)
+    facts = [json.loads((root / name / "report.json").read_text()) for name in ("done", "scan")]
+    assert facts[0]["trainable"] == facts[1]["trainable"]
+    assert facts[1]["comparison"]["max_difference"] < 1e-4
 
 
 def test_the_report_names_it_and_its_base(made):

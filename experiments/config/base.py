@@ -25,6 +25,9 @@ class Base:
     not finished, in `workdir` (relative to this run's own). `architecture`: random weights, drawn from the
     seed, with the `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens
     trained on the training text.
+
+    `scan`: the layers are compiled once and run in a loop. A program then compiles in a time that does not
+    grow with depth, and computes the same.
     """
 
     name: str | None = None
@@ -34,6 +37,7 @@ class Base:
     architecture: Architecture | None = None
     tokenizer: str | None = None
     vocabulary: int | None = None
+    scan: bool = False
 
     def __post_init__(self):
         sources = ("name", "path", "run", "architecture")

@@ -61,16 +61,17 @@ def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Prec
             raise FileNotFoundError(
                 f"`base.tokenizer`: no directory `{words}`. {where_paths_start(places.data)}"
             )
-        return _random(section.architecture, words, key, mesh, policy)
+        return _random(section, words, key, mesh, policy)
     source, origin, name = _source(section, places)
+    how = {"mesh": mesh, "param_dtype": policy.parameters, "scan": section.scan}
     packed = source.name if source.suffix == ".gguf" else None
     if packed is not None:
-        model, params = gguf.load(source, mesh=mesh, param_dtype=policy.parameters)
+        model, params = gguf.load(source, **how)
         tokenizer, directory = _with_end(gguf.tokenizer(source), source), places.tokenizer
         # The files that an export carries along.
         on_first(lambda: str(tokenizer.save_pretrained(directory)))
     else:
-        model, params = hf.load(source, mesh=mesh, param_dtype=policy.parameters)
+        model, params = hf.load(source, **how)
         tokenizer, directory = load_tokenizer(source), source
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -150,19 +151,19 @@ def _with_end(tokenizer: Any, source: Path) -> Any:
     return tokenizer
 
 
-def model(architecture: Architecture, *, vocabulary: int, end: int) -> GPT2:
+def model(architecture: Architecture, *, vocabulary: int, end: int, scan: bool = False) -> GPT2:
     """A GPT-2 of that shape; `end` is the token that begins and ends a text."""
     config = GPT2Config(
         vocab_size=vocabulary, **dataclasses.asdict(architecture), bos_token_id=end, eos_token_id=end
     )
-    return GPT2(config)
+    return GPT2(config, scan=scan)
 
 
-def _random(
-    architecture: Architecture, directory: Path, key: jax.Array, mesh: Mesh, policy: Precision
-) -> Loaded:
+def _random(section: Base, directory: Path, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
     tokenizer = load_tokenizer(directory)
-    fresh = model(architecture, vocabulary=len(tokenizer), end=tokenizer.eos_token_id)
+    assert section.architecture is not None  # as `load` has seen
+    end = tokenizer.eos_token_id
+    fresh = model(section.architecture, vocabulary=len(tokenizer), end=end, scan=section.scan)
     dtype = jnp.dtype(policy.parameters or fresh.param_dtype)
 
     def draw(key: jax.Array) -> Any:

@@ -104,7 +104,11 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     params, specs = on_mesh(mesh, loaded.params, loaded.model.partition_rules)
     loaded = dataclasses.replace(loaded, params=params)
     frozen, delta = lora_jax.lorafy(
-        params, list(config.targets), method=precision.method(config), key=keys["adapter"]
+        params,
+        list(config.targets),
+        method=precision.method(config),
+        key=keys["adapter"],
+        **_axes(config, loaded.model),
     )
     trainer = Trainer.create(config, mesh, loaded.model.apply, frozen, delta, specs)
     return Ready(
@@ -123,9 +127,17 @@ def _check_against_shapes(config: Config, config_path: Path) -> None:
     if described.base.architecture is None:
         return
     _check_room(config, described.base.architecture.n_positions)
-    model = base.model(described.base.architecture, vocabulary=257, end=0)
+    model = base.model(described.base.architecture, vocabulary=257, end=0, scan=config.base.scan)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
-    lora_jax.lorafy(shapes, list(config.targets), method=configs.method_value(config.method))
+    how = _axes(config, model)
+    lora_jax.lorafy(shapes, list(config.targets), method=configs.method_value(config.method), **how)
+
+
+def _axes(config: Config, model: Any) -> dict[str, Any]:
+    """What `lorafy` reads the axes of stacked layers off; those of single layers go without saying."""
+    if not config.base.scan:
+        return {}
+    return {"fn": lambda params, ids: model.apply({"params": params}, ids), "args": (np.zeros((1, 1), int),)}
 
 
 def _check_room(config: Config, positions: int | None) -> None:
