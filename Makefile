@@ -41,8 +41,10 @@ find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.experiments  ## Train LoRA on what ships with the project and write demo_run/ (no download but pip's)
+demo: $(VENV)/.experiments  ## Fetch SmolLM2-135M (98 MB), train LoRA on it, write demo_run/ and compare with full fine-tuning
+	$(python) -m experiments fetch smollm2-135m
 	HF_HUB_OFFLINE=1 $(python) -m experiments run --config experiments/configs/demo.json --workdir demo_run
+	@$(python) -m experiments report demo_run experiments/results/demo/full
 
 test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
 	$(pytest) --nbmake $(PYTEST_ARGS)

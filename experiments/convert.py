@@ -1,8 +1,8 @@
 """Adapters and models from one format into another: PEFT's directories, loralib's files, Hugging Face's
 models.
 
-An adapter is read beside its base, whose weights are maps of its files. Left out: an adapter out of a merged
-model, where none is left.
+An adapter is read beside its base, whose weights are maps of its files, or are unpacked out of a GGUF file.
+Left out: an adapter out of a merged model, where none is left.
 """
 
 import dataclasses
@@ -150,12 +150,15 @@ def _base(job: Job, kind: str) -> Path:
     """The directory of the base: the given one, or the one that PEFT's config names, here or beside the
     adapter.
     """
-    wanted = f"`--base`, the directory of the Hugging Face model that {job.source} was trained on"
+    wanted = (
+        f"`--base`, the Hugging Face directory or the GGUF file of the model that {job.source} was trained on"
+    )
     if job.base is not None:
-        if not (job.base / "config.json").is_file():
+        if not (_packed(job.base) and job.base.is_file() or (job.base / "config.json").is_file()):
             raise ValueError(
-                f"{wanted}, is {job.base}, where there is no config.json: a model on the hub must be "
-                "downloaded first."
+                f"{wanted}, is {job.base}, where there is no config.json, and no GGUF file: a model on the "
+                "hub "
+                "must be downloaded first."
             )
         return job.base
     if kind == "loralib":
@@ -220,10 +223,21 @@ def _adapter(job: Job, kind: str, base: Path) -> list[str]:
     ]
 
 
+def _packed(base: Path) -> bool:
+    return base.suffix == ".gguf"
+
+
 def _read(job: Job, kind: str, base: Path, tie: str) -> tuple[Any, Any, Any, Any]:
     checks = {"verify": job.verify, "check_base": not job.any_base}
     room = peft if kind == "peft" else loralib
-    model, params = hf.load(base, **room.head_of(job.source), tie=tie, place=_mapped, verify=job.verify)
+    head, how = room.head_of(job.source), {"tie": tie, "place": _mapped, "verify": job.verify}
+    if _packed(base) and head:
+        raise ValueError(
+            f"`--base` {base} is a GGUF file, and {job.source} has the head of {head['head']!r}: pass the "
+            "Hugging "
+            "Face directory of the model."
+        )
+    model, params = gguf.load(base, **how) if _packed(base) else hf.load(base, **head, **how)
     own = {"rename": job.rename} if kind == "peft" else {"alpha": job.alpha, "blocks": job.blocks}
     return model, params, *room.load(job.source, model, params, **own, **checks)
 
@@ -231,7 +245,10 @@ def _read(job: Job, kind: str, base: Path, tie: str) -> tuple[Any, Any, Any, Any
 def _write(job: Job, kind: str, base: Path, model: Any, frozen: Any, delta: Any) -> str:
     where = f"wrote {job.target}, in {WORDS[job.to]}"
     if job.to == "hf":
-        hf.save(job.target, model, lora_jax.combine(frozen, delta), source=base, overwrite=job.overwrite)
+        merged, source = lora_jax.combine(frozen, delta), None if _packed(base) else base
+        hf.save(job.target, model, merged, source=source, overwrite=job.overwrite)
+        if _packed(base):
+            gguf.tokenizer(base).save_pretrained(job.target)
     elif job.to == "peft":
         # The name that was there is more than a path on this computer.
         name = (_named_base(job.source) if kind == "peft" else None) or str(base)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+import small_base
 import training
 from runs import without_java as without_java
 from safetensors.numpy import load_file
@@ -50,8 +51,7 @@ CONFIG = {
 def root(tmp_path_factory):
     """The config, and the run of one process on four devices, `one`."""
     root = tmp_path_factory.mktemp("several")
-    words = processes.REPOSITORY / "experiments" / "bases" / "small"
-    tree = {**CONFIG, "base": {**CONFIG["base"], "tokenizer": str(words)}}
+    tree = {**CONFIG, "base": {**CONFIG["base"], "tokenizer": str(small_base.TOKENIZER)}}
     (root / "config.json").write_text(json.dumps(tree))
     assert main(["run", str(root / "config.json"), "--workdir", str(root / "one")]) == 0
     return root

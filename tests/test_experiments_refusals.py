@@ -6,24 +6,19 @@ import shutil
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
+import small_base
 from runs import BASE, GENERATE, LORA, refused, snapshot, without_java as without_java
 from stopping import lost_in
 from training import optax_promotes as optax_promotes
 
-import experiments
 from experiments import config as configs
 from experiments.command_line import main
-from experiments.config import Architecture, Base, Generate, Mesh, Precision
+from experiments.config import Base, Generate, Mesh, Precision
 from experiments.running import base as bases
 from experiments.running.run import run
 from experiments.tasks import generate
 from experiments.training.sharded import make_mesh
-from lora_jax.interop import hf
-
-
-SMALL = Path(experiments.__file__).parent / "bases" / "small"
 
 
 BAD_ARGUMENTS = {
@@ -92,9 +87,7 @@ def inputs(tmp_path_factory):
     data = generate.write(Generate(**GENERATE), inputs / "data")
     (data / "empty.txt").write_text("")
     (data / "bare.txt").write_text("name : A||A .\nno separator\n")
-    model = bases.model(Architecture(8, 1, 2, 160), vocabulary=4096, end=0)
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    hf.save(data / "base", model, params, source=SMALL)
+    small_base.write(data / "base")
     (data / "truncated").mkdir()
     for path in (data / "base").iterdir():
         content = path.read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import small_base
 from runs import LORA, refused
 from training import optax_promotes as optax_promotes
 
@@ -23,7 +24,7 @@ from experiments.training.sharded import make_mesh
 from lora_jax.interop import hf
 
 
-SMALL = Path(experiments.__file__).parent / "bases" / "small"
+CONFIGS = Path(experiments.__file__).parent / "configs"
 CONTENT = {
     "one": {"one.gguf": b"weights" * 1000},
     "several": {"config.json": b"{}", "model.safetensors": b"tensors" * 1000},
@@ -255,28 +256,35 @@ def test_where_bases_are(monkeypatch, argument, expected):
     assert catalogue.directory(None) == Path("bases")
 
 
-def test_a_directory_by_name_goes_by_the_hubs_name(made, tmp_path):
-    """The base that ships stands for one that was fetched."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model that stands for one that was fetched."""
+    directory = tmp_path_factory.mktemp("small") / "base"
+    small_base.write(directory)
+    return directory
+
+
+def test_a_directory_by_name_goes_by_the_hubs_name(made, small, tmp_path):
     described = json.loads((catalogue.DIRECTORY / "several.json").read_text())
     described["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in SMALL.iterdir()
+        for path in small.iterdir()
     }
     (catalogue.DIRECTORY / "several.json").write_text(json.dumps(described))
     made.mkdir()
-    (made / "several").symlink_to(SMALL)
+    (made / "several").symlink_to(small)
     loaded = load(Base(name="several"), bases.Places(tmp_path, tmp_path, made, None, tmp_path / "tokenizer"))
     assert (loaded.name, loaded.origin, loaded.directory) == ("someone/several", "several", made / "several")
     assert not (tmp_path / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("section", [{"name": "one"}, {"path": "one/one.gguf"}, {"path": "./one/one.gguf"}])
-def test_a_gguf_file_brings_its_tokenizer_along(made, pip, tmp_path, monkeypatch, section):
-    """The reader is `lora_jax.interop.gguf`'s; here it is one that answers with the base that ships."""
+def test_a_gguf_file_brings_its_tokenizer_along(made, small, pip, tmp_path, monkeypatch, section):
+    """`test_gguf_run.py` has the real reader; this one answers with a small model."""
     asked = []
-    read = lambda file, **how: asked.append((file, how)) or hf.load(SMALL, **how)
+    read = lambda file, **how: asked.append((file, how)) or hf.load(small, **how)
     monkeypatch.setattr(bases.gguf, "load", read)
-    monkeypatch.setattr(bases.gguf, "tokenizer", lambda file: bases.load_tokenizer(SMALL))
+    monkeypatch.setattr(bases.gguf, "tokenizer", lambda file: bases.load_tokenizer(small))
     assert main(["fetch", "one", "--to", str(made)]) == 0
     loaded = load(Base(**section), bases.Places(made, made, made, None, tmp_path / "tokenizer"))
     ((file, how),) = asked
@@ -294,5 +302,5 @@ def test_a_gguf_file_brings_its_tokenizer_along(made, pip, tmp_path, monkeypatch
 def test_a_gguf_base_needs_its_reader(name, minimal):
     from experiments.commands.run import _further
 
-    config = configs.load(SMALL.parents[1] / "configs" / "demo.json", ["base=" + json.dumps({"name": name})])
+    config = configs.load(CONFIGS / "demo.json", ["base=" + json.dumps({"name": name})])
     assert ("gguf" in _further(config)) == (minimal == "gguf")

@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 from gguf_adapters import applied, in_file_order, path_of, read
 from gguf_files import CHARACTERS, values, write
-from runs import GENERATE, refused, without_java as without_java
+from runs import close, GENERATE, refused, without_java as without_java
 from training import optax_promotes as optax_promotes
 
 from experiments.command_line import main
@@ -71,7 +71,9 @@ def test_layers_in_a_loop_compute_the_same(made):
     assert first[1] == pytest.approx(first[0], rel=1e-5)
     facts = [json.loads((root / name / "report.json").read_text()) for name in ("done", "scan")]
     assert facts[0]["trainable"] == facts[1]["trainable"]
-    assert facts[1]["comparison"]["max_difference"] < 1e-4
+    comparison = facts[1]["comparison"]
+    # float32 rounds 1e-4 of a logit of such random weights.
+    assert comparison["max_difference"] < 1e-3 * comparison["max_logit"]
 
 
 def test_the_report_names_it_and_its_base(made):
@@ -93,16 +95,26 @@ def test_export_and_convert_write_the_same_adapter(made, tmp_path, capsys, monke
     done, wanted = root / "done", read(root / "done" / "adapter.gguf")
     monkeypatch.chdir(tmp_path)
     assert main(["export", "--workdir", str(done), "--format", "gguf", "--to", "exported.gguf"]) == 0
-    words = ["convert", str(done / "adapter"), "converted.gguf", "--to", "gguf", "--any-base"]
-    assert main([*words, "--base", str(done / "merged")]) == 0
+    words = ["convert", str(done / "adapter"), "converted.gguf", "--to", "gguf"]
+    words += ["--base", str(root / "base.gguf")]
+    assert main(words) == 0, "the base is known again by its fingerprint"
     assert "wrote converted.gguf, in llama.cpp's format" in capsys.readouterr().out
     for name in ("exported.gguf", "converted.gguf"):
         pairs, alpha, settings = read(tmp_path / name)
         assert (alpha, settings) == wanted[1:] and pairs.keys() == wanted[0].keys()
         for tensor, arrays in pairs.items():
-            np.testing.assert_array_equal(arrays, wanted[0][tensor], strict=True)
+            for array, other in zip(arrays, wanted[0][tensor], strict=True):
+                np.testing.assert_array_equal(array, other, strict=True)
     line = refused(capsys, monkeypatch, *words[:2], "adapter.bin", *words[3:])
     assert "`DST` adapter.bin must be a file .gguf, which is llama.cpp's format, such as" in line
+
+
+def test_convert_merges_into_the_gguf_base(made, tmp_path):
+    root, _ = made
+    words = ["convert", str(root / "done" / "adapter"), str(tmp_path / "merged"), "--to", "hf"]
+    assert main([*words, "--base", str(root / "base.gguf")]) == 0
+    close(hf.load(tmp_path / "merged")[1], hf.load(root / "done" / "merged")[1])
+    assert load_tokenizer(tmp_path / "merged").eos_token == "<|im_end|>"
 
 
 def test_what_llama_cpp_cannot_hold_is_said(made):

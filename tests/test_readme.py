@@ -329,12 +329,6 @@ def test_costs_of_counted_positions_are_the_benchmarks():
     )
 
 
-def test_results_are_those_of_the_runs():
-    runs = _rows((_REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
-    shown = _rows(_PAGES["docs/experiments.md"].partition("## Results")[2])
-    assert len(shown) == 6 and shown <= runs
-
-
 @pytest.mark.parametrize(("page", "quoted"), [("README.md", r"\("), ("docs/methods.md", r"[(`]")])
 def test_tables_of_methods_have_every_method(page, quoted):
     exist = {name for name, value in vars(methods).items() if inspect.isclass(value)}

@@ -65,7 +65,7 @@ def test_the_command_that_helps_names_the_clone(tmp_path, monkeypatch):
 def test_a_command_outside_of_its_environment_is_one_line(tmp_path, command):
     """Python alone, without any package."""
     words = {
-        "report": ["experiments/results/e2e/lora", "--figure", tmp_path / "losses.png"],
+        "report": ["experiments/results/e2e_smollm2/rates/lora_r8_4e-3", "--figure", tmp_path / "losses.png"],
         "plan": ["gpt3-175b"],
         "score": ["e2e", "--refs", "a", "--hyps", "b"],
     }[command]

@@ -1,81 +1,86 @@
-"""What is committed under `experiments/`: the base keeps to its card, and the results are those of the
-files beside them.
+"""What is committed under `experiments/results/` is what its configs ask for, and follows from the files
+beside it.
 """
 
 import json
-import re
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments import config as configs
 from experiments.command_line import main
-from experiments.metrics import score_e2e
-from experiments.running.base import load_tokenizer
-from lora_jax.interop import hf
+from experiments.metrics import score_e2e, values
 
 
 _EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-_SMALL = _EXPERIMENTS / "bases" / "small"
-_E2E = _EXPERIMENTS / "results" / "e2e"
-_RUNS = ["lora", "lora_r1", "full"]
+_RESULTS = _EXPERIMENTS / "results"
+_E2E = _RESULTS / "e2e_smollm2"
 
 
-def _facts(run):
-    return json.loads((_E2E / run / "report.json").read_text("utf-8"))
+def _runs(directory):
+    """By the names of their directories."""
+    return {path.parent.name: path.parent for path in sorted(directory.glob("*/report.json"))}
 
 
-def test_the_small_base_is_what_its_card_says():
-    assert sum(file.stat().st_size for file in _SMALL.iterdir()) <= 16_000_000
-    model, params = hf.load(_SMALL)
-    card = (_SMALL / "README.md").read_text("utf-8")
-    leaves = jax.tree.leaves(params)
-    assert f"{sum(leaf.size for leaf in leaves):,} parameters in float32" in card
-    assert {str(leaf.dtype) for leaf in leaves} == {"float32"}
-    tokenizer = load_tokenizer(_SMALL)
-    assert len(tokenizer) == model.config.vocab_size == 4096
-    text = "Café « Zizzi » costs £20-25\n\nnear 東京 ."
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text, "no text is outside of a byte-level BPE"
-    report = json.loads((_EXPERIMENTS / "results" / "small_base" / "report.json").read_text("utf-8"))
-    assert re.search(r"\| ([\d.]+) nats a token", card)[1] == f"{report['numbers']['valid_loss']:.2f}"
-    assert report["commit"].startswith("23bd73160c") and "23bd73160c" in card
+_RATES, _ROWS = _runs(_E2E / "rates"), _runs(_E2E)
+
+
+def _facts(directory):
+    return json.loads((directory / "report.json").read_text("utf-8"))
+
+
+def _config(directory):
+    return json.loads((directory / "config.json").read_text("utf-8"))
+
+
+def _lines(file):
+    return file.read_text("utf-8").splitlines()
 
 
 def test_every_result_can_be_tabled(capsys):
-    found = sorted(path.parent for path in (_EXPERIMENTS / "results").rglob("report.json"))
+    found = sorted(path.parent for path in _RESULTS.rglob("report.json"))
     assert found
     assert main(["report", *map(str, found)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(found)
 
 
-@pytest.mark.parametrize("run", _RUNS)
-def test_a_result_belongs_to_a_config_that_ships(run):
-    kept = json.loads((_E2E / run / "config.json").read_text("utf-8"))
-    assert configs.with_defaults(kept) == configs.to_json(
-        configs.load(_EXPERIMENTS / "configs" / f"{kept['name']}.json")
-    )
-    facts, page = _facts(run), (_E2E / run / "report.md").read_text("utf-8")
-    assert (
-        len((_E2E / run / "predictions.txt").read_text("utf-8").splitlines())
-        == facts["examples"]["test"]
-        == 630
-    )
+@pytest.mark.parametrize("method", ["lora_r8", "full"])
+def test_the_rate_is_the_best_of_three_tried(method):
+    """By the validation loss after 100 steps. It is neither the lowest nor the highest of them."""
+    config = configs.load(_EXPERIMENTS / "configs" / f"e2e_smollm2_{method}.json")
+    tried = {
+        _config(directory)["train"]["lr"]: _facts(directory)["numbers"]
+        for directory in _RATES.values()
+        if _config(directory)["name"] == config.name
+    }
+    assert len(tried) >= 3 and all(found["steps"] == 100 for found in tried.values())
+    best = min(tried, key=lambda rate: tried[rate]["valid_loss"])
+    assert config.train.lr == best and min(tried) < best < max(tried)
+
+
+def test_all_rates_were_tried_on_the_same():
+    found = [_facts(directory) for directory in _RATES.values()]
+    assert len({(facts["base"]["fingerprint"], facts["data"], facts["commit"]) for facts in found}) == 1
+
+
+@pytest.mark.parametrize("row", _ROWS)
+def test_a_row_belongs_to_a_config_that_ships(row):
+    kept, page = _config(_ROWS[row]), (_ROWS[row] / "report.md").read_text("utf-8")
+    shipped = configs.load(_EXPERIMENTS / "configs" / f"{kept['name']}.json")
+    assert configs.with_defaults(kept) == configs.to_json(shipped)
+    facts = _facts(_ROWS[row])
+    assert len(_lines(_ROWS[row] / "predictions.txt")) == facts["examples"]["test"] == 630
     assert f"| this run | {100 * facts['scores']['after']['BLEU']:.2f} |" in page
 
 
-def test_the_runs_are_comparable_and_lora_learns():
-    """One base, one order of the same data, as many steps; LoRA is at least ten points of BLEU above the
-    base.
-    """
-    facts = {run: _facts(run) for run in _RUNS}
-    shared = [
-        (f["base"]["fingerprint"], f["data"], f["numbers"]["steps"], f["commit"]) for f in facts.values()
-    ]
-    assert len(set(shared)) == 1
-    assert facts["lora"]["numbers"]["steps"] >= 5000
-    scores = facts["lora"]["scores"]
-    assert scores["after"]["BLEU"] >= scores["before"]["BLEU"] + 0.10
+def test_the_rows_are_comparable():
+    """One base, the same data in the same order, as many steps; LoRA's rows have one rate."""
+    facts = [_facts(directory) for directory in _ROWS.values()]
+    shared = {(found["base"]["fingerprint"], found["data"], found["numbers"]["steps"]) for found in facts}
+    assert len(shared) <= 1
+    kept = [_config(directory) for directory in _ROWS.values()]
+    assert len({(config["seed"], config["train"]["batch"]) for config in kept}) <= 1
+    assert len({config["train"]["lr"] for config in kept if config["method"]["name"] != "Full"}) <= 1
 
 
 def _references(path):
@@ -85,24 +90,33 @@ def _references(path):
     groups = {}
     for line in path.read_text("utf-8").splitlines():
         meaning, wording = line.split("||")
-        groups.setdefault(meaning, []).append(wording.strip())
-    return list(groups.values())
+        groups.setdefault(meaning.strip(), []).append(wording.strip())
+    return groups
+
+
+_PREDICTIONS = [
+    (row, when, directory / file)
+    for row, directory in _ROWS.items()
+    for when, file in (("after", "predictions.txt"), ("before", "predictions_before.txt"))
+    if (directory / file).is_file()
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "run, when, file",
-    [(run, "after", "predictions.txt") for run in _RUNS] + [("lora", "before", "predictions_before.txt")],
-)
-def test_committed_predictions_score_as_committed(run, when, file, data_dir, monkeypatch):
+@pytest.mark.parametrize("row, when, file", _PREDICTIONS, ids=lambda value: getattr(value, "name", value))
+def test_committed_predictions_score_as_committed(row, when, file, data_dir, monkeypatch):
     """METEOR takes longer than all others: it is compared for one file, where its package and java are."""
-    if (run, when) != ("lora", "after"):
+    if (row, when) != ("lora_r8", "after"):
         monkeypatch.setenv("PATH", "")
-    references = _references(data_dir / "e2e" / "lora_nlg_txt" / "test.txt")
-    found = score_e2e(references, (_E2E / run / file).read_text("utf-8").splitlines())
-    committed = _facts(run)["scores"][when]
-    assert committed["METEOR"] is not None
+    groups, texts = _references(data_dir / "e2e" / "lora_nlg_txt" / "test.txt"), _lines(file)
+    committed = _facts(_ROWS[row])
+    scores = committed["scores"][when]
+    assert scores["METEOR"] is not None
+    found = score_e2e(list(groups.values()), texts)
     if found["METEOR"] is None:
         del found["METEOR"]
     assert len(found) >= 4
-    assert found == pytest.approx({name: committed[name] for name in found}, rel=1e-9, abs=1e-12)
+    assert found == pytest.approx({name: scores[name] for name in found}, rel=1e-9, abs=1e-12)
+    contexts = _lines(_ROWS[row] / "contexts.txt")
+    assert contexts == [" ".join(context.split()) for context in groups]
+    assert values.score(contexts, texts) == committed["values"][when]

@@ -13,7 +13,7 @@ def add_to(commands: Commands) -> None:
         help="bring an adapter or a model from one format into another",
         epilog=(
             "example: python -m experiments convert demo_run/adapter adapter.pt --to loralib --base "
-            "experiments/bases/small"
+            "bases/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf"
         ),
     )
     convert.add_argument(
@@ -30,8 +30,9 @@ def add_to(commands: Commands) -> None:
     )
     convert.add_argument(
         "--base",
-        metavar="DIR",
-        help="the model that the adapter was trained on; default: the directory that PEFT's config names",
+        metavar="MODEL",
+        help="the model that the adapter was trained on, a Hugging Face directory or a GGUF file; default: "
+        "the directory that PEFT's config names",
     )
     convert.add_argument(
         "--alpha",
