@@ -329,6 +329,35 @@ def test_costs_of_counted_positions_are_the_benchmarks():
     )
 
 
+def test_results_are_those_of_the_runs():
+    shown = _rows(_PAGES["README.md"].partition("## Results")[2].partition("## Install")[0])
+    directory = _REPOSITORY / "experiments" / "results" / "e2e_smollm2"
+    found = {
+        path.parent.name: json.loads(path.read_text("utf-8")) for path in directory.glob("*/report.json")
+    }
+
+    def row(facts: dict, when: str) -> tuple[str, ...]:
+        scores, named, after = facts["scores"][when], facts["values"][when], when == "after"
+        loss = facts["numbers"]["valid_loss" if after else "first_valid_loss"]
+        percent = [100 * scores[name] for name in ("BLEU", "METEOR", "ROUGE_L")]
+        return (
+            f"{facts['trainable'] if after else 0:,}",
+            f"{loss:.3f}",
+            f"{percent[0]:.1f}",
+            f"{scores['NIST']:.2f}",
+            f"{percent[1]:.1f}",
+            f"{percent[2]:.1f}",
+            f"{scores['CIDEr']:.2f}",
+            f"{100 * named['values']:.1f}",
+            f"{100 * named['all_values']:.1f}",
+        )
+
+    expected = {row(found["lora_r8"], "before"), *(row(facts, "after") for facts in found.values())}
+    assert {cells[1:] for cells in shown if cells[1][:1].isdigit()} == expected
+    behind = 100 * (found["full"]["scores"]["after"]["BLEU"] - found["lora_r8"]["scores"]["after"]["BLEU"])
+    assert f"is {behind:.1f} BLEU behind full fine-tuning" in _PAGES["README.md"].replace("\n", " ")
+
+
 @pytest.mark.parametrize(("page", "quoted"), [("README.md", r"\("), ("docs/methods.md", r"[(`]")])
 def test_tables_of_methods_have_every_method(page, quoted):
     exist = {name for name, value in vars(methods).items() if inspect.isclass(value)}

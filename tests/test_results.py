@@ -83,6 +83,15 @@ def test_the_rows_are_comparable():
     assert len({config["train"]["lr"] for config in kept if config["method"]["name"] != "Full"}) <= 1
 
 
+def test_lora_is_level_with_full_fine_tuning():
+    """Within one BLEU, above 60, and no fewer values named; from a base that does none of it."""
+    lora, full = (_facts(_ROWS[row]) for row in ("lora_r8", "full"))
+    assert lora["scores"]["after"]["BLEU"] > max(0.60, full["scores"]["after"]["BLEU"] - 0.01)
+    assert lora["values"]["after"]["values"] >= full["values"]["after"]["values"]
+    assert lora["scores"]["before"]["BLEU"] < 0.01
+    assert lora["trainable"] < 0.02 * full["trainable"]
+
+
 def _references(path):
     """The wordings of each meaning, meanings in the order of their first line: written apart from the
     pipeline's own.
