@@ -20,10 +20,10 @@ PROMPTS = [[3, 1, 4], [1], [9, 2, 6, 5, 3, 12, 8, 9, 7, 9], [3, 2], [8, 4, 6, 2,
 
 
 @functools.cache
-def weights(seed):
+def weights(seed, model=MODEL):
     """Random, and large enough for the next token to depend on all before it."""
     draw = np.random.default_rng(seed)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return jax.tree.map(lambda leaf: draw.normal(0, 0.7, leaf.shape).astype(np.float32), shapes)
 
 

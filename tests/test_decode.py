@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import llama_models
 import numpy as np
 import pytest
 from continuing import END, generated, MODEL, PROMPTS, weights
@@ -20,23 +21,21 @@ from experiments.decoding.search import search
 from experiments.tasks.examples import padded_width
 from experiments.training import sharded
 from lora_jax.interop import hf
-from lora_jax.models import stack_layers
+from lora_jax.models import Llama, stack_layers
 from lora_jax.models.gpt2 import GPT2
 
 
 @functools.cache
-def _forward():
-    return jax.jit(MODEL.apply)
+def _forward(model):
+    return jax.jit(model.apply)
 
 
-def next_logits(params, sequences):
+def next_logits(params, sequences, model=MODEL):
     """The logits after each sequence, by the whole forward pass over all of it."""
-    rows = np.zeros(
-        (10, MODEL.config.n_positions), np.int32
-    )  # of one shape, whatever is asked: compiled once
+    rows = np.zeros((10, model.config.positions), np.int32)  # of one shape, whatever is asked: compiled once
     for row, sequence in zip(rows, sequences, strict=False):
         row[: len(sequence)] = sequence
-    logits = np.asarray(_forward()({"params": params}, rows), np.float64)
+    logits = np.asarray(_forward(model)({"params": params}, rows), np.float64)
     return [logits[row, len(sequence) - 1] for row, sequence in enumerate(sequences)]
 
 
@@ -46,7 +45,7 @@ def repeats(tokens, size):
     return {gram[-1] for gram in grams if gram[:-1] == tuple(tokens[len(tokens) - size + 1 :])}
 
 
-def reference(params, prompt, section, end, seen=None):
+def reference(params, prompt, section, end, seen=None, model=MODEL):
     """The authors' beam search for one prompt. `seen` collects the names of what occurred."""
     seen = set() if seen is None else seen
     live, ended = [(0.0, [])], []
@@ -56,7 +55,7 @@ def reference(params, prompt, section, end, seen=None):
 
     for _ in range(section.max_tokens):
         candidates = []
-        logits = next_logits(params, [prompt + tokens for _, tokens in live])
+        logits = next_logits(params, [prompt + tokens for _, tokens in live], model)
         for (score, tokens), row in zip(live, logits, strict=True):
             banned = repeats(tokens, section.no_repeat_ngram) if section.no_repeat_ngram else set()
             if banned:
@@ -110,6 +109,18 @@ def test_search_is_the_reference(name):
     # A comparison in which nothing happens would prove little.
     assert "best has ended" in seen and (section.beams == 1 or {"ended by 0", "ended by 5"} <= seen)
     assert ("banned" in seen) == (section.no_repeat_ngram is not None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
+def test_search_in_the_llama_family_is_the_reference(kind):
+    """Beams that share a prompt's cache, with rotary positions, and windows shorter than the texts."""
+    model = Llama(dataclasses.replace(llama_models.TINY[kind], vocab_size=MODEL.config.vocab_size))
+    section, seen = SECTIONS["the authors'"], set()
+    for seed in range(3):
+        params = weights(seed, model)
+        found = generated(params, PROMPTS, section, model=model)
+        assert found == [reference(params, prompt, section, END, seen, model) for prompt in PROMPTS]
+    assert {"best has ended", "banned", "ended by 5"} <= seen
 
 
 def test_one_beam_is_the_likeliest_token_each_time():
