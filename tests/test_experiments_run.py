@@ -74,6 +74,13 @@ def test_the_report_says_what_only_the_training_loss_has(root, tmp_path, monkeyp
     assert "training loss is that" not in (root / "done" / "base" / "report.md").read_text()
 
 
+def test_a_sample_without_a_text_is_seen_to_be_one(root):
+    config = configs.load(root / "tiny.json")
+    facts = json.loads((root / "done" / "report.json").read_text())
+    facts["samples"] = [{"input": "name : A", "before": "", "after": "A .", "references": []}]
+    assert "- before: (nothing)\n- after: A .\n" in pages.render(config, facts)
+
+
 def test_a_run_says_what_it_does_once_it_is_trained(root, tmp_path, capsys):
     """Each stage that takes time begins with a line; the base decodes nothing that nobody asked for."""
     config = configs.load(root / "tiny.json", ["decode.before=false", "decode.shown=0"])

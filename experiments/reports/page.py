@@ -191,8 +191,8 @@ def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
         lines += [
             f"**{sample['input']}**",
             "",
-            f"- before: {sample['before']}",
-            f"- after: {sample['after']}",
+            f"- before: {sample['before'] or '(nothing)'}",
+            f"- after: {sample['after'] or '(nothing)'}",
         ]
         lines += [f"- a person: {text}" for text in sample["references"][:1]] + [""]
     return lines
