@@ -10,6 +10,7 @@ from gguf_files import CHARACTERS, values, write
 from runs import close, GENERATE, refused, without_java as without_java
 from training import optax_promotes as optax_promotes
 
+import lora_jax
 from experiments.command_line import main
 from experiments.progress import read_metrics
 from experiments.running.base import load_tokenizer
@@ -115,6 +116,18 @@ def test_convert_merges_into_the_gguf_base(made, tmp_path):
     assert main([*words, "--base", str(root / "base.gguf")]) == 0
     close(hf.load(tmp_path / "merged")[1], hf.load(root / "done" / "merged")[1])
     assert load_tokenizer(tmp_path / "merged").eos_token == "<|im_end|>"
+
+
+def test_a_gguf_base_has_no_head_of_classes(made, tmp_path, capsys, monkeypatch):
+    root, _ = made
+    model, params = hf.load(root / "done" / "merged", head="sequence_classification", num_labels=2)
+    targets = {"q_proj/kernel": lora_jax.LoRA(rank=2), "score/kernel": lora_jax.Full()}
+    peft.save(tmp_path / "adapter", model, *lora_jax.lorafy(params, targets))
+    words = ["convert", tmp_path / "adapter", tmp_path / "merged", "--to", "hf", "--base"]
+    line = refused(capsys, monkeypatch, *words, root / "base.gguf")
+    assert "base.gguf is a GGUF file, and" in line and "the head of 'sequence_classification'" in line
+    line = refused(capsys, monkeypatch, *words, root / "absent.gguf")
+    assert "there is no config.json, and no GGUF file" in line
 
 
 def test_what_llama_cpp_cannot_hold_is_said(made):
