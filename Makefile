@@ -41,7 +41,7 @@ find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.experiments  ## Fetch SmolLM2-135M (98 MB), train LoRA on it, write demo_run/ and compare with full fine-tuning
+demo: $(VENV)/.experiments  ## Fetch SmolLM2-135M (98 MB), train LoRA on it and write demo_run/
 	$(python) -m experiments fetch smollm2-135m
 	HF_HUB_OFFLINE=1 $(python) -m experiments run --config experiments/configs/demo.json --workdir demo_run
 	@$(python) -m experiments report demo_run experiments/results/demo/full

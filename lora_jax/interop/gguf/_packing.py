@@ -49,8 +49,8 @@ def packed_groups(
         if kinds[1:]:
             raise ValueError(
                 f"`packed` names {path!r}, whose layers are stored in several types ({', '.join(kinds)}), "
-                "and "
-                "packed layers of one type alone can be stacked: pass `scan=False`, or patterns without it."
+                "and packed layers of one type alone can be stacked: pass `scan=False`, or patterns without "
+                "it."
             )
         if kinds[0] not in KINDS:
             raise ValueError(

@@ -44,8 +44,7 @@ def tokenizer(file: str | Path) -> Any:
     if not source.length("tokenizer.ggml.tokens"):
         raise ValueError(
             f"{source.path} has no tokenizer (`tokenizer.ggml.tokens`); take that of the model's Hugging "
-            "Face "
-            "directory."
+            "Face directory."
         )
     with brought_by("experiments", "lora_jax.interop.gguf.tokenizer"):
         import transformers
