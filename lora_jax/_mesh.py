@@ -25,6 +25,12 @@ def is_explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
+def one_device() -> bool:
+    """Whether no array can be split: there is one device, and no mesh of others is traced for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 and (mesh.empty or mesh.size == 1)
+
+
 def sharding_like(
     array: jax.Array, labels: Sequence, wanted: Sequence, mesh: Any = None
 ) -> NamedSharding | None:

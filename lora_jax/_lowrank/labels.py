@@ -3,12 +3,16 @@
 A label is the index of an axis of W, RANK, or a name for an axis of the data.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from .._mesh import one_device
 
 
 RANK = -1  # the label of the rank axis, beside the indices of W's own axes
@@ -26,6 +30,11 @@ def dot(
 
     Returns the product and its labels: batch, free of x, free of y.
     """
+    found = dot_labels(x_labels, y_labels, keep)
+    shape = dict(zip((*x_labels, *y_labels), (*x.shape, *y.shape), strict=True))
+    if one_device() and options.get("out_sharding") is None:
+        x, x_labels = _joined(x, x_labels, y_labels)
+        y, y_labels = _joined(y, y_labels, x_labels)
     shared = [label for label in x_labels if label in y_labels]
     batch = [label for label in shared if label in keep]
     summed = [label for label in shared if label not in keep]
@@ -34,7 +43,23 @@ def dot(
         (positions(x_labels, summed), positions(y_labels, summed)),
         (positions(x_labels, batch), positions(y_labels, batch)),
     )
-    return lax.dot_general(x, y, numbers, **options), dot_labels(x_labels, y_labels, keep)
+    product = lax.dot_general(x, y, numbers, **options)
+    return lax.reshape(product, [shape[label] for label in found]), found
+
+
+def _joined(x: jax.Array, labels: Sequence, others: Sequence) -> tuple[jax.Array, Sequence]:
+    """`x` with neighbouring axes that `others` lack as one, whose label is the tuple of theirs.
+
+    JAX's gradient of a factor sums over these axes, those of batch and tokens. Over two, XLA transposes the
+    operand that JAX puts first, which is as wide as the weight; over one, nothing is moved. Several devices
+    keep the axes apart: joined, two that are split would be gathered.
+    """
+    axes: list[tuple] = []
+    for own, run in itertools.groupby(zip(labels, x.shape, strict=True), lambda axis: axis[0] not in others):
+        names, sizes = zip(*run, strict=True)
+        axes += [(names, math.prod(sizes))] if own else zip(names, sizes, strict=True)
+    names, sizes = zip(*axes, strict=True)
+    return lax.reshape(x, sizes), names
 
 
 def dot_labels(x_labels: Sequence, y_labels: Sequence, keep: Sequence = ()) -> tuple:

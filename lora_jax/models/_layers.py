@@ -239,8 +239,12 @@ def attention(
     attends to no key, such as a padding token on the left, gets the mean of all values, as in PyTorch, and
     not NaN. There may be fewer heads of keys and values, each for as many queries in a row (Ainslie et al.
     2023). `cap` squeezes the scores to cap · tanh(scores / cap). `dropout` is a function of the attention
-    weights. `jax.nn.dot_product_attention` is used where it can be. It has no cap and no dropout, and takes
-    its softmax in float32 even of float64 scores, so that these cases are written out.
+    weights. With an `implementation` it is `jax.nn.dot_product_attention`'s of that name, where it can be: it
+    has no cap and no dropout, and takes its softmax in float32 even of float64 scores.
+
+    The heads come before the tokens in both products. Each of q, k, v and the result is then transposed once,
+    and once again on the way back, and no array of scores is: XLA copies an operand whose batch axes are not
+    the first. So the queries that share a head of keys are more rows of its product, not one more axis.
     """
     batch, tokens, heads, width = q_BxTxHxK.shape
     chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, None, width))
@@ -248,7 +252,8 @@ def attention(
         chex.assert_rank(mask_Bx1xTxS, 4)
         chex.assert_type(mask_Bx1xTxS, bool)
 
-    if dropout is None and cap is None and q_BxTxHxK.dtype != jnp.float64:
+    wide = accumulator(q_BxTxHxK.dtype)
+    if implementation is not None and dropout is None and cap is None and wide == jnp.float32:
         # It promotes bfloat16 to its float32 accumulator implicitly, which strict dtype promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
@@ -262,20 +267,23 @@ def attention(
                 implementation=implementation,
             )
 
-    wide = accumulator(q_BxTxHxK.dtype)
-    shared = heads // k_BxSxHxK.shape[2]
-    if shared > 1:
-        k_BxSxHxK, v_BxSxHxK = (jnp.repeat(x, shared, axis=2) for x in (k_BxSxHxK, v_BxSxHxK))
-    scores_BxHxTxS = scale * jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=wide)
+    slots, shared = k_BxSxHxK.shape[1:3]
+    k_BxGxSxK, v_BxGxSxK = (x.transpose(0, 2, 1, 3) for x in (k_BxSxHxK, v_BxSxHxK))
+    # Rows M: the tokens of the first head of queries that share one of keys, then those of the next.
+    q_BxGxMxK = q_BxTxHxK.transpose(0, 2, 1, 3).reshape(batch, shared, -1, width)
+    scores_BxGxMxS = jnp.einsum("BGMK,BGSK->BGMS", q_BxGxMxK, k_BxGxSxK, preferred_element_type=wide)
+    scores_BxHxTxS = scale * scores_BxGxMxS.reshape(batch, heads, tokens, slots)
     if cap is not None:
         scores_BxHxTxS = cap * jnp.tanh(scores_BxHxTxS / cap)
     if bias_BxHxTxS is not None:
         scores_BxHxTxS = scores_BxHxTxS + bias_BxHxTxS.astype(wide)
     allowed = jnp.ones((1, 1, 1, 1), bool) if mask_Bx1xTxS is None else mask_Bx1xTxS
     if causal:
-        allowed = allowed & jnp.tril(jnp.ones((1, 1, tokens, k_BxSxHxK.shape[1]), bool))
+        allowed = allowed & jnp.tril(jnp.ones((1, 1, tokens, slots), bool))
     weights_BxHxTxS = jax.nn.softmax(jnp.where(allowed, scores_BxHxTxS, jnp.finfo(wide).min / 2))
     weights_BxHxTxS = weights_BxHxTxS.astype(v_BxSxHxK.dtype)
     if dropout is not None:
         weights_BxHxTxS = dropout(weights_BxHxTxS)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, v_BxSxHxK)
+    weights_BxGxMxS = weights_BxHxTxS.reshape(batch, shared, -1, slots)
+    y_BxGxMxK = jnp.einsum("BGMS,BGSK->BGMK", weights_BxGxMxS, v_BxGxSxK)
+    return y_BxGxMxK.reshape(batch, heads, tokens, width).transpose(0, 2, 1, 3)
