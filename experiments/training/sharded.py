@@ -24,6 +24,7 @@ from experiments.training import loss as losses, optimizer
 from experiments.training.spread import EXAMPLES, spread
 from experiments.training.step import compiled_for, step_of
 from lora_jax.methods import orthogonality
+from lora_jax.models import cross_entropy
 from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings
 
 
@@ -145,15 +146,19 @@ class ShardedStep:
     ) -> tuple[jax.Array, jax.Array]:
         """Summed loss and number of what is counted, of one part of a batch; random only with a key.
 
-        Labels with a `mask` of 1 are counted. Without a `mask`, each label is: of an example, then. With
-        `columns`, the labels are of these positions, and the head computes no other logits.
+        Labels with a `mask` of 1 are counted. Without a `mask`, each label is: the class of an example, then.
+        With `columns`, the labels are of these positions, and the head computes no other logits.
         """
         params = lora_jax.combine(frozen, delta, key=key)
         inputs = [piece[name] for name in ("input_ids", "attention_mask") if name in piece]
+        if "mask" not in piece:
+            found = cross_entropy(self.forward({"params": params}, *inputs), piece["labels"], smoothing)
+            return losses.masked_sum(found, jnp.ones(found.shape), self.reduce)
         some = {"logits_at": piece["columns"]} if "columns" in piece else {}
-        logits = self.forward({"params": params}, *inputs, **some)
-        mask = piece["mask"] if "mask" in piece else jnp.ones(piece["labels"].shape)
-        return losses.masked_sum(logits, piece["labels"], mask, smoothing, self.reduce)
+        found = self.forward(
+            {"params": params}, *inputs, labels=piece["labels"], label_smoothing=smoothing, **some
+        )
+        return losses.masked_sum(found, piece["mask"], self.reduce)
 
     def function(self, delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
         """`step_of` this loss: delta, opt_state and numbers."""

@@ -8,8 +8,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from .._lowrank.factored import Factored
+from .._lowrank.factored import Factored, NotAView
 from .._lowrank.views import broadcast, unstacked
+from .._own_derivative import has_own_derivative
 from .._packed.lazy import value_of
 
 
@@ -42,6 +43,12 @@ def _checkpoint(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list
 
 def _inlined(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
     return interpreter.evaluate(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")), values)
+
+
+def _custom_jvp(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[Any]:
+    if not has_own_derivative(eqn.params["call_jaxpr"]):
+        raise NotAView
+    return interpreter.evaluate(eqn.params["call_jaxpr"], values)
 
 
 def _handed_on(jaxpr: Any) -> list[int | None]:
@@ -223,8 +230,8 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, values: list[Any]) -> list[
 # Functions inside, through which a weight can be handed on.
 _FUNCTIONS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
-# custom_jvp_call and custom_vjp_call are missing on purpose: inlining them would drop the author's
-# derivative.
+# custom_vjp_call is missing on purpose, and custom_jvp_call is inlined with a mark only: inlining them would
+# drop the author's derivative.
 CALLS: dict[str, Callable] = {
     "jit": _jit,
     "pjit": _jit,
@@ -233,6 +240,7 @@ CALLS: dict[str, Callable] = {
     "checkpoint": _checkpoint,
     "remat": _checkpoint,
     "remat2": _checkpoint,
+    "custom_jvp_call": _custom_jvp,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -9,6 +9,7 @@ with brought_by("models", "lora_jax.models"):
     from ._cache import Cache as Cache
     from ._encoder import HEADS as HEADS
     from ._layouts import stack_layers as stack_layers, unstack_layers as unstack_layers
+    from ._losses import cross_entropy as cross_entropy
     from .bert import Bert as Bert, BertConfig as BertConfig
     from .deberta import DebertaV2 as DebertaV2, DebertaV2Config as DebertaV2Config
     from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ._cache import Cache
 from ._layers import accumulator, check_inputs, chosen
+from ._losses import head_losses
 
 
 class DecoderModel(nn.Module):
@@ -24,15 +25,20 @@ class DecoderModel(nn.Module):
     checkpoint: bool = False
     implementation: str | None = None
 
-    def logits(self, embedding, x_BxNxD):
-        """By the embedding where they are tied, and by `lm_head` where not; float32 or wider."""
-        if not self.config.tie_word_embeddings:
-            return self._projected(self.config.vocab_size, x_BxNxD, name="lm_head")
-        x_BxNxD, embedding_VxD = nn.dtypes.promote_dtype(x_BxNxD, embedding.embedding, dtype=self.dtype)
-        contract_D = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            x_BxNxD, embedding_VxD, contract_D, preferred_element_type=accumulator(x_BxNxD.dtype)
-        )
+    def results(self, embedding, x_BxNxD, labels_BxN=None, smoothing=0.0, cap=None):
+        """The logits, float32 or wider, by the embedding where they are tied, and by `lm_head` where not; of
+        labels their losses.
+        """
+        tied = self.config.tie_word_embeddings
+        logits_of = functools.partial(_logits, axis=1 if tied else 0, dtype=self.dtype, cap=cap)
+        head = embedding.embedding
+        if not tied:
+            std = nn.initializers.normal(self.config.initializer_range)
+            shape = (x_BxNxD.shape[-1], self.config.vocab_size)
+            head = _Kernel(shape, std, self.param_dtype, name="lm_head")()
+        if labels_BxN is None:
+            return logits_of(x_BxNxD, head)
+        return head_losses(logits_of, x_BxNxD, head, labels_BxN, smoothing)
 
     def classified(self, input_ids, x_BxTxD):
         """The logits of the classes, (B, labels), at the last token of each row."""
@@ -40,13 +46,10 @@ class DecoderModel(nn.Module):
         last_B = jnp.full(input_ids.shape[0], input_ids.shape[1] - 1)
         if pad is not None:
             last_B = jnp.max(jnp.where(jnp.asarray(input_ids) == pad, 0, positions_T[None]), axis=-1)
-        return self._projected(self.config.num_labels, chosen(x_BxTxD, last_B[:, None])[:, 0], name="score")
-
-    def _projected(self, features, x, name):
-        wide = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x.dtype))
+        x_BxD = chosen(x_BxTxD, last_B[:, None])[:, 0]
         std = nn.initializers.normal(self.config.initializer_range)
-        head = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
-        return head(features, kernel_init=std, dot_general=wide, name=name)(x)
+        kernel = _Kernel((x_BxD.shape[-1], self.config.num_labels), std, self.param_dtype, name="score")()
+        return _logits(x_BxD, kernel, axis=0, dtype=self.dtype, cap=None)
 
     def empty_cache(self, layers: int, heads: int, width: int, batch: int, slots: int, dtype: Any) -> Cache:
         """`heads` of keys and values, `width` numbers each."""
@@ -59,6 +62,26 @@ class DecoderModel(nn.Module):
         pairs = pair() if self.scan else tuple(pair() for _ in range(layers))
         real, positions = jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32)
         return Cache(pairs, real, positions, jnp.zeros((), jnp.int32))
+
+
+class _Kernel(nn.Module):
+    """The kernel of a dense layer, for who multiplies by it."""
+
+    shape: tuple[int, int]
+    kernel_init: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
+
+
+def _logits(x, head, *, axis, dtype, cap):
+    """x · head, contracted over `axis` of the head, and capped where there is a cap."""
+    x, head = nn.dtypes.promote_dtype(x, head, dtype=dtype)
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
+    logits = jax.lax.dot_general(x, head, contract, preferred_element_type=accumulator(x.dtype))
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def check_head(head, config, input_ids, cache, some_only):

@@ -20,6 +20,7 @@ from ._cache import advance, Cache as Cache, write
 from ._decoder import check_arguments, check_head, DecoderModel
 from ._gpt2_config import GPT2Config as GPT2Config
 from ._layers import ACTIVATIONS, attention, chosen, LayerNorm, Part, repeated
+from ._losses import check_labels
 
 
 class _Part(Part):
@@ -109,6 +110,10 @@ class GPT2(DecoderModel):
     computed, (B, N, V): prompts and padding need none. A column may come twice; -1 is the last one. A column
     that does not exist gives NaN. `last_only` is `logits_at` with the last column of each row, (B, 1, V).
 
+    **Losses.** With `labels`, (B, N) integers, the result is the cross-entropy of each column that has
+    logits, (B, N), smoothed by `label_smoothing`, and no array of all logits is made. The label of a column
+    is the token that it predicts; at a negative one (-100) the loss is 0.
+
     **With the head of classes** the logits are (B, N), those of the last token that is not
     `config.pad_token_id`, as in `transformers`; without a padding token, of the last token of the only row.
     It takes no cache.
@@ -145,6 +150,8 @@ class GPT2(DecoderModel):
         visible=None,
         logits_at=None,
         last_only: bool = False,
+        labels=None,
+        label_smoothing: float = 0.0,
         deterministic: bool = True,
     ):
         config = self.config
@@ -188,11 +195,11 @@ class GPT2(DecoderModel):
 
         x_BxNxD = chosen(x_BxTxD, logits_at, last_only)
         x_BxNxD = LayerNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="ln_f")(x_BxNxD)
+        check_labels(labels, label_smoothing, x_BxNxD.shape[:2], self.head, cache)
         if self.head is not None:
             return self.classified(input_ids, x_BxNxD)
-        logits_BxNxV = self.logits(wte, x_BxNxD)
-        chex.assert_shape(logits_BxNxV, (*x_BxNxD.shape[:2], config.vocab_size))
-        return logits_BxNxV if cache is None else (logits_BxNxV, cache._replace(layers=slots))
+        found = self.results(wte, x_BxNxD, labels, label_smoothing)
+        return found if cache is None else (found, cache._replace(layers=slots))
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens, padding included.

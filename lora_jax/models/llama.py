@@ -11,7 +11,6 @@ of `_layers.py`: G heads of keys and values.
 
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from ._llama_config import (
     Qwen2Config as Qwen2Config,
     Qwen3Config as Qwen3Config,
 )
+from ._losses import check_labels
 from ._rope import turned, turns
 
 
@@ -196,6 +196,8 @@ class Llama(DecoderModel):
         visible=None,
         logits_at=None,
         last_only: bool = False,
+        labels=None,
+        label_smoothing: float = 0.0,
         deterministic: bool = True,
     ):
         config = self.config
@@ -246,13 +248,11 @@ class Llama(DecoderModel):
         x_BxNxD = RMSNorm(config.rms_norm_eps, config.gemma, self.dtype, self.param_dtype, name="norm")(
             x_BxNxD
         )
+        check_labels(labels, label_smoothing, x_BxNxD.shape[:2], self.head, cache)
         if self.head is not None:
             return self.classified(input_ids, x_BxNxD)
-        logits_BxNxV = self.logits(embedding, x_BxNxD)
-        if config.logit_cap is not None:
-            logits_BxNxV = config.logit_cap * jnp.tanh(logits_BxNxV / config.logit_cap)
-        chex.assert_shape(logits_BxNxV, (*x_BxNxD.shape[:2], config.vocab_size))
-        return logits_BxNxV if cache is None else (logits_BxNxV, cache._replace(layers=slots))
+        found = self.results(embedding, x_BxNxD, labels, label_smoothing, config.logit_cap)
+        return found if cache is None else (found, cache._replace(layers=slots))
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens, padding included.
