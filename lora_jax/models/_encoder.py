@@ -97,11 +97,15 @@ class Dense(EncoderPart):
 
 
 class Residual(EncoderPart):
-    """LayerNorm(residual + dropout(dense(x))), the end of both halves of a layer."""
+    """LayerNorm(residual + dropout(dense(x))), the end of both halves of a layer; of the second half, x goes
+    through the activation first.
+    """
 
     @nn.compact
-    def __call__(self, x_BxTxF, residual_BxTxD):
-        x_BxTxD = self.dense(self.config.hidden_size, "dense")(x_BxTxF)
+    def __call__(self, x_BxTxF, residual_BxTxD, activated=False):
+        width = self.config.hidden_size
+        dense = self.dense_of(self.activation, width, "dense") if activated else self.dense(width, "dense")
+        x_BxTxD = dense(x_BxTxF)
         x_BxTxD = self.drop(self.config.hidden_dropout_prob, x_BxTxD)
         return self.norm("LayerNorm")(residual_BxTxD + x_BxTxD)
 
@@ -113,7 +117,7 @@ class EncoderLayer(EncoderPart):
 
     def feed_forward(self, x_BxTxD):
         h_BxTxF = Dense(*self.options(), self.config.intermediate_size, name="intermediate")(x_BxTxD)
-        return Residual(*self.options(), name="output")(self.activation(h_BxTxF), x_BxTxD)
+        return Residual(*self.options(), name="output")(h_BxTxF, x_BxTxD, activated=True)
 
 
 class Logits(Part):

@@ -107,6 +107,22 @@ class Part(nn.Module):
             name=name,
         )
 
+    def dense_of(self, activation, features, name, *, kernel_init=None, use_bias=True):
+        """A dense layer whose input is `activation` of its arguments. The backward pass computes that input
+        again, element by element, in place of keeping it: beside the arguments, which are kept, it is the
+        widest array of a layer.
+        """
+        layer = nn.remat(_DenseOf)
+        return layer(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=kernel_init or self.normal(),
+            activation=activation,
+            name=name,
+        )
+
     def embed(self, rows, features, name):
         return nn.Embed(
             rows,
@@ -123,6 +139,13 @@ class Part(nn.Module):
     def random(self, rate):
         """The dropout of this rate as a function, or `None` if nothing would be dropped."""
         return partial(self.drop, rate) if rate > 0 and not self.deterministic else None
+
+
+class _DenseOf(nn.Dense):
+    activation: Callable = staticmethod(lambda x: x)
+
+    def __call__(self, *inputs):
+        return super().__call__(self.activation(*inputs))
 
 
 class _Unrolled(nn.Module):
@@ -267,7 +290,20 @@ def attention(
                 implementation=implementation,
             )
 
+    def attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS):
+        return _attended(
+            q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, causal, scale, cap, dropout
+        )
+
+    if dropout is None:  # Scores and weights are computed again in the backward pass, and not kept.
+        attended = jax.checkpoint(attended)
+    return attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS)
+
+
+def _attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, causal, scale, cap, dropout):
+    batch, tokens, heads, width = q_BxTxHxK.shape
     slots, shared = k_BxSxHxK.shape[1:3]
+    wide = accumulator(q_BxTxHxK.dtype)
     k_BxGxSxK, v_BxGxSxK = (x.transpose(0, 2, 1, 3) for x in (k_BxSxHxK, v_BxSxHxK))
     # Rows M: the tokens of the first head of queries that share one of keys, then those of the next.
     q_BxGxMxK = q_BxTxHxK.transpose(0, 2, 1, 3).reshape(batch, shared, -1, width)

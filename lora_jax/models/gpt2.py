@@ -24,11 +24,10 @@ from ._losses import check_labels
 
 
 class _Part(Part):
-    def residual_dense(self, features, name):
+    def residual_normal(self):
         # Each layer adds to the residual stream twice. 1/sqrt(2L) keeps the variance of the stream at the
         # start (section 2.3).
-        std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
-        return self.dense(features, name, kernel_init=nn.initializers.normal(std))
+        return nn.initializers.normal(self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
 
     def norm(self, name):
         return LayerNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype, name=name)
@@ -60,7 +59,9 @@ class Attention(_Part):
             dropout=self.random(self.config.attn_pdrop),
             implementation=self.implementation,
         )
-        y_BxTxD = self.residual_dense(width, "c_proj")(y_BxTxHxK.reshape(batch, tokens, width))
+        y_BxTxD = self.dense(width, "c_proj", kernel_init=self.residual_normal())(
+            y_BxTxHxK.reshape(batch, tokens, width)
+        )
         return self.drop(self.config.resid_pdrop, y_BxTxD), slots
 
 
@@ -69,8 +70,13 @@ class MLP(_Part):
     def __call__(self, x_BxTxD):
         width = x_BxTxD.shape[-1]
         h_BxTxF = self.dense(self.config.n_inner or 4 * width, "c_fc")(x_BxTxD)
-        h_BxTxF = ACTIVATIONS[self.config.activation_function](h_BxTxF)
-        return self.drop(self.config.resid_pdrop, self.residual_dense(width, "c_proj")(h_BxTxF))
+        project = self.dense_of(
+            ACTIVATIONS[self.config.activation_function],
+            width,
+            "c_proj",
+            kernel_init=self.residual_normal(),
+        )
+        return self.drop(self.config.resid_pdrop, project(h_BxTxF))
 
 
 class Block(_Part):

@@ -118,8 +118,9 @@ class MLP(_Part):
             self.dense(config.intermediate_size, name, use_bias=config.inner_bias)(x_BxTxD)
             for name in ("gate_proj", "up_proj")
         )
-        h_BxTxF = ACTIVATIONS[config.hidden_act](gate_BxTxF) * up_BxTxF
-        return self.dense(x_BxTxD.shape[-1], "down_proj", use_bias=config.inner_bias)(h_BxTxF)
+        gated = lambda gate, up: ACTIVATIONS[config.hidden_act](gate) * up
+        project = self.dense_of(gated, x_BxTxD.shape[-1], "down_proj", use_bias=config.inner_bias)
+        return project(gate_BxTxF, up_BxTxF)
 
 
 class Block(_Part):
