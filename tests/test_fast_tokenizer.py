@@ -5,11 +5,16 @@ makes something else of is left to it.
 import json
 import random
 import shutil
+import sys
 
 import pytest
 import small_base
 from gguf_files import CHARACTERS, write
+from runs import BASE
+from training import optax_promotes as optax_promotes
 
+from experiments import requirements
+from experiments.command_line import main
 from experiments.running import base as bases
 from experiments.running.base import load_tokenizer
 from experiments.tasks import fast_tokenizer, tokenizer as training
@@ -195,7 +200,21 @@ def test_what_it_does_not_do_is_refused():
         ours.decode([1], clean_up_tokenization_spaces=True)
 
 
-def test_a_run_reads_it_so(tmp_path):
+def test_a_run_needs_no_transformers(tmp_path, monkeypatch):
+    """Nor PyTorch, which compares the exported model where it is installed."""
+    for module in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    found = [module for module in requirements.OF_EVERY_RUN if module != "transformers"]
+    monkeypatch.setattr(requirements, "OF_EVERY_RUN", tuple(found))
+    architecture = BASE["base"]["architecture"]
+    config = {**BASE, "base": {"architecture": architecture, "tokenizer": str(small_base.TOKENIZER)}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["run", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "run")]) == 0
+    merged = fast_tokenizer.read(tmp_path / "run" / "merged")
+    assert merged is not None and merged.pad_token == "<|endoftext|>"
+
+
+def test_the_loader_chooses(tmp_path):
     assert isinstance(load_tokenizer(small_base.TOKENIZER), fast_tokenizer.FastTokenizer)
     pytest.importorskip("transformers")
     other = changed(tmp_path / "changed", **REFUSED["digits"])
