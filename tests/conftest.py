@@ -44,16 +44,21 @@ hypothesis.settings.load_profile("lora_jax")
 def pytest_configure(config):
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    if not (os.environ.get("CI") or os.environ.get("JAX_COMPILATION_CACHE_DIR")) and hasattr(config, "cache"):
-        _keep_compiled_programs(config.cache.mkdir("jax"))
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    if os.environ.get("CI") or not hasattr(config, "cache"):
+        # The command line would keep them in the user's own cache.
+        _set_in_all_processes(jax_enable_compilation_cache=False)
+    else:
+        _set_in_all_processes(
+            jax_compilation_cache_dir=str(config.cache.mkdir("jax")),
+            jax_persistent_cache_min_compile_time_secs=0,  # most take less than JAX's one second
+        )
 
 
-def _keep_compiled_programs(directory: Path):
-    """On disk, for this process and for those that tests start."""
-    for option, value in {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0,  # most take less than JAX's one second
-    }.items():
+def _set_in_all_processes(**options):
+    """For this process and for those that tests start."""
+    for option, value in options.items():
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)
 

@@ -84,6 +84,13 @@ def root(tmp_path_factory):
     return _finished(tmp_path_factory.getbasetemp())
 
 
+def by_transformers(directory):
+    """The tokenizer in a directory, as a user of the exported model reads it."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
 def snapshot(directory):
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()

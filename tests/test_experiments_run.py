@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import close, GENERATE, refused, root as root, without_java as without_java
+from runs import by_transformers, close, GENERATE, refused, root as root, without_java as without_java
 from training import optax_promotes as optax_promotes
 
 import lora_jax
@@ -16,7 +16,6 @@ from experiments.decoding.decoder import Decoder, generate
 from experiments.progress import read_metrics
 from experiments.reports import card, figures, page as pages
 from experiments.running import beside, finish
-from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf, loralib, peft
 
 
@@ -86,7 +85,7 @@ def test_a_run_says_what_it_does_once_it_is_trained(root, tmp_path, capsys):
     config = configs.load(root / "tiny.json", ["decode.before=false", "decode.shown=0"])
     directory = root / "done" / "merged"
     model, params = hf.load(directory)
-    words = load_tokenizer(directory)
+    words = by_transformers(directory)
     prompts = tasks.prepare(config.data, tasks.read(config.data, root / "done" / "data"), words).prompts
     said = []
     decoder = Decoder.create(config, model, words, prompts)
@@ -137,7 +136,7 @@ def test_the_report_says_how_a_prompt_is_written(root):
     """The text gives the very tokens that the model was trained on, and those that end an answer."""
     done, config = root / "done", configs.load(root / "tiny.json")
     facts, page = json.loads((done / "report.json").read_text()), (done / "report.md").read_text()
-    words = load_tokenizer(done / "merged")
+    words = by_transformers(done / "merged")
     first = tasks.prepare(config.data, tasks.read(config.data, done / "data"), words).prompts[0]
     text = facts["prompt"]["text"]
     assert tuple(words(text)["input_ids"]) == first.ids and text == f"{first.text}<|endoftext|>"
@@ -146,7 +145,7 @@ def test_the_report_says_how_a_prompt_is_written(root):
 
 
 def test_the_merged_model_pads_cuts_and_continues(root):
-    words = load_tokenizer(root / "done" / "merged")
+    words = by_transformers(root / "done" / "merged")
     assert words.model_max_length == 160 and words.pad_token == "<|endoftext|>"
     found = words(["a", "a house by the lake " * 100], padding=True, truncation=True, return_tensors="np")
     assert found["input_ids"].shape == (2, 160) and found["attention_mask"][0].sum() == 1
@@ -174,7 +173,7 @@ def test_transformers_continues_as_the_run_did(root, torch, tmp_path, section):
         lambda leaf: leaf + chance.normal(0, 3, leaf.shape).astype(leaf.dtype), params["h"]
     )
     config = configs.load(root / "tiny.json")
-    words = load_tokenizer(done / "merged")
+    words = by_transformers(done / "merged")
     prompts = tasks.prepare(config.data, tasks.read(config.data, done / "data"), words).prompts
     if "end" in section:
         (freely,) = generate(model, params, [prompts[0].ids], Decode(max_tokens=12), end=(0,))
@@ -251,7 +250,7 @@ def test_the_predictions_are_those_of_the_base_and_of_the_merged_model(root):
     done, config = root / "done", configs.load(root / "tiny.json")
     for directory, file in (("base/merged", "predictions_before.txt"), ("merged", "predictions.txt")):
         model, params = hf.load(done / directory)
-        words = load_tokenizer(done / directory)
+        words = by_transformers(done / directory)
         splits = tasks.prepare(config.data, tasks.read(config.data, done / "data"), words)
         texts = Decoder.create(config, model, words, splits.prompts).texts(params)
         assert (done / file).read_text().splitlines() == texts

@@ -7,13 +7,12 @@ import pytest
 from flax import traverse_util
 from gguf_adapters import applied, in_file_order, path_of, read
 from gguf_files import CHARACTERS, values, write
-from runs import close, GENERATE, refused, without_java as without_java
+from runs import by_transformers, close, GENERATE, refused, without_java as without_java
 from training import optax_promotes as optax_promotes
 
 import lora_jax
 from experiments.command_line import main
 from experiments.progress import read_metrics
-from experiments.running.base import load_tokenizer
 from lora_jax.interop import hf, peft
 
 
@@ -86,7 +85,7 @@ def test_the_report_names_it_and_its_base(made):
 
 
 def test_the_tokenizer_of_the_file_goes_with_the_merged_model(made):
-    tokenizer = load_tokenizer(made[0] / "done" / "merged")
+    tokenizer = by_transformers(made[0] / "done" / "merged")
     assert tokenizer.decode(tokenizer("The t")["input_ids"]) == "The t"
     assert tokenizer.eos_token == "<|im_end|>"
 
@@ -115,7 +114,7 @@ def test_convert_merges_into_the_gguf_base(made, tmp_path):
     words = ["convert", str(root / "done" / "adapter"), str(tmp_path / "merged"), "--to", "hf"]
     assert main([*words, "--base", str(root / "base.gguf")]) == 0
     close(hf.load(tmp_path / "merged")[1], hf.load(root / "done" / "merged")[1])
-    assert load_tokenizer(tmp_path / "merged").eos_token == "<|im_end|>"
+    assert by_transformers(tmp_path / "merged").eos_token == "<|im_end|>"
 
 
 def test_a_gguf_base_has_no_head_of_classes(made, tmp_path, capsys, monkeypatch):

@@ -52,6 +52,33 @@ def test_the_check_above_can_fail(tmp_path):
     assert {"chex", "safetensors"} <= _loads("import heavy", tmp_path)
 
 
+# `transformers` takes more than a second to import, and PyTorch, which it imports where it is installed,
+# three.
+_SLOW = {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from experiments.command_line import main\nassert main(['report', "
+        "'experiments/results/demo/full']) == 0",
+        "import experiments.convert, experiments.fetch, experiments.metrics.files, experiments.running.run\n"
+        "import experiments.plan.figures, experiments.plan.report, experiments.running.compiled",
+    ],
+    ids=["report", "the others"],
+)
+def test_no_command_loads_what_is_slow_before_it_needs_it(statement):
+    """A run does where it meets a tokenizer that only `transformers` knows (`test_fast_tokenizer`)."""
+    assert not _SLOW & _loads(statement)
+
+
+def test_the_help_loads_nothing():
+    statement = (
+        "from experiments.command_line import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass"
+    )
+    assert _loads(f"{statement}\nassert 'jax' not in __import__('sys').modules") == set()
+
+
 # -- in the source -------------------------------------------------------------------------------------------
 
 # Rooms, the most particular first: a file or directory of lora_jax, and what it may import beside the

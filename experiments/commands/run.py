@@ -12,7 +12,10 @@ from experiments.commands.options import Commands
 
 def add_to(commands: Commands) -> None:
     run = commands.add_parser(
-        "run", help="train, merge, export and report what a config says, or go on with it"
+        "run",
+        help="train, merge, export and report what a config says, or go on with it",
+        epilog="Compiled programs are kept for the next run in ~/.cache/lora_jax/jax, or in "
+        "JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
     )
     run.add_argument("config_file", nargs="?", metavar="CONFIG", help="the config, if not given as --config")
     run.add_argument("--config", help="a JSON file such as experiments/configs/demo.json")
@@ -76,8 +79,10 @@ def _run(args: argparse.Namespace) -> None:
     path = Path(args.config or args.config_file)
     config = configs.load(path, args.set)
     requirements.look_for(_further(config), "this run")
+    from experiments.running import compiled
     from experiments.running.run import run
 
+    compiled.keep()
     data = Path(args.data or os.environ.get("LORA_JAX_DATA") or ".")
     workdir = Path(args.workdir or Path("runs") / config.name)
     run(config, path, data, workdir, bases=catalogue.directory(args.bases))

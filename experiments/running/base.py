@@ -1,6 +1,7 @@
 """The weights a run starts from, and the tokenizer that belongs to them."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from jax.sharding import Mesh
 
 from experiments import catalogue
 from experiments.config import Architecture, Base, Precision
+from experiments.tasks import fast_tokenizer
 from experiments.training import precision
 from lora_jax.interop import gguf, hf
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.processes import on_first
 from lora_jax.sharding import partition_specs, shardings
+
+
+# Says which GGUF file the tokenizer beside it was written out of; written last.
+UNPACKED = "unpacked.json"
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,7 @@ def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Prec
     packed = source.name if source.suffix == ".gguf" else None
     if packed is not None:
         model, params = gguf.load(source, **how)
-        tokenizer, directory = _with_end(gguf.tokenizer(source), source), places.tokenizer
-        # The files that an export carries along.
-        on_first(lambda: str(tokenizer.save_pretrained(directory)))
+        tokenizer, directory = _with_end(_unpacked(source, places.tokenizer), source), places.tokenizer
     else:
         model, params = hf.load(source, **how)
         tokenizer, directory = load_tokenizer(source), source
@@ -139,9 +143,31 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in a directory, without asking the hub."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no tokenizer directory `{directory}`.")
-    import transformers
+    found = fast_tokenizer.read(directory)
+    if found is None:
+        import transformers
 
-    return _with_end(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True), directory)
+        found = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return _with_end(found, directory)
+
+
+def _unpacked(source: Path, directory: Path) -> Any:
+    """The tokenizer in a GGUF file. Its own files, which an export carries along, come into `directory`, and
+    are read where they are there already: the other way takes seconds.
+    """
+    there = source.stat()
+    described = json.dumps({"file": source.name, "bytes": there.st_size, "changed": there.st_mtime_ns}) + "\n"
+    mark = directory / UNPACKED
+
+    def unpack() -> None:
+        if not mark.is_file() or mark.read_text("utf-8") != described:
+            mark.unlink(missing_ok=True)
+            gguf.tokenizer(source).save_pretrained(directory)
+            mark.write_text(described, "utf-8")
+
+    on_first(unpack)
+    found = fast_tokenizer.read(directory)
+    return gguf.tokenizer(source) if found is None else found
 
 
 def _with_end(tokenizer: Any, source: Path) -> Any:

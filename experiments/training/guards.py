@@ -77,10 +77,12 @@ class Guards:
             The batch is written first.
         """
         pending, self._pending = self._pending, []
-        for step, numbers in pending:
+        # All at once: one after the other they would each wait for a copy.
+        finite = jax.device_get([numbers["finite"] for _, numbers in pending])
+        for (step, numbers), was_finite in zip(pending, finite, strict=True):
             if step == FIRST_FULL_GRADIENT:
                 self._report_without_gradient(np.asarray(numbers["largest"]))
-            if not bool(numbers["finite"]):
+            if not was_finite:
                 self._not_finite(step, numbers)
 
     def _not_finite(self, step: int, numbers: dict[str, jax.Array]) -> None:

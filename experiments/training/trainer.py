@@ -4,6 +4,10 @@ differently.
 What a step does depends on (config, base, data, step) and on nothing else: its examples come from `order`,
 its random key is the run's key folded with the step, its rate from the schedule. Where its arrays lie on the
 mesh is said in `sharded`.
+
+While the devices compute a step, the host reads the examples of the next one and sends it. It waits for the
+step before, so that a run which is asked to stop has two at most to finish, and for this one only where
+something is due.
 """
 
 import functools
@@ -20,6 +24,7 @@ from experiments.config import Config
 from experiments.progress import Record
 from experiments.tasks.examples import Splits
 from experiments.training import loss as losses, optimizer, order, precision
+from experiments.training.ahead import Ahead, one_behind
 from experiments.training.due import due
 from experiments.training.guards import FIRST_FULL_GRADIENT, Guards, not_finite_steps
 from experiments.training.sharded import BATCH, ShardedStep
@@ -106,12 +111,14 @@ class Trainer:
         """Negative log-likelihood a counted token over the validation examples, without dropout or
         smoothing.
         """
-        total = count = 0.0
-        for indices in evaluation_batches(
-            len(examples), self.config.train.batch, self.config.train.eval_batches
-        ):
+
+        def of_batch(indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
             part = jax.tree.map(lambda array: array[0], self.device_batch(examples, indices))
-            numbers = compiled(delta, self.frozen, part)
+            return compiled(delta, self.frozen, part)
+
+        train, total, count = self.config.train, 0.0, 0.0
+        batches = evaluation_batches(len(examples), train.batch, train.eval_batches)
+        for numbers in one_behind(map(of_batch, batches)):
             total, count = total + float(numbers[0]), count + float(numbers[1])
         return float(losses.mean(total, count))
 
@@ -129,7 +136,7 @@ class Trainer:
         Raises:
           NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
         """
-        train, config, size = self.config.train, self.config, len(splits.train)
+        train, config, size, key = self.config.train, self.config, len(splits.train), state.key
         step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=self.step.everywhere)
         rate = optimizer.warmup_linear(train)
 
@@ -138,6 +145,10 @@ class Trainer:
 
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))
+
+        def inputs(done: int) -> tuple[dict[str, jax.Array], jax.Array]:
+            batch = self.device_batch(splits.train, indices(done), train.accumulate)
+            return batch, jax.random.fold_in(key, done - 1)
 
         before = on_first(lambda: not_finite_steps(record.directory, state.step))
         guards = Guards(
@@ -151,16 +162,16 @@ class Trainer:
         if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
             record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
         started, since = time.perf_counter(), state.step
+        ahead, previous = Ahead(inputs), None
         for number in range(state.step, train.steps):
             done = number + 1
-            batch = self.device_batch(splits.train, indices(done), train.accumulate)
-            delta, opt_state, numbers = step(
-                state.delta, state.opt_state, self.frozen, batch, jax.random.fold_in(state.key, number)
-            )
-            state = State(
-                delta, opt_state, done, order.epoch_and_position(done, size, train.batch), state.key
-            )
+            delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, *ahead.take(done))
+            state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), key)
             guards.add(done, numbers)
+            if done < train.steps:
+                ahead.prepare(done + 1)
+            jax.block_until_ready(previous)
+            previous = numbers["finite"]
             record.advance(done)
             stop = stop_requested()
             now_due = due(done, train, stop)
