@@ -59,6 +59,8 @@ def dot_general(
 
     after, x = _magnitude_side(weight, x, x_labels, out_labels)
     y = used(base, x, weight.weight)
+    if after is not None:
+        y = _summed_once(y, out_labels, after, weight.labels("magnitude"))
     weight = weight.unwindowed(own_batch)
     x = dropped_out(x, weight)
     # The factors do not vary along new axes: contracting with one is summing over it.
@@ -129,6 +131,20 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
     raise NotAView
 
 
+def _summed_once(y: jax.Array, y_labels: Sequence, factor: jax.Array, labels: Sequence) -> jax.Array:
+    """`y` plus zeros, which XLA cannot know to be zeros, before the low-rank terms are added and the sum is
+    multiplied by `factor`.
+
+    The backward pass needs v = x W + (x A) B for the gradient of m, and m v for what follows. XLA makes m v
+    from v again, which is one array more than LoRA's at most. But a sum of two products alone it takes apart:
+    it moves their reshapes behind the sum, and the sum into all that uses it, so that x W, (x A) B and v were
+    all kept.
+    """
+    zeros = lax.stop_gradient(factor.astype(y.dtype)) * jnp.zeros((), y.dtype)
+    zeros = moved(zeros, sharding_like(y, y_labels, labels))
+    return y + aligned(zeros, labels, y_labels, y.shape)
+
+
 def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Sequence) -> jax.Array:
     """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01
     would be 1.0078.
@@ -139,7 +155,12 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
         factor, sharding_like(x, x_labels, labels)
     )  # otherwise the result would be split as the factor is
     wide = widened(x.dtype)
-    return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
+
+    def product(x: jax.Array, factor: jax.Array) -> jax.Array:
+        return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
+
+    # The backward pass keeps the two as they are: neither `x` in the wider dtype nor the factor as large as `x`.
+    return jax.checkpoint(product, prevent_cse=False)(x, factor)
 
 
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
