@@ -132,13 +132,11 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
 
 
 def _summed_once(y: jax.Array, y_labels: Sequence, factor: jax.Array, labels: Sequence) -> jax.Array:
-    """`y` plus zeros, which XLA cannot know to be zeros, before the low-rank terms are added and the sum is
-    multiplied by `factor`.
+    """`y` plus a row of zeros, which XLA does not know to be zeros: with it, v = x W + (x A) B is one array.
 
-    The backward pass needs v = x W + (x A) B for the gradient of m, and m v for what follows. XLA makes m v
-    from v again, which is one array more than LoRA's at most. But a sum of two products alone it takes apart:
-    it moves their reshapes behind the sum, and the sum into all that uses it, so that x W, (x A) B and v were
-    all kept.
+    The backward pass needs v for the gradient of m, and often m v + c, which XLA makes from v again. Of a sum
+    of two products alone it keeps x W, (x A) B and v: it moves the reshapes of the products behind their sum,
+    and then adds them anew in all that uses the sum. Where no m follows, the bias does the same (`Pending`).
     """
     zeros = lax.stop_gradient(factor.astype(y.dtype)) * jnp.zeros((), y.dtype)
     zeros = moved(zeros, sharding_like(y, y_labels, labels))
