@@ -53,7 +53,8 @@ def _kept(key: jax.Array, keep: float, x: jax.Array) -> jax.Array:
     words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32, **options)
     threshold = jnp.uint32(min(round(keep * 2**32), 2**32 - 1))
     turned = [words, *((words << by) | (words >> (32 - by)) for by in (8, 16, 24))]
-    # Stacked, not compared all at once: the mask is then one array for XLA, which otherwise keeps the words too.
+    # Stacked, not compared all at once: the mask is then one array for XLA, which otherwise keeps the words
+    # too.
     kept = jnp.stack([word < threshold for word in turned], axis=-1)
     kept = kept.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     return moved(kept, sharding_like(x, labels, labels))
@@ -179,7 +180,8 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
     def product(x: jax.Array, factor: jax.Array) -> jax.Array:
         return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
 
-    # The backward pass keeps the two as they are: neither `x` in the wider dtype nor the factor as large as `x`.
+    # The backward pass keeps the two as they are: neither `x` in the wider dtype nor the factor as large as
+    # `x`.
     return jax.checkpoint(product, prevent_cse=False)(x, factor)
 
 
