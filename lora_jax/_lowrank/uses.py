@@ -82,8 +82,6 @@ def dot_general(
 
     after, x = _magnitude_side(weight, x, x_labels, out_labels)
     y = used(base, x, weight.weight)
-    if after is not None:
-        y = _summed_once(y, out_labels, after, weight.labels("magnitude"))
     weight = weight.unwindowed(own_batch)
     x, weight = dropped_out(x, weight)
     # The factors do not vary along new axes: contracting with one is summing over it.
@@ -136,7 +134,19 @@ def dot_general(
         )
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
-    total = Pending(y, tuple((product(term), term.window) for term in weight.terms), axis)
+
+    def zeros() -> jax.Array:
+        labels = weight.labels(second)
+        row = lax.index_in_dim(
+            getattr(weight.terms[0], second), 0, axis=labels.index(RANK), keepdims=False
+        ).astype(y.dtype)
+        labels = tuple(label for label in labels if label != RANK)
+        row = moved(lax.stop_gradient(row) * jnp.zeros((), y.dtype), sharding_like(y, out_labels, labels))
+        return aligned(row, labels, out_labels, y.shape)
+
+    along = weight.windowed is None and weight.terms and set(weight.labels(second)) <= {RANK, *out_labels}
+    pieces = tuple((product(term), term.window) for term in weight.terms)
+    total = Pending(y, pieces, axis, zeros if along else None)
     return total if after is None else times(total.value(), out_labels, after, weight.labels("magnitude"))
 
 
@@ -152,18 +162,6 @@ def _magnitude_side(weight: Factored, x: jax.Array, x_labels: Sequence, out_labe
     if all(label in x_labels for label in labels):
         return None, times(x, x_labels, weight.magnitude, labels)
     raise NotAView
-
-
-def _summed_once(y: jax.Array, y_labels: Sequence, factor: jax.Array, labels: Sequence) -> jax.Array:
-    """`y` plus a row of zeros, which XLA does not know to be zeros: with it, v = x W + (x A) B is one array.
-
-    The backward pass needs v for the gradient of m, and often m v + c, which XLA makes from v again. Of a sum
-    of two products alone it keeps x W, (x A) B and v: it moves the reshapes of the products behind their sum,
-    and then adds them anew in all that uses the sum. Where no m follows, the bias does the same (`Pending`).
-    """
-    zeros = lax.stop_gradient(factor.astype(y.dtype)) * jnp.zeros((), y.dtype)
-    zeros = moved(zeros, sharding_like(y, y_labels, labels))
-    return y + aligned(zeros, labels, y_labels, y.shape)
 
 
 def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Sequence) -> jax.Array:
@@ -215,17 +213,22 @@ def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
 class Pending:
     """`y` plus low-rank pieces that are not added yet, because what comes next is better done to `y` first.
 
-    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA, which otherwise
-    keeps x W and (x A) B both for the backward pass and adds them again there. After a fused projection is
-    split, the parts that have no window are not touched.
+    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA. Of a sum of two
+    products alone it keeps x W and (x A) B both for the backward pass: it moves the reshapes of the products
+    behind their sum, and then adds them anew in all that uses the sum. Where no bias comes, or m comes before
+    it, `zeros` does the same: a row of B times zero, which XLA may not take for zero.
+
+    After a fused projection is split, the parts that have no window are not touched.
     """
 
     y: jax.Array
     pieces: tuple[Piece, ...]
     axis: int | None
+    zeros: Callable[[], jax.Array] | None = None
 
     def value(self) -> jax.Array:
-        return added(self.y, self.pieces, self.axis)
+        y = self.y if self.zeros is None else self.y + self.zeros()
+        return added(y, self.pieces, self.axis)
 
     def cut(self, parts: Sequence[jax.Array], axis: int) -> "list[Pending | jax.Array] | None":
         """The same for `parts`, into which `y` has been split along `axis`, if no window crosses a border."""
