@@ -106,6 +106,57 @@ def test_key(uses):
     assert all(np.any(a != b) for a, b in zip(once.values(), other.values(), strict=True))
 
 
+def mask_of(rate, x, wrap=lambda fn: fn):
+    """The mask that x is dropped out by, times 1 / (1 - rate), where x is ones."""
+    width = x.shape[-1]
+    method = LoRA(rank=width, alpha=width, dropout=rate)
+    frozen, delta = lora_jax.lorafy({"w": jnp.zeros((width, width))}, "w", method=method)
+    delta = jax.tree.map(lambda array: jnp.eye(width), delta)
+    forward = wrap(lora_jax.adapt(lambda params, x: x @ params["w"]))
+    return forward(lora_jax.combine(frozen, delta, key=jax.random.key(3)), x)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.003])
+def test_rate(rate):
+    """The rate is not rounded, the mean is that of no dropout, and entries that share random bits are as good
+    as independent.
+    """
+    mask = np.asarray(mask_of(rate, jnp.ones((1 << 17, 32)), jax.jit))
+    assert set(np.unique(mask)) == {np.float32(0), np.float32(1 / (1 - rate))}
+    kept, keep = mask > 0, 1 - rate
+    error = np.sqrt(rate * keep / mask.size)
+    assert abs(kept.mean() - keep) < 5 * error  # rounded to a byte, either rate would be 10 errors off
+    by_column = np.sqrt(rate * keep / len(mask))
+    np.testing.assert_allclose(kept.mean(0), keep, atol=5 * by_column)
+    apart = (kept - keep).astype("float32")
+    together = apart.T @ apart / len(mask)
+    words = np.arange(32) // 4
+    bound = 5 * rate * keep / np.sqrt(len(mask)) + np.where(words[:, None] == words, 1 / 1024, 0)
+    assert np.all((abs(together) < bound)[~np.eye(32, dtype=bool)])
+    assert abs(np.mean(apart[1:] * apart[:-1])) < 5 * rate * keep / np.sqrt(mask.size)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 7])
+def test_rows_that_are_no_whole_words(width):
+    mask = np.asarray(mask_of(0.5, jnp.ones((4000, width))))
+    np.testing.assert_allclose(mask.mean(0), 1.0, atol=5 / np.sqrt(4000))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "spec", [P("data"), P("data", "model"), P(("data", "model")), P(None, None, "data")], ids=str
+)
+def test_the_mask_is_that_of_one_device(kind, spec):
+    """However x is split, in rows or within them."""
+    x = jnp.ones((8, 4, 16))
+    expected = mask_of(0.3, x)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        found = mask_of(0.3, split, jax.jit)
+    np.testing.assert_array_equal(found, expected)
+
+
 CASES = {
     "dot": ((6, 4), "in out", (3, 6), lambda w, x: x @ w),
     "weight on the left": ((4, 6), "out in", (6, 3), lambda w, x: w @ x),

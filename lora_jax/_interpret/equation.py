@@ -31,7 +31,7 @@ def postponed(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     pending = values[positions[0]]
     if eqn.primitive.name == "add" and eqn.outvars[0].aval.shape == pending.y.shape:
         plain = [value.y if isinstance(value, Pending) else value for value in values]
-        return [dataclasses.replace(pending, y=bind(eqn, plain)[0])]
+        return [dataclasses.replace(pending, y=bind(eqn, plain)[0], zeros=None)]
     if eqn.primitive.name == "split":
         return pending.cut(bind(eqn, [pending.y]), eqn.params["axis"])
     return None

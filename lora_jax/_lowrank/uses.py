@@ -26,15 +26,38 @@ Base = Callable[[jax.Array, jax.Array], jax.Array]
 Piece = tuple[jax.Array, tuple[int, int] | None]  # a summand, and its window along the windowed axis
 
 
-def dropped_out(x: jax.Array, weight: Factored) -> jax.Array:
-    """The input of the low-rank path: `x` with inverted dropout if the weight carries a key, else `x`
-    itself.
+def dropped_out(x: jax.Array, weight: Factored) -> tuple[jax.Array, Factored]:
+    """The input of the low-rank path and the weight for it: if the weight carries a key, `x` with dropout,
+    and 1 / (1 - rate) in the scale of every term.
     """
     if weight.key is None or weight.leaf.dropout == 0.0:
-        return x
+        return x, weight
     keep = 1.0 - weight.leaf.dropout
-    mask = jax.random.bernoulli(weight.key.reshape(-1)[0], keep, x.shape)
-    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+    mask = _kept(weight.key.reshape(-1)[0], keep, x)
+    terms = tuple(term.replace(scale=term.scale / keep) for term in weight.terms)
+    return jnp.where(mask, x, jnp.zeros((), x.dtype)), weight.replace(terms=terms)
+
+
+def _kept(key: jax.Array, keep: float, x: jax.Array) -> jax.Array:
+    """True with the probability `keep`, to 2^-32, for every entry of `x`.
+
+    Random bits are most of what dropout costs, so that four neighbours along the last axis share a word of
+    32. Each compares the word, turned by one byte more, to the threshold. Its own byte decides then, unless
+    that is the threshold's, once in 256 times. Two of the four are both kept with a probability within 1/1024
+    of keep^2; entries of different words are independent.
+    """
+    labels = range(x.ndim)
+    # The words of a row may be too few to be split as the row is.
+    where = sharding_like(x, labels, (*labels[:-1], "words"))
+    options = {} if where is None else {"out_sharding": where}
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32, **options)
+    threshold = jnp.uint32(min(round(keep * 2**32), 2**32 - 1))
+    turned = [words, *((words << by) | (words >> (32 - by)) for by in (8, 16, 24))]
+    # Stacked, not compared all at once: the mask is then one array for XLA, which otherwise keeps the words
+    # too.
+    kept = jnp.stack([word < threshold for word in turned], axis=-1)
+    kept = kept.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return moved(kept, sharding_like(x, labels, labels))
 
 
 def dot_general(
@@ -60,7 +83,7 @@ def dot_general(
     after, x = _magnitude_side(weight, x, x_labels, out_labels)
     y = used(base, x, weight.weight)
     weight = weight.unwindowed(own_batch)
-    x = dropped_out(x, weight)
+    x, weight = dropped_out(x, weight)
     # The factors do not vary along new axes: contracting with one is summing over it.
     flat = [position for position, label in enumerate(x_labels) if label in own and weight.axes[label] == NEW]
     x = jnp.sum(x, axis=flat, dtype=x.dtype) if flat else x
@@ -111,7 +134,19 @@ def dot_general(
         )
 
     axis = out_labels.index(weight.windowed) if weight.windowed in out_labels else None
-    total = Pending(y, tuple((product(term), term.window) for term in weight.terms), axis)
+
+    def zeros() -> jax.Array:
+        labels = weight.labels(second)
+        row = lax.index_in_dim(
+            getattr(weight.terms[0], second), 0, axis=labels.index(RANK), keepdims=False
+        ).astype(y.dtype)
+        labels = tuple(label for label in labels if label != RANK)
+        row = moved(lax.stop_gradient(row) * jnp.zeros((), y.dtype), sharding_like(y, out_labels, labels))
+        return aligned(row, labels, out_labels, y.shape)
+
+    along = weight.windowed is None and weight.terms and set(weight.labels(second)) <= {RANK, *out_labels}
+    pieces = tuple((product(term), term.window) for term in weight.terms)
+    total = Pending(y, pieces, axis, zeros if along else None)
     return total if after is None else times(total.value(), out_labels, after, weight.labels("magnitude"))
 
 
@@ -139,7 +174,13 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
         factor, sharding_like(x, x_labels, labels)
     )  # otherwise the result would be split as the factor is
     wide = widened(x.dtype)
-    return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
+
+    def product(x: jax.Array, factor: jax.Array) -> jax.Array:
+        return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
+
+    # The backward pass keeps the two as they are: neither `x` in the wider dtype nor the factor as large as
+    # `x`.
+    return jax.checkpoint(product, prevent_cse=False)(x, factor)
 
 
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
@@ -172,17 +213,22 @@ def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:
 class Pending:
     """`y` plus low-rank pieces that are not added yet, because what comes next is better done to `y` first.
 
-    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA, which otherwise
-    keeps x W and (x A) B both for the backward pass and adds them again there. After a fused projection is
-    split, the parts that have no window are not touched.
+    After a bias, `(x W + c) + (x A) B`: the sum with the bias is then one array for XLA. Of a sum of two
+    products alone it keeps x W and (x A) B both for the backward pass: it moves the reshapes of the products
+    behind their sum, and then adds them anew in all that uses the sum. Where no bias comes, or m comes before
+    it, `zeros` does the same: a row of B times zero, which XLA may not take for zero.
+
+    After a fused projection is split, the parts that have no window are not touched.
     """
 
     y: jax.Array
     pieces: tuple[Piece, ...]
     axis: int | None
+    zeros: Callable[[], jax.Array] | None = None
 
     def value(self) -> jax.Array:
-        return added(self.y, self.pieces, self.axis)
+        y = self.y if self.zeros is None else self.y + self.zeros()
+        return added(y, self.pieces, self.axis)
 
     def cut(self, parts: Sequence[jax.Array], axis: int) -> "list[Pending | jax.Array] | None":
         """The same for `parts`, into which `y` has been split along `axis`, if no window crosses a border."""
@@ -243,7 +289,7 @@ def _conv_to_out(base: Base, x: jax.Array, weight: Factored, params: dict) -> ja
     feature, groups = out_spec[1], params["feature_group_count"]
     y = used(base, x, weight.weight)
     weight = weight.plain().unwindowed() if groups > 1 else weight.plain().unwindowed(weight.tagged("in"))
-    x = dropped_out(x, weight)
+    x, weight = dropped_out(x, weight)
 
     def product(term: Term) -> jax.Array:
         rank, out = term.b.shape
@@ -280,7 +326,7 @@ def _conv_to_in(base: Base, x: jax.Array, weight: Factored, params: dict) -> jax
     lhs_spec, kernel_spec, _ = params["dimension_numbers"]
     y, feature = used(base, x, weight.weight), lhs_spec[1]
     weight = weight.plain().unwindowed()
-    x = dropped_out(x, weight)
+    x, weight = dropped_out(x, weight)
     labels = tuple("out" if position == feature else f"x{position}" for position in range(x.ndim))
     narrow = tuple(RANK if label == "out" else label for label in labels)
     for term in weight.terms:
@@ -328,7 +374,7 @@ def ragged_dot(base: Base, x: jax.Array, weight: Factored, group_sizes: jax.Arra
         raise NotAView
     y = used(base, x, weight.weight)
     weight = weight.plain().unwindowed()
-    h0 = dropped_out(x, weight)
+    h0, weight = dropped_out(x, weight)
     order = ("a", "b") if kinds == {"in"} else ("b", "a")
     for term in weight.terms:
         h, summed, rows = h0, x_summed, numbers.lhs_ragged_dimensions

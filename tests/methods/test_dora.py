@@ -106,3 +106,33 @@ def test_dora_of_a_column_of_zeros():
         delta = jax.tree.map(lambda array, slope: array - 0.05 * slope, delta, gradient)
     assert value < 0.01
     assert np.all(np.isfinite(lora_jax.merge(frozen, delta)["w"]))
+
+
+@pytest.mark.parametrize("scan, kept", [(False, 1), (True, 5)], ids=["unrolled", "scan"])
+def test_dora_keeps_one_array_for_the_backward_pass(scan, kept):
+    """Of each product it keeps V x, beside what LoRA keeps: for the gradient of m. Where the layers are
+    unrolled, what follows elementwise is made again from it, so that nothing is kept twice.
+    """
+    layers, width, inner, x = 6, 32, 128, jax.ShapeDtypeStruct((8, 64, 32), "float32")
+    shapes = {"up": (width, inner), "up_bias": (inner,), "down": (inner, width), "down_bias": (width,)}
+    params = {name: jax.ShapeDtypeStruct((layers, *shape), "float32") for name, shape in shapes.items()}
+
+    def block(x, layer):
+        hidden = jnp.tanh(x @ layer["up"] + layer["up_bias"][None, None])
+        return jnp.sin(x + hidden @ layer["down"] + layer["down_bias"][None, None]), None
+
+    def model(params, x):
+        if scan:
+            return jnp.sum(jax.lax.scan(block, x, params)[0])
+        for layer in range(layers):
+            x, _ = block(x, {name: array[layer] for name, array in params.items()})
+        return jnp.sum(x)
+
+    def temporary(method):
+        frozen, delta = lora_jax.lorafy(params, {"up|down": method}, axes="layer in out")
+        loss = lambda delta, frozen, x: lora_jax.adapt(model)(lora_jax.combine(frozen, delta), x)
+        compiled = jax.jit(jax.grad(loss)).lower(delta, frozen, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    excess = temporary(DoRA(rank=2)) - temporary(lora_jax.LoRA(rank=2))
+    assert excess / (layers * x.size * 4) < kept + 1
