@@ -11,8 +11,8 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from counted import agree, batch_of, examples, started
 from plans import directories as directories, small
-from test_counted import agree, started
 from training import (
     config,
     examples as tiny_examples,
@@ -31,17 +31,8 @@ from experiments.running import base as bases
 from experiments.tasks import e2e
 from experiments.tasks.examples import Examples, Splits
 from experiments.training import order, sharded, trainer as train
-from experiments.training.trainer import Trainer
 from lora_jax import LoRA
 from lora_jax.checkpoint import Checkpoints
-
-
-def examples():
-    """16 of a context and a completion each. Two are cut off, and one of these has nothing left to count."""
-    random = np.random.default_rng(0)
-    draw = lambda count: random.integers(1, 31, size=count).tolist()
-    sizes = [(20, 9), (3, 2), (44, 9), (50, 5), (1, 12), (30, 16), (8, 8), (35, 5)] * 2
-    return Examples([(draw(context), draw(completion)) for context, completion in sizes], 48)
 
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=24)
@@ -87,7 +78,6 @@ def test_a_row_has_its_examples_one_after_the_other():
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
 def test_loss_and_gradients(dtype, tolerance, x64):
     step, delta, _ = started("LoRA", dtype=dtype)
-    put = functools.partial(Trainer.device_batch, SimpleNamespace(mesh=step.mesh), examples())
     loss = functools.partial(step.loss, smoothing=0.1)
 
     @jax.jit
@@ -95,7 +85,7 @@ def test_loss_and_gradients(dtype, tolerance, x64):
         piece = jax.tree.map(lambda array: array[0], batch)
         return jax.value_and_grad(loss, has_aux=True)(delta, step.frozen, piece)
 
-    packed, apart = put(examples().packed(np.arange(16), 4)), put(np.arange(16))
+    packed, apart = batch_of(step, examples().packed(np.arange(16), 4)), batch_of(step, np.arange(16))
     assert packed["input_ids"].shape == (1, 4, 128) and apart["input_ids"].shape == (1, 16, 48)
     assert packed["input_ids"].shape[-1] > 64  # the model's positions
     agree(found(delta, packed), found(delta, apart), tolerance)
@@ -167,8 +157,7 @@ def test_the_cost_of_a_run_is_that_of_its_rows():
 
 def test_a_plan_has_the_rows_of_a_run(directories):
     step, _, _ = started("LoRA")
-    put = functools.partial(Trainer.device_batch, SimpleNamespace(mesh=step.mesh), examples())
-    batch = put(examples().packed(np.arange(16), 4))
+    batch = batch_of(step, examples().packed(np.arange(16), 4))
     work = Workload(4, 128, LoRA(rank=2), counted=batch["columns"].shape[-1], packed=True)
     planned = training_step(small(directories / "gpt2"), sharded.make_mesh(Mesh()), work).batch
     assert {name: array.shape for name, array in batch.items()} == {
