@@ -1,12 +1,18 @@
 """The bounds of `benchmarks/`, on a GPT-2 small enough to compile in seconds: counts only, no timing."""
 
+import dataclasses
 import functools
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import counted_positions, step_cost
+from benchmarks import counted_positions, packing, step_cost
 from benchmarks.training_steps import Setting, training_step
-from lora_jax.models import GPT2Config
+from experiments import config as configs
+from experiments.plan import models
+from experiments.tasks.examples import Examples
+from lora_jax.models import GPT2Config, LlamaConfig
 
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")  # optax's bias correction counts on it
@@ -78,3 +84,43 @@ def test_the_head_costs_the_positions_that_are_counted():
     low, gather = "0.9800 of the head's products are spared", "1.0300 of the bytes, above 1.02"
     missed = counted_positions.missed(rows)
     assert len(missed) == 2 and gather in missed[0] and low in missed[1]
+
+
+def test_packed_rows_cost_what_they_hold():
+    """Eight examples of a context of 9 and a completion of 3 to 31 tokens, in rows of their own and in
+    two.
+    """
+    found = Examples([([1] * 9, [2] * (3 + 4 * number)) for number in range(8)], 64)
+    steps = [np.arange(8), np.array([0, 0, 0, 0, 1, 1, 1, 1])]
+    config = configs.load(Path(packing.__file__).parent.parent / packing.CONFIG)
+    subject = models.named("smollm2-135m", "float32", checkpoint=False)
+    small = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    subject = dataclasses.replace(subject, model=subject.model.clone(config=small))
+    apart, packed = (packing.shares(found, steps, rows) for rows in (None, 2))
+    tokens, counted = [208, 8 * 14], [136, 8 * 5]
+    assert dict(apart["programs"]) == {(8, 48, 32): 1, (8, 16, 16): 1}
+    assert dict(packed["programs"]) == {(2, 112, 80): 1, (2, 64, 32): 1}
+    for row, positions in ((apart, 8 * (48 + 16)), (packed, 2 * (112 + 64))):
+        assert row["counted"] == sum(counted) / positions
+        assert row["context"] == (sum(tokens) - sum(counted)) / positions
+        assert row["counted"] + row["context"] + row["padding"] == pytest.approx(1)
+    assert apart["logits"] == sum(counted) / (8 * 48) and packed["logits"] == sum(counted) / (2 * 112)
+    each, ours = (packing.traced(subject, config, row) for row in (apart, packed))
+    assert ours < 0.8 * each
+    made = packing.compiled(subject, config, packed)
+    assert made["commonest"] == "2 × 112, 80 logits, 1 steps"
+    assert made["traced / XLA's"] == pytest.approx(
+        1, rel=0.1
+    )  # of so small a model more is element by element
+
+
+def test_a_missed_bound_of_packing_is_reported():
+    row = {"examples": 8, "rows": 2, "padding": 0.101, "FLOPs / a row each": 0.81, "traced / XLA's": 0.98}
+    assert [line.split(": ")[1] for line in packing.missed([row])] == [
+        "0.1010 of the positions are padding, above 0.10",
+        "0.8100 of the FLOPs, above 0.80",
+        "the traced step has 0.9800 of the compiled one's FLOPs",
+    ]
+    assert packing.missed([{**row, "rows": 4, "traced / XLA's": 1.0}]) == []

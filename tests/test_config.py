@@ -234,6 +234,28 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
             "`train.batch` (3) must be a multiple of `train.accumulate` (2)",
         ),
         (
+            {"train": {"steps": 1, "batch": 2, "lr": 1, "pack": 3}},
+            ValueError,
+            "`train.pack` is 3, the rows that the examples of a step share, and `train.batch` is 2: set "
+            "fewer",
+        ),
+        (
+            {
+                "train": {"steps": 1, "batch": 4, "lr": 1, "accumulate": 2, "pack": 3},
+                "data": {"task": "e2e", "train": "a", "valid": "b"},
+            },
+            ValueError,
+            "`train.pack` (3) must be a multiple of mesh.data * mesh.fsdp * train.accumulate (2)",
+        ),
+        (
+            {
+                "train": {"steps": 1, "batch": 2, "lr": 1, "pack": 1},
+                "data": {"task": "text", "train": "a", "valid": "b", "seq_len": 8},
+            },
+            ValueError,
+            '`train.pack` is 1, and `data.task` is "text", whose blocks are full already',
+        ),
+        (
             {"mesh": {"data": 4}},
             ValueError,
             "`train.batch` (2) must be a multiple of mesh.data * mesh.fsdp * train.accumulate (4)",

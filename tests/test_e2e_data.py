@@ -158,7 +158,7 @@ def test_a_batch_is_as_wide_as_its_longest_example_and_completion():
         examples.Examples([*pairs, ([5], [7] * 60)], seq_len=56),
     )
     for rows, width, columns in (
-        ([1], 16, 16), ([0, 1], 32, 16), ([1, 2], 48, 32), ([0, 1, 2, 3], 48, 48), ([-1, 0], 48, 48)
+        ([1], 16, 16), ([0, 1], 32, 16), ([1, 2], 48, 32), ([0, 1, 2, 3], 48, 48), ([-1, 0], 32, 16)
     ):  # fmt: skip
         narrow, broad = data.batch(np.array(rows)), wide.batch(np.array([*rows, 4]))
         for name, array in narrow.items():

@@ -77,6 +77,24 @@ def test_resume_is_bit_for_bit(root, parts, capsys):
     assert numbers_of(parts) == numbers_of(root / "done"), "each step is told once"
 
 
+def test_a_packed_run_resumes_bit_for_bit(root, tmp_path, capsys):
+    """Over two devices, with a row for each."""
+    settings = "train.pack=2", "mesh.data=2", "decode.prompts=1", "decode.before=false"
+    for name in ("whole", "lost"):
+        shutil.copytree(root / "done" / "base", tmp_path / name / "base")
+    assert main(words(root, tmp_path / "whole", *settings)) == 0
+    with lost_in(5):
+        main(words(root, tmp_path / "lost", *settings))
+    assert main(words(root, tmp_path / "lost", *settings)) == 0
+    assert "resuming after step 3" in capsys.readouterr().out
+    assert numbers_of(tmp_path / "lost") == numbers_of(tmp_path / "whole")
+    merged = [(tmp_path / name / "merged" / "model.safetensors").read_bytes() for name in ("lost", "whole")]
+    assert merged[0] == merged[1]
+    # Without dropout they would be those of `done`; the number of examples and of counted tokens is.
+    counted = lambda directory: [line["tokens"] for line in numbers_of(directory) if "tokens" in line]
+    assert counted(tmp_path / "whole") == counted(root / "done")
+
+
 def test_another_mesh_goes_on(root, parts, capsys):
     """Begun on one device and ended on four: the numbers of `done`, to float32 rounding, and the
     directory says which mesh was the last.

@@ -84,7 +84,9 @@ def test_a_new_head_on_a_language_model(tmp_path):
 def test_what_goes_with_the_language_model_alone():
     model = model_of()
     params = random_params(model)
-    with pytest.raises(ValueError, match="`cache`, `logits_at` and `last_only` go with the language"):
+    with pytest.raises(
+        ValueError, match="`cache`, `segment_ids`, `logits_at` and `last_only` go with the language"
+    ):
         model.apply({"params": params}, IDS, last_only=True)
     with pytest.raises(ValueError, match="`head` is 'regression'; it must be None"):
         GPT2(model.config, head="regression").init(jax.random.key(0), IDS)

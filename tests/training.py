@@ -15,6 +15,7 @@ from experiments.config import (
     Base,
     Budget,
     Config,
+    E2EData,
     Mesh,
     method_value,
     methods,
@@ -53,7 +54,8 @@ def config(
 ):
     section = Train(**{"steps": 6, "batch": 8, "lr": 1e-2, "warmup": 2, "label_smoothing": 0.1, **settings})
     architecture = Base(architecture=Architecture(8, 1, 2, 16), tokenizer="none")
-    data = TextData("text", "none", "none", 12)
+    packs = section.pack is not None  # which blocks of text do not
+    data = E2EData("e2e", "none", "none", seq_len=12) if packs else TextData("text", "none", "none", 12)
     rule = Optimizer(name, weight_decay=0.01, clip=clip, **dict(rules))
     return Config(
         "tiny", Source(None), architecture, data, method, targets, section, rule, mesh, quantize=quantize
@@ -100,7 +102,7 @@ def steps(settings, count=3):
     step, data, found = trainer.compiled_step(state), examples(), []
     for number in range(count):
         indices = np.arange(number * settings.train.batch, (number + 1) * settings.train.batch) % len(data)
-        batch = trainer.device_batch(data, indices, settings.train.accumulate)
+        batch = trainer.device_batch(data, trainer.in_rows(data, indices), settings.train.accumulate)
         key = jax.random.fold_in(state.key, number)
         delta, opt_state, numbers = step(state.delta, state.opt_state, trainer.frozen, batch, key)
         state = state._replace(delta=delta, opt_state=opt_state, step=number + 1)

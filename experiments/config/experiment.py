@@ -56,6 +56,7 @@ class Config:
                 f"`train.batch` ({self.train.batch}) must be a multiple of mesh.data * mesh.fsdp * "
                 f"train.accumulate ({parts})."
             )
+        self._check_pack(parts)
         if self.base.vocabulary is not None and not isinstance(self.data, TextData):
             raise ValueError(
                 '`base.vocabulary` trains a tokenizer on plain text, which `data.task` "text" has; '
@@ -83,4 +84,19 @@ class Config:
             raise ValueError(
                 "`method.delayed` waits for `start_delta`, which a run does not call: leave it out, and the "
                 "base follows from the first step."
+            )
+
+    def _check_pack(self, parts: int) -> None:
+        rows = self.train.pack
+        if rows is None:
+            return
+        if isinstance(self.data, TextData):
+            raise ValueError(
+                f'`train.pack` is {rows}, and `data.task` is "text", whose blocks are full already: leave '
+                "`train.pack` out."
+            )
+        if rows % parts:
+            raise ValueError(
+                f"`train.pack` ({rows}) must be a multiple of mesh.data * mesh.fsdp * train.accumulate "
+                f"({parts}), as each device has rows of its own in each part."
             )

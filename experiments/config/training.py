@@ -58,6 +58,11 @@ class Train:
     """`batch` examples make one step, in `accumulate` parts; intervals are in steps; `eval_batches` limits
     each evaluation.
 
+    `pack`: the number of rows that hold the examples of a step, several in each; null: a row each. The loss
+    and the gradient are the same, with less padding. Fewer rows have less of it, and attention costs more the
+    longer they are. It is a multiple of the devices along data and fsdp times `accumulate`. Evaluation has a
+    row for each example.
+
     `not_finite`: a step whose loss or gradient is not finite changes nothing; "stop" then ends the run,
     "skip" goes on, and either keeps the batch in the work directory. `result`: what is exported: "last", what
     the last step left; "best", what had the lowest validation loss; "mean", the mean of the
@@ -69,6 +74,7 @@ class Train:
     lr: float
     warmup: int = 0
     accumulate: int = 1
+    pack: int | None = None
     label_smoothing: float = 0.0
     log_every: int = 10
     eval_every: int = 500
@@ -86,6 +92,7 @@ class Train:
             "steps",
             "batch",
             "accumulate",
+            "pack",
             "log_every",
             "eval_every",
             "eval_batches",
@@ -96,6 +103,12 @@ class Train:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"`train.batch` ({self.batch}) must be a multiple of `train.accumulate` ({self.accumulate})."
+            )
+        if self.pack is not None and self.pack > self.batch:
+            raise ValueError(
+                f"`train.pack` is {self.pack}, the rows that the examples of a step share, and "
+                "`train.batch` is "
+                f"{self.batch}: set fewer rows, or leave `train.pack` out for a row each."
             )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(

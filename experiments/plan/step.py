@@ -25,7 +25,8 @@ from lora_jax.sharding import partition_specs
 @dataclass(frozen=True)
 class Workload:
     """What a step is asked to do. `targets`: None for the model's own, query and value. `counted`: the tokens
-    of an example that have a loss; None for all."""
+    of an example that have a loss; None for all. `packed`: the rows hold several examples each, so that
+    `batch`, `tokens` and `counted` are of rows."""
 
     batch: int
     tokens: int
@@ -35,6 +36,7 @@ class Workload:
     accumulate: int = 1
     quantize: str | None = None
     counted: int | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def _batch(subject: Subject, mesh: Mesh, work: Workload) -> dict[str, Any]:
     names: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "labels": (counted,), "mask": (counted,)}
     if work.counted is not None:
         names["columns"] = (counted,)
+    if work.packed:
+        names["segment_ids"] = (tokens,)
     if subject.classifies:
         names = {
             "input_ids": (tokens,),

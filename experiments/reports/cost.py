@@ -32,7 +32,8 @@ def beside_full(
     frozen, delta = lora_jax.lorafy(params, ".*", method=Full())
     full = trainer.of_full(frozen)
     train = trainer.config.train
-    batch = trainer.device_batch(examples, np.arange(train.batch) % len(examples), train.accumulate)
+    rows = trainer.in_rows(examples, np.arange(train.batch) % len(examples))
+    batch = trainer.device_batch(examples, rows, train.accumulate)
     return {
         "this run": _of(trainer, state, batch),
         "full fine-tuning": _of(full, full.start(delta, specs, state.key), batch),

@@ -5,7 +5,8 @@ would. A batch holds `input_ids`, (B, T), and what is counted of each row: `colu
 `labels`, (B, N), come next. They start at len(context) - 1, where the first token of the completion is
 predicted, and are as many as the completion has tokens. `mask`, (B, N), is 1 for these and 0 for the columns
 that fill up the row, each of which is column 0. Where every position is counted there are no `columns`, and N
-is T.
+is T. A row may hold several examples. `segment_ids`, (B, T), then number them 1, 2, 3, ..., with 0 at
+padding.
 """
 
 import hashlib
@@ -61,30 +62,56 @@ class Examples:
         """The unpadded tokens of one example."""
         return self._tokens[self._starts[index] : self._starts[index + 1]]
 
+    def packed(self, indices: np.ndarray, rows: int) -> np.ndarray:
+        """These examples in so many rows, as `batch` takes them: (rows, most of a row), filled up with -1.
+
+        The longest first, each into the row that is emptiest then, so that the rows are about equally long.
+        """
+        lengths = np.minimum(self._lengths[indices], self.seq_len)
+        filled: list[list[int]] = [[] for _ in range(rows)]
+        tokens = [0] * rows
+        for place in np.argsort(-lengths, kind="stable"):
+            row = tokens.index(min(tokens))
+            filled[row].append(int(indices[place]))
+            tokens[row] += int(lengths[place])
+        most = max(map(len, filled))
+        return np.asarray([row + [-1] * (most - len(row)) for row in filled])
+
     def size(self, indices: np.ndarray) -> tuple[int, int]:
         """T and N of a batch of these."""
-        lengths = np.minimum(self._lengths[indices], self.seq_len)
-        counts = lengths - self._contexts[indices]
-        return padded_width(int(lengths.max()), self.seq_len), padded_width(int(counts.max()), self.seq_len)
+        rows = _in_rows(indices)
+        lengths = np.where(rows >= 0, np.minimum(self._lengths[rows], self.seq_len), 0)
+        counts = np.maximum(lengths - self._contexts[rows], 0)
+        width, most = (
+            padded_width(int(each.sum(-1).max()), rows.shape[1] * self.seq_len) for each in (lengths, counts)
+        )
+        return width, most
 
     def batch(self, indices: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-        """Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from what is
-        counted.
+        """One example a row, or with `indices` of two axes the examples of each row; -1 is none.
 
-        `size`: of the whole batch, where these are a part of it."""
+        Right-padded with 0; what is longer than `seq_len` loses its end, from the inputs and from what is
+        counted. `size`: of the whole batch, where these are a part of it.
+        """
         width, most = self.size(indices) if size is None else size
-        inputs = np.zeros((len(indices), width), np.int32)
-        columns, labels = np.zeros((2, len(indices), most), np.int32)
-        mask = np.zeros((len(indices), most), np.float32)
-        for row, index in enumerate(indices):
-            ids, context = self.ids(index), self._contexts[index]
-            shown = ids[: self.seq_len]
-            count = max(len(shown) - context, 0)
-            inputs[row, : len(shown)] = shown
-            columns[row, :count] = np.arange(context - 1, context - 1 + count)
-            labels[row, :count] = ids[context : context + count]
-            mask[row, :count] = 1
-        return {"input_ids": inputs, "columns": columns, "labels": labels, "mask": mask}
+        rows = _in_rows(indices)
+        inputs, segments = np.zeros((2, len(rows), width), np.int32)
+        columns, labels = np.zeros((2, len(rows), most), np.int32)
+        mask = np.zeros((len(rows), most), np.float32)
+        for row, several in enumerate(rows):
+            start = first = 0  # of the example's columns, and of what is counted of it
+            for number, index in enumerate(several[several >= 0], 1):
+                ids, context = self.ids(index), self._contexts[index]
+                shown = ids[: self.seq_len]
+                count = max(len(shown) - context, 0)
+                inputs[row, start : start + len(shown)] = shown
+                segments[row, start : start + len(shown)] = number
+                columns[row, first : first + count] = start + context - 1 + np.arange(count)
+                labels[row, first : first + count] = ids[context : context + count]
+                mask[row, first : first + count] = 1
+                start, first = start + len(shown), first + count
+        found = {"input_ids": inputs, "columns": columns, "labels": labels, "mask": mask}
+        return found if np.ndim(indices) == 1 else found | {"segment_ids": segments}
 
     def fingerprint(self) -> str:
         """Changes with any token, boundary or length, and with the layout of batches."""
@@ -92,6 +119,10 @@ class Examples:
         for array in (self._tokens, self._contexts, self._lengths):
             digest.update(array.tobytes())
         return digest.hexdigest()[:32]
+
+
+def _in_rows(indices: np.ndarray) -> np.ndarray:
+    return np.asarray(indices)[:, None] if np.ndim(indices) == 1 else np.asarray(indices)
 
 
 class Blocks:
@@ -110,12 +141,13 @@ class Blocks:
         return self.seq_len, self.seq_len
 
     def batch(self, indices: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+        """One block a row; of -1, which is none, nothing is counted."""
         positions = np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
         block = self._tokens[positions]
         return {
             "input_ids": block[:, :-1],
             "labels": block[:, 1:],
-            "mask": np.ones(block[:, 1:].shape, np.float32),
+            "mask": np.ones(block[:, 1:].shape, np.float32) * (np.asarray(indices)[:, None] >= 0),
         }
 
     def fingerprint(self) -> str:

@@ -147,14 +147,16 @@ class ShardedStep:
         """Summed loss and number of what is counted, of one part of a batch; random only with a key.
 
         Labels with a `mask` of 1 are counted. Without a `mask`, each label is: the class of an example, then.
-        With `columns`, the labels are of these positions, and the head computes no other logits.
+        With `columns`, the labels are of these positions, and the head computes no other logits. With
+        `segment_ids`, a row has several texts.
         """
         params = lora_jax.combine(frozen, delta, key=key)
         inputs = [piece[name] for name in ("input_ids", "attention_mask") if name in piece]
         if "mask" not in piece:
             found = cross_entropy(self.forward({"params": params}, *inputs), piece["labels"], smoothing)
             return losses.masked_sum(found, jnp.ones(found.shape), self.reduce)
-        some = {"logits_at": piece["columns"]} if "columns" in piece else {}
+        named = {"logits_at": "columns", "segment_ids": "segment_ids"}
+        some = {name: piece[array] for name, array in named.items() if array in piece}
         found = self.forward(
             {"params": params}, *inputs, labels=piece["labels"], label_smoothing=smoothing, **some
         )

@@ -84,26 +84,33 @@ class Trainer:
         """The step, compiled for arrays that lie as those of `state` do."""
         return self.step.compiled(state.delta, state.opt_state)
 
-    def device_batch(self, examples: Any, indices: np.ndarray, accumulate: int = 1) -> dict[str, jax.Array]:
-        """These examples in `accumulate` parts, each spread over the mesh. A process reads the rows of
-        its own devices; of `-1`, which is none, nothing is counted.
+    def in_rows(self, examples: Any, indices: np.ndarray) -> np.ndarray:
+        """The examples of a step as `device_batch` takes them: in the rows that they share, with
+        `train.pack`.
         """
-        rows, size = indices.reshape(accumulate, -1), examples.size(indices)
+        rows = self.config.train.pack
+        return indices if rows is None else examples.packed(indices, rows)
+
+    def device_batch(self, examples: Any, indices: np.ndarray, accumulate: int = 1) -> dict[str, jax.Array]:
+        """These examples in `accumulate` parts, each spread over the mesh: one a row, or with `indices` of
+        two axes those of each row. A process reads the rows of its own devices.
+        """
+        several = indices.shape[1:]
+        rows, size = indices.reshape(accumulate, -1, *several), examples.size(indices)
         read: dict[str, dict[str, np.ndarray]] = {}
 
         def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
             key = str(index)  # slices can be keys from Python 3.12 on
             if key not in read:
                 wanted = rows[index[:2]]
-                arrays = examples.batch(wanted.reshape(-1), size)
-                arrays["mask"] = arrays["mask"] * (wanted.reshape(-1, 1) >= 0)
-                read[key] = {name: array.reshape(*wanted.shape, -1) for name, array in arrays.items()}
+                arrays = examples.batch(wanted.reshape(-1, *several), size)
+                read[key] = {name: array.reshape(*wanted.shape[:2], -1) for name, array in arrays.items()}
             return read[key][name]
 
         make = functools.partial(jax.make_array_from_callback, sharding=NamedSharding(self.mesh, BATCH))
         widths = {name: array.shape[1] for name, array in examples.batch(rows[0, :0], size).items()}
         return {
-            name: make((*rows.shape, width), data_callback=functools.partial(part, name))
+            name: make((*rows.shape[:2], width), data_callback=functools.partial(part, name))
             for name, width in widths.items()
         }
 
@@ -141,7 +148,7 @@ class Trainer:
         rate = optimizer.warmup_linear(train)
 
         def indices(done: int) -> np.ndarray:
-            return order.indices(config.seed, done - 1, size, train.batch)
+            return self.in_rows(splits.train, order.indices(config.seed, done - 1, size, train.batch))
 
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))

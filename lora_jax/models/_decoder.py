@@ -1,5 +1,5 @@
-"""What GPT-2 and the Llama family share: the fields of a decoder, its heads, its cache and the checks of its
-arguments.
+"""What GPT-2 and the Llama family share: the fields of a decoder, its heads, its cache, rows of several
+texts, and the checks of its arguments.
 """
 
 import functools
@@ -84,17 +84,33 @@ def _logits(x, head, *, axis, dtype, cap):
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def check_head(head, config, input_ids, cache, some_only):
-    """Raises for a head that does not exist, or that the other arguments do not go with."""
+def packed(segment_ids, mask_Bx1xTxS):
+    """The mask in which a token attends to its own segment only, (B, 1, T, T), and the positions that begin
+    at 0 with each, (B, T). `mask` is that of the padding, or None.
+    """
+    segment_BxT = jnp.asarray(segment_ids)
+    own_Bx1xTxS = segment_BxT[:, None, :, None] == segment_BxT[:, None, None, :]
+    columns_1xT = jnp.arange(segment_BxT.shape[1])[None]
+    goes_on_BxT = jnp.pad(segment_BxT[:, 1:] == segment_BxT[:, :-1], [(0, 0), (1, 0)])
+    first_BxT = jax.lax.cummax(jnp.where(goes_on_BxT, 0, columns_1xT), axis=1)
+    mask_Bx1xTxS = own_Bx1xTxS if mask_Bx1xTxS is None else own_Bx1xTxS & mask_Bx1xTxS
+    return mask_Bx1xTxS, columns_1xT - first_BxT
+
+
+def check_head(head, config, input_ids, cache, further):
+    """Raises for a head that does not exist, or that the other arguments do not go with. `further`: whether
+    there is one that only the language model's has.
+    """
     if head is None:
         return
     if head != "sequence_classification":
         raise ValueError(
             f"`head` is {head!r}; it must be None, for the language model's, or 'sequence_classification'."
         )
-    if cache is not None or some_only:
+    if cache is not None or further:
         raise ValueError(
-            "`cache`, `logits_at` and `last_only` go with the language model's head; leave them out."
+            "`cache`, `segment_ids`, `logits_at` and `last_only` go with the language model's head; leave "
+            "them out."
         )
     if config.pad_token_id is None and jnp.shape(input_ids)[0] > 1:
         raise ValueError(
@@ -103,10 +119,17 @@ def check_head(head, config, input_ids, cache, some_only):
         )
 
 
-def check_arguments(input_ids, attention_mask, position_ids, cache, visible, *, limit=None, limited_by=""):
-    """Raises for a caller's mistakes. `limit` is of the tokens, and `limited_by` says what sets it."""
+def check_arguments(
+    input_ids, attention_mask, position_ids, segment_ids, cache, visible, *, limit=None, limited_by=""
+):
+    """Raises for a caller's mistakes. `limit` is of the tokens of a text, and `limited_by` says what sets
+    it.
+    """
+    limit = limit if segment_ids is None else None  # a row of several texts may be longer than each
     check_inputs(input_ids, attention_mask, position_ids, limit=limit, limited_by=limited_by)
     batch, tokens = jnp.shape(input_ids)
+    if segment_ids is not None:
+        _check_segments(segment_ids, (batch, tokens), cache)
     if cache is not None and cache.mask.shape[0] != batch:
         raise ValueError(
             f"`cache` is for {cache.mask.shape[0]} rows and `input_ids` has {batch}; make it with "
@@ -124,3 +147,20 @@ def check_arguments(input_ids, attention_mask, position_ids, cache, visible, *, 
                 f"`visible` must be booleans of shape {expected}, got "
                 f"{jnp.result_type(visible)}{jnp.shape(visible)}."
             )
+
+
+def _check_segments(segment_ids, shape, cache):
+    if cache is not None:
+        raise ValueError(
+            "`segment_ids` and `cache` do not go together, because a cache holds one text a row: leave "
+            "`segment_ids` out, and give each text a row of its own."
+        )
+    if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
+        raise TypeError(
+            f"`segment_ids` must be integers, got {jnp.result_type(segment_ids)}: number the texts of "
+            "each row 1, 2, 3, …, with 0 at padding."
+        )
+    if jnp.shape(segment_ids) != shape:
+        raise ValueError(
+            f"`segment_ids` must have the shape of `input_ids`, {shape}, got {jnp.shape(segment_ids)}."
+        )

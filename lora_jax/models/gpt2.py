@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from . import _rules
 from ._cache import advance, Cache as Cache, write
-from ._decoder import check_arguments, check_head, DecoderModel
+from ._decoder import check_arguments, check_head, DecoderModel, packed
 from ._gpt2_config import GPT2Config as GPT2Config
 from ._layers import ACTIVATIONS, attention, chosen, LayerNorm, Part, repeated
 from ._losses import check_labels
@@ -120,9 +120,14 @@ class GPT2(DecoderModel):
     logits, (B, N), smoothed by `label_smoothing`, and no array of all logits is made. The label of a column
     is the token that it predicts; at a negative one (-100) the loss is 0.
 
+    **Several texts in a row.** `segment_ids`, (B, T) integers, numbers the texts of each row 1, 2, 3, …, with
+    0 at padding: a token attends to those before it that have its number, and to no other. Positions then
+    default to 0, 1, 2, … from the first token of each text, so that logits and gradients are those of each
+    text in a row of its own. A row may be longer than the model. A text may not: it gives NaN to its row.
+
     **With the head of classes** the logits are (B, N), those of the last token that is not
     `config.pad_token_id`, as in `transformers`; without a padding token, of the last token of the only row.
-    It takes no cache.
+    It takes no cache and no segments.
 
     **With a `cache`** the mask is that of the new tokens, and each attends to every real token before it.
     Positions default to the number of real tokens before, and `(logits, cache)` is returned. Writing past the
@@ -152,6 +157,7 @@ class GPT2(DecoderModel):
         attention_mask=None,
         position_ids=None,
         *,
+        segment_ids=None,
         cache: Cache | None = None,
         visible=None,
         logits_at=None,
@@ -165,12 +171,14 @@ class GPT2(DecoderModel):
             input_ids,
             attention_mask,
             position_ids,
+            segment_ids,
             cache,
             visible,
             limit=config.n_positions,
             limited_by=f"`n_positions`={config.n_positions}",
         )
-        check_head(self.head, config, input_ids, cache, last_only or logits_at is not None)
+        some_only = last_only or logits_at is not None
+        check_head(self.head, config, input_ids, cache, some_only or segment_ids is not None)
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
         if cache is not None:
@@ -178,6 +186,9 @@ class GPT2(DecoderModel):
                 cache, mask_BxT, input_ids.shape, position_ids, limit=config.n_positions
             )
             mask_Bx1xTxS = mask_Bx1xTxS if visible is None else mask_Bx1xTxS & visible[:, None]
+        elif segment_ids is not None:
+            mask_Bx1xTxS, restarting_BxT = packed(segment_ids, mask_Bx1xTxS)
+            position_ids = restarting_BxT if position_ids is None else position_ids
         elif position_ids is None:
             position_ids = jnp.arange(input_ids.shape[1])[None]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from . import _rules
 from ._cache import advance, Cache, write
-from ._decoder import check_arguments, check_head, DecoderModel
+from ._decoder import check_arguments, check_head, DecoderModel, packed
 from ._layers import accumulator, ACTIVATIONS, attention, chosen, Part, repeated
 from ._llama_config import (
     FamilyConfig as FamilyConfig,
@@ -159,7 +159,10 @@ class Llama(DecoderModel):
         `max_position_embeddings` the model computes what `transformers` computes.
       attention_mask: (B, T), 0 at padding, on either side. With a cache, of the new tokens.
       position_ids: (B, T) or (1, T). Default: 0, 1, 2, …, padding counted; with a cache, from the number of
-        real tokens before.
+        real tokens before; with segments, from the first token of each.
+      segment_ids: (B, T) integers, for rows of several texts: these are numbered 1, 2, 3, …, with 0 at
+        padding, and a token attends to those before it that have its number. Logits and gradients are those
+        of each text in a row of its own. Not with a cache.
       cache: of `init_cache`; each new token attends to every real one before it. A write past the last slot
         gives NaN.
       visible: (B, T, S) booleans, the slots that each new token attends to. Needs `cache` and
@@ -172,7 +175,7 @@ class Llama(DecoderModel):
     Returns:
       Logits in float32, or float64 in a float64 model: (B, T, V), or (B, N, V) of the columns that were
       named; with a cache, `(logits, cache)`. With the head of classes (B, labels), those of the last token
-      that is not `config.pad_token_id`; it takes no cache.
+      that is not `config.pad_token_id`; it takes no cache and no segments.
 
     Windows are counted in columns, padding included, and with a cache in positions. The fields, `scan` and
     `checkpoint` among them, are those of `GPT2`.
@@ -193,6 +196,7 @@ class Llama(DecoderModel):
         attention_mask=None,
         position_ids=None,
         *,
+        segment_ids=None,
         cache: Cache | None = None,
         visible=None,
         logits_at=None,
@@ -202,8 +206,9 @@ class Llama(DecoderModel):
         deterministic: bool = True,
     ):
         config = self.config
-        check_arguments(input_ids, attention_mask, position_ids, cache, visible)
-        check_head(self.head, config, input_ids, cache, last_only or logits_at is not None)
+        check_arguments(input_ids, attention_mask, position_ids, segment_ids, cache, visible)
+        some_only = last_only or logits_at is not None
+        check_head(self.head, config, input_ids, cache, some_only or segment_ids is not None)
         columns_1xT = jnp.arange(input_ids.shape[1])[None]
         mask_BxT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         mask_Bx1xTxS = None if mask_BxT is None else mask_BxT[:, None, None, :]
@@ -212,6 +217,9 @@ class Llama(DecoderModel):
                 cache, mask_BxT, input_ids.shape, position_ids, limit=_NOWHERE
             )
             mask_Bx1xTxS = mask_Bx1xTxS if visible is None else mask_Bx1xTxS & visible[:, None]
+        elif segment_ids is not None:
+            mask_Bx1xTxS, restarting_BxT = packed(segment_ids, mask_Bx1xTxS)
+            position_ids = restarting_BxT if position_ids is None else position_ids
         elif position_ids is None:
             position_ids = columns_1xT
         here, there = (columns_1xT, columns_1xT) if cache is None else (position_ids, cache.positions)
