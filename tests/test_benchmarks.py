@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import counted_positions, packing, step_cost
+from benchmarks import copied_bytes, counted_positions, packing, step_cost
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
 from experiments.plan import models
@@ -124,3 +127,26 @@ def test_a_missed_bound_of_packing_is_reported():
         "the traced step has 0.9800 of the compiled one's FLOPs",
     ]
     assert packing.missed([{**row, "rows": 4, "traced / XLA's": 1.0}]) == []
+
+
+def test_heads_are_the_only_arrays_that_are_transposed():
+    """In a process with one device, as a user has it: the tests have eight, which keep batch and tokens
+    apart.
+    """
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.copied_bytes", "--layers", "1", "--only", "adapt"],
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "the bound is met" in found.stdout
+
+
+def test_copies_are_counted():
+    text = """
+  %copy.3 = f32[4,128,768]{2,1,0} copy(%transpose.1), metadata={op_name="copy(x)"}
+  ROOT %copy = bf16[3]{0} copy(%a)
+  %copy_fusion = f32[9]{0} fusion(%copy.3), kind=kLoop
+"""
+    assert copied_bytes.copied(text) == 4 * 128 * 768 * 4 + 3 * 2

@@ -13,6 +13,7 @@ import lora_jax
 from experiments.config import Budget, Optimizer, Train
 from experiments.training import loss as losses, optimizer
 from lora_jax import optim
+from lora_jax.models import cross_entropy
 
 
 STEPS = 20
@@ -194,7 +195,7 @@ def test_twenty_steps_are_pytorchs(torch):
     def step(weights, state, x, labels, mask):
         def loss(weights):
             logits = jnp.tanh(x @ weights["a"]) @ weights["b"]
-            return losses.mean(*losses.masked_sum(logits, labels, mask, TRAIN.label_smoothing))
+            return losses.mean(*losses.masked_sum(cross_entropy(logits, labels, TRAIN.label_smoothing), mask))
 
         value, gradient = jax.value_and_grad(loss)(weights)
         updates, state = tx.update(gradient, state, weights)

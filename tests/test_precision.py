@@ -28,6 +28,7 @@ from experiments.running.run import run
 from experiments.training import loss as losses, order, sharded, spread
 from experiments.training.step import step_of
 from lora_jax.interop import hf
+from lora_jax.models import cross_entropy
 
 
 def tree(**section):
@@ -209,7 +210,7 @@ def test_what_trains_and_its_moments(name, dtype):
     always_wide = {path for path in trained if name == "DoRA" and "m" in jax.tree_util.keystr(path[-1:])}
     assert {leaf.dtype for path, leaf in trained.items() if path not in always_wide} == {jnp.dtype(dtype)}
     batch = jax.tree.map(lambda array: array[0], arguments(trainer, state)[3])
-    expected = losses.masked_sum(narrow_logits(), batch["labels"], batch["mask"])[0]
+    expected = losses.masked_sum(cross_entropy(narrow_logits(), batch["labels"]), batch["mask"])[0]
     np.testing.assert_allclose(
         jax.jit(trainer.loss)(state.delta, trainer.frozen, batch)[0], expected, rtol=1e-6
     )

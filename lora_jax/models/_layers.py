@@ -71,6 +71,7 @@ class LayerNorm(nn.Module):
         )
 
 
+@partial(jax.checkpoint, static_argnums=(3, 4))
 def layer_norm(x, scale_D, bias_D, epsilon, out_dtype):
     wide = accumulator(out_dtype)
     x = x.astype(wide)

@@ -9,6 +9,7 @@ Left out: mixtures of experts, images, token classification, output of attention
 of `_layers.py`: G heads of keys and values.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -52,10 +53,15 @@ class RMSNorm(nn.Module):
         start = nn.initializers.zeros if self.from_one else nn.initializers.ones
         scale_D = self.param("scale", start, (x.shape[-1],), self.param_dtype)
         out_dtype = nn.dtypes.canonicalize_dtype(x, scale_D, dtype=self.dtype)
-        wide = accumulator(out_dtype)
-        x, scale = x.astype(wide), scale_D.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-        normal = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return (normal * (1 + scale if self.from_one else scale)).astype(out_dtype)
+        return rms_norm(x, scale_D, self.epsilon, self.from_one, out_dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def rms_norm(x, scale_D, epsilon, from_one, out_dtype):
+    wide = accumulator(out_dtype)
+    x, scale = x.astype(wide), scale_D.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
+    normal = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    return (normal * (1 + scale if from_one else scale)).astype(out_dtype)
 
 
 class _Part(Part):
