@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 
-_NAME = "own_derivative_of_lora_jax"
+NAME = "own_derivative_of_lora_jax"
 
 
 def own_derivative(function: Callable) -> Callable:
@@ -19,7 +19,7 @@ def own_derivative(function: Callable) -> Callable:
     name.
 
     >>> square = jax.custom_jvp(own_derivative(lambda x: x * x))
-    >>> square.defjvp(lambda x, t: (x[0] * x[0], 2 * (x[0] * t[0])))
+    >>> _ = square.defjvp(lambda x, t: (x[0] * x[0], 2 * (x[0] * t[0])))
     >>> float(jax.grad(square)(3.0))
     6.0
     """
@@ -27,11 +27,5 @@ def own_derivative(function: Callable) -> Callable:
     def marked(*args: Any) -> Any:
         return function(*args)
 
-    marked.__name__ = marked.__qualname__ = _NAME
+    marked.__name__ = marked.__qualname__ = NAME
     return jax.jit(marked)
-
-
-def has_own_derivative(call: Any) -> bool:
-    """Whether the jaxpr that a `custom_jvp` calls is one with the mark."""
-    first = getattr(call, "jaxpr", call).eqns[:1]
-    return any(eqn.params.get("name") == _NAME for eqn in first)

@@ -52,8 +52,8 @@ def test_flops_are_the_compilers():
         return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
     assert use.flops[0] == compiled(fn, {"kernel": SHAPE((32, 48), jnp.float32)}, x)
-    # Beside the products there are the sum of the two paths and the scale on B.
-    assert use.flops[1] == pytest.approx(compiled(lora_jax.adapt(fn), params, x), rel=0.02)
+    # Beside the products there are the sum of the two paths, the scale, and the zeros that keep it one array.
+    assert use.flops[1] == pytest.approx(compiled(lora_jax.adapt(fn), params, x), rel=0.03)
 
 
 def test_scan_counts_every_step():

@@ -179,8 +179,10 @@ def test_scan_traces_one_layer_whatever_the_depth():
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_checkpoint_wraps_each_layer(scan, checkpoint):
-    found = traced(GPT2(SMALL_VOCABULARY, scan=scan, checkpoint=checkpoint))
-    wrapped = [e for e in found if str(e.primitive) in ("checkpoint", "remat", "remat2")]
+    """Parts of a layer are computed again in any case; a layer that is wrapped holds them."""
+    is_wrapped = lambda equation: str(equation.primitive) in ("checkpoint", "remat", "remat2")
+    found = filter(is_wrapped, traced(GPT2(SMALL_VOCABULARY, scan=scan, checkpoint=checkpoint)))
+    wrapped = [e for e in found if any(map(is_wrapped, equations(e.params["jaxpr"])))]
     assert len(wrapped) == ((1 if scan else SMALL_VOCABULARY.n_layer) if checkpoint else 0)
     # Under `scan` the loop keeps the recomputation apart, and elsewhere this does.
     assert all(equation.params["prevent_cse"] == (not scan) for equation in wrapped)

@@ -37,11 +37,11 @@ class Precision:
     bfloat16, of 8 significant bits, an update of less than 1/512 of a number is lost: it learns until updates
     are small, then stands still.
 
-    `reduce`: what gradients are added in over the parts of a batch, the loss and its log-sum-exp are taken
-    in, and the gradients of A and B come out of their products in, so that XLA adds those of several devices
-    in it. In "bfloat16", they come out in `compute`'s. Not governed by it: gradients of Full's weights and
-    biases before they are added over parts; the model's own products have made and summed them over devices,
-    in `compute`. Numbers of tokens are always float32.
+    `reduce`: what gradients and losses are added in over the parts of a batch, and the gradients of A and B
+    come out of their products in, so that XLA adds those of several devices in it. In "bfloat16", they come
+    out in `compute`'s. Not governed by it: gradients of Full's weights and biases before they are added over
+    parts; the model's own products have made and summed them over devices, in `compute`. The loss of a token
+    and numbers of tokens are always float32.
     """
 
     parameters: Literal["bfloat16", "float32"] | None = None

@@ -32,7 +32,9 @@ def dot(
     """
     found = dot_labels(x_labels, y_labels, keep)
     shape = dict(zip((*x_labels, *y_labels), (*x.shape, *y.shape), strict=True))
-    if one_device() and options.get("out_sharding") is None:
+    # Not where the result is wider: of bfloat16, XLA's CPU backend then knows the separate axes only.
+    narrow = options.get("preferred_element_type") in (None, x.dtype)
+    if narrow and one_device() and options.get("out_sharding") is None:
         x, x_labels = _joined(x, x_labels, y_labels)
         y, y_labels = _joined(y, y_labels, x_labels)
     shared = [label for label in x_labels if label in y_labels]

@@ -66,17 +66,15 @@ def with_factor(
         return jax.linear_transpose(lambda x: product(x, factor), x)(cotangent)[0]
 
     def of_factor(x: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
-        # The narrow one first: XLA transposes the first where both are summed over several axes.
-        sides = sorted(((x, x_labels), (cotangent, found)), key=lambda side: side[0].size)
         where = sharding_like(
-            factor, labels, dot_labels(sides[0][1], sides[1][1], labels), jax.typeof(x).sharding.mesh
+            factor, labels, dot_labels(x_labels, found, labels), jax.typeof(x).sharding.mesh
         )
         others = {
             "precision": options.get("precision"),
             "preferred_element_type": reduce,
             "out_sharding": where,
         }
-        summed = dot(*sides[0], *sides[1], keep=labels, **others)
+        summed = dot(x, x_labels, cotangent, found, keep=labels, **others)
         return aligned(*summed, labels, ()).astype(factor.dtype)
 
     reduced = jax.custom_vjp(product)

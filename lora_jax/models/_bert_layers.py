@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ._encoder import check_token_types, EncoderConfig, EncoderLayer, EncoderPart, Residual
-from ._layers import attention, repeated
+from ._layers import attention, Options, repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class SelfAttention(EncoderPart):
             scale=(width // heads) ** -0.5,
             dropout=self.random(self.config.attention_probs_dropout_prob),
             implementation=self.implementation,
+            recompute=self.recompute,
         )
         return y_BxTxHxK.reshape(batch, tokens, width)
 
@@ -117,7 +118,7 @@ class Pooler(EncoderPart):
 
 def encoded(
     model,
-    options: tuple[Any, Any, Any, bool, str | None],
+    options: Options,
     input_ids,
     attention_mask,
     position_ids,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._cache import Cache
-from ._layers import accumulator, check_inputs, chosen
+from ._layers import accumulator, check_inputs, chosen, Options
 from ._losses import head_losses
 
 
@@ -24,6 +24,13 @@ class DecoderModel(nn.Module):
     scan: bool = False
     checkpoint: bool = False
     implementation: str | None = None
+
+    def options(self, deterministic: bool) -> Options:
+        """The fields of this model's parts."""
+        return (
+            *(self.config, self.dtype, self.param_dtype, deterministic),
+            *(self.implementation, not self.checkpoint),
+        )
 
     def results(self, embedding, x_BxNxD, labels_BxN=None, smoothing=0.0, cap=None):
         """The logits, float32 or wider, by the embedding where they are tied, and by `lm_head` where not; of

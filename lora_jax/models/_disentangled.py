@@ -56,6 +56,7 @@ class SelfAttention(EncoderPart):
             scale=scale,
             dropout=self.random(config.attention_probs_dropout_prob),
             implementation=self.implementation,
+            recompute=self.recompute,
         )
         return y_BxTxHxK.reshape(x_BxTxD.shape)
 

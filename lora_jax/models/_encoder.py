@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from . import _rules
 from ._config import LabelledConfig, numbered_labels as numbered_labels
-from ._layers import accumulator, ACTIVATIONS, LayerNorm, Part
+from ._layers import accumulator, ACTIVATIONS, LayerNorm, Options, Part
 
 
 # The heads of a model, and the shape of the result with each.
@@ -76,6 +76,13 @@ class EncoderModel(nn.Module):
     scan: bool = False
     checkpoint: bool = False
     implementation: str | None = None
+
+    def options(self, deterministic: bool) -> Options:
+        """The fields of this model's parts."""
+        return (
+            *(self.config, self.dtype, self.param_dtype, deterministic),
+            *(self.implementation, not self.checkpoint),
+        )
 
 
 class EncoderPart(Part):

@@ -82,6 +82,10 @@ def layer_norm(x, scale_D, bias_D, epsilon, out_dtype):
     return y.astype(out_dtype)
 
 
+# The fields of a part, in order.
+Options = tuple[Any, Any, Any, bool, str | None, bool]
+
+
 class Part(nn.Module):
     """The fields that every part of a model has, and the layers that parts are made of."""
 
@@ -90,10 +94,14 @@ class Part(nn.Module):
     param_dtype: Any = jnp.float32
     deterministic: bool = True
     implementation: str | None = None
+    recompute: bool = True  # parts, in the backward pass; not where a whole layer is
 
-    def options(self) -> tuple[Any, Any, Any, bool, str | None]:
+    def options(self) -> Options:
         """The fields, to be passed to the parts of this part."""
-        return self.config, self.dtype, self.param_dtype, self.deterministic, self.implementation
+        return (
+            *(self.config, self.dtype, self.param_dtype, self.deterministic),
+            *(self.implementation, self.recompute),
+        )
 
     def normal(self):
         return nn.initializers.normal(self.config.initializer_range)
@@ -113,7 +121,7 @@ class Part(nn.Module):
         again, element by element, in place of keeping it: beside the arguments, which are kept, it is the
         widest array of a layer.
         """
-        layer = nn.remat(_DenseOf)
+        layer = nn.remat(_DenseOf) if self.recompute else _DenseOf
         return layer(
             features,
             use_bias=use_bias,
@@ -256,6 +264,7 @@ def attention(
     cap=None,
     dropout=None,
     implementation=None,
+    recompute=True,
 ):
     """softmax(scale · q kᵀ + bias, masked) v, for every head; returns (B, T, H, K) in the dtype of `q`.
 
@@ -264,7 +273,8 @@ def attention(
     not NaN. There may be fewer heads of keys and values, each for as many queries in a row (Ainslie et al.
     2023). `cap` squeezes the scores to cap · tanh(scores / cap). `dropout` is a function of the attention
     weights. With an `implementation` it is `jax.nn.dot_product_attention`'s of that name, where it can be: it
-    has no cap and no dropout, and takes its softmax in float32 even of float64 scores.
+    has no cap and no dropout, and takes its softmax in float32 even of float64 scores. With `recompute` the
+    backward pass computes the weights again.
 
     The heads come before the tokens in both products. Each of q, k, v and the result is then transposed once,
     and once again on the way back, and no array of scores is: XLA copies an operand whose batch axes are not
@@ -296,7 +306,7 @@ def attention(
             q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, causal, scale, cap, dropout
         )
 
-    if dropout is None:  # Scores and weights are computed again in the backward pass, and not kept.
+    if recompute and dropout is None:  # Scores and weights are not kept.
         attended = jax.checkpoint(attended)
     return attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS)
 

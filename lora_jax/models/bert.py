@@ -69,7 +69,7 @@ class Bert(EncoderModel):
         if position_ids is None:
             position_ids = jnp.arange(input_ids.shape[1])[None]
 
-        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        options = self.options(deterministic)
         x_BxTxD, embedding_VxD = encoded(
             self, options, input_ids, attention_mask, position_ids, token_type_ids
         )

@@ -221,7 +221,7 @@ class DebertaV2(EncoderModel):
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
 
-        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        options = self.options(deterministic)
         x_BxTxD, embedding_VxE = Embeddings(*options, name="embeddings")(
             input_ids, token_type_ids, position_ids, mask_BxT
         )

@@ -58,6 +58,7 @@ class Attention(_Part):
             scale=scale,
             dropout=self.random(self.config.attn_pdrop),
             implementation=self.implementation,
+            recompute=self.recompute,
         )
         y_BxTxD = self.dense(width, "c_proj", kernel_init=self.residual_normal())(
             y_BxTxHxK.reshape(batch, tokens, width)
@@ -204,7 +205,7 @@ class GPT2(DecoderModel):
         x_BxTxD = nn.Dropout(config.embd_pdrop)(x_BxTxD, deterministic=deterministic)
 
         slots, start = (None, None) if cache is None else (cache.layers, cache.length - input_ids.shape[1])
-        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        options = self.options(deterministic)
         layers = repeated(
             Block, options, config.n_layer, scan=self.scan, checkpoint=self.checkpoint, shared=2, name="h"
         )

@@ -102,6 +102,7 @@ class Attention(_Part):
             cap=config.attention_cap,
             dropout=self.random(config.attention_dropout),
             implementation=self.implementation,
+            recompute=self.recompute,
         )
         y_BxTxF = y_BxTxHxK.reshape(batch, tokens, -1)
         return self.dense(width, "o_proj", use_bias=config.output_bias)(y_BxTxF), slots
@@ -245,7 +246,7 @@ class Llama(DecoderModel):
             x_BxTxD = x_BxTxD * jnp.asarray(config.hidden_size**0.5, x_BxTxD.dtype)
 
         slots, start = (None, None) if cache is None else (cache.layers, cache.length - input_ids.shape[1])
-        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        options = self.options(deterministic)
         layers = repeated(
             Block,
             options,

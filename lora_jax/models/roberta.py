@@ -97,7 +97,7 @@ class Roberta(EncoderModel):
             real = (jnp.asarray(input_ids) != config.pad_token_id).astype(jnp.int32)
             position_ids = jnp.cumsum(real, axis=1) * real + config.pad_token_id
 
-        options = (config, self.dtype, self.param_dtype, deterministic, self.implementation)
+        options = self.options(deterministic)
         x_BxTxD, embedding_VxD = encoded(
             self, options, input_ids, attention_mask, position_ids, token_type_ids
         )
