@@ -177,12 +177,15 @@ class Llama(DecoderModel):
       logits_at: (B, N) integers, the columns whose logits are computed; -1 is the last one, and one that
         does not exist gives NaN.
       last_only: `logits_at` with the last column of each row.
+      labels: (B, N) integers, the token that each column with logits predicts; -100 for none. The result is
+        then their cross-entropy, and no array of all logits is made.
+      label_smoothing: of `labels`, in [0, 1).
       deterministic: False drops attention out, and needs `rngs={"dropout": key}`.
 
     Returns:
       Logits in float32, or float64 in a float64 model: (B, T, V), or (B, N, V) of the columns that were
-      named; with a cache, `(logits, cache)`. With the head of classes (B, labels), those of the last token
-      that is not `config.pad_token_id`; it takes no cache and no segments.
+      named; with a cache, `(logits, cache)`; with `labels`, losses (B, N). With the head of classes (B,
+      labels), those of the last token that is not `config.pad_token_id`; it takes no cache and no segments.
 
     Windows are counted in columns, padding included, and with a cache in positions. The fields, `scan` and
     `checkpoint` among them, are those of `GPT2`.
