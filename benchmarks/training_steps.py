@@ -44,6 +44,7 @@ class Setting:
     config: GPT2Config = GPT2Config.named("gpt2")
     method: Any = None  # other than LoRA, for all projections
     format: str | None = None  # in which the adapted projections are stored, if not as they are
+    losses: bool = False  # the model is given the labels, and makes no array of all logits
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ def training_step(way: str, setting: Setting) -> Step:
 
     if way == "full":
         trained, fixed = params, {}
-        logits_of = lambda trained, fixed, ids: model.apply({"params": trained}, ids)
+        logits_of = lambda trained, fixed, ids, **labels: model.apply({"params": trained}, ids, **labels)
     elif way == "handwritten":
         trained, fixed = variables["lora"], params
         logits_of = lambda trained, fixed, ids: model.apply({"params": fixed, "lora": trained}, ids)
@@ -99,11 +100,15 @@ def training_step(way: str, setting: Setting) -> Step:
         join = lora_jax.combine if way == "adapt" else lora_jax.merge
         draws = setting.method is not None and setting.method.random
         keyed = lambda ids: {"key": jax.random.key(ids[0, 0])} if draws else {}
-        logits_of = lambda trained, fixed, ids: forward({"params": join(fixed, trained, **keyed(ids))}, ids)
+        logits_of = lambda trained, fixed, ids, **labels: forward(
+            {"params": join(fixed, trained, **keyed(ids))}, ids, **labels
+        )
 
     tx = optax.adamw(2e-4)
 
     def loss(trained, fixed, ids):
+        if setting.losses:
+            return logits_of(trained, fixed, ids, labels=jnp.roll(ids, -1, axis=1))[:, :-1].mean()
         logits = logits_of(trained, fixed, ids)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
 
