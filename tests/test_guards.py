@@ -206,10 +206,9 @@ def run(tmp_path, apply=MODEL.apply, steps=6, **settings):
                 return trainer.fit(state, splits, checkpoints, record, stop_requested)
 
 
-def poisoned(params, ids):
-    """Infinite logits where token 31 is read."""
-    logits = MODEL.apply(params, ids)
-    return jnp.where((ids == 31).any(), jnp.inf, logits)
+def poisoned(params, ids, **options):
+    """Losses that are no numbers where token 31 is read."""
+    return jnp.where((ids == 31).any(), jnp.nan, MODEL.apply(params, ids, **options))
 
 
 def test_a_run_stops_with_the_batch_saved(tmp_path):
@@ -256,14 +255,14 @@ def test_a_run_that_was_stopped_remembers_what_it_skipped(tmp_path, capsys):
 
 
 def test_a_run_reports_layers_that_are_not_used(tmp_path, capsys):
-    def cut(params, ids):
+    def cut(params, ids, **options):
         """The second layer sees its weights as constants."""
         held = {
             name: jax.lax.stop_gradient(value) if name == "h" else value
             for name, value in params["params"].items()
         }
         held["h"] = {"0": params["params"]["h"]["0"], "1": held["h"]["1"]}
-        return MODEL.apply({"params": held}, ids)
+        return MODEL.apply({"params": held}, ids, **options)
 
     run(tmp_path, cut)
     out = capsys.readouterr().out
