@@ -1,0 +1,117 @@
+"""Training steps of this library and of its peers, timed in turn.
+
+    python -m benchmarks.peers [--rounds 9] [--models gpt2 ...] [--only "gpt2, 8 x 64, all-linear, LoRA" ...]
+
+Each way of a row is a process with the same weights, tokens, rank and AdamW, and may use all cores. Once all
+are ready, every round asks each for one step, one after the other, in an order that turns. A ratio is the
+median of the rounds' own: the seconds of a way over those of lora_jax in the same round. "Spread" is half the
+distance of its quartiles. The first losses of all ways must agree to 1e-3, which shows that they compute the
+same. A way that has no such row says why. Peak memory is that of the whole process, its weights and its
+compiler included. The result has the rows of the last run.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import record
+from experiments.reports.provenance import provenance
+
+from . import figure, models
+from .rows import MODELS, Row, ROWS, WAYS
+
+
+def measure(row: Row, rounds: int, directory: Path) -> list[dict[str, Any]]:
+    """The lines of the table of one row, one for each way."""
+    workers, found = {}, {}
+    for way in WAYS:
+        worker = _started(way, row, directory)
+        found[way] = json.loads(worker.stdout.readline())
+        print(f"{row.name}: {way}: {found[way]}", file=sys.stderr, flush=True)
+        if "cannot" not in found[way]:
+            workers[way] = worker
+    _check_losses(row, {way: found[way]["first loss"] for way in workers})
+    seconds: dict[str, list[float]] = {way: [] for way in workers}
+    order = list(workers)
+    for _ in range(rounds):
+        for way in order:
+            workers[way].stdin.write("\n")
+            workers[way].stdin.flush()
+            seconds[way].append(float(workers[way].stdout.readline()))
+        order = [*order[1:], order[0]]
+    for way, worker in workers.items():
+        worker.stdin.close()
+        found[way]["peak MB"] = int(worker.stdout.read()) / 1e6
+        worker.wait()
+    return [_line(row, way, found[way], seconds) for way in WAYS]
+
+
+def _started(way: str, row: Row, directory: Path) -> Any:
+    command = [sys.executable, "-m", "benchmarks.peers.worker", way, json.dumps(dataclasses.asdict(row))]
+    return subprocess.Popen(
+        [*command, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _check_losses(row: Row, losses: dict[str, float]) -> None:
+    if max(losses.values()) - min(losses.values()) > 1e-3:
+        raise RuntimeError(
+            f"the first losses of {row.name!r} differ, so that not the same is timed: {losses}"
+        )
+
+
+def _line(row: Row, way: str, found: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    line: dict[str, Any] = {"row": row.name, "way": way}
+    if "cannot" in found:
+        return line | {"note": found["cannot"]}
+    ratios = [own / ours for own, ours in zip(seconds[way], seconds[WAYS[0]], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    median = statistics.median(seconds[way])
+    line |= {"s": round(median, 3), "over lora_jax": round(middle, 3), "spread": round((high - low) / 2, 3)}
+    line |= {"tokens/s": round(row.batch * row.tokens / median)}
+    digits = {"GFLOP": 1, "temporary MB": 0, "peak MB": 0, "compile s": 1, "optimizer MB": 1}
+    return line | {
+        name: None if found.get(name) is None else round(found[name], count) for name, count in digits.items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each way (default: 9)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}: a spread needs 2 at least")
+    rows = [row for row in ROWS if row.model in options.models]
+    if options.only:
+        unknown = set(options.only) - {row.name for row in rows}
+        if unknown:
+            parser.error(f"--only: no row is named {sorted(unknown)}; rows are {[row.name for row in rows]}")
+        rows = [row for row in rows if row.name in options.only]
+    about, lines = provenance(), []
+    with tempfile.TemporaryDirectory() as directory:
+        for name in options.models:
+            models.write(name, Path(directory) / name)
+        for row in rows:
+            lines += measure(row, options.rounds, Path(directory) / row.model)
+            # After every row, since a run takes long.
+            record.save(
+                "peers", shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]), about, lines
+            )
+            figure.draw(lines, record.RESULTS / f"peers-jax-{jax.__version__}.png")
+    print(record.table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,40 @@
+"""The process of one way of one row: `python -m benchmarks.peers.worker WAY ROW DIRECTORY`.
+
+It prints a line of JSON when it is ready, or why it cannot be, and then the seconds of one step for every
+line that it reads. At the end it prints the most memory that it had.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+from .rows import Cannot, Row
+
+
+def main() -> None:
+    way, row, directory = sys.argv[1], Row(**json.loads(sys.argv[2])), Path(sys.argv[3])
+    if way == "PEFT" or "torch" in way.lower():
+        from . import torch_ways as ways
+    else:
+        from . import jax_ways as ways
+    try:
+        step, figures = ways.prepared(way, row, directory)
+        figures.setdefault("first loss", step())
+        step()
+    except (Cannot, ImportError, KeyError) as error:
+        print(json.dumps({"cannot": str(error)}), flush=True)
+        return
+    print(json.dumps(figures), flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step()
+        print(time.perf_counter() - started, flush=True)
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, flush=True)
+
+
+if __name__ == "__main__":
+    main()
