@@ -10,10 +10,11 @@ compiled one, as in `benchmarks.step_cost`. 30%, 60% and 100% of the positions o
 38, 77 and 128. "All" has no gather: 100% beside it is what the gather costs by itself. The temporary bytes of
 full fine-tuning do not depend on it: they are largest in the update, which has no logits.
 
-Bounds (exit status 1 if one is missed): the FLOPs that a row spares are at least 0.97 of the head's products
+Bounds (exit status 1 if one is missed): the FLOPs that a row spares are at least 0.99 of the head's products
 at the positions that are not counted: two products of (positions, 768, 50257) with LoRA, which has no
-gradient of the head, and three of full fine-tuning. The rest fills up the last chunk of the loss. 100% has at
-most 1.001 of the FLOPs and 1.03 of the bytes of "all".
+gradient of the head, and three of full fine-tuning. A position that fills up the last chunk of the loss has
+logits, and is not spared: of the chunks of 32 columns, 60% has one in each example. 100% has at most 1.001 of
+the FLOPs and 1.02 of the bytes of "all".
 """
 
 import argparse
@@ -72,10 +73,18 @@ def compare(config: GPT2Config, way: str, found: dict[str, dict[str, int]]) -> l
             "bytes / all": figures["temporary_bytes"] / every["temporary_bytes"],
         }
         if counted is not None and counted < TOKENS:
-            products = 2 * WAYS[way][2] * BATCH * (TOKENS - counted) * config.n_embd * config.vocab_size
+            # Full fine-tuning has no chunks.
+            columns = counted if WAYS[way][2] == 3 else _filled_up(counted)
+            products = 2 * WAYS[way][2] * BATCH * (TOKENS - columns) * config.n_embd * config.vocab_size
             row["spared / head's products"] = (every["flops"] - figures["flops"]) / products
         rows.append(row)
     return rows
+
+
+def _filled_up(columns: int) -> int:
+    """The columns of so many in chunks of equal size, each of at most 128 tokens of the batch."""
+    chunks = -(-columns // (128 // BATCH))
+    return chunks * -(-columns // chunks)
 
 
 def missed(rows: list[dict[str, Any]]) -> list[str]:
@@ -84,12 +93,12 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         name = f"{row['step']}, {row['counted']}"
         spared = row.get("spared / head's products")
-        if spared is not None and spared < 0.97:
-            found.append(f"{name}: {spared:.4f} of the head's products are spared, below 0.97")
-        if row["counted"] == "100%" and (row["FLOPs / all"] > 1.001 or row["bytes / all"] > 1.03):
+        if spared is not None and spared < 0.99:
+            found.append(f"{name}: {spared:.4f} of the head's products are spared, below 0.99")
+        if row["counted"] == "100%" and (row["FLOPs / all"] > 1.001 or row["bytes / all"] > 1.02):
             found.append(
                 f"{name}: the gather takes {row['FLOPs / all']:.4f} of the FLOPs, above 1.001, or "
-                f"{row['bytes / all']:.4f} of the bytes, above 1.03"
+                f"{row['bytes / all']:.4f} of the bytes, above 1.02"
             )
     return found
 

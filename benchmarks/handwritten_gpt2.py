@@ -27,6 +27,7 @@ class _Part(nn.Module):
     adapted: str  # "qv" or "all"
     rank: int
     scale: float
+    recompute: bool = True
 
     def low_rank(self, x_BxTxI, name, features):
         a_IxR = self.variable("lora", f"{name}_a", jnp.zeros, (x_BxTxI.shape[-1], self.rank)).value
@@ -58,16 +59,19 @@ class _Attention(_Part):
 class _MLP(_Part):
     @nn.compact
     def __call__(self, x_BxTxD):
-        h_BxTxF = ACTIVATIONS[self.config.activation_function](
-            self.dense(x_BxTxD, "c_fc", 4 * self.config.n_embd)
-        )
-        return self.dense(h_BxTxF, "c_proj", self.config.n_embd)
+        def project(part, h_BxTxF):
+            h_BxTxF = ACTIVATIONS[part.config.activation_function](h_BxTxF)
+            return part.dense(h_BxTxF, "c_proj", part.config.n_embd)
+
+        # As in the model: GELU is computed again in the backward pass, unless the whole layer is.
+        project = nn.remat(project) if self.recompute else project
+        return project(self, self.dense(x_BxTxD, "c_fc", 4 * self.config.n_embd))
 
 
 class _Block(_Part):
     @nn.compact
     def __call__(self, x_BxTxD, _):
-        options = (self.config, self.dtype, self.adapted, self.rank, self.scale)
+        options = (self.config, self.dtype, self.adapted, self.rank, self.scale, self.recompute)
         norm = partial(LayerNorm, self.config.layer_norm_epsilon, self.dtype)
         x_BxTxD = x_BxTxD + _Attention(*options, name="attn")(norm(name="ln_1")(x_BxTxD))
         x_BxTxD = x_BxTxD + _MLP(*options, name="mlp")(norm(name="ln_2")(x_BxTxD))
@@ -106,7 +110,7 @@ class HandwrittenGPT2(nn.Module):
         x_BxTxD = wte(input_ids) + embed(config.n_positions, name="wpe")(jnp.arange(input_ids.shape[1])[None])
 
         block = nn.remat(_Block, prevent_cse=not self.scan) if self.checkpoint else _Block
-        options = (config, self.dtype, self.adapted, self.rank, self.scale)
+        options = (config, self.dtype, self.adapted, self.rank, self.scale, not self.checkpoint)
         if self.scan:
             axes = {"params": 0, "lora": 0}
             scanned = nn.scan(block, variable_axes=axes, split_rngs={"params": True}, length=config.n_layer)

@@ -42,8 +42,7 @@ def test_adapting_costs_what_writing_it_by_hand_costs(adapted, checkpoint, dtype
     GPT-2 small.
     """
     ours, hand = (measured(way, adapted, checkpoint, dtype) for way in ("adapt", "handwritten"))
-    # Ours computes GELU again in the backward pass, which the handwritten model keeps.
-    assert ours["flops"] <= 1.01 * hand["flops"]
+    assert ours["flops"] <= 1.005 * hand["flops"]
     assert ours["temporary_bytes"] <= 1.03 * hand["temporary_bytes"]
 
 
@@ -75,7 +74,7 @@ def test_a_missed_bound_is_reported():
 
 
 def test_the_head_costs_the_positions_that_are_counted():
-    config = GPT2Config(vocab_size=2048, n_positions=128, n_embd=64, n_layer=1, n_head=2)
+    config = GPT2Config(vocab_size=4096, n_positions=128, n_embd=64, n_layer=1, n_head=2)
     for way in ("LoRA, q, v", "full fine-tuning"):
         found = {
             share: counted_positions.measure(config, way, counted_positions.COUNTED[share])
@@ -84,8 +83,8 @@ def test_the_head_costs_the_positions_that_are_counted():
         rows = counted_positions.compare(config, way, found)
         assert counted_positions.missed(rows) == []
         assert rows[2]["FLOPs / all"] < 0.6
-    rows[1]["bytes / all"], rows[2]["spared / head's products"] = 1.04, 0.96
-    low, gather = "0.9600 of the head's products are spared", "1.0400 of the bytes, above 1.03"
+    rows[1]["bytes / all"], rows[2]["spared / head's products"] = 1.03, 0.98
+    low, gather = "0.9800 of the head's products are spared", "1.0300 of the bytes, above 1.02"
     missed = counted_positions.missed(rows)
     assert len(missed) == 2 and gather in missed[0] and low in missed[1]
 

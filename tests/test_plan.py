@@ -171,14 +171,15 @@ def test_flops_are_what_the_compiler_counts_of_unrolled_layers(section, checkpoi
         Workload(8, 64, method),
     )
     counted = flops.of(unrolled.function, *unrolled.arguments)
-    compiled = unrolled.lower().compile(compiler_options=QUICK).cost_analysis()["flops"]
+    # On a CPU XLA would take what `checkpoint` repeats for a common subexpression, and spare it.
+    options = {**QUICK, "xla_disable_hlo_passes": "cse"}
+    compiled = unrolled.lower().compile(compiler_options=options).cost_analysis()["flops"]
     # XLA counts what is done element by element too, of which Adam on few tokens is a large part, and spares
     # a recomputation or two.
     elements = (
         10 * sum(leaf.size for leaf in jax.tree.leaves(unrolled.delta)) if isinstance(method, Full) else 0
     )
-    # On a CPU it takes the first product of each layer from the forward pass, where `checkpoint` repeats it.
-    assert 0.95 < (counted + elements) / unrolled.mesh.size / compiled < (1.12 if checkpoint else 1.04)
+    assert 0.95 < (counted + elements) / unrolled.mesh.size / compiled < 1.04
     scanned = training_step(
         small(tmp_path, checkpoint=checkpoint), sharded.make_mesh(section), Workload(8, 64, method)
     )

@@ -106,8 +106,8 @@ class Part(nn.Module):
     def normal(self):
         return nn.initializers.normal(self.config.initializer_range)
 
-    def dense(self, features, name, *, kernel_init=None, use_bias=True):
-        return nn.Dense(
+    def dense(self, features, name, *, kernel_init=None, use_bias=True, layer=nn.Dense):
+        return layer(
             features,
             use_bias=use_bias,
             dtype=self.dtype,
@@ -116,21 +116,13 @@ class Part(nn.Module):
             name=name,
         )
 
-    def dense_of(self, activation, features, name, *, kernel_init=None, use_bias=True):
+    def dense_of(self, activation, features, name, **options):
         """A dense layer whose input is `activation` of its arguments. The backward pass computes that input
         again, element by element, in place of keeping it: beside the arguments, which are kept, it is the
         widest array of a layer.
         """
-        layer = nn.remat(_DenseOf) if self.recompute else _DenseOf
-        return layer(
-            features,
-            use_bias=use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=kernel_init or self.normal(),
-            activation=activation,
-            name=name,
-        )
+        layer = partial(nn.remat(_DenseOf) if self.recompute else _DenseOf, activation=activation)
+        return self.dense(features, name, layer=layer, **options)
 
     def embed(self, rows, features, name):
         return nn.Embed(
