@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import counted_positions, kept_and_copied, packing, step_cost
+from benchmarks import counted_positions, kept_and_copied, low_rank_forms, packing, step_cost
+from benchmarks.peers import __main__ as peers
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
 from experiments.plan import models
@@ -150,3 +152,25 @@ def test_copies_are_counted():
   %copy_fusion = f32[9]{0} fusion(%copy.3), kind=kLoop
 """
     assert kept_and_copied.copied(text) == 4 * 128 * 768 * 4 + 3 * 2
+
+
+@pytest.mark.parametrize("form", low_rank_forms.FORMS)
+def test_the_forms_of_the_low_rank_product_are_one_function(form):
+    arrays = low_rank_forms.arrays_of(24, (16, 8), 12)
+    with jax.default_matmul_precision("highest"):
+        found, wanted = (
+            low_rank_forms.compiled(low_rank_forms.FORMS[name], *arrays)(*arrays) for name in (form, "apart")
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
+
+
+def test_the_table_of_peers_keeps_the_rows_of_earlier_runs():
+    first, second, third = (row.name for row in peers.ROWS[:3])
+    kept = [{"row": third, "way": "qwix", "commit": "old"}, {"row": "gone", "way": "qwix", "commit": "old"}]
+    found = [{"row": first, "way": "lora_jax"}, {"row": first, "way": "qwix"}]
+    lines = peers.in_order(kept, found, {"commit": "new", "rounds": 5})
+    assert [(line["row"], line["way"], line["commit"]) for line in lines] == [
+        (first, "lora_jax", "new"),
+        (first, "qwix", "new"),
+        (third, "qwix", "old"),
+    ]

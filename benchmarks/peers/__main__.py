@@ -7,13 +7,13 @@ are ready, every round asks each for one step, one after the other, in an order 
 median of the rounds' own: the seconds of a way over those of lora_jax in the same round. "Spread" is half the
 distance of its quartiles. The first losses of all ways must agree to 1e-3, which shows that they compute the
 same. A way that has no such row says why. Peak memory is that of the whole process, its weights and its
-compiler included. The result has the rows of the last run.
+compiler included. A run measures the rows that it is asked for. The result keeps the others as they were,
+each with its commit, date and rounds.
 """
 
 import argparse
 import dataclasses
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,9 @@ from experiments.reports.provenance import provenance
 
 from . import figure, models
 from .rows import MODELS, Row, ROWS, WAYS
+
+
+FILE = record.RESULTS / f"peers-jax-{jax.__version__}.json"
 
 
 def measure(row: Row, rounds: int, directory: Path) -> list[dict[str, Any]]:
@@ -84,6 +87,18 @@ def _line(row: Row, way: str, found: dict[str, Any], seconds: dict[str, list[flo
     }
 
 
+def earlier() -> dict[str, Any]:
+    """The result of earlier runs, if there is one."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def in_order(kept: list[dict], found: list[dict], measured: dict[str, Any]) -> list[dict]:
+    """All lines in the order of `ROWS`, those that were found with how they were measured."""
+    names = [row.name for row in ROWS]
+    lines = [*kept, *({**line, **measured} for line in found)]
+    return sorted((line for line in lines if line["row"] in names), key=lambda line: names.index(line["row"]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="steps of each way (default: 9)")
@@ -98,18 +113,23 @@ def main() -> int:
         if unknown:
             parser.error(f"--only: no row is named {sorted(unknown)}; rows are {[row.name for row in rows]}")
         rows = [row for row in rows if row.name in options.only]
-    about, lines = provenance(), []
+    kept, about = earlier(), provenance()
+    if kept and kept["device"] != about["device"]:
+        parser.error(f"the result is of {kept['device']}, not of {about['device']}: move {FILE} away")
+    lines = kept.get("rows", [])
+    measured = {"rounds": options.rounds, "commit": about.pop("commit"), "date": about.pop("date")}
     with tempfile.TemporaryDirectory() as directory:
         for name in options.models:
             models.write(name, Path(directory) / name)
         for row in rows:
-            lines += measure(row, options.rounds, Path(directory) / row.model)
+            found = measure(row, options.rounds, Path(directory) / row.model)
+            lines = in_order([line for line in lines if line["row"] != row.name], found, measured)
             # After every row, since a run takes long.
             record.save(
-                "peers", shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]), about, lines
+                "peers", "python -m benchmarks.peers [--rounds ROUNDS] [--only ROW ...]", about, lines
             )
-            figure.draw(lines, record.RESULTS / f"peers-jax-{jax.__version__}.png")
-    print(record.table(lines))
+            figure.draw(lines, FILE.with_suffix(".png"))
+    print(record.table([line for line in lines if line["row"] in {row.name for row in rows}]))
     return 0
 
 
