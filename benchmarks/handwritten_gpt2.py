@@ -52,7 +52,8 @@ class _Attention(_Part):
             q_BxTxD = q_BxTxD + self.low_rank(x_BxTxD, "q", width)
             v_BxTxD = v_BxTxD + self.low_rank(x_BxTxD, "v", width)
         parts = (part.reshape(batch, tokens, heads, width // heads) for part in (q_BxTxD, k_BxTxD, v_BxTxD))
-        y_BxTxHxK = attention(*parts, causal=True, scale=(width // heads) ** -0.5)
+        scale = (width // heads) ** -0.5
+        y_BxTxHxK = attention(*parts, causal=True, scale=scale, recompute=self.recompute)
         return self.dense(y_BxTxHxK.reshape(batch, tokens, width), "c_proj", width)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxprs import equations
 from training import examples, MODEL, weights
 
 import lora_jax
@@ -17,7 +18,6 @@ from experiments.config import (
     TextData,
     Train,
 )
-from experiments.plan import flops
 from experiments.training import order, precision, sharded, trainer as train
 
 
@@ -91,14 +91,6 @@ def steps(trainer, state, count):
 
 def dtypes(tree):
     return {leaf.dtype for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
-
-
-def equations(jaxpr):
-    """Those of a jaxpr and of all jaxprs in it."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield eqn
-        for inner in flops._inner(eqn.params.values()):
-            yield from equations(inner)
 
 
 def traced(settings):

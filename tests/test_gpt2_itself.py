@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpt2_models import apply, random_params, SMALL_VOCABULARY, some_ids
+from jaxprs import equations
 
 from lora_jax.models import GPT2, GPT2Config, stack_layers, unstack_layers
 
@@ -148,17 +149,6 @@ def test_published_sizes(name, expected, scan):
     model = GPT2(GPT2Config.named(name), scan=scan)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
-
-
-def equations(jaxpr):
-    """Every equation, those of inner jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 def traced(model, ids=None):

@@ -14,7 +14,8 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh as DeviceMesh, NamedSharding, PartitionSpec as P
-from narrow import ALL, arguments, config, dtypes, equations, LORA, NARROW, started, traced, WIDE
+from jaxprs import equations
+from narrow import ALL, arguments, config, dtypes, LORA, NARROW, started, traced, WIDE
 from training import optax_promotes as optax_promotes
 
 import lora_jax

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from against_merged import adapted, assert_equal_to_merged, contracted, cosines, traced_index
 from jax import lax
+from jaxprs import equations
 
 import lora_jax
 from lora_jax import LoRA
@@ -211,7 +212,7 @@ def test_the_low_rank_products_have_the_precision_of_the_plain_one():
     fn = lambda params: [use(params[name]) for name, use in uses.items()]
     found = [
         eqn.params["precision"]
-        for eqn in jax.make_jaxpr(lora_jax.adapt(fn))(tree).jaxpr.eqns
+        for eqn in equations(jax.make_jaxpr(lora_jax.adapt(fn))(tree).jaxpr)
         if eqn.primitive.name in ("dot_general", "conv_general_dilated", "ragged_dot_general")
     ]
     assert len(found) == 9 and all(precision in (highest, (highest, highest)) for precision in found), found

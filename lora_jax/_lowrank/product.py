@@ -44,7 +44,8 @@ def with_factor(
     if reduce is None and x.dtype == jnp.float16:
         reduce = jnp.float32  # float16 ends at 65,504, which the sum over the rows soon exceeds
     if reduce is None or jnp.finfo(reduce).bits <= jnp.finfo(x.dtype).bits:
-        return product(x, factor), found
+        # The backward pass keeps `x` itself, once for all products with it, and not `x` as `dot` reshapes it.
+        return jax.checkpoint(product, prevent_cse=False)(x, factor), found
 
     def forward(x: Any, factor: Any) -> tuple:
         # The backward pass makes no product for what is not differentiated: a fixed factor, the input of the
