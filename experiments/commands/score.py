@@ -7,17 +7,18 @@ from pathlib import Path
 from experiments.commands.options import Commands
 
 
-# The tasks whose metrics are computed.
-SCORED = ("e2e",)
-
-
 def add_to(commands: Commands) -> None:
     score = commands.add_parser(
         "score", help="compute a task's published metrics of generated texts, as JSON"
     )
-    score.add_argument("task", metavar="TASK", help=f"one of: {', '.join(SCORED)}")
+    score.add_argument("task", metavar="TASK", help="e2e, for example; a name that is unknown gets the list")
     score.add_argument(
-        "--refs", required=True, metavar="FILE", help="references one a line, a blank line between inputs"
+        "--refs",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="references one a line, a blank line between inputs; or several files, the n-th line of each "
+        "for the n-th input, empty where there is no further one",
     )
     score.add_argument(
         "--hyps", required=True, metavar="FILE", help="one generated text a line, in the order of the inputs"
@@ -32,15 +33,18 @@ def add_to(commands: Commands) -> None:
 
 
 def handle(args: argparse.Namespace) -> None:
-    if args.task not in SCORED:
+    from experiments.tasks import TASKS
+
+    scored = {name: task for name, task in TASKS.items() if task.score is not None}
+    if args.task not in scored:
         from experiments.strict_json import nearest
 
         raise ValueError(
-            f"`TASK` must be one of {', '.join(SCORED)}, got `{args.task}`{nearest(args.task, SCORED) or '.'}"
+            f"`TASK` must be one of {', '.join(scored)}, got `{args.task}`{nearest(args.task, scored) or '.'}"
         )
-    from experiments.metrics import files, score_e2e, values
+    from experiments.metrics import files, values, warn
 
-    references, hypotheses = files.read(Path(args.refs), Path(args.hyps))
+    references, hypotheses = files.read([Path(file) for file in args.refs], Path(args.hyps))
     named = {}
     if args.contexts is not None:
         contexts = files.read_contexts(Path(args.contexts), hypotheses)
@@ -51,4 +55,4 @@ def handle(args: argparse.Namespace) -> None:
                 "`name : The Mill | food : Indian`: pass a run's contexts.txt, or leave `--contexts` out."
             )
         named = {name: found[name] for name in ("values", "all_values")}
-    print(json.dumps(score_e2e(references, hypotheses) | named, indent=2))
+    print(json.dumps(scored[args.task].score(references, hypotheses, tell=warn) | named, indent=2))
