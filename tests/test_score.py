@@ -83,7 +83,7 @@ def test_score_prints_json(tmp_path, capsys, no_java):
     [
         (
             ["e2", "--refs", "r", "--hyps", "h"],
-            "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n",
+            "error: `TASK` must be one of e2e, webnlg, dart, got `e2`; did you mean `e2e`?\n",
         ),
         (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`.\n"),
     ],

@@ -8,11 +8,11 @@ machine (device counts aside) or where results go: those are arguments of the co
 """
 
 from experiments.tasks.e2e import E2EData as E2EData
+from experiments.tasks.generate import Generate as Generate
 from experiments.tasks.text import TextData as TextData
 
 from .base import Architecture as Architecture, Base as Base
 from .computing import AXES as AXES, Mesh as Mesh, Precision as Precision
-from .data import Generate as Generate
 from .decode import Decode as Decode, Sample as Sample
 from .experiment import Config as Config, Source as Source
 from .files import (

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from experiments import tasks
 from experiments.config.base import Base
 from experiments.config.computing import Mesh, Precision
-from experiments.config.data import Generate
 from experiments.config.decode import Decode
 from experiments.config.method import keys as method_keys, method_value
 from experiments.config.training import Optimizer, Train
+from experiments.tasks.generate import Generate
 
 
 @dataclass(frozen=True)

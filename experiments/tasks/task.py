@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.tasks.examples import Prompt, Splits
+from experiments.tasks.losses import of_labels
 
 
 class Score(Protocol):
@@ -41,21 +42,6 @@ class Predictor(Protocol):
     ) -> list[str]: ...
 
 
-def labels_loss(model: Callable, piece: dict, smoothing: float = 0.0) -> tuple:
-    """The cross-entropy of the labels of a batch: of tokens, or of an example's class."""
-    # Imported here, because `plan` reads a config, and with it this, before JAX may start.
-    from experiments.training.loss import of_labels
-
-    return of_labels(model, piece, smoothing)
-
-
-def continued(config: Any, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Any:
-    """The decoder that `decode` describes."""
-    from experiments.decoding.decoder import Decoder
-
-    return Decoder.create(config, model, tokenizer, prompts)
-
-
 @dataclass(frozen=True)
 class Task:
     """A task, from its files to its scores.
@@ -69,7 +55,8 @@ class Task:
         `seq_len` too.
       loss: `loss(model, piece, smoothing)` gives the loss of everything that is counted in a batch, and the
         mask of what is: two arrays of one shape. `model(input_ids, ...)` is the adapted model.
-      predictor: `predictor(config, model, tokenizer, prompts)` is what answers the test inputs.
+      predictor: `predictor(config, model, tokenizer, prompts)` is what answers the test inputs. None: they
+        are continued, as `decode` says.
       score: None: predictions are not scored.
       as_scored: what a prediction or a reference is in the files of a run, which `score` reads.
       percentages: the metrics that papers print in percent.
@@ -82,8 +69,8 @@ class Task:
     section: type
     read: Callable[[Any, Path], Any]
     prepare: Callable[[Any, Any, Any], Splits]
-    loss: Callable[..., tuple] = labels_loss
-    predictor: Callable[..., Any] = continued
+    loss: Callable[..., tuple[Any, Any]] = of_labels
+    predictor: Callable[..., Predictor] | None = None
     score: Score | None = None
     as_scored: Callable[[str], str] = str
     percentages: tuple[str, ...] = ("BLEU",)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
 from experiments.config import AXES, Mesh as MeshSection, Optimizer, Train
+from experiments.tasks.losses import of_labels
 from experiments.training import loss as losses, optimizer
 from experiments.training.spread import EXAMPLES, spread
 from experiments.training.step import compiled_for, step_of
@@ -101,7 +102,7 @@ class ShardedStep:
         train: Train,
         quantize: str | None = None,
         reduce: Any = "float32",
-        losses_of: Callable = losses.of_labels,
+        losses_of: Callable = of_labels,
     ) -> "ShardedStep":
         """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised
         ones, lie where their weights do.
