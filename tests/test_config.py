@@ -125,12 +125,12 @@ def test_expected_scores_are_the_published_ones(name, row, data_dir):
         (
             {"data": {"task": "e2"}},
             ValueError,
-            '`data.task` must be one of "e2e", "text", got "e2"; did you mean `e2e`?',
+            '`data.task` must be one of "e2e", "text", "webnlg", "dart", got "e2"; did you mean `e2e`?',
         ),
         (
             {"data": {"train": "x"}},
             ValueError,
-            '`data` lacks the key `task`, which must be one of "e2e", "text"',
+            '`data` lacks the key `task`, which must be one of "e2e", "text", "webnlg", "dart"',
         ),
         (
             {"optimizer": {"name": "adam"}},

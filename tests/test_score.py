@@ -83,7 +83,7 @@ def test_score_prints_json(tmp_path, capsys, no_java):
     [
         (
             ["e2", "--refs", "r", "--hyps", "h"],
-            "error: `TASK` must be one of e2e, got `e2`; did you mean `e2e`?\n",
+            "error: `TASK` must be one of e2e, webnlg, dart, got `e2`; did you mean `e2e`?\n",
         ),
         (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`.\n"),
     ],
@@ -96,7 +96,9 @@ def test_bad_arguments_are_one_line(arguments, error, capsys):
 def test_score_has_help(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["score", "--help"])
-    assert leaving.value.code == 0 and "--refs FILE --hyps FILE" in " ".join(capsys.readouterr().out.split())
+    assert leaving.value.code == 0 and "--refs FILE [FILE ...] --hyps FILE" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_scoring_loads_the_standard_library_only():

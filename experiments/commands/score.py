@@ -3,24 +3,32 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from experiments.commands.options import Commands
-
-
-# The tasks whose metrics are computed.
-SCORED = ("e2e",)
 
 
 def add_to(commands: Commands) -> None:
     score = commands.add_parser(
         "score", help="compute a task's published metrics of generated texts, as JSON"
     )
-    score.add_argument("task", metavar="TASK", help=f"one of: {', '.join(SCORED)}")
+    score.add_argument("task", metavar="TASK", help="e2e, for example; a name that is unknown gets the list")
     score.add_argument(
-        "--refs", required=True, metavar="FILE", help="references one a line, a blank line between inputs"
+        "--refs",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="references one a line, a blank line between inputs; or several files, the n-th line of each "
+        "for the n-th input, empty where there is no further one",
     )
     score.add_argument(
         "--hyps", required=True, metavar="FILE", help="one generated text a line, in the order of the inputs"
+    )
+    score.add_argument(
+        "--filter",
+        metavar="PART",
+        help="a part of the test set alone: seen or unseen, of webnlg, whose files have all 1,862 inputs in "
+        "the challenge's order, or those of the part",
     )
     score.add_argument(
         "--contexts",
@@ -32,15 +40,21 @@ def add_to(commands: Commands) -> None:
 
 
 def handle(args: argparse.Namespace) -> None:
-    if args.task not in SCORED:
+    from experiments.tasks import TASKS
+
+    scored = {name: task for name, task in TASKS.items() if task.score is not None}
+    if args.task not in scored:
         from experiments.strict_json import nearest
 
         raise ValueError(
-            f"`TASK` must be one of {', '.join(SCORED)}, got `{args.task}`{nearest(args.task, SCORED) or '.'}"
+            f"`TASK` must be one of {', '.join(scored)}, got `{args.task}`{nearest(args.task, scored) or '.'}"
         )
-    from experiments.metrics import files, score_e2e, values
+    from experiments.metrics import files, values, warn
 
-    references, hypotheses = files.read(Path(args.refs), Path(args.hyps))
+    references, hypotheses = files.read([Path(file) for file in args.refs], Path(args.hyps))
+    task = scored[args.task]
+    if args.filter not in (None, "all"):
+        references, hypotheses = _part(task, args.filter, references, hypotheses)
     named = {}
     if args.contexts is not None:
         contexts = files.read_contexts(Path(args.contexts), hypotheses)
@@ -51,4 +65,20 @@ def handle(args: argparse.Namespace) -> None:
                 "`name : The Mill | food : Indian`: pass a run's contexts.txt, or leave `--contexts` out."
             )
         named = {name: found[name] for name in ("values", "all_values")}
-    print(json.dumps(score_e2e(references, hypotheses) | named, indent=2))
+    print(json.dumps(task.score(references, hypotheses, tell=warn) | named, indent=2))
+
+
+def _part(task: Any, part: str, references: list[Any], texts: list[str]) -> tuple[list[Any], list[str]]:
+    """The inputs of a part of the test set. Files that have as many inputs as the part are it already."""
+    if part not in task.parts:
+        known = f"must be one of all, {', '.join(task.parts)}" if task.parts else "is of webnlg"
+        raise ValueError(f"`--filter` {known}, got `{part}` for {task.name}: leave it out for all inputs.")
+    places, every = task.parts[part], sum(map(len, task.parts.values()))
+    if len(texts) == len(places):
+        return references, texts
+    if len(texts) != every:
+        raise ValueError(
+            f"`--filter` is {part}, and the files have {len(texts):,} inputs: {task.name}'s test set has "
+            f"{every:,}, of which {len(places):,} are {part}. Leave `--filter` out for other files."
+        )
+    return [references[place] for place in places], [texts[place] for place in places]

@@ -1,4 +1,5 @@
-"""What a config file may say: one frozen dataclass a section, and the only place that holds a default.
+"""What a config file may say: one frozen dataclass a section, and the only place that holds a default. The
+sections of `data` are the tasks' own (`experiments/tasks/`).
 
 A config is a row of a table: `source` names the paper, the table and the numbers to expect, or says that
 there are none. Paths inside a config are relative to `--data`; `base.run`, and a `base.path` that begins with
@@ -6,9 +7,12 @@ a dot, to the config's own file; a `base.name` is below `--bases`. Left out: any
 machine (device counts aside) or where results go: those are arguments of the command line.
 """
 
+from experiments.tasks.e2e import E2EData as E2EData
+from experiments.tasks.generate import Generate as Generate
+from experiments.tasks.text import TextData as TextData
+
 from .base import Architecture as Architecture, Base as Base
 from .computing import AXES as AXES, Mesh as Mesh, Precision as Precision
-from .data import E2EData as E2EData, Generate as Generate, TextData as TextData
 from .decode import Decode as Decode, Sample as Sample
 from .experiment import Config as Config, Source as Source
 from .files import (

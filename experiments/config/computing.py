@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.config.checks import at_least
+from experiments.checks import at_least
 
 
 # The axes of a mesh, which are the fields of `Mesh`.

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from experiments.config.checks import at_least
+from experiments.checks import at_least
 
 
 @dataclass(frozen=True)

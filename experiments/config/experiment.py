@@ -1,14 +1,16 @@
 """A whole config: its sections, and what they require of each other."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from experiments import tasks
 from experiments.config.base import Base
 from experiments.config.computing import Mesh, Precision
-from experiments.config.data import E2EData, Generate, TextData
 from experiments.config.decode import Decode
 from experiments.config.method import keys as method_keys, method_value
 from experiments.config.training import Optimizer, Train
+from experiments.tasks.generate import Generate
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Config:
     name: str
     source: Source
     base: Base
-    data: E2EData | TextData
+    data: tasks.Section
     method: dict[str, Any] = field(metadata={"keys": method_keys})
     targets: tuple[str, ...]
     train: Train
@@ -57,9 +59,10 @@ class Config:
                 f"train.accumulate ({parts})."
             )
         self._check_pack(parts)
-        if self.base.vocabulary is not None and not isinstance(self.data, TextData):
+        if self.base.vocabulary is not None and not tasks.of(self.data).documents:
+            plain = " or ".join(json.dumps(name) for name, task in tasks.TASKS.items() if task.documents)
             raise ValueError(
-                '`base.vocabulary` trains a tokenizer on plain text, which `data.task` "text" has; '
+                f"`base.vocabulary` trains a tokenizer on plain text, which `data.task` {plain} has; "
                 "pass `base.tokenizer` instead."
             )
         method = method_value(self.method)
@@ -90,10 +93,10 @@ class Config:
         rows = self.train.pack
         if rows is None:
             return
-        if isinstance(self.data, TextData):
+        if not tasks.of(self.data).packs:
             raise ValueError(
-                f'`train.pack` is {rows}, and `data.task` is "text", whose blocks are full already: leave '
-                "`train.pack` out."
+                f'`train.pack` is {rows}, and `data.task` is "{self.data.task}", whose blocks are full '
+                "already: leave `train.pack` out."
             )
         if rows % parts:
             raise ValueError(

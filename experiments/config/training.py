@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.config.checks import at_least
+from experiments.checks import at_least
 
 
 @dataclass(frozen=True)

@@ -12,32 +12,38 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.config import Config, Decode, E2EData
+from experiments import tasks
+from experiments.config import Config, Decode
 from experiments.decoding.search import search
+from experiments.tasks import Task
 from experiments.tasks.examples import padded_width, Prompt
 from lora_jax.processes import on_host
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The prompts of a run, as they go into its model, and how they are continued, whatever the weights."""
+    """The prompts of a run, as they go into its model, and how they are continued, whatever the weights.
+    `task`: whose prompts they are.
+    """
 
     model: Any
     tokenizer: Any
     section: Decode
     end: tuple[int, ...]
     prompts: tuple[Prompt, ...]
+    task: Task
 
     @classmethod
     def create(cls, config: Config, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> "Decoder":
-        """With `data.truncate`, prompts lose their beginning to leave room in `data.seq_len`, as the authors
-        cut them.
+        """Where the task cuts what is too long (`data.truncate`), prompts lose their beginning to leave room
+        in `data.seq_len`, as the authors cut them.
 
         Raises `ValueError` for prompts that are too long otherwise, and for end tokens and widths that the
         vocabulary does not have.
         """
         chosen = prompts[: config.decode.prompts]
-        if chosen and isinstance(config.data, E2EData) and config.data.truncate:
+        task = tasks.of(config.data)
+        if chosen and task.cuts(config.data):
             room = config.data.seq_len - config.decode.max_tokens
             if room < 1:
                 raise ValueError(
@@ -47,7 +53,7 @@ class Decoder:
             chosen = [replace(prompt, ids=prompt.ids[-room:]) for prompt in chosen]
         end = end_tokens(config.decode, tokenizer)
         _check(model.config, [prompt.ids for prompt in chosen], config.decode, end)
-        return cls(model, tokenizer, config.decode, end, tuple(chosen))
+        return cls(model, tokenizer, config.decode, end, tuple(chosen), task)
 
     def texts(
         self, params: Any, count: int | None = None, *, tell: Callable[[int], None] = lambda done: None

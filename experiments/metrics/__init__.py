@@ -1,15 +1,17 @@
-"""What a published table's columns are, computed from texts: for E2E the five numbers of the official scorer.
+"""What a published table's columns are, computed from texts: for E2E the five numbers of the official scorer,
+for WebNLG and DART the three that LoRA's authors give.
 
-The scorer is tuetschek/e2e-metrics, `measure_scores.py references hypotheses -p`: BLEU and NIST on mteval's
-tokens, METEOR, ROUGE-L and CIDEr on those of the Penn Treebank. All but METEOR is plain Python here and needs
-neither java nor a package.
+E2E's scorer is tuetschek/e2e-metrics, `measure_scores.py references hypotheses -p`: BLEU and NIST on mteval's
+tokens, METEOR, ROUGE-L and CIDEr on those of the Penn Treebank. WebNLG and DART have BLEU of Moses'
+multi-bleu, METEOR, and TER. All but METEOR is plain Python here and needs neither java nor a package.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from experiments.metrics import bleu, cider, meteor, mteval, nist, ptb, rouge
+from experiments.metrics import bleu, cider, meteor, mteval, multi_bleu, nist, ptb, rouge, ter
+from experiments.metrics.ngrams import Tokens
 
 
 def warn(message: str) -> None:
@@ -26,12 +28,9 @@ def score_e2e(
     >>> scores["BLEU"], scores["ROUGE_L"]
     (1.0, 1.0)
     """
-    if len(references) != len(hypotheses) or not hypotheses or not all(references):
-        raise ValueError(
-            f"every hypothesis needs its references: got {len(hypotheses)} hypotheses and {len(references)} "
-            "groups of references, "
-            f"{sum(not group for group in references)} of them empty."
-        )
+    # Of several files, an empty line is no reference of this scorer's.
+    references = [[reference for reference in group if reference] for group in references]
+    _check(references, hypotheses)
     words = [[mteval.tokenize(reference) for reference in group] for group in references]
     outputs = [mteval.tokenize(hypothesis) for hypothesis in hypotheses]
 
@@ -46,6 +45,41 @@ def score_e2e(
         "ROUGE_L": rouge.score(treebank, treebank_outputs),
         "CIDEr": cider.score(treebank, treebank_outputs),
     }
+
+
+def score_tokens(
+    references: Sequence[Sequence[Tokens]],
+    hypotheses: Sequence[Tokens],
+    *,
+    tell: Callable[[str], None] = warn,
+) -> dict[str, float | None]:
+    """BLEU, METEOR and TER of one hypothesis an input, all of tokens. Where METEOR cannot run it is `None`,
+    and `tell` is told why.
+
+    >>> group = ["cotto is a pub .".split(), "there is a pub , cotto .".split()]
+    >>> scores = score_tokens([group], ["cotto is a pub .".split()], tell=lambda reason: None)
+    >>> scores["BLEU"], scores["TER"]
+    (1.0, 0.0)
+
+    A reference without tokens is what an empty line of a reference file is: multi-bleu counts it, and may
+    find it the nearest to a short hypothesis; the others leave it out.
+    """
+    spoken = [[reference for reference in group if reference] for group in references]
+    _check(spoken, hypotheses)
+    return {
+        "BLEU": multi_bleu.score(references, hypotheses),
+        "METEOR": _meteor_or_none(spoken, hypotheses, tell),
+        "TER": ter.score(spoken, hypotheses),
+    }
+
+
+def _check(references: Sequence[Sequence[object]], hypotheses: Sequence[object]) -> None:
+    if len(references) != len(hypotheses) or not hypotheses or not all(references):
+        raise ValueError(
+            f"every hypothesis needs its references: got {len(hypotheses)} hypotheses and {len(references)} "
+            "groups of references, "
+            f"{sum(not group for group in references)} of them empty."
+        )
 
 
 def _meteor_or_none(

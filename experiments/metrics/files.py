@@ -1,33 +1,53 @@
-"""The text files of the E2E scorer: hypotheses one a line, references one a line with a blank line between
-inputs.
+"""The text files of scorers: hypotheses one a line, references one a line with a blank line between inputs,
+or in several files, the n-th line of each for the n-th input.
 
 Lines end where Python's `str.splitlines` ends them and are stripped, as in the official scorer. Left out: its
 tables (`.csv`, `.tsv`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
 References = list[list[str]]
 
 
-def read(references: Path, hypotheses: Path) -> tuple[References, list[str]]:
+def read(references: Path | Sequence[Path], hypotheses: Path) -> tuple[References, list[str]]:
     """The groups of references and the hypotheses, as many of one as of the other, or `ValueError` with both
     numbers.
 
-    A references file without a blank line has one reference an input, unless there is one hypothesis only. An
-    empty line among the hypotheses is an empty hypothesis.
+    A references file without a blank line has one reference an input, unless there is one hypothesis only. Of
+    several files, each has a line for every input, empty or not; an empty one is an empty reference. An empty
+    line among the hypotheses is an empty hypothesis.
     """
-    groups, outputs = read_references(references), _lines(hypotheses)
-    if len(groups) == 1 and len(outputs) > 1:
+    paths = [references] if isinstance(references, Path) else list(references)
+    groups = read_references(paths[0]) if len(paths) == 1 else _beside(paths)
+    outputs = _lines(hypotheses)
+    if len(paths) == 1 and len(groups) == 1 and len(outputs) > 1:
         groups = [[line] for line in groups[0]]
     if len(groups) != len(outputs):
+        lines = "a blank line between inputs" if len(paths) == 1 else "a line an input in each file"
         raise ValueError(
-            f"`{references}` has references for {_inputs(len(groups))} and `{hypotheses}` has hypotheses "
+            f"`{paths[0]}` has references for {_inputs(len(groups))} and `{hypotheses}` has hypotheses "
             f"for {_inputs(len(outputs))}: "
-            "references need a blank line between inputs, hypotheses exactly one line an input, empty or not."
+            f"references need {lines}, hypotheses exactly one line an input, empty or not."
         )
     return groups, outputs
+
+
+def _beside(paths: Sequence[Path]) -> References:
+    """The n-th lines of all files. A file that ends early has no more references."""
+    columns = [_lines(path) for path in paths]
+    longest = max(map(len, columns))
+    filled = [column + [""] * (longest - len(column)) for column in columns]
+    groups = [list(group) for group in zip(*filled, strict=True)]
+    mute = next((number for number, group in enumerate(groups, 1) if not any(group)), None)
+    if mute is not None:
+        raise ValueError(
+            f"`{paths[0]}` line {mute}: input {mute} has no reference in any file; each file has a line for "
+            "every input."
+        )
+    return groups
 
 
 def read_references(path: Path) -> References:

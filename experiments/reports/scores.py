@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments import tasks
 from experiments.config import Config
+from experiments.tasks import Task
 
 
 # Whose texts, in words: the reports' keys, in the order of the tables.
@@ -15,37 +17,34 @@ def of_writers(found: Mapping[str, Any]) -> dict[str, Any]:
     return {words: found[key] for key, words in WRITERS.items() if key in found}
 
 
-# Of the five, these are fractions that papers print as percentages.
-PERCENTAGES = ("BLEU", "METEOR", "ROUGE_L")
-
-
-def as_printed(name: str, value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}" if name in PERCENTAGES else f"{value:.4f}"
+def as_printed(name: str, value: float | None, task: Task) -> str:
+    """A score as papers print it: some in percent. "BLEU seen" is as BLEU."""
+    percent = name.split(" ")[0] in task.percentages
+    return "-" if value is None else f"{100 * value:.2f}" if percent else f"{value:.4f}"
 
 
 def scored(scores: dict[str, dict[str, float | None]], config: Config) -> list[str]:
     """The section of the task's metrics; nothing where there are none."""
     if not scores:
         return []
+    task = tasks.of(config.data)
     names = list(scores["after"])
     rows = of_writers(scores)
     lines = ["## Scores (test inputs)", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {words} | {' | '.join(as_printed(name, found[name]) for name in names)} |"
+        f"| {words} | {' | '.join(as_printed(name, found[name], task) for name in names)} |"
         for words, found in rows.items()
     ]
     expected = config.source.expected
     if expected:
         cells = (f"{expected[name]:g}" if name in expected else "-" for name in names)
         lines.append(f"| published | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "`python -m experiments score e2e --refs references.txt --hyps predictions.txt` gives these numbers "
-        "again; BLEU, METEOR and",
-    ]
     return [
         *lines,
-        "ROUGE-L are percentages here. A dash under METEOR: java or its package was not there.",
+        "",
+        f"`python -m experiments score {task.name} --refs references.txt --hyps predictions.txt` gives these "
+        "numbers again. In percent",
+        f"here: {', '.join(task.percentages)}. A dash under METEOR: java or its package was not there.",
         "",
     ]
 
@@ -77,7 +76,7 @@ def named(found: Mapping[str, Any]) -> list[str]:
         "",
         "Percent of the values of the records that the texts name, and of texts that name all of theirs: "
         "names by their words, the rest",
-        "by the wordings of `experiments/metrics/values.py`. People leave some out. `score e2e` with "
+        "by the wordings of `experiments/metrics/values.py`. People leave some out. `score` with "
         "`--contexts contexts.txt` gives the first and last number again.",
         "",
         "![values](figures/values.png)",

@@ -6,13 +6,16 @@ from typing import Any
 
 from experiments.reports import finished
 from experiments.reports.scores import as_printed, percent
+from experiments.tasks import TASKS
 
 
 def table(workdirs: Sequence[Path]) -> str:
     """One line a finished run, as Markdown. Raises `ValueError` for a directory that holds none."""
     reports = [finished.facts(workdir) for workdir in workdirs]
+    # Of each run's scores the first, which is what its task is known by.
+    metrics = dict.fromkeys(name for facts in reports for name in list(_scores(facts, "after"))[:1])
     rows = [
-        _row(name, finished.config(workdir)["train"]["lr"], facts)
+        _row(name, finished.config(workdir), facts, list(metrics) or ["BLEU"])
         for name, workdir, facts in zip(finished.names(workdirs), workdirs, reports, strict=True)
     ]
     lines = [rows[0].keys(), *(row.values() for row in rows)]
@@ -20,19 +23,24 @@ def table(workdirs: Sequence[Path]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def _row(name: str, rate: float, facts: dict[str, Any]) -> dict[str, str]:
+def _scores(facts: dict[str, Any], when: str) -> dict[str, float | None]:
+    return facts.get("scores", {}).get(when, {})
+
+
+def _row(name: str, config: dict[str, Any], facts: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     """A dash for what the run has not: pretraining has no scores, and older reports have no values."""
-    found, scores, values = facts["numbers"], facts.get("scores", {}), facts.get("values", {})
+    found, values, task = facts["numbers"], facts.get("values", {}), TASKS[config["data"]["task"]]
     named = percent(values["after"]) if values else {}
     return {
         "run": name,
         "trainable": f"{facts['trainable']:,}",
-        "rate": f"{rate:g}",
+        "rate": f"{config['train']['lr']:g}",
         "steps": f"{found['steps']:,}",
         "validation loss before": f"{found['first_valid_loss']:.4f}",
         "after": f"{found['valid_loss']:.4f}",
         **{
-            f"BLEU {when}": as_printed("BLEU", scores.get(when, {}).get("BLEU"))
+            f"{metric} {when}": as_printed(metric, _scores(facts, when).get(metric), task)
+            for metric in metrics
             for when in ("before", "after")
         },
         "values named": f"{named['all values']:.1f}" if named else "-",

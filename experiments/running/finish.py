@@ -6,7 +6,7 @@ files. So a wrong scale, a transposed matrix or a missing tensor shows as a numb
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import lora_jax
 from experiments import config as configs
 from experiments.config import Config, Train
 from experiments.decoding.decoder import Decoder
-from experiments.metrics import score_e2e, values, warn
+from experiments.metrics import values, warn
 from experiments.progress import Count
 from experiments.reports import cost, report
 from experiments.running import beside, processes
 from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
+from experiments.tasks import Task
 from experiments.tasks.examples import Prompt, Splits
 from experiments.training import precision
 from experiments.training.trainer import Trainer
@@ -194,12 +195,12 @@ def predict(
 ) -> dict[str, Any]:
     """Decodes the test inputs; returns the samples, the scores and the values named for the report.
 
-    `predictions.txt` has a line an input, as `contexts.txt` has, and `references.txt` people's wordings in
-    the scorer's form. With `decode.before` the untouched base answers all inputs too, in
+    `predictions.txt` has a line an input, as `contexts.txt` has, and `references.txt` people's wordings, both
+    in the scorer's form. With `decode.before` the untouched base answers all inputs too, in
     `predictions_before.txt`; otherwise only those that the report shows. `begin` is told what comes next, and
     how much of it.
     """
-    prompts, section = decoder.prompts, decoder.section
+    prompts, section, task = decoder.prompts, decoder.section, decoder.task
     if not prompts:
         return {"samples": [], "scores": {}, "values": {}}
 
@@ -217,7 +218,7 @@ def predict(
 
     def write() -> None:
         for name in whole:
-            _write_lines(directory / PREDICTIONS[name], texts[name])
+            _write_lines(directory / PREDICTIONS[name], map(task.as_scored, texts[name]))
 
         _write_lines(directory / "contexts.txt", [" ".join(prompt.text.split()) for prompt in prompts])
 
@@ -227,22 +228,44 @@ def predict(
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
     ]
     named = _named(prompts, {name: texts[name] for name in whole})
-    if not all(prompt.references for prompt in prompts):
+    if task.score is None or not all(prompt.references for prompt in prompts):
         return {"samples": samples, "scores": {}, "values": named}
-    references = [prompt.references for prompt in prompts]
 
     def score() -> dict[str, dict[str, float | None]]:
         (directory / "references.txt").write_text(
-            "\n".join("".join(line + "\n" for line in group) for group in references), "utf-8"
+            "\n".join(
+                "".join(task.as_scored(line) + "\n" for line in prompt.references) for prompt in prompts
+            ),
+            "utf-8",
         )
         # The warning about METEOR is printed once.
         return {
-            name: score_e2e(references, texts[name], tell=warn if name == "after" else lambda _: None)
+            name: scored(task, prompts, texts[name], tell=warn if name == "after" else lambda _: None)
             for name in whole
         }
 
     begin("scoring the texts")
     return {"samples": samples, "scores": on_first(score), "values": named}
+
+
+def scored(
+    task: Task, prompts: Sequence[Prompt], texts: Sequence[str], *, tell: Callable[[str], None] = warn
+) -> dict[str, float | None]:
+    """The task's scores of all texts, and where some prompts belong to a part of the test set, those of each
+    part too, such as "BLEU seen".
+    """
+    assert task.score is not None  # as the caller has seen
+    pairs = [
+        (prompt.part, [task.as_scored(reference) for reference in prompt.references], task.as_scored(text))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    found: dict[str, float | None] = {}
+    parts = sorted({part for part, _, _ in pairs if part is not None})
+    for part in (None, *(parts if len(parts) > 1 else ())):
+        chosen = [pair[1:] for pair in pairs if part in (None, pair[0])]
+        scores = task.score(*zip(*chosen, strict=True), tell=tell if part is None else lambda _: None)
+        found |= {name if part is None else f"{name} {part}": value for name, value in scores.items()}
+    return found
 
 
 def _named(prompts: Sequence[Prompt], texts: dict[str, list[str]]) -> dict[str, Any]:
@@ -256,7 +279,7 @@ def _named(prompts: Sequence[Prompt], texts: dict[str, list[str]]) -> dict[str, 
     return {name: scores for name, scores in found.items() if scores is not None}
 
 
-def _write_lines(file: Path, lines: list[str]) -> None:
+def _write_lines(file: Path, lines: Iterable[str]) -> None:
     file.write_text("".join(line + "\n" for line in lines), "utf-8")
 
 

@@ -94,7 +94,8 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     loaded = base.load(config.base, places, keys["base"], mesh, config.precision)
     _check_room(config, loaded.model.config.positions)
     splits = tasks.prepare(config.data, contents, loaded.tokenizer)
-    decoder = Decoder.create(config, loaded.model, loaded.tokenizer, splits.prompts)
+    predictor = tasks.of(config.data).predictor or Decoder.create
+    decoder = predictor(config, loaded.model, loaded.tokenizer, splits.prompts)
 
     identity = {
         "base": fingerprint(loaded.params),

@@ -1,26 +1,36 @@
-"""The tasks: each turns files and a tokenizer into `Splits`; a new task is one file, one dataclass in
-`config`, one line here.
+"""The tasks: each turns files and a tokenizer into `Splits`, and says how it is trained, predicted and
+scored.
 
-In two steps, since the tokenizer may come from a base that has to be trained first: `read` needs only the
-files, so that what is wrong with them is known before anything is trained, and `prepare` needs the tokenizer.
+A new task is one file, which `task.py` describes, and one line here.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING, TypeAlias, Union
 
-from experiments.config import E2EData, TextData
-from experiments.tasks import e2e, text
+from experiments.tasks import dart, e2e, text, webnlg
 from experiments.tasks.examples import Splits
+from experiments.tasks.task import Task
 
 
-TASKS = {E2EData: e2e, TextData: text}
+TASKS: dict[str, Task] = {task.name: task for task in (e2e.TASK, text.TASK, webnlg.TASK, dart.TASK)}
+
+# Any of their sections: the type of a config's `data`.
+if TYPE_CHECKING:
+    Section: TypeAlias = Any
+else:
+    Section = Union[tuple(task.section for task in TASKS.values())]
 
 
-def read(section: E2EData | TextData, directory: Path) -> Any:
+def of(section: Section) -> Task:
+    """The task of a config's `data` section."""
+    return TASKS[section.task]
+
+
+def read(section: Section, directory: Path) -> Any:
     """The contents of the files that a config's `data` section names, below `directory`."""
-    return TASKS[type(section)].read(section, directory)
+    return of(section).read(section, directory)
 
 
-def prepare(section: E2EData | TextData, contents: Any, tokenizer: Any) -> Splits:
+def prepare(section: Section, contents: Any, tokenizer: Any) -> Splits:
     """Training, validation and test examples made of what `read` returned."""
-    return TASKS[type(section)].prepare(section, contents, tokenizer)
+    return of(section).prepare(section, contents, tokenizer)

@@ -12,11 +12,14 @@ import csv
 import lzma
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from experiments.config import E2EData
-from experiments.tasks.examples import Examples, Prompt, Splits
+from experiments.checks import at_least
+from experiments.metrics import score_e2e
+from experiments.tasks.pairs import checked, encode as encode, prepare as prepare, Row, short
+from experiments.tasks.task import Task
 
 
 ATTRIBUTES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -24,7 +27,26 @@ ATTRIBUTES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "famil
 COLUMNS = (("mr", "ref"), ("meaning_representation", "human_reference"), ("context", "completion"))
 
 _SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
-Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class E2EData:
+    """Meanings and their wordings. `dataset`: a directory or hub name for `datasets`, whose splits `train`,
+    `valid`, `test` then name; without it they are files. `truncate`: cut what is longer than `seq_len` as the
+    authors do, instead of refusing it."""
+
+    task: Literal["e2e"]
+    train: str
+    valid: str
+    test: str | None = None
+    dataset: str | None = None
+    seq_len: int = 512
+    truncate: bool = False
+    max_rows: int | None = None
+    max_valid_rows: int | None = None
+
+    def __post_init__(self):
+        at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
 
 
 def context_of(meaning: str) -> str:
@@ -51,14 +73,9 @@ def split_line(line: str) -> Row:
     if len(parts) != 2:
         raise ValueError(
             f"expected exactly one `||` between meaning and reference, found {len(parts) - 1} in "
-            f"{_short(line)}."
+            f"{short(line)}."
         )
     return parts[0], parts[1]
-
-
-def _short(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def read_file(path: Path) -> list[Row]:
@@ -156,26 +173,6 @@ def rows_of(dataset: Any, name: str) -> list[Row]:
     ]
 
 
-def encode(rows: list[Row], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """enc(context) + [eos] and enc(" " + reference) + [eos] of every row; each distinct context is
-    encoded once.
-    """
-    end = tokenizer.eos_token_id
-    contexts = list(dict.fromkeys(context for context, _ in rows))
-    ids = dict(zip(contexts, _encode_texts(contexts, tokenizer), strict=True))
-    completions = _encode_texts([" " + reference for _, reference in rows], tokenizer)
-    return [
-        ([*ids[context], end], [*completion, end])
-        for (context, _), completion in zip(rows, completions, strict=True)
-    ]
-
-
-def _encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    return (
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-    )
-
-
 def read(section: E2EData, directory: Path) -> dict[str, list[Row]]:
     """The rows of each split, before any tokenizer: what can be wrong with the files is found here."""
     found = {}
@@ -188,49 +185,15 @@ def read(section: E2EData, directory: Path) -> dict[str, list[Row]]:
             if section.dataset is None
             else read_datasets(section.dataset, name, directory)
         )
-        if not rows:
-            raise ValueError(f"the data set `{name}` is empty.")
-        missing = next((number for number, (_, reference) in enumerate(rows, 1) if not reference), None)
-        if missing and split != "test":
-            raise ValueError(
-                f"example {missing} of `{name}` has no reference, which training and validation need."
-            )
-        found[split] = rows
+        found[split] = checked(rows, split, name)
     return found
 
 
-def prepare(section: E2EData, rows: dict[str, list[Row]], tokenizer: Any) -> Splits:
-    """Examples and prompts of the rows that `read` found."""
-
-    def examples(split: str, limit: int | None) -> Examples:
-        pairs = encode(rows[split][:limit], tokenizer)
-        if not section.truncate:
-            _refuse_long(pairs, getattr(section, split), section.seq_len, tokenizer)
-        return Examples(pairs, section.seq_len)
-
-    train, valid = examples("train", section.max_rows), examples("valid", section.max_valid_rows)
-    return Splits(train, valid, _prompts(rows.get("test", []), tokenizer))
-
-
-def _refuse_long(pairs: list[tuple[list[int], list[int]]], split: str, seq_len: int, tokenizer: Any) -> None:
-    for number, (context, completion) in enumerate(pairs, 1):
-        length = len(context) + len(completion)
-        if length > seq_len:
-            raise ValueError(
-                f"example {number} of `{split}` ({_short(tokenizer.decode(context[:-1]))}) has {length} "
-                f"tokens, more than `data.seq_len` ({seq_len}); "
-                "raise it, or set `data.truncate` to cut the end as the authors do."
-            )
-
-
-def _prompts(rows: list[Row], tokenizer: Any) -> tuple[Prompt, ...]:
-    """One prompt a distinct context, in the order of the file, with all its references."""
-    references: dict[str, list[str]] = {}
-    for context, reference in rows:
-        references.setdefault(context, []).append(reference)
-    ids = _encode_texts(list(references), tokenizer)
-    end = tokenizer.eos_token_id
-    return tuple(
-        Prompt(context, (*tokens, end), tuple(filter(None, found)))
-        for (context, found), tokens in zip(references.items(), ids, strict=True)
-    )
+TASK = Task(
+    section=E2EData,
+    read=read,
+    prepare=prepare,
+    score=score_e2e,
+    percentages=("BLEU", "METEOR", "ROUGE_L"),
+    cuts=lambda section: section.truncate,
+)

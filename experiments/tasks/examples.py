@@ -156,11 +156,14 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One test input: its text, its tokens as in training, and the wordings people gave it."""
+    """One test input: its text, its tokens as in training, the wordings people gave it, and the part of the
+    test set that it is in, where parts are scored by themselves.
+    """
 
     text: str
     ids: tuple[int, ...]
     references: tuple[str, ...]
+    part: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ Meanings of one file are in no other, and the whole is a function of the config'
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from experiments.config import Generate
 
 
 FIRST = (
@@ -57,6 +56,18 @@ DOGS = {
 }
 
 Meaning = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """The project's own data set in E2E's form, made in the work directory; `data` then names files of it.
+
+    `meanings` to train on and `held_out` ones for validation and for test, each in `references` wordings."""
+
+    seed: int
+    meanings: int
+    held_out: int
+    references: int
 
 
 def meaning(chance: random.Random) -> Meaning:

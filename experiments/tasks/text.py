@@ -8,16 +8,35 @@ document.
 import contextlib
 import lzma
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from experiments.config import TextData
+from experiments.checks import at_least
 from experiments.tasks.examples import Blocks, Splits
+from experiments.tasks.task import Task
 
 
 SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Plain text, packed into blocks of `seq_len` tokens. `train`: one file or several; `max_bytes`
+    limits what is read of each.
+    """
+
+    task: Literal["text"]
+    train: str | tuple[str, ...]
+    valid: str
+    seq_len: int
+    max_bytes: int | None = None
+    max_valid_bytes: int | None = None
+
+    def __post_init__(self):
+        at_least(1, "data", self, "seq_len", "max_bytes", "max_valid_bytes")
 
 
 @contextlib.contextmanager
@@ -98,3 +117,6 @@ def prepare(section: TextData, found: dict[str, list[str]], tokenizer: Any) -> S
         return made
 
     return Splits(blocks("train"), blocks("valid"))
+
+
+TASK = Task(section=TextData, read=read, prepare=prepare, documents=True, packs=False)

@@ -20,11 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lora_jax
 from experiments.config import AXES, Mesh as MeshSection, Optimizer, Train
+from experiments.tasks.losses import of_labels
 from experiments.training import loss as losses, optimizer
 from experiments.training.spread import EXAMPLES, spread
 from experiments.training.step import compiled_for, step_of
 from lora_jax.methods import orthogonality
-from lora_jax.models import cross_entropy
 from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition_specs, Rules, shardings
 
 
@@ -75,7 +75,8 @@ class ShardedStep:
     shapes.
 
     `penalty`: a part of the loss that depends on what trains alone. `accumulate`: the parts of a batch.
-    `smoothing`: of the labels, in training. `reduce`: the dtype of sums (`precision.reduce`).
+    `smoothing`: of the labels, in training. `reduce`: the dtype of sums (`precision.reduce`). `losses_of`:
+    the task's loss.
     """
 
     mesh: Mesh
@@ -86,6 +87,7 @@ class ShardedStep:
     accumulate: int
     smoothing: float
     reduce: Any
+    losses_of: Callable
 
     @classmethod
     def create(
@@ -100,6 +102,7 @@ class ShardedStep:
         train: Train,
         quantize: str | None = None,
         reduce: Any = "float32",
+        losses_of: Callable = of_labels,
     ) -> "ShardedStep":
         """`specs`: of the base. What the method keeps beside the weights, and the codes of quantised
         ones, lie where their weights do.
@@ -117,6 +120,7 @@ class ShardedStep:
             train.accumulate,
             train.label_smoothing,
             reduce,
+            losses_of,
         )
 
     def of_full(self, frozen: Any, section: Optimizer, train: Train) -> "ShardedStep":
@@ -144,23 +148,10 @@ class ShardedStep:
     def loss(
         self, delta: Any, frozen: Any, piece: dict, key: jax.Array | None = None, smoothing: float = 0.0
     ) -> tuple[jax.Array, jax.Array]:
-        """Summed loss and number of what is counted, of one part of a batch; random only with a key.
-
-        Labels with a `mask` of 1 are counted. Without a `mask`, each label is: the class of an example, then.
-        With `columns`, the labels are of these positions, and the head computes no other logits. With
-        `segment_ids`, a row has several texts.
-        """
+        """Summed loss and number of what is counted, of one part of a batch; random only with a key."""
         params = lora_jax.combine(frozen, delta, key=key)
-        inputs = [piece[name] for name in ("input_ids", "attention_mask") if name in piece]
-        if "mask" not in piece:
-            found = cross_entropy(self.forward({"params": params}, *inputs), piece["labels"], smoothing)
-            return losses.masked_sum(found, jnp.ones(found.shape), self.reduce)
-        named = {"logits_at": "columns", "segment_ids": "segment_ids"}
-        some = {name: piece[array] for name, array in named.items() if array in piece}
-        found = self.forward(
-            {"params": params}, *inputs, labels=piece["labels"], label_smoothing=smoothing, **some
-        )
-        return losses.masked_sum(found, piece["mask"], self.reduce)
+        model = functools.partial(self.forward, {"params": params})
+        return losses.masked_sum(*self.losses_of(model, piece, smoothing), self.reduce)
 
     def function(self, delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
         """`step_of` this loss: delta, opt_state and numbers."""

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from experiments import tasks
 from experiments.config import Config
 from experiments.progress import Record
 from experiments.tasks.examples import Splits
@@ -54,6 +55,7 @@ class Trainer:
             train=config.train,
             quantize=config.quantize,
             reduce=config.precision.reduce,
+            losses_of=tasks.of(config.data).loss,
         )
         return cls(config, step)
 

@@ -1,4 +1,4 @@
-"""Checks that several sections share."""
+"""Checks that several sections of a config share."""
 
 import math
 from typing import Any

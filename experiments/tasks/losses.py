@@ -1,0 +1,27 @@
+"""What a task's loss can be: the loss of everything that a part of a batch counts, and the mask of it.
+
+JAX is imported where it is used: `plan` reads a config, and with it every task, before JAX may start.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def of_labels(model: Callable, piece: dict[str, Any], smoothing: float = 0.0) -> tuple[Any, Any]:
+    """The cross-entropy of each label: of tokens, or of an example's class.
+
+    Labels with a `mask` of 1 are counted. Without a `mask`, each label is: the class of an example, then.
+    With `columns`, the labels are of these positions, and the head computes no other logits. With
+    `segment_ids`, a row has several texts.
+    """
+    inputs = [piece[name] for name in ("input_ids", "attention_mask") if name in piece]
+    if "mask" in piece:
+        named = {"logits_at": "columns", "segment_ids": "segment_ids"}
+        some = {name: piece[array] for name, array in named.items() if array in piece}
+        return model(*inputs, labels=piece["labels"], label_smoothing=smoothing, **some), piece["mask"]
+    import jax.numpy as jnp
+
+    from lora_jax.models import cross_entropy
+
+    found = cross_entropy(model(*inputs), piece["labels"], smoothing)
+    return found, jnp.ones(found.shape)

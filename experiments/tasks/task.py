@@ -1,0 +1,85 @@
+"""What a run has to know of its task, as one value that the task's own file makes.
+
+    TASK = Task(section=E2EData, read=read, prepare=pairs.prepare, score=score_e2e)
+
+To add a task, copy a file such as `e2e.py`, and add its value to the list in `experiments/tasks/__init__.py`.
+Whatever trains, decodes, scores and reports asks this value, and knows no task by its name.
+"""
+
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from experiments.tasks.examples import Prompt, Splits
+from experiments.tasks.losses import of_labels
+
+
+class Score(Protocol):
+    """What predictions are worth, by the names of the metrics; None where one cannot be computed, and `tell`
+    is told why.
+
+    Several references an input, and one text. Of several reference files, an empty line is an empty
+    reference.
+    """
+
+    def __call__(
+        self, references: Sequence[Sequence[str]], texts: Sequence[str], *, tell: Callable[[str], None]
+    ) -> dict[str, float | None]: ...
+
+
+class Predictor(Protocol):
+    """The test inputs, and one text for each of the first `count`, whatever the weights: what is generated,
+    or a label.
+    """
+
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
+
+    def texts(
+        self, params: Any, count: int | None = None, *, tell: Callable[[int], None] = ...
+    ) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, from its files to its scores.
+
+    In two steps, since the tokenizer may come from a base that has to be trained first: `read(section,
+    directory)` needs only the files, so that what is wrong with them is known before anything is trained, and
+    `prepare(section, contents, tokenizer)` makes the examples and the test inputs.
+
+    Args:
+      section: the dataclass of the config's `data`, whose first field is `task: Literal["its name"]`; it has
+        `seq_len` too.
+      loss: `loss(model, piece, smoothing)` gives the loss of everything that is counted in a batch, and the
+        mask of what is: two arrays of one shape. `model(input_ids, ...)` is the adapted model.
+      predictor: `predictor(config, model, tokenizer, prompts)` is what answers the test inputs. None: they
+        are continued, as `decode` says.
+      score: None: predictions are not scored.
+      as_scored: what a prediction or a reference is in the files of a run, which `score` reads.
+      percentages: the metrics that papers print in percent.
+      parts: of the published test set, the inputs that are scored by themselves too, by their places.
+      cuts: whether a section has what is longer than `seq_len` cut, prompts too.
+      documents: `contents["train"]` is a list of documents, on which a tokenizer can be trained.
+      packs: examples leave room, so that several can share a row.
+    """
+
+    section: type
+    read: Callable[[Any, Path], Any]
+    prepare: Callable[[Any, Any, Any], Splits]
+    loss: Callable[..., tuple[Any, Any]] = of_labels
+    predictor: Callable[..., Predictor] | None = None
+    score: Score | None = None
+    as_scored: Callable[[str], str] = str
+    percentages: tuple[str, ...] = ("BLEU",)
+    parts: Mapping[str, range] = field(default_factory=dict)
+    cuts: Callable[[Any], bool] = lambda section: False
+    documents: bool = False
+    packs: bool = True
+
+    @property
+    def name(self) -> str:
+        """As `data.task` and `score` spell it."""
+        return typing.get_args(typing.get_type_hints(self.section)["task"])[0]
