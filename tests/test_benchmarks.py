@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import counted_positions, kept_and_copied, low_rank_forms, packing, step_cost
+from benchmarks import counted_positions, kept_and_copied, low_rank_forms, packing, profile_step, step_cost
 from benchmarks.peers import __main__ as peers
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
@@ -174,3 +174,13 @@ def test_the_table_of_peers_keeps_the_rows_of_earlier_runs():
         (first, "qwix", "new"),
         (third, "qwix", "old"),
     ]
+
+
+def test_operations_of_a_profile_have_their_kind_from_the_names_of_the_compiler():
+    names = {
+        "products": ["dot.32", "dot", "ynn_fusion.3", "dot_add_fusion.1"],
+        "copies": ["copy.1", "transpose_copy_fusion", "copy_bitcast_fusion.12"],
+        "element by element": ["multiply_add_fusion.2", "fusion.7", "reduce"],
+    }
+    for kind, operations in names.items():
+        assert [profile_step.kind(name) for name in operations] == [kind] * len(operations)
