@@ -61,7 +61,7 @@ def head_losses(
         """`some(x, head, labels)` of each chunk, one after the other."""
 
         def function(x_BxNxD, head, labels_BxN):
-            columns, chunks = labels_BxN.shape[1], _chunks(labels_BxN.shape)
+            columns, chunks = labels_BxN.shape[1], _chunks(*labels_BxN.shape)
             if chunks == 1:
                 return some(x_BxNxD, head, labels_BxN)
             pieces = (_split(x_BxNxD, chunks, 0), _split(labels_BxN, chunks, -1))
@@ -75,7 +75,7 @@ def head_losses(
         return losses, backward(jnp.ones_like(losses))[0]
 
     # One chunk keeps its logits, as no others wait to be computed.
-    again = whole if _chunks(labels_BxN.shape) == 1 else jax.checkpoint(whole)
+    again = whole if _chunks(*labels_BxN.shape) == 1 else jax.checkpoint(whole)
     losses = jax.custom_jvp(own_derivative(each(again)))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
@@ -96,9 +96,8 @@ def head_losses(
     return losses(x_BxNxD, head, labels_BxN)
 
 
-def _chunks(shape: tuple[int, int]) -> int:
-    """Into how many the columns of (B, N) tokens are cut."""
-    batch, columns = shape
+def _chunks(batch: int, columns: int) -> int:
+    """Into how many the columns are cut."""
     return -(-columns // -(-TOKENS // batch)) if columns else 1
 
 
