@@ -1,6 +1,6 @@
 """One program that trains eight adapters of one base, beside eight steps of one adapter each.
 
-    python -m benchmarks.many_adapters [--rounds 9] [--layers N] [--models gpt2 ...]
+    python -m benchmarks.many_adapters [--rounds 9] [--layers N] [--models gpt2 ...] [--batches 1x128 ...]
 
 On what: rank 8 in all projections, each adapter with its own tokens and its own AdamW, float32, random
 weights of the published sizes, no dropout, `labels=`. The program is one jitted `vmap` of the step over the
@@ -21,6 +21,7 @@ import argparse
 import collections
 import dataclasses
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -44,7 +45,8 @@ from .training_steps import tree_bytes
 
 ADAPTERS, RANK, RATE = 8, 8, 2e-4
 DEPTH = {"gpt2": "n_layer", "smollm2-135m": "num_hidden_layers"}
-BATCHES = [(1, 128), (8, 64)]  # rows and tokens of each adapter: few, and as many as in `benchmarks.peers`
+# Rows and tokens of each adapter: few, and as many as in `benchmarks.peers`.
+BATCHES = ["1x128", "8x64"]
 DOT = re.compile(r" = \w+\[[\d,]*\]\S* (?:dot|custom-call)\((.*?)\)(?:, (.*))?$", re.MULTILINE)
 SHAPE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", re.MULTILINE)
 
@@ -110,7 +112,8 @@ def weights_of(frozen: Any) -> set[tuple[int, ...]]:
     return {leaf.shape for leaf in jax.tree.leaves(frozen) if leaf.ndim == 2}
 
 
-def measure(name: str, layers: int | None, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, layers: int | None, size: str, rounds: int) -> dict[str, Any]:
+    batch, tokens = map(int, size.split("x"))
     model = described(name)
     if layers is not None:
         model = model.clone(config=dataclasses.replace(model.config, **{DEPTH[name]: layers}))
@@ -156,7 +159,7 @@ def measure(name: str, layers: int | None, batch: int, tokens: int, rounds: int)
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
         "model": f"{name}, {layers} layers" if layers else name,
-        "batches": f"{ADAPTERS} x {batch} x {tokens}",
+        "batches": f"{ADAPTERS} of {size}",
         "one program s": round(statistics.median(seconds[all_together]), 3),
         "separate s": round(statistics.median(seconds[one_by_one]), 3),
         "over separate": middle,
@@ -198,19 +201,20 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each way (default: 9)")
     parser.add_argument("--models", nargs="+", choices=list(DEPTH), default=list(DEPTH))
+    parser.add_argument(
+        "--batches", nargs="+", choices=BATCHES, default=BATCHES, help="rows and tokens of each adapter"
+    )
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}: a spread needs 2 at least")
+    command = shlex.join(["python", "-m", "benchmarks.many_adapters", *sys.argv[1:]])
     about, rows, problems = {**provenance(), "rounds": options.rounds}, [], []
     for name in options.models:
-        for batch, tokens in BATCHES:
-            rows.append(measure(name, options.layers, batch, tokens, options.rounds))
+        for size in options.batches:
+            rows.append(measure(name, options.layers, size, options.rounds))
             print(rows[-1], file=sys.stderr, flush=True)
             problems += missed(rows[-1], jax.default_backend())
             if options.layers is None:  # after every row: a run takes long
-                command = f"python -m benchmarks.many_adapters --rounds {options.rounds}"
-                if options.models != list(DEPTH):
-                    command += f" --models {' '.join(options.models)}"
                 record.save("many_adapters", command, about, rows)
     print(record.table(rows))
     print("\n".join(problems) if problems else "all bounds are met")

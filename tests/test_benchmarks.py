@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import counted_positions, kept_and_copied, packing, step_cost
+from benchmarks import (
+    counted_positions,
+    kept_and_copied,
+    many_adapters,
+    packing,
+    step_cost,
+    trace_and_compile,
+)
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
 from experiments.plan import models
@@ -56,6 +63,26 @@ def test_the_optimiser_keeps_two_moments_of_a_and_b_and_a_counter(adapted):
     matrices = 2 * (768 + 768) if adapted == "qv" else (768 + 2304) + (768 + 768) + 2 * (768 + 3072)
     assert step.trained_bytes == 12 * 4 * matrices * 4  # layers, rank, bytes
     assert step.optimizer_bytes == 2 * step.trained_bytes + 4
+
+
+@pytest.mark.parametrize("adapted, losses, checkpoint", [("qv", False, True), ("all", True, False)])
+def test_a_step_in_a_loop_has_no_equation_more_for_a_deeper_model(adapted, losses, checkpoint):
+    def found(layers, scan):
+        config = dataclasses.replace(SMALL["config"], n_layer=layers)
+        options = {**SMALL, "config": config, "losses": losses, "checkpoint": checkpoint}
+        return trace_and_compile.of_step(Setting(adapted, scan=scan, **options))
+
+    assert found(2, scan=True) == found(6, scan=True)
+    assert found(2, scan=False) < found(6, scan=False)  # and so they are counted
+
+
+def test_a_missed_bound_of_compiling_is_reported():
+    row = {"setting": "q, v", "what": "both, wall", "ratio": 1.26}
+    deeper = [{**row, "what": "equations", "ratio": 1.001}, {**row, "what": "compile, cpu", "ratio": 2.0}]
+    assert trace_and_compile.missed([row, *deeper]) == [
+        "q, v: both, wall: 1.260, above 1.25",
+        "q, v: equations: 1.001, above 1.0",
+    ]
 
 
 def test_a_missed_bound_is_reported():
@@ -127,6 +154,24 @@ def test_a_missed_bound_of_packing_is_reported():
         "the traced step has 0.9800 of the compiled one's FLOPs",
     ]
     assert packing.missed([{**row, "rows": 4, "traced / XLA's": 1.0}]) == []
+
+
+def test_a_missed_bound_of_many_adapters_is_reported():
+    bytes_ = {"base MB": 500.0, "of one, argument MB": 510.0, "argument MB": 580.0}
+    row = {
+        "model": "m",
+        "batches": "b",
+        "over separate": 0.6,
+        "products with W": 9,
+        "of one": 9,
+        "batched": 0,
+    }
+    assert many_adapters.missed(row | bytes_, "cpu") == []
+    assert [line.split(": ")[1] for line in many_adapters.missed(row | bytes_, "gpu")] == [
+        "0.600 of the time of separate steps, above 0.5"
+    ]
+    worse = {"batched": 1, "argument MB": 4080.0}
+    assert len(many_adapters.missed(row | bytes_ | worse, "cpu")) == 2
 
 
 def test_heads_are_the_only_arrays_that_are_transposed():
