@@ -104,15 +104,21 @@ def table(options: argparse.Namespace, platform: str, peak: float | None) -> lis
 
 
 def small(steps: int, layers: int, directory: Path) -> Path:
-    """The config of the look: the same method, optimiser and search, on a tiny base and generated data."""
+    """The config of the look, in the directory of its data: the same method, optimiser and search, on a tiny
+    GPT-2 and generated examples.
+    """
+    from experiments.config import Generate
+    from experiments.tasks import generate, tokenizer
+
+    generate.write(Generate(seed=0, meanings=24, held_out=4, references=2), directory)
+    tokenizer.train([(directory / "train.txt").read_text("utf-8")], 400, directory / "tokenizer")
     config = json.loads(CONFIG.read_text("utf-8"))
     config |= {
         "name": "e2e_small",
         "source": {"paper": None, "note": "a look at e2e_gpt2_medium"},
-        "generate": {"seed": 0, "meanings": 12, "held_out": 4, "references": 2},
         "base": {
             "architecture": {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 160},
-            "vocabulary": 400,
+            "tokenizer": "tokenizer",
         },
         "data": {
             "task": "e2e",
@@ -123,21 +129,24 @@ def small(steps: int, layers: int, directory: Path) -> Path:
         },
     }
     config["train"] |= {"steps": steps, "warmup": 1, "log_every": 1, "eval_every": steps, "eval_batches": 1}
-    config["decode"] |= {"max_tokens": 8, "beams": 2, "shown": 2}
+    config["decode"] |= {"max_tokens": 8, "beams": 2, "shown": 2, "end": ["\n"]}
     file = directory / "e2e_small.json"
     file.write_text(json.dumps(config, indent=2), "utf-8")
     return file
 
 
-def run(file: Path, data: Path, workdir: Path, settings: list[str]) -> None:
-    """`python -m experiments run`, in a process of its own that may take all of the device's memory."""
+def run(file: Path, data: Path, workdir: Path, settings: list[str]) -> bool:
+    """`python -m experiments run`, in a process of its own that may take all of the device's memory; whether
+    it has come to its end.
+    """
     command = [sys.executable, "-m", "experiments", "run", "--config", str(file), "--data", str(data)]
     command += ["--workdir", str(workdir), *(word for setting in settings for word in ("--set", setting))]
     print(shlex.join(command), file=sys.stderr, flush=True)
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("XLA_PYTHON_CLIENT")
     }
-    subprocess.run(command, check=True, env=environment)
+    done = subprocess.run(command, env=environment).returncode == 0
+    return done and (workdir / "report.json").is_file()  # a run that was told to stop has none yet
 
 
 def of_run(file: Path, data: Path, workdir: Path, settings: list[str], peak: float | None) -> dict[str, Any]:
@@ -150,7 +159,6 @@ def of_run(file: Path, data: Path, workdir: Path, settings: list[str], peak: flo
 
     config = configs.load(file, settings)
     report = json.loads((workdir / "report.json").read_text("utf-8"))
-    data = workdir / "data" if config.generate is not None else data
     tokenizer = load_tokenizer(workdir / "merged")
     found = tasks.prepare(config.data, tasks.read(config.data, data), tokenizer).train
     steps = [
@@ -158,20 +166,24 @@ def of_run(file: Path, data: Path, workdir: Path, settings: list[str], peak: flo
         for number in range(min(config.train.steps, LOOKED_AT))
     ]
     rows = packing.shares(found, steps, config.train.pack)
-    subject = planned.named(str(workdir / "merged"), "float32", checkpoint=config.train.checkpoint)
+    subject = planned.named(str(workdir / "merged"), "float32", checkpoint=False)
     gigaflop = packing.traced(subject, config, rows) / 1e9
-    seconds = report["median_seconds_per_step"]
+    numbers, scores = report["numbers"], report["scores"].get("after", {})
+    seconds = numbers["median_seconds_per_step"]
     return {
         "run": config.name,
-        "steps": report["steps"],
-        "s a step": seconds,
-        "GFLOP a step": round(gigaflop, 1),
+        "steps": numbers["steps"],
+        "s a step": round(seconds, 5),
+        "GFLOP a step": round(gigaflop, 3),
         "utilisation": None if peak is None else round(1e9 * gigaflop / seconds / peak, 4),
-        "valid loss": report["valid_loss"],
+        "valid loss": numbers["valid_loss"],
+        # The paper prints these of its scores in percent.
         **{
-            f"{name} (paper: {value})": report["scores"][name]
-            for name, value in config.source.expected.items()
+            name: value * (100 if name in ("BLEU", "METEOR", "ROUGE_L") else 1)
+            for name, value in scores.items()
+            if value is not None  # METEOR needs java
         },
+        **{f"{name}, paper": value for name, value in config.source.expected.items()},
     }
 
 
@@ -222,13 +234,14 @@ def main() -> int:
     if "run" in options.parts:
         with tempfile.TemporaryDirectory() as directory:
             if options.steps is None:
-                file, settings = CONFIG, [f"base.path={options.base.resolve()}"]
+                file, data, settings = CONFIG, options.data, [f"base.path={options.base.resolve()}"]
                 workdir = options.workdir or Path("runs") / "e2e_gpt2_medium"
             else:
                 file, settings = small(options.steps, options.layers or 1, Path(directory)), []
-                workdir = options.workdir or Path(directory) / "e2e_small"
-            run(file, options.data, workdir, settings)
-            rows = [of_run(file, options.data, workdir, settings, peak)]
+                data, workdir = Path(directory), options.workdir or Path(directory) / "run"
+            if not run(file, data, workdir, settings):
+                return 1
+            rows = [of_run(file, data, workdir, settings, peak)]
         options.save("accelerator_e2e", rows)
         print(record.table(rows))
     return 0

@@ -149,21 +149,23 @@ def measure(name: str, layers: int | None, size: str, rounds: int) -> dict[str, 
 
     for _ in range(2):  # what only the first steps pay
         np.testing.assert_allclose(all_together(), one_by_one(), rtol=1e-4)
-    seconds: dict[Callable, list[float]] = {all_together: [], one_by_one: []}
+    seconds: dict[Callable, list[np.ndarray]] = {all_together: [], one_by_one: []}
+    clocks = lambda: np.array([time.perf_counter(), time.process_time()])
     for number in range(rounds):
         for way in list(seconds)[:: 1 if number % 2 == 0 else -1]:
-            started = time.perf_counter()
+            started = clocks()
             way()
-            seconds[way].append(time.perf_counter() - started)
-    ratios = [mine / other for mine, other in zip(*seconds.values(), strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+            seconds[way].append(clocks() - started)
+    wall, cpu = np.divide(*seconds.values()).T
+    low, middle, high = statistics.quantiles(wall, n=4)
     return {
         "model": f"{name}, {layers} layers" if layers else name,
         "batches": f"{ADAPTERS} of {size}",
-        "one program s": round(statistics.median(seconds[all_together]), 3),
-        "separate s": round(statistics.median(seconds[one_by_one]), 3),
-        "over separate": middle,
-        "spread": (high - low) / 2,
+        "one program s": round(float(np.median(seconds[all_together], axis=0)[0]), 3),
+        "separate s": round(float(np.median(seconds[one_by_one], axis=0)[0]), 3),
+        "over separate": float(middle),
+        "spread": float(high - low) / 2,
+        "of CPU time": float(np.median(cpu)),
         "FLOPs / one": gigaflop["many"] / gigaflop["one"],
         "GFLOP": round(gigaflop["many"], 1),
         "temporary MB": round(memory["many"].temp_size_in_bytes / 1e6, 1),

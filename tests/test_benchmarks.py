@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    accelerator,
     counted_positions,
     kept_and_copied,
     many_adapters,
@@ -20,7 +21,7 @@ from benchmarks import (
 )
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
-from experiments.plan import models
+from experiments.plan import accelerators, models
 from experiments.tasks.examples import Examples
 from lora_jax.models import GPT2Config, LlamaConfig
 
@@ -195,3 +196,51 @@ def test_copies_are_counted():
   %copy_fusion = f32[9]{0} fusion(%copy.3), kind=kLoop
 """
     assert kept_and_copied.copied(text) == 4 * 128 * 768 * 4 + 3 * 2
+
+
+def test_what_the_run_on_an_accelerator_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["accelerator", "--data", str(tmp_path)])
+    assert accelerator.main() == 2
+    said = capsys.readouterr().err
+    assert "--base DIR: the weights of GPT-2 medium" in said and "--parts table" in said
+    assert f"no file `{tmp_path / 'e2e/lora_nlg_txt/train.txt.xz'}`" in said
+    (tmp_path / "config.json").touch()
+    names = [line.rpartition("/")[2] for line in accelerator.missing(tmp_path, tmp_path) if "--base" in line]
+    assert names == ["model.safetensors`", "tokenizer.json`"]
+
+
+def test_utilisation_is_of_the_products_that_a_way_needs():
+    lines = [
+        {"way": "lora_jax", "GFLOP": 200.0, "s": 0.01},
+        {"way": "PEFT", "s": 0.02},
+        {"way": "full fine-tuning, JAX", "GFLOP": 300.0, "s": 0.01},
+        {"way": "full fine-tuning, PyTorch", "s": 0.03},
+        {"way": "qwix", "note": "not installed"},
+    ]
+    accelerator.utilisation(lines, accelerators.peak("NVIDIA H200", "float32"))
+    assert [line.get("utilisation") for line in lines] == [0.0404, 0.0202, 0.0607, 0.0202, None]
+    assert accelerators.peak("NVIDIA H200 NVL", "float32") is accelerators.peak("cpu", "bfloat16") is None
+    assert accelerators.peak("TPU v5 lite", "bfloat16") == 197e12
+    assert set(accelerators.TERAFLOPS) == set(accelerators.GIGABYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.pytorch  # a finished run compares what it has written with PyTorch
+def test_the_script_for_an_accelerator_runs_small_on_a_cpu():
+    options = ["--layers", "1", "--rounds", "2", "--steps", "3", "--ways", "lora_jax"]
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.accelerator",
+            *options,
+            "--only",
+            "gpt2, 1 x 64, all-linear, LoRA",
+        ],
+        env={**os.environ, "XLA_FLAGS": "", "PATH": ""},  # METEOR would start java
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "| gpt2, 1 x 64, all-linear, LoRA | lora_jax |" in found.stdout
+    assert "| e2e_small | 3 |" in found.stdout
