@@ -1,4 +1,4 @@
-"""What a GPU or a TPU makes of the same table, and the paper's whole E2E run on GPT-2 medium: one script.
+"""What a GPU or a TPU makes of the table of peers, of many adapters, and of the paper's E2E run: one script.
 
     python -m benchmarks.accelerator --base GPT2_MEDIUM --data DATA [--workdir runs/e2e_gpt2_medium]
     python -m benchmarks.accelerator --parts table [--rounds 9] [--models gpt2 ...] [--ways PEFT ...]
@@ -10,13 +10,16 @@ the other. "Utilisation" is the matrix products' FLOPs of the step, over its tim
 (`experiments/plan/accelerators.py`): those of lora_jax for all ways of LoRA, and those of full fine-tuning in
 JAX for both ways of that. With `checkpoint` they have the repeated forward pass in them.
 
-The second is `experiments/configs/e2e_gpt2_medium.json`: 26,290 steps of 8 examples, 5 epochs, then beam
+The second is `benchmarks.many_adapters`, whose bound is half of the time of separate steps here. Where it is
+missed, the exit status is 1.
+
+The third is `experiments/configs/e2e_gpt2_medium.json`: 26,290 steps of 8 examples, 5 epochs, then beam
 search and the metrics. It is `python -m experiments run`, so that the same command goes on after an
 interruption, and `--parts run` alone does not repeat the table. Its FLOPs are the mean of its first 1,000
 steps, each of the widths that it has.
 
-The third line is a look at both that needs no file, no accelerator and a minute: models of few layers, and a
-run of so many steps of a tiny GPT-2 on generated data. It is not recorded.
+The last command is a look at all that needs no file, no accelerator and a few minutes: a row of models of
+few layers, and a run of so many steps of a tiny GPT-2 on generated data. It is not recorded.
 """
 
 import argparse
@@ -38,6 +41,7 @@ from benchmarks.peers.rows import MODELS, ROWS, WAYS
 CONFIG = Path(__file__).resolve().parent.parent / "experiments" / "configs" / "e2e_gpt2_medium.json"
 # What a directory of the hub's `openai-community/gpt2-medium` has, and the authors' E2E files.
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+PARTS = ["table", "adapters", "run"]
 LOOKED_AT = 1000  # steps whose FLOPs are counted
 PLACE = """
 import json, jax
@@ -86,6 +90,8 @@ def table(options: argparse.Namespace, platform: str, peak: float | None) -> lis
     rows = [row for row in ROWS if row.model in options.models]
     if options.only:
         rows = [row for row in rows if row.name in options.only]
+    elif options.layers is not None:
+        rows = rows[:1]
     ways = [way for way in WAYS if way == WAYS[0] or way in options.ways]
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -189,7 +195,7 @@ def of_run(file: Path, data: Path, workdir: Path, settings: list[str], peak: flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=["table", "run"], default=["table", "run"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--base", type=Path, help="a directory with GPT-2 medium's weights and tokenizer")
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("LORA_JAX_DATA") or ".", help="where e2e/ lies"
@@ -215,7 +221,7 @@ def main() -> int:
         needed = missing(options.base, options.data)
         if needed:
             print("the run on GPT-2 medium needs", *needed, sep="\n  ", file=sys.stderr)
-            print("or pass `--parts table`, or `--steps 5` for a look.", file=sys.stderr)
+            print("or pass `--parts table adapters`, or `--steps 5` for a look.", file=sys.stderr)
             return 2
 
     # All ways of a row share a GPU, of which JAX would give three quarters to the first.
@@ -231,6 +237,12 @@ def main() -> int:
         print("no accelerator: JAX computes on the CPU here, which has no utilisation", file=sys.stderr)
     if "table" in options.parts:
         print(record.table(table(options, platform, peak)))
+    missed = 0
+    if "adapters" in options.parts:
+        words = ["--rounds", str(options.rounds)]
+        if options.layers is not None:
+            words += ["--layers", str(options.layers), "--models", "gpt2", "--batches", "1x128"]
+        missed = subprocess.run([sys.executable, "-m", "benchmarks.many_adapters", *words]).returncode
     if "run" in options.parts:
         with tempfile.TemporaryDirectory() as directory:
             if options.steps is None:
@@ -244,7 +256,7 @@ def main() -> int:
             rows = [of_run(file, data, workdir, settings, peak)]
         options.save("accelerator_e2e", rows)
         print(record.table(rows))
-    return 0
+    return missed
 
 
 if __name__ == "__main__":
