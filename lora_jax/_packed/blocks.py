@@ -8,7 +8,7 @@ searches for the best ones, which `llama-quantize` does.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,36 +81,55 @@ def _parts(codes: jax.Array, side: int, bits: int) -> jax.Array:
     return (groups & np.uint8(2**bits - 1)).reshape(*codes.shape[:-1], -1)
 
 
-def _fifth_bits(codes: jax.Array) -> jax.Array:
-    """Four bytes as 32 bits, which are the fifth ones of codes."""
+def _fours(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The halves of 32 codes: the low bits of 16 bytes, and their high bits."""
+    return codes & np.uint8(15), codes >> np.uint8(4)
+
+
+def _fives(fifths: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same with a fifth bit each, 32 of them in four bytes."""
     shifts = np.arange(8, dtype=np.uint8).reshape(*(1,) * codes.ndim, 8)
-    return (((codes[..., None] >> shifts) & np.uint8(1)) << np.uint8(4)).reshape(*codes.shape[:-1], -1)
+    bits = ((fifths[..., None] >> shifts) & np.uint8(1)) << np.uint8(4)
+    bits = bits.reshape(*codes.shape[:-1], 2, 16)
+    low, high = _fours(codes)
+    return low | bits[..., 0, :], high | bits[..., 1, :]
 
 
 def _number(codes: jax.Array, zero: int = 0) -> jax.Array:
     return codes.astype(jnp.float32) - zero
 
 
+def _halves(value: Callable[[jax.Array], jax.Array], codes: Sequence[jax.Array]) -> jax.Array:
+    """The values of a block from the halves of its codes.
+
+    They are apart until they are numbers, because a loop of 16 is what LLVM unrolls: in one of 32 it finds
+    the scale anew for every code.
+    """
+    return jnp.stack([value(half) for half in codes], -2)
+
+
 def _q4_0(blocks: jax.Array) -> jax.Array:
-    return _half(blocks, 0) * _number(_parts(blocks[..., 2:], 16, 4), 8)
+    return _halves(lambda codes: _half(blocks, 0) * _number(codes, 8), _fours(blocks[..., 2:]))
 
 
 def _q4_1(blocks: jax.Array) -> jax.Array:
-    return _half(blocks, 0) * _number(_parts(blocks[..., 4:], 16, 4)) + _half(blocks, 2)
+    value = lambda codes: _half(blocks, 0) * _number(codes) + _half(blocks, 2)
+    return _halves(value, _fours(blocks[..., 4:]))
 
 
 def _q5_0(blocks: jax.Array) -> jax.Array:
-    codes = _parts(blocks[..., 6:], 16, 4) | _fifth_bits(blocks[..., 2:6])
-    return _half(blocks, 0) * _number(codes, 16)
+    codes = _fives(blocks[..., 2:6], blocks[..., 6:])
+    return _halves(lambda codes: _half(blocks, 0) * _number(codes, 16), codes)
 
 
 def _q5_1(blocks: jax.Array) -> jax.Array:
-    codes = _parts(blocks[..., 8:], 16, 4) | _fifth_bits(blocks[..., 4:8])
-    return _half(blocks, 0) * _number(codes) + _half(blocks, 2)
+    value = lambda codes: _half(blocks, 0) * _number(codes) + _half(blocks, 2)
+    return _halves(value, _fives(blocks[..., 4:8], blocks[..., 8:]))
 
 
 def _q8_0(blocks: jax.Array) -> jax.Array:
-    return _half(blocks, 0) * _number(lax.bitcast_convert_type(blocks[..., 2:], jnp.int8))
+    codes = lax.bitcast_convert_type(blocks[..., 2:], jnp.int8)
+    return _halves(lambda codes: _half(blocks, 0) * _number(codes), (codes[..., :16], codes[..., 16:]))
 
 
 def _scales(packed: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
