@@ -15,10 +15,12 @@ from benchmarks import (
     accelerator,
     counted_positions,
     kept_and_copied,
+    live_arrays,
     low_rank_forms,
     many_adapters,
     packing,
     profile_step,
+    quantised_step,
     step_cost,
     trace_and_compile,
 )
@@ -27,7 +29,7 @@ from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
 from experiments.plan import accelerators, models
 from experiments.tasks.examples import Examples
-from lora_jax.models import GPT2Config, LlamaConfig
+from lora_jax.models import GPT2, GPT2Config, LlamaConfig
 
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")  # optax's bias correction counts on it
@@ -273,3 +275,59 @@ def test_the_script_for_an_accelerator_runs_small_on_a_cpu():
     assert found.returncode == 0, found.stdout + found.stderr
     assert "| gpt2, 8 x 64, all-linear, LoRA | lora_jax |" in found.stdout
     assert "| e2e_small | 3 |" in found.stdout
+
+
+def test_a_step_on_a_quantised_base_unpacks_one_matrix_at_a_time(monkeypatch):
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=256, n_layer=2, n_head=4)
+    model = lambda row, layers: GPT2(config, scan=row.scan)
+    monkeypatch.setattr(quantised_step.Row, "described", model)
+    formats = {name: quantised_step.FORMATS[name] for name in ("nf4", "Q4_K")}
+    monkeypatch.setattr(quantised_step, "FORMATS", formats)
+    row = dataclasses.replace(quantised_step.ROWS[0], batch=4, tokens=20, scan=True)
+    lora, *lines = quantised_step.measure(row, layers=0, rounds=2)
+    assert [line["base"] for line in lines] == ["nf4", "Q4_K"]
+    for line in lines:
+        assert line["unpacked at once"] == 1
+        assert 1 < line["FLOPs over LoRA"] < 1.5
+        assert line["frozen MB"] < 0.3 * lora["frozen MB"]
+        assert quantised_step.missed([{**line, "over LoRA": 1.3}]) == []
+        worse = {"over LoRA": 1.31, "unpacked at once": 2, "more than LoRA, MB": 2.0}
+        missed = quantised_step.missed([{**line, **worse}])
+        assert len(missed) == (3 if line["base"] == "nf4" else 2)
+
+
+def test_lives_of_arrays_are_counted():
+    """A weight lives on by another name, as a part of a tuple, and inside a loop beside those outside."""
+    text = """HloModule step, is_scheduled=true
+
+%fused (p: f32[6]) -> f32[2,3] {
+  %p = f32[6]{0} parameter(0)
+  ROOT %b = f32[2,3]{1,0} bitcast(%p)
+}
+
+%body (state: (s32[], f32[2,3])) -> (s32[], f32[2,3]) {
+  %state = (s32[], f32[2,3]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %inner = f32[2,3]{1,0} fusion(%n), kind=kLoop, calls=%fused
+  %sum = f32[4]{0} dot(%inner, %inner)
+  ROOT %result = (s32[], f32[2,3]{1,0}) tuple(%n, %inner)
+}
+
+ENTRY %main (w: f32[2,3], x: f32[4]) -> f32[4] {
+  %w = f32[2,3]{1,0} parameter(0)
+  %x = f32[4]{0} parameter(1)
+  %first = f32[2,3]{1,0} fusion(%w), kind=kLoop, calls=%fused
+  %flat = f32[6]{0} bitcast(%first)
+  %second = f32[3,2]{1,0} transpose(%flat), dimensions={1,0}
+  %y = f32[4]{0} dot(%x, %second)
+  %zero = s32[] constant(0)
+  %tuple = (s32[], f32[2,3]{1,0}) tuple(%zero, %first)
+  %while = (s32[], f32[2,3]{1,0}) while(%tuple), condition=%condition, body=%body
+  ROOT %z = f32[4]{0} add(%y, %y)
+}
+"""
+    assert live_arrays.most_at_once(text, {6}) == 2
+    assert live_arrays.most_at_once(text, {4}) == 2
+    assert live_arrays.most_at_once(text.replace("tuple(%zero, %first)", "tuple(%zero, %w)"), {6}) == 2
+    alone = text.replace("tuple(%zero, %first)", "tuple(%zero, %w)").replace("transpose(%flat)", "dot(%flat)")
+    assert live_arrays.most_at_once(alone.replace("f32[3,2]", "f32[5]"), {6}) == 1
