@@ -1,6 +1,6 @@
 """Tokens a second of greedy decoding and of beam search, beside `generate` of `transformers`.
 
-    python -m benchmarks.decoding [--rounds 3] [--models gpt2 ...] [--cores 1]
+    python -m benchmarks.decoding [--rounds 3] [--models gpt2 ...] [--batches 8 ...] [--cores 1]
 
 On what: GPT-2 small and SmolLM2-135M in float32, with random weights that both ways read from one Hugging
 Face directory; prompts of 20 to 40 tokens, padded on the left; 32 more tokens of each. "Beams" are those of
@@ -191,6 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="calls of each way (default: 3)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=BATCHES)
     parser.add_argument("--cores", type=int, help="of each process (default: all); Linux")
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "DIRECTORY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -214,7 +215,7 @@ def main() -> int:
         for model in options.models:
             write(model, Path(directory) / model)
             workers = {way: started(way, Path(directory) / model) for way in WAYS}
-            for search, batch in itertools.product(("greedy", "beams"), BATCHES):
+            for search, batch in itertools.product(("greedy", "beams"), options.batches):
                 lines += measure(Row(model, batch, search), workers, options.rounds)
                 print(lines[-2], lines[-1], file=sys.stderr, flush=True)
                 command = shlex.join(["python", "-m", "benchmarks.decoding", *sys.argv[1:]])
