@@ -359,6 +359,30 @@ def test_results_are_those_of_the_runs():
     assert f"is {behind:.1f} BLEU behind full fine-tuning" in _PAGES["README.md"].replace("\n", " ")
 
 
+def test_choices_are_those_of_the_runs():
+    directory = _REPOSITORY / "experiments" / "results" / "e2e_smollm2"
+    runs = {
+        f"LoRA, rank {name.removeprefix('lora_r')}" if name.startswith("lora_r") else name: json.loads(
+            (directory / name / "report.json").read_text("utf-8")
+        )
+        for name in ("lora_r1", "lora_r8", "lora_r64", "lora_qv", "dora", "full")
+    }
+    runs["LoRA, rank 8, query and value"], runs["DoRA, rank 8"] = runs.pop("lora_qv"), runs.pop("dora")
+    full = runs.pop("full")
+    points = lambda facts: (facts["scores"]["after"]["BLEU"], facts["values"]["after"]["all_values"])
+
+    def row(facts: dict) -> tuple[str, ...]:
+        costs = [facts["cost"][which] for which in ("this run", "full fine-tuning")]
+        return (
+            *(f"{100 * (ours - theirs):+.1f}" for ours, theirs in zip(points(facts), points(full))),
+            *(f"{costs[0][name] / costs[1][name]:.2f}" for name in ("bytes", "FLOPs")),
+        )
+
+    shown = {cells[0]: cells[1:] for cells in _rows(_PAGES["docs/methods.md"])}
+    for name, facts in runs.items():
+        assert shown[name] == row(facts), name
+
+
 @pytest.mark.parametrize(("page", "quoted"), [("README.md", r"\("), ("docs/methods.md", r"[(`]")])
 def test_tables_of_methods_have_every_method(page, quoted):
     exist = {name for name, value in vars(methods).items() if inspect.isclass(value)}
