@@ -6,6 +6,7 @@ That the site of this tree builds is what `make docs` itself says.
 
 import doctest
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,19 @@ _TREE = {
     "docs/page.md": "# A page\n\n## There\n\nTo [the picture](../figures/a.svg) and [home](../README.md).\n",
     "docs/pictures/site.css": "",
     "docs/api/index.md": "# Names\n\n::: lora_jax.double\n",
+    "book.ipynb": json.dumps(
+        {
+            "cells": [
+                {"cell_type": "markdown", "source": ["# A book\n\nOf $x_1$, ", "and not of `$x_2$`."]},
+                {"cell_type": "code", "source": ["1 + 1"], "outputs": [{"text": ["two"]}]},
+            ]
+        }
+    ),
     "figures/a.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
     "lora_jax/__init__.py": "from ._double import double as double\n",
     "lora_jax/_double.py": 'def double(x):\n    """Twice `x`.\n\n    >>> double(2)\n    4\n    """\n',
 }
-_ENTRIES = "  - README.md\n  - page.md\n  - api/index.md\n  - Scripts: '*.py'\n"
+_ENTRIES = "  - README.md\n  - page.md\n  - api/index.md\n  - book.ipynb\n  - Scripts: '*.py'\n"
 # What is changed in which file, and what the build says of it.
 _FAULTS = {
     "link": ("docs/page.md", "../README.md", "../NOTHING.md", "link 'NOTHING.md'"),
@@ -77,6 +86,8 @@ def test_a_small_site_builds(tree):
     assert 'href="figures/a.svg"' in page and (tree / "site" / "figures" / "a.svg").is_file()
     names = (tree / "site" / "api" / "index.html").read_text("utf-8")
     assert "Twice" in names and "<blockquote>" not in names
+    book = (tree / "site" / "book.ipynb.html").read_text("utf-8")
+    assert book.count("<math") == 1 and "<code>$x_2$</code>" in book and "two" in book
 
 
 @pytest.mark.parametrize("fault", _FAULTS)

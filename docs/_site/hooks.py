@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+# A formula of a notebook, or code, in which a dollar is a dollar.
+_FORMULA = re.compile(r"`[^`]*`|\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
 _PICTURES = (".png", ".svg")
 _log = logging.getLogger("mkdocs.lora_jax")
 
@@ -71,9 +74,16 @@ def as_markdown(file: str) -> str:
 def _cell(cell: dict[str, Any]) -> str:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
-        return source
+        return _FORMULA.sub(_formula, source)
     printed = "".join("".join(output.get("text", ())) for output in cell["outputs"])
     return f"```python\n{source}\n```" + (f"\n\n```text\n{printed}\n```" if printed else "")
+
+
+def _formula(found: re.Match) -> str:
+    """As MathML, which browsers set by themselves."""
+    if found[0].startswith("`"):
+        return found[0]
+    return convert(found[1] or found[2], display="block" if found[1] else "inline")
 
 
 # -- the menu ------------------------------------------------------------------------------------------------
@@ -172,13 +182,13 @@ def _own(file: Path) -> set[str]:
 
 def on_post_build(*, config: Any) -> None:
     library = package()
-    documented = {}
+    on_pages = set()
     for page in (_REPOSITORY / "docs" / "api").glob("*.md"):
         for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.MULTILINE):
             member = library[name.removeprefix("lora_jax.")]
-            documented[(member.final_target if member.is_alias else member).canonical_path] = name
+            on_pages.add((member.final_target if member.is_alias else member).canonical_path)
     for path, member in public_names(library).items():
-        if path not in documented:
+        if path not in on_pages:
             _log.warning("%s is public, and on no page of docs/api/", path)
         if member.docstring is None:
             _log.warning("%s is public, and has no docstring", path)
