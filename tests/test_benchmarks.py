@@ -11,11 +11,21 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import counted_positions, kept_and_copied, low_rank_forms, packing, profile_step, step_cost
+from benchmarks import (
+    accelerator,
+    counted_positions,
+    kept_and_copied,
+    low_rank_forms,
+    many_adapters,
+    packing,
+    profile_step,
+    step_cost,
+    trace_and_compile,
+)
 from benchmarks.peers import __main__ as peers
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
-from experiments.plan import models
+from experiments.plan import accelerators, models
 from experiments.tasks.examples import Examples
 from lora_jax.models import GPT2Config, LlamaConfig
 
@@ -58,6 +68,26 @@ def test_the_optimiser_keeps_two_moments_of_a_and_b_and_a_counter(adapted):
     matrices = 2 * (768 + 768) if adapted == "qv" else (768 + 2304) + (768 + 768) + 2 * (768 + 3072)
     assert step.trained_bytes == 12 * 4 * matrices * 4  # layers, rank, bytes
     assert step.optimizer_bytes == 2 * step.trained_bytes + 4
+
+
+@pytest.mark.parametrize("adapted, losses, checkpoint", [("qv", False, True), ("all", True, False)])
+def test_a_step_in_a_loop_has_no_equation_more_for_a_deeper_model(adapted, losses, checkpoint):
+    def found(layers, scan):
+        config = dataclasses.replace(SMALL["config"], n_layer=layers)
+        options = {**SMALL, "config": config, "losses": losses, "checkpoint": checkpoint}
+        return trace_and_compile.of_step(Setting(adapted, scan=scan, **options))
+
+    assert found(2, scan=True) == found(6, scan=True)
+    assert found(2, scan=False) < found(6, scan=False)  # and so they are counted
+
+
+def test_a_missed_bound_of_compiling_is_reported():
+    row = {"setting": "q, v", "what": "both, wall", "ratio": 1.26}
+    deeper = [{**row, "what": "equations", "ratio": 1.001}, {**row, "what": "compile, cpu", "ratio": 2.0}]
+    assert trace_and_compile.missed([row, *deeper]) == [
+        "q, v: both, wall: 1.260, above 1.25",
+        "q, v: equations: 1.001, above 1.0",
+    ]
 
 
 def test_a_missed_bound_is_reported():
@@ -131,6 +161,24 @@ def test_a_missed_bound_of_packing_is_reported():
     assert packing.missed([{**row, "rows": 4, "traced / XLA's": 1.0}]) == []
 
 
+def test_a_missed_bound_of_many_adapters_is_reported():
+    bytes_ = {"base MB": 500.0, "of one, argument MB": 510.0, "argument MB": 580.0}
+    row = {
+        "model": "m",
+        "batches": "b",
+        "over separate": 0.6,
+        "products with W": 9,
+        "of one": 9,
+        "batched": 0,
+    }
+    assert many_adapters.missed(row | bytes_, "cpu") == []
+    assert [line.split(": ")[1] for line in many_adapters.missed(row | bytes_, "gpu")] == [
+        "0.600 of the time of separate steps, above 0.5"
+    ]
+    worse = {"batched": 1, "argument MB": 4080.0}
+    assert len(many_adapters.missed(row | bytes_ | worse, "cpu")) == 2
+
+
 def test_heads_are_the_only_arrays_that_are_transposed():
     """In a process with one device, as a user has it: the tests have eight, which keep batch and tokens
     apart.
@@ -184,3 +232,44 @@ def test_operations_of_a_profile_have_their_kind_from_the_names_of_the_compiler(
     }
     for kind, operations in names.items():
         assert [profile_step.kind(name) for name in operations] == [kind] * len(operations)
+
+
+def test_what_the_run_on_an_accelerator_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["accelerator", "--data", str(tmp_path)])
+    assert accelerator.main() == 2
+    said = capsys.readouterr().err
+    assert "--base DIR: the weights of GPT-2 medium" in said and "--parts table adapters" in said
+    assert f"no file `{tmp_path / 'e2e/lora_nlg_txt/train.txt.xz'}`" in said
+    (tmp_path / "config.json").touch()
+    names = [line.rpartition("/")[2] for line in accelerator.missing(tmp_path, tmp_path) if "--base" in line]
+    assert names == ["model.safetensors`", "tokenizer.json`"]
+
+
+def test_utilisation_is_of_the_products_that_a_way_needs():
+    lines = [
+        {"way": "lora_jax", "GFLOP": 200.0, "s": 0.01},
+        {"way": "PEFT", "s": 0.02},
+        {"way": "full fine-tuning, JAX", "GFLOP": 300.0, "s": 0.01},
+        {"way": "full fine-tuning, PyTorch", "s": 0.03},
+        {"way": "qwix", "note": "not installed"},
+    ]
+    accelerator.utilisation(lines, accelerators.peak("NVIDIA H200", "float32"))
+    assert [line.get("utilisation") for line in lines] == [0.0404, 0.0202, 0.0607, 0.0202, None]
+    assert accelerators.peak("NVIDIA H200 NVL", "float32") is accelerators.peak("cpu", "bfloat16") is None
+    assert accelerators.peak("TPU v5 lite", "bfloat16") == 197e12
+    assert set(accelerators.TERAFLOPS) == set(accelerators.GIGABYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.pytorch  # a finished run compares what it has written with PyTorch
+def test_the_script_for_an_accelerator_runs_small_on_a_cpu():
+    options = "--parts table run --ways lora_jax --layers 1 --rounds 2 --steps 3"
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accelerator", *options.split()],
+        env={**os.environ, "XLA_FLAGS": "", "PATH": ""},  # METEOR would start java
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "| gpt2, 8 x 64, all-linear, LoRA | lora_jax |" in found.stdout
+    assert "| e2e_small | 3 |" in found.stdout
