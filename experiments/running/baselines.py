@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import safetensors.numpy
 
+import lora_jax
 from experiments.config import baseline_value, Config
 from experiments.decoding.decoder import Decoder
 from experiments.running.base import Loaded
@@ -35,6 +36,13 @@ def targets(config: Config, method: Any) -> dict[str, Any]:
     """What trains: the baseline's arrays, and `config.targets` by the method."""
     own = {} if config.baseline is None else baseline_value(config.baseline).targets
     return {**own, **{pattern: method for pattern in config.targets if pattern not in own}}
+
+
+def size(config: Config, params: Any) -> int:
+    """How many of the parameters are the baseline's."""
+    if config.baseline is None:
+        return 0
+    return lora_jax.count(lora_jax.lorafy(params, baseline_value(config.baseline).targets).delta)
 
 
 def with_special_tokens(config: Config, model: Any, splits: Splits) -> Splits:
