@@ -68,11 +68,12 @@ def random(delta, scale=0.3):
     )
 
 
-# All of them on a decoder and on an encoder, and of the other models what reaches every site.
+# All of them on a decoder, and on the others what reaches every site.
 CASES = [
-    *((name, each) for name in ("gpt2 stacked", "roberta stacked") for each in (*ADAPTERS, *PREFIXES)),
+    *(("gpt2 stacked", each) for each in (*ADAPTERS, *PREFIXES)),
+    *(("roberta stacked", each) for each in (Houlsby(3), Pfeiffer(3), PrefixLayer(2, 1))),
     *(("deberta", PrefixEmbedding(2, 1)), ("llama", PrefixLayer(2, 1))),
-    *(("gemma", Houlsby(3)), ("bert", Pfeiffer(3))),
+    *(("gemma", Houlsby(3)), ("bert", Lin(3))),
 ]
 
 
@@ -103,11 +104,12 @@ def test_one_step_trains_what_was_added_and_nothing_else(name, baseline):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))  # all is reached once `up` has moved
 
 
-@pytest.mark.parametrize("baseline", ADAPTERS, ids=lambda each: type(each).__name__)
-@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+@pytest.mark.parametrize(
+    "name, baseline", [("gpt2", Houlsby(3)), ("gpt2", Lin(3)), ("bert", Pfeiffer(3))], ids=str
+)
 def test_the_start_is_the_base_to_the_last_bit(name, baseline):
     """Operation by operation: compiled as a whole, two programs round differently."""
-    model = GPT2(SMALL_VOCABULARY) if name == "gpt2" else ours(ROBERTA, "masked_lm")
+    model = MODELS[name]
     params = start(model)
     extended, more = attach(model, params, baseline)
     np.testing.assert_array_equal(extended.apply({"params": more}, IDS), model.apply({"params": params}, IDS))
@@ -185,8 +187,9 @@ def test_two_baselines_on_one_model():
     found = []
     for first, second in ((houlsby, prefix), (prefix, houlsby)):
         extended, more = attach(*attach(model, params, first), second)
-        found.append(extended.apply({"params": more}, texts(model, prefix)))
-    np.testing.assert_array_equal(*found)
+        apply = jax.jit(extended.apply, compiler_options=QUICKLY)
+        found.append(apply({"params": more}, texts(model, prefix)))
+    np.testing.assert_allclose(*found, atol=1e-6, rtol=0)
 
 
 def test_what_trains_is_saved_and_loaded_as_any_tree():
