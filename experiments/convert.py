@@ -307,18 +307,20 @@ def export(workdir: Path, target: Path, form: str) -> str:
     check_file_name("--to", target, form)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`--to` {_taken(target)}: nothing is overwritten.")
-    if form != "hf" and not (workdir / "adapter").is_dir():
+    directory = workdir / ("merged" if form == "hf" else "adapter")
+    if not directory.is_dir():
         facts = json.loads((workdir / "report.json").read_text("utf-8"))
         older = (
             "it was finished by a version that wrote none; without its report.md, its command goes on from "
             "the last checkpoint and writes it"
         )
         raise ValueError(
-            f"`--workdir` {workdir} has no adapter/: {facts.get('adapter', {}).get('missing') or older}"
+            f"`--workdir` {workdir} has no {directory.name}/: "
+            f"{facts.get('adapter', {}).get('missing') or older}"
         )
     if form in SUFFIXES:
         return f"wrote {target}{_to_file(workdir, target, form)}"
-    shutil.copytree(workdir / {"hf": "merged", "peft": "adapter"}[form], target, dirs_exist_ok=True)
+    shutil.copytree(directory, target, dirs_exist_ok=True)
     return f"wrote {target}"
 
 

@@ -38,7 +38,7 @@ __version__ = "0.1.0"
 
 # Rooms that are imported when they are first asked for, and what each needs. They say themselves which extra
 # brings it.
-_LAZY = {"checkpoint": "orbax", "interop": "safetensors", "models": "flax"}
+_LAZY = {"baselines": "flax", "checkpoint": "orbax", "interop": "safetensors", "models": "flax"}
 
 # What users of PEFT look for first.
 _OF_PEFT = {

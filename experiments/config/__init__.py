@@ -23,5 +23,10 @@ from .files import (
     without_defaults as without_defaults,
     without_mesh as without_mesh,
 )
-from .method import method_value as method_value, methods as methods
+from .method import (
+    baseline_value as baseline_value,
+    baselines as baselines,
+    method_value as method_value,
+    methods as methods,
+)
 from .training import Budget as Budget, Optimizer as Optimizer, Train as Train

@@ -8,7 +8,7 @@ from experiments import tasks
 from experiments.config.base import Base
 from experiments.config.computing import Mesh, Precision
 from experiments.config.decode import Decode
-from experiments.config.method import keys as method_keys, method_value
+from experiments.config.method import baseline_keys, baseline_value, keys as method_keys, method_value
 from experiments.config.training import Optimizer, Train
 from experiments.tasks.generate import Generate
 
@@ -30,7 +30,8 @@ class Source:
 class Config:
     """`quantize`: how the weights of the frozen layers are stored (QLoRA); embeddings, heads and vectors stay
     as they are. `compare_full`: measure a few steps of full fine-tuning too, whose memory the device then
-    needs, for the report."""
+    needs, for the report. `baseline`: an adapter or a prefix (`lora_jax.baselines`) that is attached to the
+    base and trains, beside what `targets` names, which may then be nothing."""
 
     name: str
     source: Source
@@ -45,6 +46,7 @@ class Config:
     decode: Decode = Decode()
     generate: Generate | None = None
     compare_full: bool = False
+    baseline: dict[str, Any] | None = field(default=None, metadata={"keys": baseline_keys})
     quantize: Literal["nf4", "int8"] | None = None
     seed: int = 0
 
@@ -59,6 +61,7 @@ class Config:
                 f"train.accumulate ({parts})."
             )
         self._check_pack(parts)
+        self._check_baseline()
         if self.base.vocabulary is not None and not tasks.of(self.data).documents:
             plain = " or ".join(json.dumps(name) for name, task in tasks.TASKS.items() if task.documents)
             raise ValueError(
@@ -87,6 +90,19 @@ class Config:
             raise ValueError(
                 "`method.delayed` waits for `start_delta`, which a run does not call: leave it out, and the "
                 "base follows from the first step."
+            )
+
+    def _check_baseline(self) -> None:
+        value = None if self.baseline is None else baseline_value(self.baseline)
+        if value is None and not self.targets:
+            raise ValueError(
+                "`targets` is empty, so that nothing would train: name what the method adapts, or set "
+                "`baseline`."
+            )
+        if hasattr(value, "insert") and not tasks.of(self.data).packs:
+            raise ValueError(
+                f"`baseline.name` is {type(value).__name__}, whose tokens stand around a prompt, and "
+                f'`data.task` is "{self.data.task}", which has none: take an adapter, or another task.'
             )
 
     def _check_pack(self, parts: int) -> None:

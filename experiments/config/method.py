@@ -1,4 +1,6 @@
-"""`method`: how the base is adapted. The section is the method's name and its own arguments."""
+"""`method`: how the base is adapted, and `baseline`: what is attached to it. Each section is the name of a
+value of the library and its own arguments.
+"""
 
 import dataclasses
 from typing import Any
@@ -18,13 +20,34 @@ def methods() -> dict[str, Any]:
     return {name: value for name, value in vars(lora_jax.methods).items() if isinstance(value, type)}
 
 
+def baselines() -> dict[str, Any]:
+    """The baselines of `lora_jax` by name.
+
+    >>> list(baselines())
+    ['Houlsby', 'Lin', 'Pfeiffer', 'PrefixEmbedding', 'PrefixLayer']
+    """
+    from lora_jax import baselines as room
+
+    names = ("Houlsby", "Lin", "Pfeiffer", "PrefixEmbedding", "PrefixLayer")
+    return {name: getattr(room, name) for name in names}
+
+
 def keys() -> list[str]:
     """Every argument of a method.
 
     >>> "alpha" in keys()
     True
     """
-    return sorted({field.name for method in methods().values() for field in dataclasses.fields(method)})
+    return _fields(methods())
+
+
+def baseline_keys() -> list[str]:
+    """Every argument of a baseline.
+
+    >>> "bottleneck" in baseline_keys()
+    True
+    """
+    return _fields(baselines())
 
 
 def method_value(section: dict[str, Any]) -> Any:
@@ -33,10 +56,26 @@ def method_value(section: dict[str, Any]) -> Any:
     >>> method_value({"name": "LoRA", "rank": 4, "alpha": 32}).rank
     4
     """
+    return _value(section, methods(), "method")
+
+
+def baseline_value(section: dict[str, Any]) -> Any:
+    """The baseline that `{"name": "Houlsby", "bottleneck": 64}` describes.
+
+    >>> baseline_value({"name": "Houlsby", "bottleneck": 64}).bottleneck
+    64
+    """
+    return _value(section, baselines(), "baseline")
+
+
+def _fields(kinds: dict[str, Any]) -> list[str]:
+    return sorted({field.name for kind in kinds.values() for field in dataclasses.fields(kind)})
+
+
+def _value(section: dict[str, Any], known: dict[str, Any], key: str) -> Any:
     name = section.get("name")
-    known = methods()
     if name not in known:
         raise ValueError(
-            f"`method.name` must be one of {', '.join(known)}, got {name!r}{nearest(name, known) or '.'}"
+            f"`{key}.name` must be one of {', '.join(known)}, got {name!r}{nearest(name, known) or '.'}"
         )
-    return build(known[name], {key: value for key, value in section.items() if key != "name"}, "method")
+    return build(known[name], {field: value for field, value in section.items() if field != "name"}, key)

@@ -22,6 +22,8 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "method": (
             f"`{configs.method_value(config.method)}` on "
             f"{', '.join(f'`{pattern}`' for pattern in config.targets)}{stored}"
+            if config.baseline is None
+            else _with_baseline(config) + stored
         ),
         "trainable parameters": f"{facts['trainable']:,} "
         f"({facts['trainable'] / base['parameters']:.3%} of the base)",
@@ -42,7 +44,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         ),
         "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, "
         f"largest logit {comparison['max_logit']:.1f}",
-        "merged, in PyTorch": _in_pytorch(comparison["pytorch"]),
+        **({} if config.baseline else {"merged, in PyTorch": _in_pytorch(comparison["pytorch"])}),
         "command": f"`{facts['command']}`",
         "data": f"fingerprint `{facts['data']}`",
         "commit, date": f"{facts['commit'] or 'outside of a clone'}, {facts['date']}",
@@ -60,6 +62,8 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     lines += [
         "`merged/` is the result in Hugging Face's format, with the tokenizer; `checkpoints/` holds the "
         "adapter and the"
+        if config.baseline is None
+        else "`trained.safetensors` holds every array that was trained; `checkpoints/` holds the same and the"
     ]
     lines += [
         "optimiser's state. `config.json` is the whole configuration and `metrics.jsonl` every number of "
@@ -96,6 +100,14 @@ def prompt(found: dict[str, Any] | None) -> list[str]:
         f"The tokenizer adds nothing to it. The answer ends at {ends}.",
         "",
     ]
+
+
+def _with_baseline(config: Config) -> str:
+    attached = f"`{configs.baseline_value(config.baseline)}`" if config.baseline else ""
+    if not config.targets:
+        return attached
+    patterns = ", ".join(f"`{pattern}`" for pattern in config.targets)
+    return f"{attached}, and `{configs.method_value(config.method)}` on {patterns}"
 
 
 def _in_pytorch(found: dict[str, Any] | None) -> str:

@@ -20,7 +20,7 @@ from experiments.config import Config, Train
 from experiments.metrics import values, warn
 from experiments.progress import Count
 from experiments.reports import cost, report
-from experiments.running import beside, processes
+from experiments.running import baselines, beside, processes
 from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
 from experiments.tasks import Task
@@ -45,14 +45,24 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
     def begin(what: str) -> None:
         processes.say(f"{config.name}: {what}")
 
-    begin("writing the merged model and the adapter")
     words, delta = chosen(checkpoints, state, config.train)
-    merged = export(trainer, delta, ready.base, workdir / "merged")
-    on_first(lambda: beside.write(workdir / "merged", ready.decoder))
-    adapter = write_adapter(trainer, delta, ready.base, workdir)
-    llama_cpp = write_llama_cpp(trainer, delta, ready.base, workdir)
-    begin("reading the merged model back, and comparing it with the trained one")
-    comparison = compare(trainer, delta, workdir / "merged", splits)
+    if config.baseline is None:
+        begin("writing the merged model and the adapter")
+        merged = export(trainer, delta, ready.base, workdir / "merged")
+        on_first(lambda: beside.write(workdir / "merged", ready.decoder))
+        adapter = write_adapter(trainer, delta, ready.base, workdir)
+        llama_cpp = write_llama_cpp(trainer, delta, ready.base, workdir)
+        begin("reading the merged model back, and comparing it with the trained one")
+        comparison = compare(trainer, delta, workdir / "merged", splits)
+    else:
+        begin("writing what was trained, reading it back, and comparing it")
+        baselines.write(delta, workdir / baselines.FILE)
+        reread = lora_jax.merge(trainer.frozen, baselines.read(delta, workdir / baselines.FILE))
+        merged = precision.stored(reread, ready.base.params)
+        comparison = compare_baseline(trainer, delta, ready.base.model, merged, splits)
+        kind = type(configs.baseline_value(config.baseline)).__name__
+        missing = f"Hugging Face and PEFT have no form for {kind}"
+        adapter, llama_cpp = {"bytes": None, "merged_bytes": None, "missing": missing}, None
     predicted = predict(ready.decoder, ready.base.params, merged, workdir, begin)
     if config.compare_full:
         begin("measuring a step, beside one of full fine-tuning")
@@ -61,7 +71,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
             "origin": ready.base.origin,
             "name": ready.base.name,
             "fingerprint": ready.identity["base"],
-            "parameters": _size(ready.base.params),
+            "parameters": _size(ready.base.params) - baselines.size(config, ready.base.params),
         },
         "data": ready.identity["data"],
         "trainable": lora_jax.count(delta),
@@ -143,6 +153,27 @@ def write_llama_cpp(trainer: Trainer, delta: Any, base: Loaded, workdir: Path) -
 
 def _tensor_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def compare_baseline(trainer: Trainer, delta: Any, model: Any, merged: Any, splits: Splits) -> dict[str, Any]:
+    """The same comparison as `compare`'s, where the result has no form of Hugging Face's."""
+    ids = splits.valid.batch(np.arange(min(ROWS, len(splits.valid))))["input_ids"]
+    everywhere = NamedSharding(trainer.mesh, P())
+    adapted, plain = (
+        np.asarray(jax.jit(run, out_shardings=everywhere)(*trees), np.float32)
+        for run, trees in (
+            (
+                lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids),
+                (delta, trainer.frozen),
+            ),
+            (lambda params: model.apply({"params": params}, ids), (merged,)),
+        )
+    )
+    return {
+        "max_difference": float(np.abs(adapted - plain).max()),
+        "max_logit": float(np.abs(adapted).max()),
+        "pytorch": None,
+    }
 
 
 def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:

@@ -18,13 +18,14 @@ import lora_jax
 from experiments import catalogue, config as configs, tasks
 from experiments.config import Config
 from experiments.decoding.decoder import Decoder
-from experiments.running import base, processes
+from experiments.running import base, baselines, processes
 from experiments.running.base import Loaded, Places
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.examples import Splits
 from experiments.training import precision
 from experiments.training.sharded import make_mesh, on_mesh
 from experiments.training.trainer import Trainer
+from lora_jax.baselines import attach
 from lora_jax.checkpoint import fingerprint, State
 from lora_jax.processes import on_first
 
@@ -95,19 +96,20 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     _check_room(config, loaded.model.config.positions)
     splits = tasks.prepare(config.data, contents, loaded.tokenizer)
     predictor = tasks.of(config.data).predictor or Decoder.create
-    decoder = predictor(config, loaded.model, loaded.tokenizer, splits.prompts)
-
     identity = {
         "base": fingerprint(loaded.params),
         "config": _digest(config),
         "data": _data_fingerprint(splits),
     }
+    loaded = baselines.attached(config, loaded, keys["adapter"])
+    splits = baselines.with_special_tokens(config, loaded.model, splits)
+    decoder = predictor(config, loaded.model, loaded.tokenizer, splits.prompts)
+    decoder = baselines.prompted(config, decoder)
     params, specs = on_mesh(mesh, loaded.params, loaded.model.partition_rules)
     loaded = dataclasses.replace(loaded, params=params)
     frozen, delta = lora_jax.lorafy(
         params,
-        list(config.targets),
-        method=precision.method(config),
+        baselines.targets(config, precision.method(config)),
         key=keys["adapter"],
         **_axes(config, loaded.model),
     )
@@ -131,7 +133,10 @@ def _check_against_shapes(config: Config, config_path: Path) -> None:
     model = base.model(described.base.architecture, vocabulary=257, end=0, scan=config.base.scan)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
     how = _axes(config, model)
-    lora_jax.lorafy(shapes, list(config.targets), method=configs.method_value(config.method), **how)
+    if config.baseline is not None:
+        model, shapes = attach(model, shapes, configs.baseline_value(config.baseline))
+        how = _axes(config, model)
+    lora_jax.lorafy(shapes, baselines.targets(config, configs.method_value(config.method)), **how)
 
 
 def _axes(config: Config, model: Any) -> dict[str, Any]:

@@ -65,6 +65,11 @@ def _run_base(config: Config, config_path: Path, found: Inputs, workdir: Path) -
         return None
     path = config_path.parent / config.base.run
     described = configs.load(path)
+    if described.baseline is not None:
+        raise ValueError(
+            f"`base.run` is {config.base.run}, whose result has a baseline and is no base for another: leave "
+            "`baseline` out there."
+        )
     if jax.process_count() > 1:
         # Its own need not have all devices of all processes.
         described = dataclasses.replace(described, mesh=config.mesh)

@@ -10,7 +10,7 @@ padding.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -62,6 +62,13 @@ class Examples:
     def ids(self, index: int) -> np.ndarray:
         """The unpadded tokens of one example."""
         return self._tokens[self._starts[index] : self._starts[index + 1]]
+
+    def with_contexts(self, change: Callable[[Sequence[int]], list[int]]) -> "Examples":
+        """The same examples with another context each, as `change` makes it of its tokens."""
+        contexts = [int(count) for count in self._contexts]
+        rows = [self.ids(index).tolist() for index in range(len(self))]
+        pairs = [(change(row[:count]), row[count:]) for row, count in zip(rows, contexts, strict=True)]
+        return Examples(pairs, self.seq_len)
 
     def packed(self, indices: np.ndarray, rows: int) -> np.ndarray:
         """These examples in so many rows, as `batch` takes them: (rows, most of a row), filled up with -1.
