@@ -156,7 +156,8 @@ class Record:
     def log(self, step: int, **numbers: float) -> None:
         """Writes a line of metrics, which is on the disk when this returns, and shows it to the user."""
         self._write(step, **numbers)
-        shown = [f"{name} {numbers[name]:.4f}" for name in ("loss", "valid_loss") if name in numbers]
+        valid = list(numbers) if "valid_loss" in numbers else ["loss"]
+        shown = [f"{name} {numbers[name]:.4f}" for name in valid if name in numbers]
         if "seconds_per_step" in numbers:
             shown.append(f"{numbers['seconds_per_step']:.3f} s/step")
         self._bar.update(step, numbers=", ".join(shown))

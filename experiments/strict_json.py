@@ -128,9 +128,10 @@ def _build_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _build_tagged(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
-    """One of several dataclasses, told apart by their first field, which is a `Literal` of one value."""
+    """One of several dataclasses, told apart by their first field, a `Literal` of the values that are its."""
     tag = dataclasses.fields(kinds[0])[0].name
-    by_tag = {typing.get_args(typing.get_type_hints(kind)[tag])[0]: kind for kind in kinds}
+    values = {kind: typing.get_args(typing.get_type_hints(kind)[tag]) for kind in kinds}
+    by_tag = {value: kind for kind in kinds for value in values[kind]}
     if not isinstance(value, Mapping):
         raise _wrong(key, "an object", value)
     if tag not in value:

@@ -7,8 +7,11 @@ from typing import Literal
 
 import pytest
 
-from experiments import config as configs
+from experiments import config as configs, tasks
 from experiments.strict_json import build
+
+
+TASKS = ", ".join(f'"{name}"' for name in tasks.TASKS)
 
 
 SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "configs").glob("*.json"))
@@ -151,12 +154,12 @@ def test_expected_scores_of_triples_are_the_published_ones(size, suffix, method,
         (
             {"data": {"task": "e2"}},
             ValueError,
-            '`data.task` must be one of "e2e", "text", "webnlg", "dart", got "e2"; did you mean `e2e`?',
+            f'`data.task` must be one of {TASKS}, got "e2"; did you mean `e2e`?',
         ),
         (
             {"data": {"train": "x"}},
             ValueError,
-            '`data` lacks the key `task`, which must be one of "e2e", "text", "webnlg", "dart"',
+            f"`data` lacks the key `task`, which must be one of {TASKS}",
         ),
         (
             {"optimizer": {"name": "adam"}},

@@ -10,6 +10,10 @@ import pytest
 
 from experiments.command_line import main
 from experiments.metrics import files
+from experiments.tasks import TASKS
+
+
+SCORED = [name for name, task in TASKS.items() if task.score is not None]
 
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -83,7 +87,7 @@ def test_score_prints_json(tmp_path, capsys, no_java):
     [
         (
             ["e2", "--refs", "r", "--hyps", "h"],
-            "error: `TASK` must be one of e2e, webnlg, dart, got `e2`; did you mean `e2e`?\n",
+            f"error: `TASK` must be one of {', '.join(SCORED)}, got `e2`; did you mean `e2e`?\n",
         ),
         (["e2e", "--refs", "nowhere.txt", "--hyps", "h"], "error: no file `nowhere.txt`.\n"),
     ],

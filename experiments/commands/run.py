@@ -94,9 +94,8 @@ def _further(config: Any) -> list[str]:
     """
     section, base = config.data, config.base
     packed = [] if base.name is None else catalogue.entry(base.name, "base.name").files
-    files = (
-        (section.train, section.valid) if isinstance(section.train, str) else (*section.train, section.valid)
-    )
+    train = getattr(section, "train", ())
+    files = [*((train,) if isinstance(train, str) else train), getattr(section, "valid", "")]
     found = {
         "gguf": any(file.endswith(".gguf") for file in (base.path or "", *packed)),
         "datasets": getattr(section, "dataset", None) is not None,

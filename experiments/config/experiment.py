@@ -109,10 +109,12 @@ class Config:
         rows = self.train.pack
         if rows is None:
             return
-        if not tasks.of(self.data).packs:
+        task = tasks.of(self.data)
+        if not task.packs:
+            why = "blocks are full already" if task.labels is None else "inputs have a row each"
             raise ValueError(
-                f'`train.pack` is {rows}, and `data.task` is "{self.data.task}", whose blocks are full '
-                "already: leave `train.pack` out."
+                f'`train.pack` is {rows}, and `data.task` is "{self.data.task}", whose {why}: '
+                "leave `train.pack` out."
             )
         if rows % parts:
             raise ValueError(

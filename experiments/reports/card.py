@@ -35,19 +35,24 @@ def render(config: Config, facts: dict[str, Any], prompt: list[str]) -> str:
         f"- Exported: {facts['result']}. The whole report is in the run's `report.md`.",
         "",
     ]
-    return "\n".join([*lines, *prompt, *_use(name)])
+    return "\n".join([*lines, *prompt, *_use(name, facts.get("labels"))])
 
 
-def _use(name: str | None) -> list[str]:
+def _use(name: str | None, labels: list[str] | None) -> list[str]:
+    """`labels`: of a head of classes; None: texts are continued."""
+    kind, count, more = "AutoPeftModelForCausalLM", "", ""
+    if labels is not None:
+        kind, count = "AutoPeftModelForSequenceClassification", f", num_labels={len(labels)}"
+        more = ', **peft.head_of("path/to/adapter")'
     if name is None:
         return ["The base was drawn at random and is in no file: only the run's `merged/` has the model.", ""]
     return [
         "## Use",
         "",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
+        f"from peft import {kind}",
         "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/adapter")  # and the base that it names',
+        f'model = {kind}.from_pretrained("path/to/adapter"{count})  # and the base that it names',
         "```",
         "",
         "Without PyTorch, with the directory of the base:",
@@ -55,7 +60,7 @@ def _use(name: str | None) -> list[str]:
         "```python",
         "from lora_jax.interop import hf, peft",
         "",
-        f"model, params = hf.load({json.dumps(name)})",
+        f"model, params = hf.load({json.dumps(name)}{more})",
         'frozen, delta = peft.load("path/to/adapter", model, params)',
         "```",
         "",

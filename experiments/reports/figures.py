@@ -113,7 +113,7 @@ def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) ->
             linewidth=1,
             markersize=3,
         )
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
 

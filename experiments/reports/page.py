@@ -77,7 +77,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         *scores.scored(facts["scores"], config),
         *scores.named(facts.get("values", {})),
         *_cost(facts["cost"]),
-        *_samples(facts["samples"], config.decode),
+        *_samples(facts["samples"], None if facts.get("labels") else config.decode),
     ]
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
@@ -188,11 +188,14 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
-def _samples(samples: list[dict[str, Any]], section: Decode) -> list[str]:
+def _samples(samples: list[dict[str, Any]], section: Decode | None) -> list[str]:
+    """`section`: how texts were continued; None: inputs were labelled."""
     if not samples:
         return []
     how = (
-        "drawn"
+        "labelled"
+        if section is None
+        else "drawn"
         if section.sample
         else "greedy decoding"
         if section.beams == 1

@@ -15,6 +15,7 @@ from experiments.config import Architecture, Base, Precision
 from experiments.tasks import fast_tokenizer
 from experiments.training import precision
 from lora_jax.interop import gguf, hf
+from lora_jax.models import Bert, DebertaV2, Roberta
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.processes import on_first
 from lora_jax.sharding import partition_specs, shardings
@@ -55,12 +56,38 @@ class Loaded:
     name: str | None = None
     gguf: str | None = None
 
+    @property
+    def head(self) -> str | None:
+        """The pattern of the head of classes, which is new and trains whole; None: the model has another."""
+        if getattr(self.model, "head", None) != "sequence_classification":
+            return None
+        if isinstance(self.model, DebertaV2):
+            return "(classifier|pooler)/.*"  # a pretrained DeBERTa has no pooler
+        return "classifier/.*" if isinstance(self.model, ENCODERS) else "score/.*"
 
-def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Precision) -> Loaded:
-    """The base that `section` describes, in the dtypes of `policy`.
+
+# Models without a next token.
+ENCODERS = (Bert, Roberta, DebertaV2)
+
+
+def load(
+    section: Base,
+    places: Places,
+    key: jax.Array,
+    mesh: Mesh,
+    policy: Precision,
+    labels: tuple[str, ...] | None = None,
+) -> Loaded:
+    """The base that `section` describes, in the dtypes of `policy`; with a head of `labels`, which is drawn
+    unless the base has it, if the task has some.
 
     The weights are cast and split over `mesh` as they are read or drawn: no device holds more than its part.
+
+    Raises:
+      ValueError: the base has not the head that the task needs, and cannot be given it.
     """
+    if labels is not None:
+        return _with_labels(section, places, key, mesh, policy, labels)
     if section.architecture is not None:
         words = places.data / section.tokenizer if section.tokenizer is not None else places.tokenizer
         if not words.is_dir():
@@ -76,13 +103,70 @@ def load(section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Prec
         tokenizer, directory = _with_end(_unpacked(source, places.tokenizer), source), places.tokenizer
     else:
         model, params = hf.load(source, **how)
+        if isinstance(model, ENCODERS):
+            raise ValueError(
+                f"`base` is {origin}, a {type(model).__name__}, which has no next token: a task of labels, "
+                "such "
+                "as glue/mrpc, gives it a head; for texts take a GPT-2 or a Llama."
+            )
         tokenizer, directory = load_tokenizer(source), source
+    _check_vocabulary(tokenizer, model, source)
+    return Loaded(precision.computing(model, policy), params, tokenizer, directory, origin, name, packed)
+
+
+def _check_vocabulary(tokenizer: Any, model: Any, source: Path) -> None:
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in `{source}` has {len(tokenizer)} tokens, more than the model's vocabulary "
             f"({model.config.vocab_size})."
         )
-    return Loaded(precision.computing(model, policy), params, tokenizer, directory, origin, name, packed)
+
+
+def _with_labels(
+    section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Precision, labels: tuple[str, ...]
+) -> Loaded:
+    """A base with a head of classes, and the tokenizer that puts special tokens around a text or a pair."""
+    if section.architecture is not None:
+        raise ValueError(
+            "`base.architecture` is a GPT-2 to be pretrained, and the task has labels: take `base.name`, "
+            "`base.path` or `base.run`."
+        )
+    source, origin, name = _source(section, places)
+    if source.suffix == ".gguf":
+        raise ValueError(
+            f"`base.path` is {source.name}, a file of llama.cpp's, which has no head of classes: take a "
+            "directory of Hugging Face's."
+        )
+    model, params = hf.load(
+        source,
+        head="sequence_classification",
+        num_labels=len(labels),
+        key=key,
+        mesh=mesh,
+        param_dtype=policy.parameters,
+        scan=section.scan,
+    )
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    _check_vocabulary(tokenizer, model, source)
+    config = model.config
+    if getattr(config, "type_vocab_size", 0) < 2:
+        # Some tokenizers tell a pair's texts apart for a model that does not.
+        tokenizer.model_input_names = [
+            name for name in tokenizer.model_input_names if name != "token_type_ids"
+        ]
+    kind = "regression" if len(labels) == 1 else "single_label_classification"
+    changes: dict[str, Any] = {"labels": labels, "problem_type": kind}
+    if not isinstance(model, ENCODERS):
+        # A decoder's head reads the last token before the padding.
+        end = tokenizer.eos_token if tokenizer.pad_token is None else tokenizer.pad_token
+        tokenizer.pad_token = end
+        changes["pad_token_id"] = tokenizer.pad_token_id
+    known = {field.name for field in dataclasses.fields(config)}
+    changed = {field: value for field, value in changes.items() if field in known}
+    model = model.clone(config=dataclasses.replace(config, **changed))
+    return Loaded(precision.computing(model, policy), params, tokenizer, source, origin, name)
 
 
 def _source(section: Base, places: Places) -> tuple[Path, str, str]:

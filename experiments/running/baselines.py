@@ -32,9 +32,10 @@ def attached(config: Config, loaded: Loaded, key: jax.Array) -> Loaded:
     return dataclasses.replace(loaded, model=model, params=params)
 
 
-def targets(config: Config, method: Any) -> dict[str, Any]:
-    """What trains: the baseline's arrays, and `config.targets` by the method."""
-    own = {} if config.baseline is None else baseline_value(config.baseline).targets
+def targets(config: Config, method: Any, head: str | None = None) -> dict[str, Any]:
+    """What trains: a new `head` and the baseline's arrays, and `config.targets` by the method."""
+    own = {} if head is None else {head: lora_jax.Full()}
+    own |= {} if config.baseline is None else baseline_value(config.baseline).targets
     return {**own, **{pattern: method for pattern in config.targets if pattern not in own}}
 
 

@@ -12,10 +12,12 @@ from experiments.config import Decode
 from experiments.decoding.decoder import Decoder
 
 
-def write(directory: Path, decoder: Decoder) -> None:
-    """Writes `generation_config.json`, and into `tokenizer_config.json` the end of text for padding, unless
-    there is one, and the model's number of positions.
+def write(directory: Path, decoder: Any) -> None:
+    """Of a model that continues texts, writes `generation_config.json`, and into `tokenizer_config.json` the
+    end of text for padding, unless there is one, and the model's number of positions.
     """
+    if not isinstance(decoder, Decoder):
+        return
     tokenizer, positions = decoder.tokenizer, decoder.model.config.positions
     pad = {} if tokenizer.pad_token is not None else {"pad_token": tokenizer.eos_token}
     longest = {} if positions is None else {"model_max_length": positions}
@@ -52,9 +54,11 @@ def _change(file: Path, values: dict[str, Any]) -> None:
     )
 
 
-def example(decoder: Decoder) -> dict[str, Any] | None:
-    """The first prompt as the model gets it, special tokens included, and the tokens that end an answer."""
-    if not decoder.prompts:
+def example(decoder: Any) -> dict[str, Any] | None:
+    """None where there is nothing to continue. The first prompt as the model gets it, special tokens
+    included, and the tokens that end an answer.
+    """
+    if not isinstance(decoder, Decoder) or not decoder.prompts:
         return None
     return {
         "text": decoder.tokenizer.decode(decoder.prompts[0].ids, clean_up_tokenization_spaces=False),

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import config as configs
+from experiments import config as configs, tasks
 from experiments.config import Config, Train
 from experiments.metrics import values, warn
 from experiments.progress import Count
@@ -24,7 +24,8 @@ from experiments.running import baselines, beside, processes
 from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
 from experiments.tasks import Task
-from experiments.tasks.examples import Prompt, Splits
+from experiments.tasks.losses import extras
+from experiments.tasks.splits import Prompt, Splits
 from experiments.tasks.task import Predictor
 from experiments.training import precision
 from experiments.training.trainer import Trainer
@@ -45,7 +46,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
     def begin(what: str) -> None:
         processes.say(f"{config.name}: {what}")
 
-    words, delta = chosen(checkpoints, state, config.train)
+    words, delta = chosen(checkpoints, state, config.train, judged=tasks.of(config.data).judge is not None)
     if config.baseline is None:
         begin("writing the merged model and the adapter")
         merged = export(trainer, delta, ready.base, workdir / "merged")
@@ -64,6 +65,10 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         missing = f"Hugging Face and PEFT have no form for {kind}"
         adapter, llama_cpp = {"bytes": None, "merged_bytes": None, "missing": missing}, None
     predicted = predict(ready.decoder, ready.base.params, merged, workdir, begin)
+    write = tasks.of(config.data).write
+    if write is not None:
+        begin("writing the predictions with their probabilities")
+        on_first(lambda: write(ready.decoder, splits, merged, workdir))
     if config.compare_full:
         begin("measuring a step, beside one of full fine-tuning")
     facts: dict[str, Any] = {
@@ -82,6 +87,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         "comparison": comparison,
         "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
         "prompt": beside.example(ready.decoder),
+        "labels": getattr(ready.decoder, "labels", None),
         **predicted,
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
         "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train)
@@ -92,11 +98,14 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
     on_first(lambda: report.write(workdir, config, facts))
 
 
-def chosen(checkpoints: Checkpoints, state: State, train: Train) -> tuple[str, Any]:
-    """The result of the run that `train.result` names: in words, and its trained arrays."""
+def chosen(checkpoints: Checkpoints, state: State, train: Train, *, judged: bool = False) -> tuple[str, Any]:
+    """The result of the run that `train.result` names: in words, and its trained arrays. `judged`: the best
+    is so by a metric of the task's.
+    """
     if train.result == "best":
         best = checkpoints.restore(state.delta, state.opt_state, best=True)
-        return f"step {best.step}, which has the lowest validation loss", best.delta
+        why = "is the best in validation by the task's metric" if judged else "has the lowest validation loss"
+        return f"step {best.step}, which {why}", best.delta
     if train.result == "mean":
         count = lambda: min(train.keep_checkpoints, len(checkpoints.steps(temporary=False)))
         mean = checkpoints.average(state.delta, last=count())  # puts damaged checkpoints aside
@@ -157,16 +166,19 @@ def _tensor_bytes(directory: Path) -> int:
 
 def compare_baseline(trainer: Trainer, delta: Any, model: Any, merged: Any, splits: Splits) -> dict[str, Any]:
     """The same comparison as `compare`'s, where the result has no form of Hugging Face's."""
-    ids = splits.valid.batch(np.arange(min(ROWS, len(splits.valid))))["input_ids"]
+    batch = splits.valid.batch(np.arange(min(ROWS, len(splits.valid))))
+    ids, more = batch["input_ids"], extras(batch)
     everywhere = NamedSharding(trainer.mesh, P())
     adapted, plain = (
         np.asarray(jax.jit(run, out_shardings=everywhere)(*trees), np.float32)
         for run, trees in (
             (
-                lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids),
+                lambda delta, frozen: trainer.step.forward(
+                    {"params": lora_jax.combine(frozen, delta)}, ids, **more
+                ),
                 (delta, trainer.frozen),
             ),
-            (lambda params: model.apply({"params": params}, ids), (merged,)),
+            (lambda params: model.apply({"params": params}, ids, **more), (merged,)),
         )
     )
     return {
@@ -181,36 +193,42 @@ def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> di
     logit beside it.
     """
     rows = np.arange(min(ROWS, len(splits.valid)))
-    ids = splits.valid.batch(rows)["input_ids"]
+    batch = splits.valid.batch(rows)
+    ids, more = batch["input_ids"], extras(batch)
     everywhere = NamedSharding(trainer.mesh, P())
     logits = jax.jit(
-        lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids),
+        lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids, **more),
         out_shardings=everywhere,
     )
     adapted = np.asarray(logits(delta, trainer.frozen), np.float32)
     model, params = hf.load(directory, mesh=trainer.mesh)
     model = precision.computing(model, trainer.config.precision)
     reloaded = np.asarray(
-        jax.jit(lambda params: model.apply({"params": params}, ids), out_shardings=everywhere)(params),
+        jax.jit(lambda params: model.apply({"params": params}, ids, **more), out_shardings=everywhere)(
+            params
+        ),
         np.float32,
     )
     return {
         "max_difference": float(np.abs(adapted - reloaded).max()),
         "max_logit": float(np.abs(adapted).max()),
-        "pytorch": on_first(lambda: _in_pytorch(directory, ids, adapted)),
+        "pytorch": on_first(lambda: _in_pytorch(directory, batch, adapted)),
     }
 
 
-def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[str, Any] | None:
+def _in_pytorch(directory: Path, batch: dict[str, np.ndarray], adapted: np.ndarray) -> dict[str, Any] | None:
     """The same comparison with `transformers`' model of the export; None where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
     import transformers
 
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    classes = adapted.ndim == 2
+    kind = transformers.AutoModelForSequenceClassification if classes else transformers.AutoModelForCausalLM
+    model, loading = kind.from_pretrained(directory, output_loading_info=True)
+    inputs = {"input_ids": batch["input_ids"], **extras(batch)}
     with torch.no_grad():
-        logits = model(torch.tensor(ids)).logits.float().numpy()
+        logits = model(**{name: torch.tensor(array) for name, array in inputs.items()}).logits.float().numpy()
     keys = sorted(
         str(key) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[name]
     )

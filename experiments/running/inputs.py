@@ -21,7 +21,8 @@ from experiments.decoding.decoder import Decoder
 from experiments.running import base, baselines, processes
 from experiments.running.base import Loaded, Places
 from experiments.tasks import generate, tokenizer
-from experiments.tasks.examples import Splits
+from experiments.tasks.splits import Splits
+from experiments.tasks.task import Predictor
 from experiments.training import precision
 from experiments.training.sharded import make_mesh, on_mesh
 from experiments.training.trainer import Trainer
@@ -47,7 +48,7 @@ class Ready(NamedTuple):
     base: Loaded
     specs: Any
     splits: Splits
-    decoder: Decoder
+    decoder: Predictor
     trainer: Trainer
     first: State
     identity: dict[str, str]
@@ -92,10 +93,12 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     if size is not None:
         on_first(lambda: str(tokenizer.train(contents["train"], size, own_tokenizer)))
     places = Places(data, config_path.parent, inputs.bases, base_run, own_tokenizer)
-    loaded = base.load(config.base, places, keys["base"], mesh, config.precision)
+    task = tasks.of(config.data)
+    labels = None if task.labels is None else task.labels(config.data, contents)
+    loaded = base.load(config.base, places, keys["base"], mesh, config.precision, labels)
     _check_room(config, loaded.model.config.positions)
     splits = tasks.prepare(config.data, contents, loaded.tokenizer)
-    predictor = tasks.of(config.data).predictor or Decoder.create
+    predictor = task.predictor or Decoder.create
     identity = {
         "base": fingerprint(loaded.params),
         "config": _digest(config),
@@ -109,7 +112,7 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     loaded = dataclasses.replace(loaded, params=params)
     frozen, delta = lora_jax.lorafy(
         params,
-        baselines.targets(config, precision.method(config)),
+        baselines.targets(config, precision.method(config), loaded.head),
         key=keys["adapter"],
         **_axes(config, loaded.model),
     )

@@ -3,12 +3,14 @@
 It is apart from `examples`, because `score` asks the tasks too and needs no package.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from experiments.tasks.examples import Blocks, Examples
+    from experiments.tasks.sentences import Sentences
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Splits:
-    train: "Examples | Blocks"
-    valid: "Examples | Blocks"
+    """`further`: inputs without references that are only predicted, by the name of their file."""
+
+    train: "Examples | Blocks | Sentences"
+    valid: "Examples | Blocks | Sentences"
     prompts: tuple[Prompt, ...] = ()
+    further: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -71,6 +71,12 @@ class Task:
       cuts: whether a section has what is longer than `seq_len` cut, prompts too.
       documents: `contents["train"]` is a list of documents, on which a tokenizer can be trained.
       packs: examples leave room, so that several can share a row.
+      named: the task's name, where `section` is of several tasks.
+      labels: `labels(section, contents)` are the outputs of the head that the base is given, a class each;
+        one output is a score. None: the base keeps its head, whose outputs are the next token's.
+      judge: `judge(outputs, inputs)` gives the metrics of the head's outputs for validation, by name. The
+        first says which checkpoint is the best, and is the better the higher it is. None: the loss says it.
+      write: `write(predictor, splits, params, directory)` writes what a run leaves beside its predictions.
     """
 
     section: type
@@ -85,8 +91,12 @@ class Task:
     cuts: Callable[[Any], bool] = lambda section: False
     documents: bool = False
     packs: bool = True
+    named: str | None = None
+    labels: Callable[[Any, Any], tuple[str, ...]] | None = None
+    judge: Callable[[Any, Sequence[Any]], dict[str, float]] | None = None
+    write: Callable[[Any, Splits, Any, Path], None] | None = None
 
     @property
     def name(self) -> str:
         """As `data.task` and `score` spell it."""
-        return typing.get_args(typing.get_type_hints(self.section)["task"])[0]
+        return self.named or typing.get_args(typing.get_type_hints(self.section)["task"])[0]

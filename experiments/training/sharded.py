@@ -153,6 +153,17 @@ class ShardedStep:
         model = functools.partial(self.forward, {"params": params})
         return losses.masked_sum(*self.losses_of(model, piece, smoothing), self.reduce)
 
+    def judged(self, delta: Any, frozen: Any, piece: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`loss` without a key, and what the model returned to the task's loss."""
+        params, found = lora_jax.combine(frozen, delta), []
+
+        def model(*args: Any, **kwargs: Any) -> jax.Array:
+            found.append(self.forward({"params": params}, *args, **kwargs))
+            return found[-1]
+
+        total, count = losses.masked_sum(*self.losses_of(model, piece, 0.0), self.reduce)
+        return total, count, found[-1]
+
     def function(self, delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
         """`step_of` this loss: delta, opt_state and numbers."""
         smoothed = functools.partial(self.loss, smoothing=self.smoothing)

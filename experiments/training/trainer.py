@@ -116,20 +116,38 @@ class Trainer:
             for name, width in widths.items()
         }
 
+    def evaluation(self) -> Callable:
+        """What `validated` is given: the loss of a batch, compiled, and for a task that is judged the outputs
+        too.
+        """
+        judged = tasks.of(self.config.data).judge is not None
+        return jax.jit(self.step.judged if judged else self.loss, out_shardings=self.step.everywhere)
+
     def evaluate(self, compiled: Callable, delta: Any, examples: Any) -> float:
-        """Negative log-likelihood a counted token over the validation examples, without dropout or
-        smoothing.
+        """The loss of everything that is counted in the validation examples (`validated`)."""
+        return self.validated(compiled, delta, examples)["valid_loss"]
+
+    def validated(self, compiled: Callable, delta: Any, examples: Any) -> dict[str, float]:
+        """`valid_loss`, the loss of everything that is counted in the validation examples, without dropout or
+        smoothing, such as the negative log-likelihood a token; and the metrics of a task that is judged.
         """
 
-        def of_batch(indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        def of_batch(indices: np.ndarray) -> tuple[jax.Array, ...]:
             part = jax.tree.map(lambda array: array[0], self.device_batch(examples, indices))
             return compiled(delta, self.frozen, part)
 
-        train, total, count = self.config.train, 0.0, 0.0
-        batches = evaluation_batches(len(examples), train.batch, train.eval_batches)
+        train, total, count, outputs = self.config.train, 0.0, 0.0, []
+        batches = list(evaluation_batches(len(examples), train.batch, train.eval_batches))
         for numbers in one_behind(map(of_batch, batches)):
             total, count = total + float(numbers[0]), count + float(numbers[1])
-        return float(losses.mean(total, count))
+            outputs += [np.asarray(array, np.float32) for array in numbers[2:]]
+        found = {"valid_loss": float(losses.mean(total, count))}
+        judge = tasks.of(self.config.data).judge
+        if judge is None or not outputs:
+            return found
+        rows = np.concatenate(batches)
+        inputs = [examples.inputs[row] for row in rows[rows >= 0]]
+        return found | judge(np.concatenate(outputs)[rows >= 0], inputs)
 
     def fit(
         self,
@@ -146,7 +164,7 @@ class Trainer:
           NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
         """
         train, config, size, key = self.config.train, self.config, len(splits.train), state.key
-        step, evaluate = self.compiled_step(state), jax.jit(self.loss, out_shardings=self.step.everywhere)
+        step, evaluate = self.compiled_step(state), self.evaluation()
         rate = optimizer.warmup_linear(train)
 
         def indices(done: int) -> np.ndarray:
@@ -169,7 +187,7 @@ class Trainer:
             before=before,
         )
         if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
-            record.log(state.step, valid_loss=self.evaluate(evaluate, state.delta, splits.valid))
+            record.log(state.step, **self.validated(evaluate, state.delta, splits.valid))
         started, since = time.perf_counter(), state.step
         ahead, previous = Ahead(inputs), None
         for number in range(state.step, train.steps):
@@ -197,17 +215,28 @@ class Trainer:
                     tokens=int(numbers["tokens"]),
                 )
                 started, since = now, done
-            valid_loss = None
+            found = None
             if now_due.evaluate:
-                valid_loss = self.evaluate(evaluate, state.delta, splits.valid)
-                record.log(done, valid_loss=valid_loss)
+                found = self.validated(evaluate, state.delta, splits.valid)
+                record.log(done, **found)
             if now_due.save:
-                checkpoints.save(state, valid_loss, temporary=now_due.temporary)
+                worth = None if found is None else -better(found)
+                checkpoints.save(state, worth, temporary=now_due.temporary)
             if now_due.evaluate or now_due.save:
                 started, since = time.perf_counter(), done
             if stop:
                 break
         return state
+
+
+def better(found: dict[str, float]) -> float:
+    """By which checkpoints are compared: the higher it is, the better. The first metric of a task that is
+    judged, and otherwise the loss.
+
+    >>> better({"valid_loss": 2.0}), better({"valid_loss": 2.0, "accuracy": 0.5, "F1": 0.4})
+    (-2.0, 0.5)
+    """
+    return next((value for name, value in found.items() if name != "valid_loss"), -found["valid_loss"])
 
 
 def evaluation_batches(size: int, batch: int, limit: int | None) -> Iterator[np.ndarray]:
