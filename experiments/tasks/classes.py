@@ -127,7 +127,12 @@ def prepare(section: Any, contents: Contents, tokenizer: Any) -> Splits:
         )
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         return Sentences(
-            inputs(rows), [target(row) for row in rows], section.seq_len, pad=pad, weights=chosen
+            inputs(rows),
+            [target(row) for row in rows],
+            section.seq_len,
+            labels=contents.labels,
+            pad=pad,
+            weights=chosen,
         )
 
     validation = examples(valid)
@@ -157,10 +162,10 @@ def _encoded(rows: Sequence[Row], tokenizer: Any, seq_len: int, kind: Any) -> tu
     )
 
 
-def judge(score: Callable, labels: Sequence[str], outputs: Any, inputs: Sequence[Any]) -> dict[str, float]:
-    """The metrics of a head's outputs (inputs, labels), by the references of the inputs."""
-    texts = [text_of(row, labels) for row in outputs.tolist()]
-    found = score([each.references for each in inputs], texts, tell=lambda _: None)
+def judge(score: Callable, section: Any, outputs: Any, examples: Any, rows: Any) -> dict[str, float]:
+    """The metrics of a head's outputs, (rows, labels), by the references of these rows of the examples."""
+    texts = [text_of(row, examples.labels) for row in outputs.tolist()]
+    found = score([examples.inputs[row].references for row in rows], texts, tell=lambda _: None)
     return {name: value for name, value in found.items() if value is not None}
 
 

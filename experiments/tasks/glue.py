@@ -270,7 +270,7 @@ def _task(name: str, found: GLUESet) -> Task:
         parts=parts if name == "mnli" else {},
         packs=False,
         labels=classes.labels_of,
-        judge=functools.partial(classes.judge, own, found.labels),
+        judge=functools.partial(classes.judge, own),
         write=write,
     )
 

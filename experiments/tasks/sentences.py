@@ -25,7 +25,9 @@ class Sentence(Prompt):
 
 
 class Sentences:
-    """Encoded inputs, each with its target, given out as padded batches. `weights`: of each class."""
+    """Encoded inputs, each with its target, the number of one of the `labels` or a score, given out as padded
+    batches. `weights`: of each class.
+    """
 
     def __init__(
         self,
@@ -33,10 +35,12 @@ class Sentences:
         targets: Sequence[int] | Sequence[float],
         seq_len: int,
         *,
+        labels: Sequence[str] = (),
         pad: int = 0,
         weights: Sequence[float] | None = None,
     ):
-        self.inputs, self.seq_len, self._pad = tuple(inputs), seq_len, pad
+        self.inputs, self.labels = tuple(inputs), tuple(labels)
+        self.seq_len, self._pad = seq_len, pad
         self.targets = np.asarray(targets)
         self.lengths = np.asarray([len(each.ids) for each in self.inputs], np.int64)
         counted = np.ones(len(self.inputs)) if weights is None else np.asarray(weights)[self.targets]

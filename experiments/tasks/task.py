@@ -74,8 +74,9 @@ class Task:
       named: the task's name, where `section` is of several tasks.
       labels: `labels(section, contents)` are the outputs of the head that the base is given, a class each;
         one output is a score. None: the base keeps its head, whose outputs are the next token's.
-      judge: `judge(outputs, inputs)` gives the metrics of the head's outputs for validation, by name. The
-        first says which checkpoint is the best, and is the better the higher it is. None: the loss says it.
+      judge: `judge(section, outputs, examples, rows)` gives the metrics of the head's outputs for these rows
+        of the validation examples, by name. The first says which checkpoint is the best, and is the better
+        the higher it is. None: the loss says it.
       write: `write(predictor, splits, params, directory)` writes what a run leaves beside its predictions.
     """
 
@@ -93,7 +94,7 @@ class Task:
     packs: bool = True
     named: str | None = None
     labels: Callable[[Any, Any], tuple[str, ...]] | None = None
-    judge: Callable[[Any, Sequence[Any]], dict[str, float]] | None = None
+    judge: Callable[[Any, Any, Any, Any], dict[str, float]] | None = None
     write: Callable[[Any, Splits, Any, Path], None] | None = None
 
     @property

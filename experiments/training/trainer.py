@@ -146,8 +146,8 @@ class Trainer:
         if judge is None or not outputs:
             return found
         rows = np.concatenate(batches)
-        inputs = [examples.inputs[row] for row in rows[rows >= 0]]
-        return found | judge(np.concatenate(outputs)[rows >= 0], inputs)
+        real = rows >= 0
+        return found | judge(self.config.data, np.concatenate(outputs)[real], examples, rows[real])
 
     def fit(
         self,
