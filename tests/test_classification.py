@@ -149,6 +149,7 @@ def test_class_weights(tmp_path, said, expected):
 @pytest.mark.parametrize(
     "values, message",
     [
+        ({"class_weights": [1.0, 0.0]}, r"`data.class_weights` must be positive numbers, got \[1.0, 0.0\]"),
         ({"class_weights": [1.0]}, "`data.class_weights` has 1 numbers, and the labels are 2: open, shut"),
         ({"task": "regression", "class_weights": "balanced"}, "are of classes, and regression has a score"),
     ],

@@ -302,7 +302,7 @@ def test_refusals_name_the_key(tmp_path, change, kind, message):
     assert str(caught.value).startswith(message)
 
 
-NUMBERS = [("train", name) for name in ("lr", "label_smoothing")] + [
+NUMBERS = [("train", name) for name in ("lr", "label_smoothing", "dropout", "head_dropout")] + [
     ("optimizer", name) for name in ("b1", "b2", "eps", "weight_decay", "clip", "loraplus")
 ]
 NUMBERS += [("optimizer.adalora", "orthogonality"), ("decode", "length_penalty")]

@@ -62,6 +62,7 @@ class Config:
             )
         self._check_pack(parts)
         self._check_baseline()
+        self._check_labels()
         if self.base.vocabulary is not None and not tasks.of(self.data).documents:
             plain = " or ".join(json.dumps(name) for name, task in tasks.TASKS.items() if task.documents)
             raise ValueError(
@@ -103,6 +104,21 @@ class Config:
             raise ValueError(
                 f"`baseline.name` is {type(value).__name__}, whose tokens stand around a prompt, and "
                 f'`data.task` is "{self.data.task}", which has none: take an adapter, or another task.'
+            )
+
+    def _check_labels(self) -> None:
+        task, train = tasks.of(self.data), self.train
+        rates = {"dropout": train.dropout, "head_dropout": train.head_dropout}
+        dropped = next((name for name, rate in rates.items() if rate is not None), None)
+        if dropped is not None and task.labels is None:
+            raise ValueError(
+                f"`train.{dropped}` is {rates[dropped]}, of tasks of labels, and `data.task` is "
+                f'"{self.data.task}": leave it out; `method.dropout` is of the adapters.'
+            )
+        if train.buckets is not None and task.documents:
+            raise ValueError(
+                f'`train.buckets` is {train.buckets}, and `data.task` is "{self.data.task}", whose blocks '
+                "are equally long: leave it out."
             )
 
     def _check_pack(self, parts: int) -> None:

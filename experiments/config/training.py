@@ -63,10 +63,18 @@ class Train:
     longer they are. It is a multiple of the devices along data and fsdp times `accumulate`. Evaluation has a
     row for each example.
 
+    `buckets`: of so many batches in a row, the examples are sorted by length before they are cut into
+    batches, so that short ones do not pay for long ones; null: the batches are drawn at random. Each epoch
+    has every example once either way.
+
+    `dropout`: of the base's own layers in training, attention's included, and `head_dropout` before a head of
+    classes; null is 0. Both are of tasks of labels. `patience`: training stops after so many evaluations
+    without a better one, by the metric or the loss.
+
     `not_finite`: a step whose loss or gradient is not finite changes nothing; "stop" then ends the run,
     "skip" goes on, and either keeps the batch in the work directory. `result`: what is exported: "last", what
-    the last step left; "best", what had the lowest validation loss; "mean", the mean of the
-    `keep_checkpoints` newest checkpoints.
+    the last step left; "best", what was the best in validation, by the task's metric or the loss; "mean", the
+    mean of the `keep_checkpoints` newest checkpoints.
     """
 
     steps: int
@@ -75,6 +83,10 @@ class Train:
     warmup: int = 0
     accumulate: int = 1
     pack: int | None = None
+    buckets: int | None = None
+    dropout: float | None = None
+    head_dropout: float | None = None
+    patience: int | None = None
     label_smoothing: float = 0.0
     log_every: int = 10
     eval_every: int = 500
@@ -93,6 +105,8 @@ class Train:
             "batch",
             "accumulate",
             "pack",
+            "buckets",
+            "patience",
             "log_every",
             "eval_every",
             "eval_batches",
@@ -110,6 +124,16 @@ class Train:
                 "`train.batch` is "
                 f"{self.batch}: set fewer rows, or leave `train.pack` out for a row each."
             )
+        if self.pack is not None and self.buckets is not None:
+            raise ValueError(
+                f"`train.pack` is {self.pack} and `train.buckets` is {self.buckets}: rows that examples "
+                "share "
+                "are about equally long already, so leave `train.buckets` out."
+            )
+        for name in ("dropout", "head_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"`train.{name}` must be at least 0 and less than 1, got {rate}.")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(
                 f"`train.warmup` must be between 0 and `train.steps` ({self.steps}), got {self.warmup}."

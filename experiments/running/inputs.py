@@ -24,7 +24,7 @@ from experiments.tasks import generate, tokenizer
 from experiments.tasks.splits import Splits
 from experiments.tasks.task import Predictor
 from experiments.training import precision
-from experiments.training.sharded import make_mesh, on_mesh
+from experiments.training.sharded import dropping, make_mesh, on_mesh
 from experiments.training.trainer import Trainer
 from lora_jax.baselines import attach
 from lora_jax.checkpoint import fingerprint, State
@@ -116,7 +116,8 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
         key=keys["adapter"],
         **_axes(config, loaded.model),
     )
-    trainer = Trainer.create(config, mesh, loaded.model.apply, frozen, delta, specs)
+    apply = dropping(loaded.model, config.train).apply
+    trainer = Trainer.create(config, mesh, apply, frozen, delta, specs)
     return Ready(
         loaded, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
     )

@@ -12,6 +12,7 @@ from experiments.progress import Record
 from experiments.running import finish, inputs, processes, workdir as workdirs
 from experiments.running.inputs import Inputs, Ready
 from experiments.running.preemption import StopRequest
+from experiments.training.patience import stopped_early
 from lora_jax.checkpoint import Checkpoints, NoneIntact, State
 from lora_jax.processes import on_first
 
@@ -38,7 +39,8 @@ def run(
     if ready is None:  # the base's own run was stopped, and has said so
         return workdir
     state = _trained(ready, config, workdir, resolved)
-    if state.step < config.train.steps:
+    early = on_first(lambda: stopped_early(workdir, state.step, config.train))
+    if state.step < config.train.steps and not early:
         processes.say(
             f"{config.name}: stopped after step {state.step}, as asked, and saved: the same command goes on "
             "from there"

@@ -104,6 +104,8 @@ def weights(section: Any, contents: Contents, rows: Sequence[Row]) -> Weights:
             f"`data.class_weights` has {len(said)} numbers, and the labels are {len(contents.labels)}: "
             f"{', '.join(contents.labels)}."
         )
+    if not all(0 < weight < float("inf") for weight in said):
+        raise ValueError(f"`data.class_weights` must be positive numbers, got {list(said)}.")
     return tuple(said)
 
 

@@ -59,6 +59,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self._contexts)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many tokens a batch shows of each example."""
+        return np.minimum(self._lengths, self.seq_len)
+
     def ids(self, index: int) -> np.ndarray:
         """The unpadded tokens of one example."""
         return self._tokens[self._starts[index] : self._starts[index + 1]]

@@ -7,6 +7,7 @@ draws, as the authors' loader does, so that every epoch has ceil(N / batch) full
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -33,3 +34,34 @@ def indices(seed: int, step: int, examples: int, batch: int) -> np.ndarray:
     """The examples of one step, shape (batch,)."""
     epoch, position = epoch_and_position(step, examples, batch)
     return _epoch_order(seed, epoch, examples, batch)[position * batch : (position + 1) * batch]
+
+
+def drawn(seed: int, examples: int, batch: int) -> Callable[[int], np.ndarray]:
+    """`indices` of a step, (batch,)."""
+    return lambda step: indices(seed, step, examples, batch)
+
+
+def by_length(seed: int, lengths: np.ndarray, batch: int, buckets: int) -> Callable[[int], np.ndarray]:
+    """The same, with examples of like length in a batch: the epoch's order is cut into pieces of `buckets`
+    batches, each piece is sorted, and the epoch's batches are drawn in another order.
+
+    >>> batches = by_length(0, np.array([9, 1, 8, 2]), batch=2, buckets=2)
+    >>> sorted(sorted(batches(step).tolist()) for step in range(2))
+    [[0, 2], [1, 3]]
+    """
+    examples = len(lengths)
+
+    @functools.lru_cache(maxsize=2)
+    def of_epoch(epoch: int) -> np.ndarray:
+        order, piece = _epoch_order(seed, epoch, examples, batch), batch * buckets
+        pieces = (order[start : start + piece] for start in range(0, len(order), piece))
+        order = np.concatenate([each[np.argsort(lengths[each], kind="stable")] for each in pieces])
+        # Another stream than that of the epoch's order.
+        generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch + 2**63]))
+        return generator.permutation(order.reshape(-1, batch))
+
+    def of_step(step: int) -> np.ndarray:
+        epoch, position = epoch_and_position(step, examples, batch)
+        return of_epoch(epoch)[position]
+
+    return of_step

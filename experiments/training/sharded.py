@@ -9,7 +9,7 @@ and how often it is done, which is the trainer's.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from lora_jax.sharding import delta_specs, frozen_specs, gather_codes, partition
 
 # The parts of a batch come one after the other, and the examples of each are spread.
 BATCH = P(None, EXAMPLES)
+# Folds the key of a step into that of the model's own dropout.
+DROPOUT = 0x64726F70
 
 
 def make_mesh(section: MeshSection) -> Mesh:
@@ -69,6 +71,23 @@ def on_mesh(mesh: Mesh, params: Any, rules: Rules) -> tuple[Any, Any]:
     return _put(params, shardings(mesh, specs, params)), specs
 
 
+def dropping(model: Any, train: Train) -> Any:
+    """`model` with the dropout of training, which its config names for other tools as it was."""
+    rates = dict.fromkeys(_DROPOUT, train.dropout or 0.0) | dict.fromkeys(
+        _HEAD_DROPOUT, train.head_dropout or 0.0
+    )
+    known = {field.name for field in fields(model.config)}
+    changed = {name: rate for name, rate in rates.items() if name in known}
+    return model.clone(config=replace(model.config, **changed))
+
+
+_DROPOUT = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "attn_pdrop", "resid_pdrop"),
+    *("attention_dropout", "pooler_dropout"),
+)
+_HEAD_DROPOUT = ("classifier_dropout", "cls_dropout")
+
+
 @dataclass(frozen=True)
 class ShardedStep:
     """A step on a mesh: the adapted forward pass, the update rule and the frozen weights, which are arrays or
@@ -76,7 +95,7 @@ class ShardedStep:
 
     `penalty`: a part of the loss that depends on what trains alone. `accumulate`: the parts of a batch.
     `smoothing`: of the labels, in training. `reduce`: the dtype of sums (`precision.reduce`). `losses_of`:
-    the task's loss.
+    the task's loss. `drops`: whether the model's own layers have dropout in training.
     """
 
     mesh: Mesh
@@ -88,6 +107,7 @@ class ShardedStep:
     smoothing: float
     reduce: Any
     losses_of: Callable
+    drops: bool = False
 
     @classmethod
     def create(
@@ -121,6 +141,7 @@ class ShardedStep:
             train.label_smoothing,
             reduce,
             losses_of,
+            bool(train.dropout or train.head_dropout),
         )
 
     def of_full(self, frozen: Any, section: Optimizer, train: Train) -> "ShardedStep":
@@ -151,6 +172,10 @@ class ShardedStep:
         """Summed loss and number of what is counted, of one part of a batch; random only with a key."""
         params = lora_jax.combine(frozen, delta, key=key)
         model = functools.partial(self.forward, {"params": params})
+        if self.drops and key is not None:
+            # Other draws than the adapters', which have folds of the key of their own.
+            rngs = {"dropout": jax.random.fold_in(key, DROPOUT)}
+            model = functools.partial(model, deterministic=False, rngs=rngs)
         return losses.masked_sum(*self.losses_of(model, piece, smoothing), self.reduce)
 
     def judged(self, delta: Any, frozen: Any, piece: dict) -> tuple[jax.Array, jax.Array, jax.Array]:

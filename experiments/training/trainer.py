@@ -24,10 +24,11 @@ from experiments import tasks
 from experiments.config import Config
 from experiments.progress import Record
 from experiments.tasks.examples import Splits
-from experiments.training import loss as losses, optimizer, order, precision
+from experiments.training import loss as losses, optimizer, order, patience, precision
 from experiments.training.ahead import Ahead, one_behind
 from experiments.training.due import due
 from experiments.training.guards import FIRST_FULL_GRADIENT, Guards, not_finite_steps
+from experiments.training.patience import exhausted, worth
 from experiments.training.sharded import BATCH, ShardedStep
 from lora_jax.checkpoint import Checkpoints, State
 from lora_jax.processes import on_first
@@ -137,12 +138,13 @@ class Trainer:
             return compiled(delta, self.frozen, part)
 
         train, total, count, outputs = self.config.train, 0.0, 0.0, []
-        batches = list(evaluation_batches(len(examples), train.batch, train.eval_batches))
+        judge = tasks.of(self.config.data).judge
+        lengths = None if judge is None else examples.lengths
+        batches = list(evaluation_batches(len(examples), train.batch, train.eval_batches, lengths))
         for numbers in one_behind(map(of_batch, batches)):
             total, count = total + float(numbers[0]), count + float(numbers[1])
             outputs += [np.asarray(array, np.float32) for array in numbers[2:]]
         found = {"valid_loss": float(losses.mean(total, count))}
-        judge = tasks.of(self.config.data).judge
         if judge is None or not outputs:
             return found
         rows = np.concatenate(batches)
@@ -167,8 +169,14 @@ class Trainer:
         step, evaluate = self.compiled_step(state), self.evaluation()
         rate = optimizer.warmup_linear(train)
 
+        batch_of = (
+            order.drawn(config.seed, size, train.batch)
+            if train.buckets is None
+            else order.by_length(config.seed, splits.train.lengths, train.batch, train.buckets)
+        )
+
         def indices(done: int) -> np.ndarray:
-            return self.in_rows(splits.train, order.indices(config.seed, done - 1, size, train.batch))
+            return self.in_rows(splits.train, batch_of(done - 1))
 
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))
@@ -188,6 +196,9 @@ class Trainer:
         )
         if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
             record.log(state.step, **self.validated(evaluate, state.delta, splits.valid))
+        worths = on_first(lambda: patience.worths(record.directory, state.step))
+        if exhausted(worths, train.patience):
+            return state
         started, since = time.perf_counter(), state.step
         ahead, previous = Ahead(inputs), None
         for number in range(state.step, train.steps):
@@ -215,33 +226,33 @@ class Trainer:
                     tokens=int(numbers["tokens"]),
                 )
                 started, since = now, done
-            found = None
+            found, enough = None, False
             if now_due.evaluate:
                 found = self.validated(evaluate, state.delta, splits.valid)
                 record.log(done, **found)
-            if now_due.save:
-                worth = None if found is None else -better(found)
-                checkpoints.save(state, worth, temporary=now_due.temporary)
+                worths.append(worth(found))
+                if enough := exhausted(worths, train.patience):
+                    record.note(done, f"stopped at step {done}: no better for {train.patience} evaluations")
+            if now_due.save or enough:
+                loss = None if found is None else -worth(found)
+                checkpoints.save(state, loss, temporary=now_due.temporary and not enough)
             if now_due.evaluate or now_due.save:
                 started, since = time.perf_counter(), done
-            if stop:
+            if stop or enough:
                 break
         return state
 
 
-def better(found: dict[str, float]) -> float:
-    """By which checkpoints are compared: the higher it is, the better. The first metric of a task that is
-    judged, and otherwise the loss.
-
-    >>> better({"valid_loss": 2.0}), better({"valid_loss": 2.0, "accuracy": 0.5, "F1": 0.4})
-    (-2.0, 0.5)
+def evaluation_batches(
+    size: int, batch: int, limit: int | None, lengths: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """The indices of every example once, in order, or with `lengths` the shortest first; the last batch is
+    filled with -1. `limit`: of the first so many batches.
     """
-    return next((value for name, value in found.items() if name != "valid_loss"), -found["valid_loss"])
-
-
-def evaluation_batches(size: int, batch: int, limit: int | None) -> Iterator[np.ndarray]:
-    """The indices of every example once, in order; the last batch is filled with -1."""
     batches = order.batches_per_epoch(size, batch)
-    for number in range(batches if limit is None else min(limit, batches)):
-        rows = np.arange(number * batch, (number + 1) * batch)
-        yield np.where(rows < size, rows, -1)
+    chosen = batches if limit is None else min(limit, batches)
+    rows = np.arange(min(size, chosen * batch))
+    if lengths is not None:
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+    for part in np.pad(rows, (0, chosen * batch - len(rows)), constant_values=-1).reshape(chosen, batch):
+        yield part
