@@ -26,6 +26,9 @@ class Base:
     seed, with the `tokenizer` directory's vocabulary, or that of a byte-level BPE of `vocabulary` tokens
     trained on the training text.
 
+    `adapter`: of another run's work directory or in PEFT's format, where A and B start; a head of classes
+    does not. It is found as `path` is.
+
     `scan`: the layers are compiled once and run in a loop. A program then compiles in a time that does not
     grow with depth, and computes the same.
     """
@@ -37,6 +40,7 @@ class Base:
     architecture: Architecture | None = None
     tokenizer: str | None = None
     vocabulary: int | None = None
+    adapter: str | None = None
     scan: bool = False
 
     def __post_init__(self):

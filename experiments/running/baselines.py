@@ -72,18 +72,19 @@ def _insert(config: Config, model: Any) -> Any:
 
 def write(delta: Any, file: Path) -> None:
     """Every array of `delta`, by its path."""
-    arrays = {name: on_host(array) for name, array in _named(delta).items()}
+    arrays = {name: on_host(array) for name, array in named(delta).items()}
     on_first(lambda: safetensors.numpy.save_file(arrays, file))
 
 
 def read(delta: Any, file: Path) -> Any:
     """`delta` with the arrays of the file."""
     arrays = safetensors.numpy.load_file(file)
-    leaves = [jax.device_put(arrays[name], leaf.sharding) for name, leaf in _named(delta).items()]
+    leaves = [jax.device_put(arrays[name], leaf.sharding) for name, leaf in named(delta).items()]
     return jax.tree.unflatten(jax.tree.structure(delta), leaves)
 
 
-def _named(delta: Any) -> dict[str, jax.Array]:
+def named(delta: Any) -> dict[str, jax.Array]:
+    """Every array of `delta`, by its path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(delta)

@@ -18,7 +18,7 @@ import lora_jax
 from experiments import catalogue, config as configs, tasks
 from experiments.config import Config
 from experiments.decoding.decoder import Decoder
-from experiments.running import base, baselines, processes
+from experiments.running import base, baselines, processes, starts
 from experiments.running.base import Loaded, Places
 from experiments.tasks import generate, tokenizer
 from experiments.tasks.splits import Splits
@@ -62,6 +62,9 @@ def read(config: Config, config_path: Path, data: Path, bases: Path, workdir: Pa
         is wrong.
     """
     mesh = make_mesh(config.mesh)
+    starts.check(config)
+    if config.base.adapter is not None:
+        starts.find(config.base.adapter, data, config_path.parent)
     _check_against_shapes(config, config_path)
     if config.base.name is not None:
         catalogue.verified(config.base.name, bases)
@@ -116,6 +119,8 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
         key=keys["adapter"],
         **_axes(config, loaded.model),
     )
+    if config.base.adapter is not None:
+        delta = starts.started(starts.find(config.base.adapter, data, config_path.parent), loaded, delta)
     apply = dropping(loaded.model, config.train).apply
     trainer = Trainer.create(config, mesh, apply, frozen, delta, specs)
     return Ready(
