@@ -15,7 +15,7 @@ from experiments.config import Architecture, Base, Precision
 from experiments.tasks import fast_tokenizer
 from experiments.training import precision
 from lora_jax.interop import gguf, hf
-from lora_jax.models import Bert, DebertaV2, Roberta
+from lora_jax.models import BertConfig, DebertaV2Config, RobertaConfig
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.processes import on_first
 from lora_jax.sharding import partition_specs, shardings
@@ -61,13 +61,13 @@ class Loaded:
         """The pattern of the head of classes, which is new and trains whole; None: the model has another."""
         if getattr(self.model, "head", None) != "sequence_classification":
             return None
-        if isinstance(self.model, DebertaV2):
+        if isinstance(self.model.config, DebertaV2Config):
             return "(classifier|pooler)/.*"  # a pretrained DeBERTa has no pooler
-        return "classifier/.*" if isinstance(self.model, ENCODERS) else "score/.*"
+        return "classifier/.*" if isinstance(self.model.config, ENCODERS) else "score/.*"
 
 
-# Models without a next token.
-ENCODERS = (Bert, Roberta, DebertaV2)
+# Of models without a next token.
+ENCODERS = (BertConfig, RobertaConfig, DebertaV2Config)
 
 
 def load(
@@ -103,7 +103,7 @@ def load(
         tokenizer, directory = _with_end(_unpacked(source, places.tokenizer), source), places.tokenizer
     else:
         model, params = hf.load(source, **how)
-        if isinstance(model, ENCODERS):
+        if isinstance(model.config, ENCODERS):
             raise ValueError(
                 f"`base` is {origin}, a {type(model).__name__}, which has no next token: a task of labels, "
                 "such "
@@ -158,7 +158,7 @@ def _with_labels(
         ]
     kind = "regression" if len(labels) == 1 else "single_label_classification"
     changes: dict[str, Any] = {"labels": labels, "problem_type": kind}
-    if not isinstance(model, ENCODERS):
+    if not isinstance(config, ENCODERS):
         # A decoder's head reads the last token before the padding.
         end = tokenizer.eos_token if tokenizer.pad_token is None else tokenizer.pad_token
         tokenizer.pad_token = end
@@ -208,11 +208,10 @@ def find(path: str, data: Path, beside: Path) -> tuple[Path, bool]:
         raise FileNotFoundError(f"`base.path`: no directory `{local}`.")
     if path.count("/") > 1:
         raise FileNotFoundError(f"`base.path`: no directory `{local}`. {where_paths_start(data)}")
-    import huggingface_hub
-
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt"]
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns)), True
+        found = _snapshot(path, ["*.json", "*.safetensors", "*.txt", "*.model"])
+        # Some encoders are there as PyTorch's files only.
+        return (found if any(found.glob("*.safetensors")) else _snapshot(path, ["pytorch_model*.bin*"])), True
     except (
         Exception
     ) as error:  # whatever the hub's client raises: offline, unknown name, refused, broken connection
@@ -221,6 +220,12 @@ def find(path: str, data: Path, beside: Path) -> tuple[Path, bool]:
             f"`base.path`: `{path}` is no directory below `{data}`, and the hub does not give it: "
             f"{reason.rstrip('.')}. {where_paths_start(data)}"
         ) from error
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
 
 def load_tokenizer(directory: Path) -> Any:
