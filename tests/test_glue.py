@@ -15,6 +15,7 @@ from experiments import tasks
 from experiments.command_line import main
 from experiments.metrics import classes as metrics
 from experiments.strict_json import build
+from experiments.tasks import glue
 from experiments.tasks.losses import of_classes
 from experiments.tasks.sentences import Sentence, Sentences
 
@@ -50,6 +51,37 @@ def test_lines_of_qqp_that_are_cut_off_are_left_out(tmp_path):
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:2], "1\t1\t2\tthe mill", *lines[2:]]) + "\n")
     assert len(tasks.read(section("qqp", directory="."), tmp_path).rows["train"]) == 12
+
+
+@pytest.mark.parametrize("name", ["cola", "mnli", "stsb"])
+def test_of_datasets(tmp_path, name):
+    """Labels are numbers there, in an order of their own, and -1 in test sets."""
+    datasets = pytest.importorskip("datasets", reason="pip install 'lora_jax[experiments]'")
+    found = glue.SETS[name]
+    kinds = {"cola": [0, 1, 1], "mnli": [0, 1, 2], "stsb": [0.5, 5.0, 2.25]}[name]
+
+    def split(labels):
+        texts = {column: [f"{column} {number}" for number in range(3)] for column in found.hub}
+        return datasets.Dataset.from_dict({**texts, "label": labels, "idx": [0, 1, 2]})
+
+    splits = ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",)
+    tests = ("test_matched", "test_mismatched") if name == "mnli" else ("test",)
+    given = {"train": kinds, **dict.fromkeys(splits, kinds), **dict.fromkeys(tests, [-1, -1, -1])}
+    whole = datasets.DatasetDict({part: split(labels) for part, labels in given.items()})
+    whole.save_to_disk(str(tmp_path / "saved"))
+    read = tasks.read(section(name, dataset="saved", submit=True), tmp_path)
+    expected = {
+        "cola": ["0", "1", "1"],
+        "mnli": list(glue_files.LABELS["mnli"]),
+        "stsb": ["0.5", "5.0", "2.25"],
+    }
+    assert [row.label for row in read.rows["train"]] == expected[name]
+    assert read.rows["train"][2].first == f"{found.hub[0]} 2"
+    assert len(read.rows["valid"]) == 3 * len(splits) and all(
+        len(rows) == 3 for rows in read.further.values()
+    )
+    with pytest.raises(ValueError, match="has the columns .*label, idx; QNLI has question, sentence, label"):
+        tasks.read(section("qnli", dataset="saved"), tmp_path)
 
 
 @pytest.mark.parametrize(
