@@ -425,16 +425,17 @@ def test_keys_of_configs_exist():
     """`train.result` and the like, in the prose and after `--set`."""
     from experiments.config import Config
 
-    sections = {field.name for field in dataclasses.fields(Config)}
+    names = {field.name for field in dataclasses.fields(Config)}
     keys = {text for text in _IN_BACKTICKS if re.fullmatch(r"[a-z]\w*(\.\w+)+", text)}
     keys |= set(re.findall(r"--set ([\w.]+)=", "\n".join(_PAGES.values())))
-    keys = {key for key in keys if key.partition(".")[0] in sections}
+    keys = {key for key in keys if key.partition(".")[0] in names}
     assert {"train.not_finite", "precision.parameters", "mesh.fsdp"} <= keys
     for key in sorted(keys):
-        section = Config
+        sections = [Config]
         for word in key.split("."):
-            hint = typing.get_type_hints(section).get(word)
-            assert hint is not None, key
-            section = next(
-                (part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), hint
-            )
+            hints = [typing.get_type_hints(section).get(word) for section in sections]
+            found = [hint for hint in hints if hint is not None]
+            assert found, key
+            # One of several, such as those of `data`, has the next word.
+            parts = [part for hint in found for part in (hint, *typing.get_args(hint))]
+            sections = [part for part in parts if dataclasses.is_dataclass(part)]
