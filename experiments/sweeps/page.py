@@ -12,7 +12,8 @@ def render(facts: dict[str, Any]) -> str:
     over = "; ".join(f"`{key}` {', '.join(map(label, values))}" for key, values in facts["over"].items())
     rows = {
         "swept": f"{over}: {facts['adapters']} adapters in one program",
-        "method": f"`{facts['method']}` of the first, on {', '.join(f'`{each}`' for each in facts['targets'])}",
+        "method": f"`{facts['method']}` (of the first), on "
+        f"{', '.join(f'`{pattern}`' for pattern in facts['targets'])}",
         "base": f"{base['origin']}, fingerprint `{base['fingerprint']}`",
         "steps": f"{facts['steps']:,} of {facts['batch']} examples for each adapter",
         "time": f"{facts['median_seconds_per_step']:.3f} s for a step of all (median) on {facts['device']}, "
