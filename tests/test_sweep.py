@@ -101,6 +101,14 @@ def done(root):
     return swept(root, root / "done", OVER)
 
 
+HALVED = ["train.lr=0.0,0.03,0.1", "method.rank=2,4"], "--halving", "0.5,0.67"
+
+
+@pytest.fixture(scope="module")
+def halved(root):
+    return swept(root, root / "halved", *HALVED)
+
+
 def facts_of(directory):
     return json.loads((directory / "sweep.json").read_text())
 
@@ -211,6 +219,21 @@ def test_the_table(done):
         assert (done.directory / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_sweeps_are_compared(root, done, halved, tmp_path, capsys, monkeypatch):
+    """The best of each in one table, and all rates in one picture; not beside a run."""
+    sweeps = [str(done.directory), str(halved.directory)]
+    assert main(["report", *sweeps, "--figure", str(tmp_path / "rates.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    best = min(facts_of(done.directory)["table"], key=lambda line: line["mean"])
+    assert lines[2].startswith(f"| {done.directory} | LoRA | ")
+    assert f"| 4 | train.lr {best['values']['train.lr']:g}, method.rank " in lines[2]
+    assert f"| {best['mean']:.4f} ± {best['deviation']:.4f} |" in lines[2]
+    assert (tmp_path / "rates.png").read_bytes()[:4] == b"\x89PNG"
+    line = refused(capsys, monkeypatch, "report", *sweeps, tmp_path)
+    assert f"`{tmp_path}` is no finished sweep" in line
+    assert "`--values` is of runs" in refused(capsys, monkeypatch, "report", *sweeps, "--values", "a.png")
+
+
 def test_again_is_already_finished(root, done, capsys, monkeypatch):
     before = snapshot(done.directory)
     assert main(words(root, done.directory, OVER)) == 0
@@ -243,14 +266,6 @@ def test_what_else_may_differ_or_be_common(root, tmp_path, monkeypatch, over, se
     more = [word for item in sets for word in ("--set", item)]
     done = swept(root, tmp_path / "sweep", over, *more)
     assert_is_that_of_its_own_run(root, done, monkeypatch, done.together.names[-1], *sets)
-
-
-HALVED = ["train.lr=0.0,0.03,0.1", "method.rank=2,4"], "--halving", "0.5,0.67"
-
-
-@pytest.fixture(scope="module")
-def halved(root):
-    return swept(root, root / "halved", *HALVED)
 
 
 def test_resume_is_bit_for_bit(root, halved, tmp_path, capsys):

@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
         action="append",
         required=True,
         metavar="KEY=VALUE,VALUE",
-        help="the values of train.lr, optimizer.weight_decay, method.rank, method.alpha, seed, or of a key of "
+        help="the values of train.lr, optimizer.weight_decay, method.rank, method.alpha, seed, or a key of "
         "data; repeatable, and every combination is trained",
     )
     sweep.add_argument(
