@@ -19,7 +19,7 @@ from experiments.command_line import main
 from experiments.config import Generate
 from experiments.progress import read_metrics
 from experiments.running import run as runs
-from experiments.sweeps import halving, results
+from experiments.sweeps import halving, results, sweep
 from experiments.sweeps.over import combinations, parse, settings
 from experiments.sweeps.together import Together
 from experiments.tasks import generate
@@ -78,11 +78,13 @@ class Done(NamedTuple):
     directory: Path
     together: Together
     state: State
+    programs: int
 
 
 def swept(root, workdir, over, *more):
-    """Runs a sweep to its end through the command line."""
-    kept = []
+    """Runs a sweep to its end through the command line, and counts the programs of its steps."""
+    kept, compiled = [], []
+    count = sweep._Training._memory
 
     def keep(together, ready, state, *rest):
         kept.append((together, state._replace(opt_state=state.opt_state[0])))
@@ -91,8 +93,11 @@ def swept(root, workdir, over, *more):
     write = results.write
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "write", keep)
+        patch.setattr(
+            sweep._Training, "_memory", lambda self, found: compiled.append(found) or count(self, found)
+        )
         assert main(words(root, workdir, over, *more)) == 0
-    return Done(workdir, *kept[0])
+    return Done(workdir, *kept[0], len(compiled))
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +163,9 @@ def test_padded_ranks_stay_exactly_zero(done):
     assert looked_at == 2 * 2 * 3, "two layers, A and B, and three arrays of each"
 
 
-def test_the_base_is_there_once(done):
-    """One program for each width of a batch, whose arguments are the base and what each adapter has of its
-    own.
-    """
+def test_one_program_holds_the_base_once(done):
+    """Its arguments are the base and what each adapter has of its own. Blocks of text have one width."""
+    assert done.programs == 1
     facts = facts_of(done.directory)
     base, own = facts["base"]["bytes"], sum(facts["bytes"].values())
     arguments = facts["memory"]["argument"]
@@ -253,11 +257,12 @@ def test_again_is_already_finished(root, done, capsys, monkeypatch):
             ["train.lr=0.01,0.1", "seed=0,1"],
             ["data=" + json.dumps(E2E), "train.pack=2", "train.steps=2", "quantize=int8"],
         ),
+        (["train.lr=0.01,0.1", "method.rank=4,2"], ["mesh.data=2", "mesh.tensor=2"]),
         (["train.lr=0.01,0.03"], ['method={"name": "Full"}', 'targets=["attn/.*", "ln_f/.*"]']),
         (["train.lr=0.01,0.1"], ['method={"name": "LoRA", "rank": 2, "dropout": 0.3}']),
         (["data.train=train.txt,other.txt", "data.valid=valid.txt,test.txt"], []),
     ],
-    ids=["DoRA", "packed", "Full", "dropout", "data"],
+    ids=["DoRA", "packed", "mesh", "Full", "dropout", "data"],
 )
 def test_what_else_may_differ_or_be_common(root, tmp_path, monkeypatch, over, sets):
     """The last adapter of each sweep is that of its own run."""
