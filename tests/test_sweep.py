@@ -27,7 +27,7 @@ from lora_jax.checkpoint import State
 from lora_jax.interop import hf, peft
 
 
-# Whole commands, but for the last of them.
+# Whole commands.
 pytestmark = pytest.mark.slow
 
 CONFIG = {
@@ -193,7 +193,7 @@ def test_the_best_is_a_run_to_be_finished(root, done, capsys, monkeypatch):
     assert command in (done.directory / "sweep.md").read_text()
     directory = done.directory / "best" / name
     before = numbers_of(directory)
-    assert main([*shlex.split(command)[3:], "--data", str(root / "data")]) == 0
+    assert main(shlex.split(command)[3:]) == 0
     assert "resuming after step 6" in capsys.readouterr().out and numbers_of(directory) == before
     place = done.together.names.index(name)
     _, params = hf.load(root / "data" / "base")

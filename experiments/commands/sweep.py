@@ -52,7 +52,9 @@ def handle(args: argparse.Namespace) -> None:
     compiled.keep()
     data = Path(args.data or os.environ.get("LORA_JAX_DATA") or ".")
     workdir = Path(args.workdir or Path("runs") / f"{config.name}_sweep")
-    asked = Asked(path, tuple(args.set), over, fractions)
+    given = {"--data": args.data, "--bases": args.bases}
+    places = tuple(word for name, where in given.items() if where for word in (name, where))
+    asked = Asked(path, tuple(args.set), over, fractions, places)
     sweep(asked, data, workdir, bases=catalogue.directory(args.bases))
 
 

@@ -2,6 +2,7 @@
 run's work directory, and `sweep.md`.
 """
 
+import dataclasses
 import json
 import math
 import shlex
@@ -26,6 +27,9 @@ from experiments.sweeps.together import Member, Together
 from lora_jax.checkpoint import Checkpoints, State
 
 
+SECONDS = "seconds_per_step"
+
+
 def write(
     together: Together, ready: Ready, state: State, asked: Any, points: Sequence[int], workdir: Path
 ) -> None:
@@ -46,7 +50,7 @@ def write(
     for name in best:
         place = together.names.index(name)
         _as_run(together.members[place], together.single(place, plain), metrics, workdir)
-    seconds = [line["seconds_per_step"] for line in metrics if "seconds_per_step" in line]
+    seconds = [line[SECONDS] for line in metrics if SECONDS in line]
     memory = workdir / "memory.json"
     facts = {
         "name": config.name,
@@ -147,15 +151,9 @@ def _export(together: Together, place: int, single: State, ready: Ready, workdir
     member = together.members[place]
     directory = workdir / "adapters" / member.name
     directory.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer_of(together, member)
+    trainer = dataclasses.replace(together.trainer, config=member.config)
     facts = finish.write_adapter(trainer, single.delta, ready.base, directory)
     return {"adapter": facts["missing"] or f"adapters/{member.name}/adapter"}
-
-
-def _trainer_of(together: Together, member: Member) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(together.trainer, config=member.config)
 
 
 def _as_run(member: Member, single: State, metrics: list[dict[str, Any]], workdir: Path) -> None:
@@ -189,15 +187,12 @@ def _own_line(line: dict[str, Any], name: str) -> dict[str, Any] | None:
     return {key: math.nan if value is None else value for key, value in found.items()}
 
 
-SECONDS = "seconds_per_step"
-
-
 def _finishing(member: Member, asked: Any, workdir: Path) -> str:
     """The command that merges, decodes, scores and reports an adapter."""
     words = ["python", "-m", "experiments", "run", str(asked.path)]
     for item in (*asked.overrides, *settings(member.values)):
         words += ["--set", item]
-    return shlex.join([*words, "--workdir", str(workdir / "best" / member.name)])
+    return shlex.join([*words, *asked.places, "--workdir", str(workdir / "best" / member.name)])
 
 
 def _bytes(tree: Any) -> int:

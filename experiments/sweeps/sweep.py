@@ -38,12 +38,15 @@ NEVER = -1
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The arguments of the command line. `fractions`: of the steps, after which the worse half is dropped."""
+    """The arguments of the command line. `fractions`: of the steps, after which the worse half is dropped.
+    `places`: the options that say where inputs are, as they were given.
+    """
 
     path: Path
     overrides: tuple[str, ...]
     over: Over
     fractions: tuple[float, ...] = ()
+    places: tuple[str, ...] = ()
 
 
 def sweep(asked: Asked, data: Path, workdir: Path, *, bases: Path = Path(catalogue.DEFAULT)) -> Path:
@@ -134,7 +137,7 @@ class _Training:
         self, state: State, begin: int, end: int, checkpoints: Checkpoints, record: Record, stop: Any
     ) -> State:
         """The steps up to `end`, with those that still train."""
-        state, alive = state, _alive(state)
+        alive = _alive(state)
         if begin and state.step == begin:
             state = self._drop(state, alive, record)
             alive = _alive(state)
