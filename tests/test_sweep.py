@@ -368,6 +368,13 @@ def test_bad_input_is_one_line(root, tmp_path, capsys, monkeypatch, case):
     assert not (tmp_path / "work").exists()
 
 
+def test_several_processes_are_refused(root, tmp_path, capsys, monkeypatch):
+    """Each would train the same, in the same directory."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    line = refused(capsys, monkeypatch, *words(root, tmp_path / "work", ["seed=0,1"]))
+    assert "a sweep runs in one process, and several were started" in line
+
+
 def test_losses_of_other_data_are_not_compared():
     """Each data keeps its better half, and seeds stay together by their mean."""
     values = {

@@ -46,9 +46,11 @@ def handle(args: argparse.Namespace) -> None:
     path = Path(args.config_file)
     config = configs.load(path, args.set)
     requirements.look_for(run.further(config), "this sweep")
-    from experiments.running import compiled
+    from experiments.running import compiled, processes
     from experiments.sweeps.sweep import Asked, sweep
 
+    if processes.detected() or processes.untold():
+        raise ValueError("a sweep runs in one process, and several were started: start the command once.")
     compiled.keep()
     data = Path(args.data or os.environ.get("LORA_JAX_DATA") or ".")
     workdir = Path(args.workdir or Path("runs") / f"{config.name}_sweep")
