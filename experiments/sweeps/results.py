@@ -22,8 +22,9 @@ from experiments.running.inputs import Ready
 from experiments.sweeps import figures, page
 from experiments.sweeps.guards import lost_at
 from experiments.sweeps.halving import combination, of_data
+from experiments.sweeps.members import Member
 from experiments.sweeps.over import settings
-from experiments.sweeps.together import Member, Together
+from experiments.sweeps.together import Together
 from lora_jax.checkpoint import Checkpoints, State
 
 

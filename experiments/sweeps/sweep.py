@@ -24,8 +24,9 @@ from experiments.running.preemption import StopRequest
 from experiments.running.run import prepared, restored
 from experiments.sweeps import halving, results
 from experiments.sweeps.guards import lost_at
+from experiments.sweeps.members import members
 from experiments.sweeps.over import combinations, configs_of, Over, PADDED
-from experiments.sweeps.together import members, Together
+from experiments.sweeps.together import Together
 from experiments.tasks.examples import Splits
 from experiments.training import loop
 from lora_jax.checkpoint import Checkpoints, State

@@ -1,10 +1,9 @@
 """Many adapters as one: their arrays stacked, and a step that trains all of them.
 
-A member of a sweep is what a run of its own config would be: its start, its examples, its keys, its rate. The
-step is the run's under `vmap`, with the base unbatched. What differs between members is data: rate and decay
-are arrays, and ranks are padded to the largest with zeros. The gradient of a zero column of A is a product
-with the zero row of B, and the other way round, so that padding stays exactly zero. A scale multiplies B
-where it is used, whose gradient is then the run's.
+The step is the run's under `vmap`, with the base unbatched. What differs between members is data: rate and
+decay are arrays, and ranks are padded to the largest with zeros. The gradient of a zero column of A is a
+product with the zero row of B, and the other way round, so that padding stays exactly zero. A scale
+multiplies B where it is used, whose gradient is then the run's.
 """
 
 import dataclasses
@@ -22,13 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
 from experiments import config as configs
-from experiments.config import Config
 from experiments.progress import Record
-from experiments.running import inputs
-from experiments.running.base import Loaded
 from experiments.sweeps.guards import EachGuards, lost_at
-from experiments.tasks.examples import Splits
-from experiments.training import loop, loss as losses, optimizer, order, precision
+from experiments.sweeps.members import Member
+from experiments.training import loop, loss as losses, optimizer, order
 from experiments.training.ahead import one_behind
 from experiments.training.guards import Guards, not_finite_steps
 from experiments.training.spread import EXAMPLES
@@ -45,65 +41,6 @@ class Own(NamedTuple):
     lr: Any
     weight_decay: Any
     scale: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One adapter: what a run of `config` would have. `delta`: before its first step."""
-
-    name: str
-    values: dict[str, Any]
-    config: Config
-    splits: Splits
-    identity: dict[str, str]
-    delta: Any
-
-    @property
-    def key(self) -> jax.Array:
-        return inputs.keys(self.config.seed)["dropout"]
-
-    @property
-    def train(self) -> Any:
-        return self.splits.train
-
-    def rows(self, done: int) -> np.ndarray:
-        """The examples of a step, counted from 1, in the rows that they share."""
-        section = self.config.train
-        found = order.indices(self.config.seed, done - 1, len(self.train), section.batch)
-        return found if section.pack is None else self.train.packed(found, section.pack)
-
-
-def members(
-    found: dict[str, Config],
-    values: dict[str, dict[str, Any]],
-    loaded: Loaded,
-    splits_of: Callable[[Config], Splits],
-    base: str,
-) -> tuple[Member, ...]:
-    """`base`: the fingerprint of its weights.
-
-    Raises `ValueError` where they would not share one frozen base.
-    """
-    made, shared = [], None
-    for name, config in found.items():
-        frozen, delta = inputs.adapted(config, loaded)
-        if shared is None:
-            shared = frozen
-        elif not _same(shared, frozen):
-            raise ValueError(
-                f"`--over seed` draws what {config.method['name']} keeps beside the base, which all adapters "
-                "of a sweep share: start a sweep for each seed, with `--set seed=VALUE`."
-            )
-        splits = splits_of(config)
-        identity = inputs.identity_of(config, base, splits)
-        delta = precision.trained(delta, config.precision)
-        made.append(Member(name, values[name], config, splits, identity, delta))
-    return tuple(made)
-
-
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(mine is its or bool(jnp.array_equal(mine, its)) for mine, its in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +203,7 @@ class Together:
             guards[member.name] = Guards(
                 state.delta,
                 mine,
-                functools.partial(_host_batch, member),
+                member.host_batch,
                 skip=skip,
                 # What all have in common is said once.
                 say=record.note if place == 0 else lambda step, text: None,
@@ -275,10 +212,6 @@ class Together:
             if lost_at(mine, state.step, skip) is not None:
                 lost.add(member.name)
         return EachGuards(guards, lost, record.note)
-
-
-def _host_batch(member: Member, done: int) -> tuple[np.ndarray, dict]:
-    return member.rows(done), member.train.batch(member.rows(done))
 
 
 def _stacked(*leaves: jax.Array) -> jax.Array:
