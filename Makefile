@@ -36,7 +36,7 @@ find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-newest lint format clean
+.PHONY: help demo test test-fast test-newest lint format docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,8 +64,12 @@ format: $(VENV)/.lint  ## Rewrite the code in ruff's format, its imports sorted
 	$(python) -m ruff check --fix --exit-zero --quiet .
 	$(python) -m ruff format .
 
+docs: $(VENV)/.docs  ## Build the site of these pages in site/; a broken link or an undocumented name fails
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@echo "$(python) -m http.server --directory site shows it at http://localhost:8000"
+
 clean:  ## Remove the virtual environment, the demo's results and every cache
-	rm -rf $(VENV) demo_run dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo_run dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp each, so that a second `make` starts at once. A changed pyproject.toml starts a new environment: pip would
@@ -94,6 +98,11 @@ $(VENV)/.experiments: $(VENV)/.created
 $(VENV)/.lint: $(VENV)/.created
 	@echo "Installing what the linters need into $(VENV)"
 	@$(pip_install) '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.created
+	@echo "Installing what the site is built with into $(VENV)"
+	@$(pip_install) '.[docs]'
 	@touch $@
 
 $(VENV)/.test-newest: $(VENV)/.created

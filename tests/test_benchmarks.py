@@ -11,13 +11,25 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import counted_positions, kept_and_copied, low_rank_forms, packing, step_cost
+from benchmarks import (
+    accelerator,
+    counted_positions,
+    kept_and_copied,
+    live_arrays,
+    low_rank_forms,
+    many_adapters,
+    packing,
+    profile_step,
+    quantised_step,
+    step_cost,
+    trace_and_compile,
+)
 from benchmarks.peers import __main__ as peers
 from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
-from experiments.plan import models
+from experiments.plan import accelerators, models
 from experiments.tasks.examples import Examples
-from lora_jax.models import GPT2Config, LlamaConfig
+from lora_jax.models import GPT2, GPT2Config, LlamaConfig
 
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")  # optax's bias correction counts on it
@@ -58,6 +70,26 @@ def test_the_optimiser_keeps_two_moments_of_a_and_b_and_a_counter(adapted):
     matrices = 2 * (768 + 768) if adapted == "qv" else (768 + 2304) + (768 + 768) + 2 * (768 + 3072)
     assert step.trained_bytes == 12 * 4 * matrices * 4  # layers, rank, bytes
     assert step.optimizer_bytes == 2 * step.trained_bytes + 4
+
+
+@pytest.mark.parametrize("adapted, losses, checkpoint", [("qv", False, True), ("all", True, False)])
+def test_a_step_in_a_loop_has_no_equation_more_for_a_deeper_model(adapted, losses, checkpoint):
+    def found(layers, scan):
+        config = dataclasses.replace(SMALL["config"], n_layer=layers)
+        options = {**SMALL, "config": config, "losses": losses, "checkpoint": checkpoint}
+        return trace_and_compile.of_step(Setting(adapted, scan=scan, **options))
+
+    assert found(2, scan=True) == found(6, scan=True)
+    assert found(2, scan=False) < found(6, scan=False)  # and so they are counted
+
+
+def test_a_missed_bound_of_compiling_is_reported():
+    row = {"setting": "q, v", "what": "both, wall", "ratio": 1.26}
+    deeper = [{**row, "what": "equations", "ratio": 1.001}, {**row, "what": "compile, cpu", "ratio": 2.0}]
+    assert trace_and_compile.missed([row, *deeper]) == [
+        "q, v: both, wall: 1.260, above 1.25",
+        "q, v: equations: 1.001, above 1.0",
+    ]
 
 
 def test_a_missed_bound_is_reported():
@@ -131,6 +163,24 @@ def test_a_missed_bound_of_packing_is_reported():
     assert packing.missed([{**row, "rows": 4, "traced / XLA's": 1.0}]) == []
 
 
+def test_a_missed_bound_of_many_adapters_is_reported():
+    bytes_ = {"base MB": 500.0, "of one, argument MB": 510.0, "argument MB": 580.0}
+    row = {
+        "model": "m",
+        "batches": "b",
+        "over separate": 0.6,
+        "products with W": 9,
+        "of one": 9,
+        "batched": 0,
+    }
+    assert many_adapters.missed(row | bytes_, "cpu") == []
+    assert [line.split(": ")[1] for line in many_adapters.missed(row | bytes_, "gpu")] == [
+        "0.600 of the time of separate steps, above 0.5"
+    ]
+    worse = {"batched": 1, "argument MB": 4080.0}
+    assert len(many_adapters.missed(row | bytes_ | worse, "cpu")) == 2
+
+
 def test_heads_are_the_only_arrays_that_are_transposed():
     """In a process with one device, as a user has it: the tests have eight, which keep batch and tokens
     apart.
@@ -174,3 +224,110 @@ def test_the_table_of_peers_keeps_the_rows_of_earlier_runs():
         (first, "qwix", "new"),
         (third, "qwix", "old"),
     ]
+
+
+def test_operations_of_a_profile_have_their_kind_from_the_names_of_the_compiler():
+    names = {
+        "products": ["dot.32", "dot", "ynn_fusion.3", "dot_add_fusion.1"],
+        "copies": ["copy.1", "transpose_copy_fusion", "copy_bitcast_fusion.12"],
+        "element by element": ["multiply_add_fusion.2", "fusion.7", "reduce"],
+    }
+    for kind, operations in names.items():
+        assert [profile_step.kind(name) for name in operations] == [kind] * len(operations)
+
+
+def test_what_the_run_on_an_accelerator_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["accelerator", "--data", str(tmp_path)])
+    assert accelerator.main() == 2
+    said = capsys.readouterr().err
+    assert "--base DIR: the weights of GPT-2 medium" in said and "--parts table adapters" in said
+    assert f"no file `{tmp_path / 'e2e/lora_nlg_txt/train.txt.xz'}`" in said
+    (tmp_path / "config.json").touch()
+    names = [line.rpartition("/")[2] for line in accelerator.missing(tmp_path, tmp_path) if "--base" in line]
+    assert names == ["model.safetensors`", "tokenizer.json`"]
+
+
+def test_utilisation_is_of_the_products_that_a_way_needs():
+    lines = [
+        {"way": "lora_jax", "GFLOP": 200.0, "s": 0.01},
+        {"way": "PEFT", "s": 0.02},
+        {"way": "full fine-tuning, JAX", "GFLOP": 300.0, "s": 0.01},
+        {"way": "full fine-tuning, PyTorch", "s": 0.03},
+        {"way": "qwix", "note": "not installed"},
+    ]
+    accelerator.utilisation(lines, accelerators.peak("NVIDIA H200", "float32"))
+    assert [line.get("utilisation") for line in lines] == [0.0404, 0.0202, 0.0607, 0.0202, None]
+    assert accelerators.peak("NVIDIA H200 NVL", "float32") is accelerators.peak("cpu", "bfloat16") is None
+    assert accelerators.peak("TPU v5 lite", "bfloat16") == 197e12
+    assert set(accelerators.TERAFLOPS) == set(accelerators.GIGABYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.pytorch  # a finished run compares what it has written with PyTorch
+def test_the_script_for_an_accelerator_runs_small_on_a_cpu():
+    options = "--parts table run --ways lora_jax --layers 1 --rounds 2 --steps 3"
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accelerator", *options.split()],
+        env={**os.environ, "XLA_FLAGS": "", "PATH": ""},  # METEOR would start java
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "| gpt2, 8 x 64, all-linear, LoRA | lora_jax |" in found.stdout
+    assert "| e2e_small | 3 |" in found.stdout
+
+
+def test_a_step_on_a_quantised_base_unpacks_one_matrix_at_a_time(monkeypatch):
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=256, n_layer=2, n_head=4)
+    model = lambda row, layers: GPT2(config, scan=row.scan)
+    monkeypatch.setattr(quantised_step.Row, "described", model)
+    formats = {name: quantised_step.FORMATS[name] for name in ("nf4", "Q4_K")}
+    monkeypatch.setattr(quantised_step, "FORMATS", formats)
+    row = dataclasses.replace(quantised_step.ROWS[0], batch=4, tokens=20, scan=True)
+    lora, *lines = quantised_step.measure(row, layers=0, rounds=2)
+    assert [line["base"] for line in lines] == ["nf4", "Q4_K"]
+    for line in lines:
+        assert line["unpacked at once"] == 1
+        assert 1 < line["FLOPs over LoRA"] < 1.5
+        assert line["frozen MB"] < 0.3 * lora["frozen MB"]
+        assert quantised_step.missed([{**line, "over LoRA": 1.3}]) == []
+        worse = {"over LoRA": 1.31, "unpacked at once": 2, "more than LoRA, MB": 2.0}
+        missed = quantised_step.missed([{**line, **worse}])
+        assert len(missed) == (3 if line["base"] == "nf4" else 2)
+
+
+def test_lives_of_arrays_are_counted():
+    """A weight lives on by another name, as a part of a tuple, and inside a loop beside those outside."""
+    text = """HloModule step, is_scheduled=true
+
+%fused (p: f32[6]) -> f32[2,3] {
+  %p = f32[6]{0} parameter(0)
+  ROOT %b = f32[2,3]{1,0} bitcast(%p)
+}
+
+%body (state: (s32[], f32[2,3])) -> (s32[], f32[2,3]) {
+  %state = (s32[], f32[2,3]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %inner = f32[2,3]{1,0} fusion(%n), kind=kLoop, calls=%fused
+  %sum = f32[4]{0} dot(%inner, %inner)
+  ROOT %result = (s32[], f32[2,3]{1,0}) tuple(%n, %inner)
+}
+
+ENTRY %main (w: f32[2,3], x: f32[4]) -> f32[4] {
+  %w = f32[2,3]{1,0} parameter(0)
+  %x = f32[4]{0} parameter(1)
+  %first = f32[2,3]{1,0} fusion(%w), kind=kLoop, calls=%fused
+  %flat = f32[6]{0} bitcast(%first)
+  %second = f32[3,2]{1,0} transpose(%flat), dimensions={1,0}
+  %y = f32[4]{0} dot(%x, %second)
+  %zero = s32[] constant(0)
+  %tuple = (s32[], f32[2,3]{1,0}) tuple(%zero, %first)
+  %while = (s32[], f32[2,3]{1,0}) while(%tuple), condition=%condition, body=%body
+  ROOT %z = f32[4]{0} add(%y, %y)
+}
+"""
+    assert live_arrays.most_at_once(text, {6}) == 2
+    assert live_arrays.most_at_once(text, {4}) == 2
+    assert live_arrays.most_at_once(text.replace("tuple(%zero, %first)", "tuple(%zero, %w)"), {6}) == 2
+    alone = text.replace("tuple(%zero, %first)", "tuple(%zero, %w)").replace("transpose(%flat)", "dot(%flat)")
+    assert live_arrays.most_at_once(alone.replace("f32[3,2]", "f32[5]"), {6}) == 1

@@ -179,6 +179,17 @@ def test_scores_of_either_form_of_files(tmp_path, capsys, no_java):
         assert beside == _score(capsys, task, "--refs", tmp_path / "refs", "--hyps", hyps)
 
 
+def test_an_input_with_fewer_references_has_empty_ones(tmp_path, capsys, no_java):
+    """In either form: the empty one is the nearest in length to the second text."""
+    _write(tmp_path, r0=["a b c d e", "w x y z"], r1=["a b c d", ""], hyps=["a b c d e", "v"])
+    _write(tmp_path, refs=["a b c d e", "a b c d", "", "w x y z"])
+    found = [
+        _score(capsys, "dart", "--refs", *(tmp_path / name for name in names), "--hyps", tmp_path / "hyps")
+        for names in (("r0", "r1"), ("refs",))
+    ]
+    assert found[0] == found[1] and found[0]["BLEU"] == pytest.approx((5 / 6) ** (1 / 4), rel=1e-12)
+
+
 def test_webnlg_is_lower_cased_and_dart_is_as_it_is(tmp_path, capsys, no_java):
     _write(tmp_path, refs=["Cotto is a café-bar ."], hyps=["cotto is a cafe - bar ."])
     files = ("--refs", tmp_path / "refs", "--hyps", tmp_path / "hyps")

@@ -1,5 +1,6 @@
 """What a layer of the models keeps from the forward to the backward pass, in the compiled program of a loop
-over layers: the inputs of products, and nothing that can be computed again element by element.
+over layers: the inputs of products, and nothing that can be computed again element by element. And the traced
+program, which is the same for every depth.
 """
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
+from benchmarks.trace_and_compile import equations
 from lora_jax import LoRA
 from lora_jax.models import GPT2, GPT2Config, Llama, LlamaConfig, Roberta, RobertaConfig
 
@@ -31,7 +33,8 @@ MODELS = {
 KEPT = {"GPT-2": 12.5, "Llama": 15.5, "RoBERTa": 12.5}
 
 
-def temporary_bytes(model):
+def gradient(model):
+    """The gradient of a loss with respect to A and B, and the shapes of its arguments."""
     ids = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     frozen, delta = lora_jax.lorafy(
@@ -39,7 +42,12 @@ def temporary_bytes(model):
     )
     forward = lora_jax.adapt(model.apply)
     loss = lambda delta, frozen, ids: jnp.sum(forward({"params": lora_jax.combine(frozen, delta)}, ids))
-    compiled = jax.jit(jax.grad(loss)).lower(delta, frozen, ids).compile()
+    return jax.grad(loss), (delta, frozen, ids)
+
+
+def temporary_bytes(model):
+    function, shapes = gradient(model)
+    compiled = jax.jit(function).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -48,3 +56,10 @@ def test_inputs_of_products_are_kept_and_no_more(name):
     few, many = (temporary_bytes(MODELS[name](layers)) for layers in (2, 6))
     kept = (many - few) / 4 / (4 * BATCH * TOKENS * WIDTH)
     assert 0.75 * KEPT[name] < kept < KEPT[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_deeper_model_has_no_equation_more(name):
+    few, many = (gradient(MODELS[name](layers)) for layers in (2, 6))
+    found = [equations(jax.make_jaxpr(function)(*shapes)) for function, shapes in (few, many)]
+    assert found[0] == found[1] > 100

@@ -66,6 +66,7 @@ def test_metadata(metadata):
         "experiments",
         "meteor",
         "cuda",
+        "docs",
         "torch",
         "test",
         "test-newest",

@@ -8,8 +8,9 @@ from jax import lax
 from quant_model import near, numbers, randomised
 
 import lora_jax
+from benchmarks.live_arrays import most_at_once
 from lora_jax import DoRA, LoRA, quantize
-from lora_jax.quant import nbytes
+from lora_jax.quant import Blocks, from_gguf, nbytes
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -41,8 +42,8 @@ def listed(params, x):
 @pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("fn", [scanned, rematerialised, indexed, listed])
 def test_no_more_than_one_unpacked_layer_is_in_memory(fn, method):
-    """The compiled training step's temporary bytes: those of the same step on a plain base, and one layer
-    more.
+    """The compiled training step's temporary bytes are those of the same step on a plain base, and one layer
+    more. Its text has one array of that size at a time, and one beside it in the loop of DoRA's norms.
     """
     layers = numbers(LAYERS, WIDTH, WIDTH, scale=0.05)
     params = {"layers": list(layers) if fn is listed else layers}
@@ -51,21 +52,51 @@ def test_no_more_than_one_unpacked_layer_is_in_memory(fn, method):
     )
     x = numbers(4, WIDTH)
 
-    def temporaries(frozen, of=lambda frozen, delta: lora_jax.combine(frozen, delta), fn=lora_jax.adapt(fn)):
-        step = jax.jit(
-            lambda delta, frozen, x: jax.value_and_grad(lambda delta: jnp.sum(fn(of(frozen, delta), x) ** 2))(
-                delta
-            )
-        )
-        return step.lower(delta, frozen, x).compile().memory_analysis().temp_size_in_bytes
+    def compiled(frozen, of=lambda frozen, delta: lora_jax.combine(frozen, delta), fn=lora_jax.adapt(fn)):
+        return compiled_step(lambda delta, frozen, x: fn(of(frozen, delta), x), delta, frozen, x)
 
     packed = quantize(frozen, "nf4", targets="layers.*")
     assert nbytes(packed) < 0.2 * nbytes(frozen)
     # The plain step of the indexed stack copies every layer of it; the packed one does not, and may not.
-    plain = min(temporaries(frozen), 2 * LAYER if fn is indexed else np.inf)
-    assert temporaries(packed) <= plain + 1.6 * LAYER
-    merged = temporaries(packed, lora_jax.merge, fn)
-    assert merged >= LAYERS * LAYER, "the bound does not see that merging inside the loss holds every layer"
+    plain = min(temporaries(compiled(frozen)), 2 * LAYER if fn is indexed else np.inf)
+    step, merged = compiled(packed), compiled(packed, lora_jax.merge, fn)
+    assert temporaries(step) <= plain + 1.6 * LAYER
+    assert at_once(step) == (2 if fn is indexed and isinstance(method, DoRA) else 1)
+    seen = "the bound does not see that merging inside the loss holds every layer"
+    assert temporaries(merged) >= LAYERS * LAYER, seen
+    assert fn is not listed or at_once(merged) >= LAYERS, seen
+
+
+@pytest.mark.parametrize("format", ["int8", "Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_every_format_is_unpacked_one_weight_at_a_time(format):
+    params = {"layers": list(numbers(LAYERS, WIDTH, WIDTH, scale=0.05))}
+    frozen, delta = lora_jax.lorafy(params, "layers.*", method=LoRA(rank=2))
+    x, forward = numbers(4, WIDTH), lora_jax.adapt(listed)
+    compiled = lambda frozen: compiled_step(
+        lambda delta, frozen, x: forward(lora_jax.combine(frozen, delta), x), delta, frozen, x
+    )
+    if format == "int8":
+        packed = quantize(frozen, format, targets="layers.*")
+    else:
+        kind = Blocks(format)
+        zeros = np.zeros((WIDTH, WIDTH // kind.size * kind.width), np.uint8)
+        packed = {"layers": [from_gguf(zeros, format) for _ in range(LAYERS)]}
+    step = compiled(packed)
+    assert at_once(step) == 1
+    assert temporaries(step) <= temporaries(compiled(frozen)) + 1.6 * LAYER
+
+
+def compiled_step(fn, delta, frozen, x):
+    loss = lambda delta, frozen, x: jnp.sum(fn(delta, frozen, x) ** 2)
+    return jax.jit(jax.value_and_grad(loss)).lower(delta, frozen, x).compile()
+
+
+def temporaries(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def at_once(compiled):
+    return most_at_once(compiled.as_text(), {WIDTH * WIDTH})
 
 
 def test_the_trace_holds_packed_arrays_only():

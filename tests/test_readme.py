@@ -29,6 +29,7 @@ _README = _REPOSITORY / "README.md"
 _PAGES = {
     file.relative_to(_REPOSITORY).as_posix(): file.read_text(encoding="utf-8")
     for file in (_README, *sorted((_REPOSITORY / "docs").rglob("*.md")))
+    if "docs/api/" not in file.as_posix()  # names, whose docstrings are run by test_docstrings.py
 }
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _PROSE = {page: _FENCE.sub("", text) for page, text in _PAGES.items()}
@@ -176,7 +177,7 @@ def test_every_block_runs(page, request, tmp_path, monkeypatch, relaxed_promotio
     if page == "docs/frameworks.md":
         pytest.importorskip("equinox")
     monkeypatch.chdir(tmp_path)
-    if page == "docs/pytorch.md":
+    if page in ("docs/coming_from.md", "docs/pytorch.md"):
         request.getfixturevalue("beside_a_model")
     if page == "docs/gguf.md":
         request.getfixturevalue("beside_a_gguf_file")
@@ -266,7 +267,7 @@ def test_calls_in_the_prose_are_calls_of_the_library():
     quoted = [text for page in _GUIDE for text in re.findall(r"`([^`\n]+)`", _PROSE[page])]
     called = {name for text in quoted for name in re.findall(r"^(?:lora_jax\.)?([A-Za-z_]+)\(", text)}
     assert {"adapt", "unmerge"} <= called
-    elsewhere = {"from_pretrained", "fn", "Checkpoints"}  # of transformers, of the reader, and of a room
+    elsewhere = {"from_pretrained", "fn", "forward", "print", "Checkpoints"}  # of others, and of a room
     for name in called - elsewhere:
         assert callable(getattr(lora_jax, name)), name
 
@@ -356,6 +357,30 @@ def test_results_are_those_of_the_runs():
     assert {cells[1:] for cells in shown if cells[1][:1].isdigit()} == expected
     behind = 100 * (found["full"]["scores"]["after"]["BLEU"] - found["lora_r8"]["scores"]["after"]["BLEU"])
     assert f"is {behind:.1f} BLEU behind full fine-tuning" in _PAGES["README.md"].replace("\n", " ")
+
+
+def test_choices_are_those_of_the_runs():
+    directory = _REPOSITORY / "experiments" / "results" / "e2e_smollm2"
+    runs = {
+        f"LoRA, rank {name.removeprefix('lora_r')}" if name.startswith("lora_r") else name: json.loads(
+            (directory / name / "report.json").read_text("utf-8")
+        )
+        for name in ("lora_r1", "lora_r8", "lora_r64", "lora_qv", "dora", "full")
+    }
+    runs["LoRA, rank 8, query and value"], runs["DoRA, rank 8"] = runs.pop("lora_qv"), runs.pop("dora")
+    full = runs.pop("full")
+    points = lambda facts: (facts["scores"]["after"]["BLEU"], facts["values"]["after"]["all_values"])
+
+    def row(facts: dict) -> tuple[str, ...]:
+        costs = [facts["cost"][which] for which in ("this run", "full fine-tuning")]
+        return (
+            *(f"{100 * (ours - theirs):+.1f}" for ours, theirs in zip(points(facts), points(full))),
+            *(f"{costs[0][name] / costs[1][name]:.2f}" for name in ("bytes", "FLOPs")),
+        )
+
+    shown = {cells[0]: cells[1:] for cells in _rows(_PAGES["docs/methods.md"])}
+    for name, facts in runs.items():
+        assert shown[name] == row(facts), name
 
 
 @pytest.mark.parametrize(("page", "quoted"), [("README.md", r"\("), ("docs/methods.md", r"[(`]")])

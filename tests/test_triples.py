@@ -2,10 +2,13 @@
 
 import json
 import lzma
+from pathlib import Path
 
 import pytest
 import small_base
 
+import experiments
+from experiments import config as configs
 from experiments.config import E2EData
 from experiments.running.base import load_tokenizer
 from experiments.running.finish import scored
@@ -13,6 +16,7 @@ from experiments.tasks import dart, prepare, read, TASKS, triples, webnlg
 from experiments.tasks.dart import DARTData
 from experiments.tasks.examples import Prompt
 from experiments.tasks.webnlg import WebNLGData
+from experiments.training import order
 
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -26,6 +30,7 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
   <lex comment="good" lid="Id1">Jacob leads Aarhus.</lex>
   <lex comment="bad" lid="Id2">Jacob Aarhus.</lex>
 </entry></entries></benchmark>"""
+CONFIGS = Path(experiments.__file__).parent / "configs"
 CONTEXT = "Aarhus : leaderName : Jacob | Aarhus : in : Å"
 
 
@@ -85,6 +90,8 @@ def test_sizes_of_webnlg(files, small_tokenizer):
     prompts = prepare(section, found, small_tokenizer).prompts
     assert len(prompts) == 1862 and max(len(prompt.references) for prompt in prompts) == 6
     assert [prompt.part for prompt in prompts] == ["seen"] * 971 + ["unseen"] * 891
+    train = configs.load(CONFIGS / "webnlg_gpt2_medium.json").train
+    assert train.steps == 5 * order.batches_per_epoch(rows["train"], train.batch), "five epochs"
 
 
 def test_inputs_without_wordings(files):

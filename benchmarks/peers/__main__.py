@@ -12,12 +12,14 @@ each with its commit, date and rounds.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,40 +35,69 @@ from .rows import MODELS, Row, ROWS, WAYS
 FILE = record.RESULTS / f"peers-jax-{jax.__version__}.json"
 
 
-def measure(row: Row, rounds: int, directory: Path) -> list[dict[str, Any]]:
-    """The lines of the table of one row, one for each way."""
-    workers, found = {}, {}
-    for way in WAYS:
-        worker = _started(way, row, directory)
-        found[way] = json.loads(worker.stdout.readline())
-        print(f"{row.name}: {way}: {found[way]}", file=sys.stderr, flush=True)
-        if "cannot" not in found[way]:
-            workers[way] = worker
-    _check_losses(row, {way: found[way]["first loss"] for way in workers})
-    seconds: dict[str, list[float]] = {way: [] for way in workers}
-    order = list(workers)
-    for _ in range(rounds):
-        for way in order:
-            workers[way].stdin.write("\n")
-            workers[way].stdin.flush()
-            seconds[way].append(float(workers[way].stdout.readline()))
-        order = [*order[1:], order[0]]
-    for way, worker in workers.items():
-        worker.stdin.close()
-        found[way]["peak MB"] = int(worker.stdout.read()) / 1e6
-        worker.wait()
-    return [_line(row, way, found[way], seconds) for way in WAYS]
+def measure(
+    row: Row, rounds: int, directory: Path, ways: Sequence[str] = WAYS, platform: str = "cpu"
+) -> list[dict[str, Any]]:
+    """The lines of the table of one row, one for each way. `platform`: where JAX computes.
+
+    A TPU serves one process at a time: there each way takes all of its steps before the next.
+    """
+    found: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {}
+    for group in [[way] for way in ways] if platform == "tpu" else [ways]:
+        _timed(row, rounds, directory, group, platform, found, seconds)
+    return [_line(row, way, found[way], seconds) for way in ways]
 
 
-def _started(way: str, row: Row, directory: Path) -> Any:
+def _timed(
+    row: Row,
+    rounds: int,
+    directory: Path,
+    ways: Sequence[str],
+    platform: str,
+    found: dict[str, Any],
+    seconds: dict[str, list[float]],
+) -> None:
+    """Adds what the workers say, and the seconds of their steps in turn."""
+    workers: dict[str, Any] = {}
+    with contextlib.ExitStack() as started:
+        for way in ways:
+            worker = started.enter_context(_started(way, row, directory, platform))
+            found[way] = _said(worker, row, way)
+            print(f"{row.name}: {way}: {found[way]}", file=sys.stderr, flush=True)
+            if "cannot" not in found[way]:
+                workers[way] = worker
+        losses = {way: of["first loss"] for way, of in found.items() if "cannot" not in of}
+        _check_losses(row, losses, 1e-3 if platform == "cpu" else 1e-2)  # of products in TF32 or bfloat16
+        seconds |= {way: [] for way in workers}
+        order = list(workers)
+        for _ in range(rounds):
+            for way in order:
+                workers[way].stdin.write("\n")
+                workers[way].stdin.flush()
+                seconds[way].append(_said(workers[way], row, way))
+            order = [*order[1:], *order[:1]]
+        for way, worker in workers.items():
+            worker.stdin.close()
+            found[way]["peak MB"] = _said(worker, row, way) / 1e6
+
+
+def _said(worker: Any, row: Row, way: str) -> Any:
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{way} of {row.name!r} has ended; its error is above")
+    return json.loads(line)
+
+
+def _started(way: str, row: Row, directory: Path, platform: str) -> Any:
     command = [sys.executable, "-m", "benchmarks.peers.worker", way, json.dumps(dataclasses.asdict(row))]
     return subprocess.Popen(
-        [*command, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, str(directory), platform], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
-def _check_losses(row: Row, losses: dict[str, float]) -> None:
-    if max(losses.values()) - min(losses.values()) > 1e-3:
+def _check_losses(row: Row, losses: dict[str, float], tolerance: float) -> None:
+    if losses and max(losses.values()) - min(losses.values()) > tolerance:
         raise RuntimeError(
             f"the first losses of {row.name!r} differ, so that not the same is timed: {losses}"
         )
@@ -79,7 +110,7 @@ def _line(row: Row, way: str, found: dict[str, Any], seconds: dict[str, list[flo
     ratios = [own / ours for own, ours in zip(seconds[way], seconds[WAYS[0]], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     median = statistics.median(seconds[way])
-    line |= {"s": round(median, 3), "over lora_jax": round(middle, 3), "spread": round((high - low) / 2, 3)}
+    line |= {"s": round(median, 5), "over lora_jax": round(middle, 3), "spread": round((high - low) / 2, 3)}
     line |= {"tokens/s": round(row.batch * row.tokens / median)}
     digits = {"GFLOP": 1, "temporary MB": 0, "peak MB": 0, "compile s": 1, "optimizer MB": 1}
     return line | {

@@ -22,8 +22,12 @@ from .models import batch, TARGETS
 from .rows import ALPHA, Cannot, RANK, RATE, Row
 
 
-def prepared(way: str, row: Row, directory: Path) -> tuple[Callable[[], float], dict[str, Any]]:
-    """A function that takes one step and returns its loss, and what the compiler says of it."""
+def prepared(
+    way: str, row: Row, directory: Path, device: str = "cpu"
+) -> tuple[Callable[[], float], dict[str, Any]]:
+    """A function that takes one step and returns its loss, and what the compiler says of it. `device`: where
+    JAX computes anyway.
+    """
     head = {"head": "sequence_classification"} if row.model == "roberta-base" else {}
     model, params = hf.load(directory, checkpoint=row.checkpoint, **head)
     ids, labels = batch(row.model, row.batch, row.tokens)
@@ -60,6 +64,12 @@ def prepared(way: str, row: Row, directory: Path) -> tuple[Callable[[], float], 
         return float(jax.block_until_ready((value, held))[0])
 
     return one, figures
+
+
+def peak_bytes() -> int | None:
+    """The most memory of the device; None on a CPU, which has none of its own."""
+    found = jax.local_devices()[0].memory_stats()
+    return None if found is None else found["peak_bytes_in_use"]
 
 
 def _adapted(model: Any, params: Any, row: Row, join: Callable, forward: Callable) -> tuple:

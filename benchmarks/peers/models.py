@@ -1,5 +1,6 @@
 """The weights of a row: random, written once as a Hugging Face directory that every way reads."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -39,9 +40,12 @@ def described(name: str) -> GPT2 | Llama | Roberta:
     return Roberta(config, head="sequence_classification")
 
 
-def write(name: str, directory: Path) -> None:
-    """A directory that `hf.load` and `transformers` read."""
+def write(name: str, directory: Path, layers: int | None = None) -> None:
+    """A directory that `hf.load` and `transformers` read. `layers`: in place of the published number."""
     model = described(name)
+    if layers is not None:
+        depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
+        model = model.clone(config=dataclasses.replace(model.config, **{depth: layers}))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     hf.save(directory, model, params)
 

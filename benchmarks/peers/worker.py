@@ -1,7 +1,8 @@
-"""The process of one way of one row: `python -m benchmarks.peers.worker WAY ROW DIRECTORY`.
+"""The process of one way of one row: `python -m benchmarks.peers.worker WAY ROW DIRECTORY PLATFORM`.
 
 It prints a line of JSON when it is ready, or why it cannot be, and then the seconds of one step for every
-line that it reads. At the end it prints the most memory that it had.
+line that it reads. At the end it prints the most memory that it had: of the device where that has its own,
+and of the process on a CPU.
 """
 
 import json
@@ -9,18 +10,20 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .rows import Cannot, Row
 
 
 def main() -> None:
-    way, row, directory = sys.argv[1], Row(**json.loads(sys.argv[2])), Path(sys.argv[3])
+    way, row, directory, device = sys.argv[1], Row(**json.loads(sys.argv[2])), Path(sys.argv[3]), sys.argv[4]
+    ways: Any
     if way == "PEFT" or "torch" in way.lower():
         from . import torch_ways as ways
     else:
         from . import jax_ways as ways
     try:
-        step, figures = ways.prepared(way, row, directory)
+        step, figures = ways.prepared(way, row, directory, device)
         figures.setdefault("first loss", step())
         step()
     except (Cannot, ImportError, KeyError) as error:
@@ -31,7 +34,7 @@ def main() -> None:
         started = time.perf_counter()
         step()
         print(time.perf_counter() - started, flush=True)
-    print(_peak_bytes(), flush=True)
+    print(ways.peak_bytes() or _peak_bytes(), flush=True)
 
 
 def _peak_bytes() -> int:

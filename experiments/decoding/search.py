@@ -5,7 +5,7 @@ The beams of a context stand in one row of the cache and are the tokens of one c
 appends a slot a beam, and a beam sees the prompt's slots and those of its own ancestors. So a prompt's keys
 and values are stored and read once for all beams, and when beams are reordered only that record of ancestors
 moves. Letters: B contexts, P prompt tokens, N beams (one before the first token, then `beams`), T
-`max_tokens`, S slots, V vocabulary.
+`max_tokens`, S slots, V vocabulary, C candidates of a beam.
 
 Differences from `transformers`: the ban looks at generated tokens only, and the places of ended beams are not
 filled from beyond the top `beams`. Ties go to the lower beam, then to the lower token.
@@ -111,19 +111,23 @@ def _extend(
     logits_BxMxV = logits_BxMxV.astype(jnp.float32)
     if section.no_repeat_ngram is not None:
         logits_BxMxV = _ban_repeats(logits_BxMxV, beams.tokens, step, section.no_repeat_ngram)
-    # The ban comes first: what is left shares the whole probability. Without a token left a beam ends, rather
-    # than become NaN.
-    log_p_BxMxV = jnp.where(jnp.isneginf(logits_BxMxV), -jnp.inf, jax.nn.log_softmax(logits_BxMxV))
     if section.sample is not None:
         keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
-        chosen_BxN = jax.vmap(functools.partial(draw, section.sample))(keys_B, logits_BxMxV[:, 0])[:, None]
-        parents_BxN = jnp.zeros_like(chosen_BxN)
-        scores_BxN = beams.scores + jnp.take_along_axis(log_p_BxMxV, chosen_BxN[..., None], axis=-1)[..., 0]
+        token_BxMxC = jax.vmap(functools.partial(draw, section.sample))(keys_B, logits_BxMxV[:, 0])
+        token_BxMxC = token_BxMxC[:, None, None]
+        logit_BxMxC = jnp.take_along_axis(logits_BxMxV, token_BxMxC, axis=-1)
     else:
-        batch, _, vocabulary = log_p_BxMxV.shape
-        totals_BxMV = (beams.scores[..., None] + log_p_BxMxV).reshape(batch, -1)
-        scores_BxN, flat_BxN = jax.lax.top_k(totals_BxMV, section.beams)
-        parents_BxN, chosen_BxN = flat_BxN // vocabulary, flat_BxN % vocabulary
+        # Of a beam no more than the likeliest `beams` tokens can go on.
+        logit_BxMxC, token_BxMxC = jax.lax.top_k(logits_BxMxV, section.beams)
+    # After the ban: what is left shares the whole probability. Without a token left a beam ends, rather than
+    # become NaN.
+    most_BxMx1 = logits_BxMxV.max(-1, keepdims=True)
+    log_sum_BxMx1 = jnp.log(jnp.exp(logits_BxMxV - most_BxMx1).sum(-1, keepdims=True))
+    log_p_BxMxC = jnp.where(jnp.isneginf(logit_BxMxC), -jnp.inf, logit_BxMxC - most_BxMx1 - log_sum_BxMx1)
+    totals_BxMC = (beams.scores[..., None] + log_p_BxMxC).reshape(len(log_p_BxMxC), -1)
+    scores_BxN, place_BxN = jax.lax.top_k(totals_BxMC, section.beams)
+    parents_BxN = place_BxN // token_BxMxC.shape[-1]
+    chosen_BxN = jnp.take_along_axis(token_BxMxC.reshape(totals_BxMC.shape), place_BxN, axis=-1)
     tokens_BxNxT = _of_parents(beams.tokens, parents_BxN).at[:, :, step].set(chosen_BxN)
     ended_BxN = jnp.isin(chosen_BxN, jnp.asarray(end, jnp.int32))
     return _keep_best(

@@ -61,13 +61,16 @@ def score_tokens(
     >>> scores["BLEU"], scores["TER"]
     (1.0, 0.0)
 
-    A reference without tokens is what an empty line of a reference file is: multi-bleu counts it, and may
-    find it the nearest to a short hypothesis; the others leave it out.
+    A reference without tokens is what an empty line of a reference file is, where an input has fewer than
+    another. multi-bleu counts it, and may find it the nearest to a short hypothesis; the others leave it out.
+    Inputs with fewer references get such ones here, so that the form of the files changes nothing.
     """
+    most = max(map(len, references), default=0)
+    columns = [[*group, *([[]] * (most - len(group)))] for group in references]
     spoken = [[reference for reference in group if reference] for group in references]
     _check(spoken, hypotheses)
     return {
-        "BLEU": multi_bleu.score(references, hypotheses),
+        "BLEU": multi_bleu.score(columns, hypotheses),
         "METEOR": _meteor_or_none(spoken, hypotheses, tell),
         "TER": ter.score(spoken, hypotheses),
     }

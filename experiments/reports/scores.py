@@ -35,6 +35,7 @@ def scored(scores: dict[str, dict[str, float | None]], config: Config) -> list[s
         f"| {words} | {' | '.join(as_printed(name, found[name], task) for name in names)} |"
         for words, found in rows.items()
     ]
+    words = " or ".join(part for part in task.parts if f"{names[0]} {part}" in names)
     expected = config.source.expected
     if expected:
         cells = (f"{expected[name]:g}" if name in expected else "-" for name in names)
@@ -44,7 +45,9 @@ def scored(scores: dict[str, dict[str, float | None]], config: Config) -> list[s
         "",
         f"`python -m experiments score {task.name} --refs references.txt --hyps predictions.txt` gives these "
         "numbers again. In percent",
-        f"here: {', '.join(task.percentages)}. A dash under METEOR: java or its package was not there.",
+        f"here: {', '.join(task.percentages)}."
+        + (" A dash under METEOR: java or its package was not there." if "METEOR" in names else "")
+        + (f" `--filter` gives a part: {words}." if words else ""),
         "",
     ]
 

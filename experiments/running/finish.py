@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import lora_jax
 from experiments import config as configs
 from experiments.config import Config, Train
-from experiments.decoding.decoder import Decoder
 from experiments.metrics import values, warn
 from experiments.progress import Count
 from experiments.reports import cost, report
@@ -26,6 +25,7 @@ from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
 from experiments.tasks import Task
 from experiments.tasks.examples import Prompt, Splits
+from experiments.tasks.task import Predictor
 from experiments.training import precision
 from experiments.training.trainer import Trainer
 from lora_jax.checkpoint import Checkpoints, State
@@ -187,13 +187,14 @@ def _in_pytorch(directory: Path, ids: np.ndarray, adapted: np.ndarray) -> dict[s
 
 
 def predict(
-    decoder: Decoder,
+    decoder: Predictor,
     before: Any,
     merged: Any,
     directory: Path,
     begin: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Decodes the test inputs; returns the samples, the scores and the values named for the report.
+    """Answers the test inputs, which for most tasks is to decode; returns the samples, the scores and the
+    values named for the report.
 
     `predictions.txt` has a line an input, as `contexts.txt` has, and `references.txt` people's wordings, both
     in the scorer's form. With `decode.before` the untouched base answers all inputs too, in

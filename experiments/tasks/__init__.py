@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeAlias, Union
 
 from experiments.tasks import dart, e2e, text, webnlg
-from experiments.tasks.examples import Splits
+from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 
 

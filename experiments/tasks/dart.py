@@ -16,8 +16,8 @@ from typing import Any, Literal
 from experiments.checks import at_least
 from experiments.metrics import score_tokens, warn, webnlg
 from experiments.tasks import pairs, triples
-from experiments.tasks.examples import Splits
 from experiments.tasks.pairs import Row
+from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 from experiments.tasks.triples import Entry
 

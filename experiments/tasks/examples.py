@@ -11,9 +11,10 @@ padding.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
+
+from experiments.tasks.splits import Prompt as Prompt, Splits as Splits
 
 
 # The smallest difference in width that is worth a compiled program of its own.
@@ -152,22 +153,3 @@ class Blocks:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(str(self.seq_len).encode() + self._tokens.tobytes()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One test input: its text, its tokens as in training, the wordings people gave it, and the part of the
-    test set that it is in, where parts are scored by themselves.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    references: tuple[str, ...]
-    part: str | None = None
-
-
-@dataclass(frozen=True)
-class Splits:
-    train: Examples | Blocks
-    valid: Examples | Blocks
-    prompts: tuple[Prompt, ...] = ()

@@ -5,7 +5,7 @@ train on them: enc(context) + [eos] and enc(" " + wording) + [eos], of which the
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.tasks.examples import Examples, Prompt, Splits
+from experiments.tasks.splits import Prompt, Splits
 
 
 Row = tuple[str, str]
@@ -62,6 +62,8 @@ def prepare(
     `most`: no more references than these, the first, are kept of a context. `parts`: of the test set, by
     context.
     """
+    # Imported here, because `score` asks the tasks too, and needs no package.
+    from experiments.tasks.examples import Examples
 
     def examples(split: str, limit: int | None) -> Examples:
         pairs = encode(rows[split][:limit], tokenizer)

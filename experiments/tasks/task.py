@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.tasks.examples import Prompt, Splits
 from experiments.tasks.losses import of_labels
+from experiments.tasks.splits import Prompt, Splits
 
 
 class Score(Protocol):
@@ -31,8 +31,15 @@ class Score(Protocol):
 
 class Predictor(Protocol):
     """The test inputs, and one text for each of the first `count`, whatever the weights: what is generated,
-    or a label.
+    or a label. `section` is the config's `decode`: how many at a time, and whether the untouched base answers
+    too.
     """
+
+    @property
+    def task(self) -> "Task": ...
+
+    @property
+    def section(self) -> Any: ...
 
     @property
     def prompts(self) -> Sequence[Prompt]: ...

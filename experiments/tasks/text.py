@@ -10,13 +10,17 @@ import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-
-import numpy as np
+from typing import Any, BinaryIO, Literal, TYPE_CHECKING
 
 from experiments.checks import at_least
-from experiments.tasks.examples import Blocks, Splits
+from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
+
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from experiments.tasks.examples import Blocks
 
 
 SEPARATOR = "<|endoftext|>"
@@ -79,8 +83,11 @@ def documents(text: str) -> list[str]:
     return [document for document in (part.strip("\n") for part in text.split(SEPARATOR)) if document.strip()]
 
 
-def tokens(parts: list[str], tokenizer: Any) -> np.ndarray:
+def tokens(parts: list[str], tokenizer: Any) -> "np.ndarray":
     """All documents in one row, each followed by the end-of-text token."""
+    # Imported here, because `score` asks the tasks too, and needs no package.
+    import numpy as np
+
     # `verbose=False`: a book is longer than any model, which the tokenizer would warn of and packing takes
     # care of.
     encoded = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
@@ -106,8 +113,9 @@ def read(section: TextData, directory: Path) -> dict[str, list[str]]:
 
 def prepare(section: TextData, found: dict[str, list[str]], tokenizer: Any) -> Splits:
     """Blocks of the documents that `read` found."""
+    from experiments.tasks.examples import Blocks
 
-    def blocks(split: str) -> Blocks:
+    def blocks(split: str) -> "Blocks":
         made = Blocks(tokens(found[split], tokenizer), section.seq_len)
         if not len(made):
             raise ValueError(

@@ -5,8 +5,10 @@ The files are the challenge's, as XML or as the authors' JSON. An example is an 
 whose comment is "good"; the rest is left out. The test set has ten categories that the training set has, and
 five that it has not: every score is also given for each part, "seen" and "unseen".
 
-What differs from the authors: accents are taken off before texts are scored, as the challenge does. TER is
-theirs and not the challenge's.
+What differs from the authors: accents are taken off before texts are scored, and an input that has fewer
+references than another has empty ones, both as the challenge does it. The authors repeat the first one, which
+gives another BLEU where texts are less than half as long as their references. TER is theirs and not the
+challenge's.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +19,8 @@ from typing import Any, Literal
 from experiments.checks import at_least
 from experiments.metrics import score_tokens, warn, webnlg
 from experiments.tasks import pairs, triples
-from experiments.tasks.examples import Splits
 from experiments.tasks.pairs import Row
+from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 from experiments.tasks.triples import Entry
 

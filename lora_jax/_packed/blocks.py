@@ -8,7 +8,7 @@ searches for the best ones, which `llama-quantize` does.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,9 +65,12 @@ class Blocks(Format):
 
 
 def _half(blocks: jax.Array, at: int) -> jax.Array:
-    """Numbers of half precision, one a block (…, 1), widened."""
-    pairs = blocks[..., None, at : at + 2]
-    return lax.bitcast_convert_type(pairs, jnp.float16).astype(jnp.float32)
+    """Numbers of half precision, one a block (…, 1), widened.
+
+    Two bytes taken for one number are a loop to XLA, which it runs for every code of the block.
+    """
+    low, high = (blocks[..., index : index + 1].astype(jnp.uint16) for index in (at, at + 1))
+    return lax.bitcast_convert_type(low | high << np.uint16(8), jnp.float16).astype(jnp.float32)
 
 
 def _parts(codes: jax.Array, side: int, bits: int) -> jax.Array:
@@ -78,55 +81,80 @@ def _parts(codes: jax.Array, side: int, bits: int) -> jax.Array:
     return (groups & np.uint8(2**bits - 1)).reshape(*codes.shape[:-1], -1)
 
 
-def _fifth_bits(codes: jax.Array) -> jax.Array:
-    """Four bytes as 32 bits, which are the fifth ones of codes."""
+def _fours(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The halves of 32 codes: the low bits of 16 bytes, and their high bits."""
+    return codes & np.uint8(15), codes >> np.uint8(4)
+
+
+def _fives(fifths: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same with a fifth bit each, 32 of them in four bytes."""
     shifts = np.arange(8, dtype=np.uint8).reshape(*(1,) * codes.ndim, 8)
-    return (((codes[..., None] >> shifts) & np.uint8(1)) << np.uint8(4)).reshape(*codes.shape[:-1], -1)
+    bits = ((fifths[..., None] >> shifts) & np.uint8(1)) << np.uint8(4)
+    bits = bits.reshape(*codes.shape[:-1], 2, 16)
+    low, high = _fours(codes)
+    return low | bits[..., 0, :], high | bits[..., 1, :]
 
 
 def _number(codes: jax.Array, zero: int = 0) -> jax.Array:
     return codes.astype(jnp.float32) - zero
 
 
+def _halves(value: Callable[[jax.Array], jax.Array], codes: Sequence[jax.Array]) -> jax.Array:
+    """The values of a block from the halves of its codes.
+
+    They are apart until they are numbers, because a loop of 16 is what LLVM unrolls: in one of 32 it finds
+    the scale anew for every code.
+    """
+    return jnp.stack([value(half) for half in codes], -2)
+
+
 def _q4_0(blocks: jax.Array) -> jax.Array:
-    return _half(blocks, 0) * _number(_parts(blocks[..., 2:], 16, 4), 8)
+    return _halves(lambda codes: _half(blocks, 0) * _number(codes, 8), _fours(blocks[..., 2:]))
 
 
 def _q4_1(blocks: jax.Array) -> jax.Array:
-    return _half(blocks, 0) * _number(_parts(blocks[..., 4:], 16, 4)) + _half(blocks, 2)
+    value = lambda codes: _half(blocks, 0) * _number(codes) + _half(blocks, 2)
+    return _halves(value, _fours(blocks[..., 4:]))
 
 
 def _q5_0(blocks: jax.Array) -> jax.Array:
-    codes = _parts(blocks[..., 6:], 16, 4) | _fifth_bits(blocks[..., 2:6])
-    return _half(blocks, 0) * _number(codes, 16)
+    codes = _fives(blocks[..., 2:6], blocks[..., 6:])
+    return _halves(lambda codes: _half(blocks, 0) * _number(codes, 16), codes)
 
 
 def _q5_1(blocks: jax.Array) -> jax.Array:
-    codes = _parts(blocks[..., 8:], 16, 4) | _fifth_bits(blocks[..., 4:8])
-    return _half(blocks, 0) * _number(codes) + _half(blocks, 2)
+    value = lambda codes: _half(blocks, 0) * _number(codes) + _half(blocks, 2)
+    return _halves(value, _fives(blocks[..., 4:8], blocks[..., 8:]))
 
 
 def _q8_0(blocks: jax.Array) -> jax.Array:
-    return _half(blocks, 0) * _number(lax.bitcast_convert_type(blocks[..., 2:], jnp.int8))
+    codes = lax.bitcast_convert_type(blocks[..., 2:], jnp.int8)
+    return _halves(lambda codes: _half(blocks, 0) * _number(codes), (codes[..., :16], codes[..., 16:]))
 
 
-def _scales_of_eight(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eight scales and eight minima of six bits each, in twelve bytes: the first four of both have a byte
-    with two bits to spare, in which the last four have their high bits.
+def _scales(packed: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Scales and minima of the first four groups and of the last four, of six bits each, in twelve bytes: the
+    first four of both have a byte with two bits to spare, in which the last four have their high bits.
     """
     first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     high = lambda spare: (spare >> np.uint8(2)) & np.uint8(0x30)
-    scale = [first & np.uint8(63), (third & np.uint8(15)) | high(first)]
-    minimum = [second & np.uint8(63), (third >> np.uint8(4)) | high(second)]
-    return jnp.concatenate(scale, -1), jnp.concatenate(minimum, -1)
+    return (
+        (first & np.uint8(63), second & np.uint8(63)),
+        ((third & np.uint8(15)) | high(first), (third >> np.uint8(4)) | high(second)),
+    )
 
 
 def _in_eights(blocks: jax.Array, codes: jax.Array) -> jax.Array:
-    """256 codes in eight groups, each with a scale and a minimum."""
-    scale, minimum = _scales_of_eight(blocks[..., 4:16])
-    scale, minimum = _half(blocks, 0) * _number(scale), _half(blocks, 2) * _number(minimum)
-    groups = _number(codes).reshape(*codes.shape[:-1], 8, 32)
-    return scale[..., None] * groups - minimum[..., None]
+    """256 codes in eight groups, each with a scale and a minimum.
+
+    The halves are apart until they are numbers: XLA would look for the scale of each code in both.
+    """
+    halves = []
+    groups = _number(codes).reshape(*codes.shape[:-1], 2, 4, 32)
+    for index, (scale, minimum) in enumerate(_scales(blocks[..., 4:16])):
+        scale, minimum = _half(blocks, 0) * _number(scale), _half(blocks, 2) * _number(minimum)
+        halves.append(scale[..., None] * groups[..., index, :, :] - minimum[..., None])
+    return jnp.stack(halves, -3)
 
 
 def _q4_k(blocks: jax.Array) -> jax.Array:
@@ -139,9 +167,16 @@ def _q5_k(blocks: jax.Array) -> jax.Array:
 
 
 def _q6_k(blocks: jax.Array) -> jax.Array:
-    codes = _parts(blocks[..., :128], 64, 4) | (_parts(blocks[..., 128:192], 32, 2) << np.uint8(4))
+    """Two halves of four groups of 32 codes, of which each group finds its bits by other shifts."""
+    within = lambda *sizes: (*blocks.shape[:-1], *sizes)
+    low, high = blocks[..., :128].reshape(within(2, 2, 32)), blocks[..., 128:192].reshape(within(2, 32))
     scale = _half(blocks, 208) * _number(lax.bitcast_convert_type(blocks[..., 192:208], jnp.int8))
-    return scale[..., None] * _number(codes, 32).reshape(*codes.shape[:-1], 16, 16)
+    scale, groups = jnp.repeat(scale.reshape(within(2, 4, 2)), 16, axis=-1), []
+    for group in range(4):
+        four = (low[..., group % 2, :] >> np.uint8(4 * (group // 2))) & np.uint8(15)
+        two = (high >> np.uint8(2 * group)) & np.uint8(3)
+        groups.append(scale[..., group, :] * _number(four | two << np.uint8(4), 32))
+    return jnp.stack(groups, -2)
 
 
 class _Kind(NamedTuple):

@@ -186,15 +186,15 @@ class NF4(Format):
             )
         # By rows where these are whole blocks. A device that needs some columns can then unpack these alone.
         rows = shape[:-1] if shape and shape[-1] % self.block == 0 else ()
-        length = math.prod(shape[len(rows) :])
-        # One broadcast shift gives both codes of a byte, and a look-up the value. XLA makes one loop of this,
-        # and stores nothing between the bytes and the weight.
-        codes = (
-            arrays["codes"].reshape(*rows, -1, 1)
-            >> np.array([4, 0], np.uint8).reshape(*(1,) * len(rows), 1, 2)
-        ) & 15
-        values = _look_up(jnp.asarray(_NF4), codes.reshape(*rows, -1)[..., :length])
-        values = values * jnp.repeat(absmax.reshape(*rows, -1), self.block, axis=-1)[..., :length]
+        length, half = math.prod(shape[len(rows) :]), self.block // 2
+        codes, absmax = arrays["codes"], absmax.reshape(*rows, -1, 1)
+        if codes.size % half:  # the last block is shorter
+            codes = jnp.pad(codes, (0, -codes.size % half))
+        codes = codes.reshape(*rows, -1, half)
+        # Both numbers of a byte at once, next to each other: a loop over numbers would be one that no
+        # processor takes in steps of several, because two read the same byte.
+        pairs = [_look_up(jnp.asarray(_NF4), code) * absmax for code in (codes >> 4, codes & 15)]
+        values = jnp.stack(pairs, axis=-1).reshape(*rows, -1)[..., :length]
         return values.reshape(shape).astype(jax.dtypes.canonicalize_dtype(dtype))
 
 

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 
+_SLOTS = (-1, -2)  # the axis of slots, of keys and of values
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, in slots that all rows of a batch fill together.
 
@@ -19,7 +22,9 @@ class Cache(NamedTuple):
     row, and a step compiles once.
     """
 
-    # (keys, values), each (B, S, H, K): one pair a layer, or one pair with a leading layer axis (`scan`).
+    # (keys, values), of shapes (B, H, K, S) and (B, H, S, K): one pair a layer, or one pair with a leading
+    # layer axis (`scan`). This is how the two products of attention take them, so that a step transposes no
+    # slot that was written before.
     layers: tuple
     mask: jax.Array  # (B, S) bool: true where a slot holds a real token
     positions: jax.Array  # (B, S) int32: of these tokens
@@ -29,11 +34,16 @@ class Cache(NamedTuple):
         """The same cache with `slots` more, which are empty. It may have more slots than the model has
         positions, where beams share a row.
         """
-        layers = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)]), self.layers
-        )
-        mask, positions = (jnp.pad(x, [(0, 0), (0, slots)]) for x in (self.mask, self.positions))
-        return Cache(layers, mask, positions, self.length)
+
+        def padded(x, axis):
+            return jnp.pad(x, [(0, slots if each == axis % x.ndim else 0) for each in range(x.ndim)])
+
+        def of(pair):
+            return tuple(padded(x, axis) for x, axis in zip(pair, _SLOTS, strict=True))
+
+        scanned = not isinstance(self.layers[0], tuple)
+        layers = of(self.layers) if scanned else tuple(map(of, self.layers))
+        return Cache(layers, padded(self.mask, -1), padded(self.positions, -1), self.length)
 
 
 def advance(cache: Cache, mask_BxT, shape: tuple[int, int], position_ids=None, *, limit: int):
@@ -60,12 +70,17 @@ def advance(cache: Cache, mask_BxT, shape: tuple[int, int], position_ids=None, *
 
 
 def write(slots, new, start):
-    """The keys and values in all slots, each (B, S, H, K), after those of the new tokens are written."""
+    """The keys and values in all slots, as `Cache` has them, after those of the new tokens, each
+    (B, T, H, K), are written.
+    """
     if slots[0].dtype != new[0].dtype:
         raise TypeError(
             f"`cache` holds {slots[0].dtype} and the model computes in {new[0].dtype}; make it with "
             f"`model.init_cache(batch, slots, dtype=jnp.{new[0].dtype})`."
         )
+    keys_BxTxHxK, values_BxTxHxK = new
+    placed = (keys_BxTxHxK.transpose(0, 2, 3, 1), values_BxTxHxK.transpose(0, 2, 1, 3))
     return tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1) for old, x in zip(slots, new, strict=True)
+        jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=axis)
+        for old, x, axis in zip(slots, placed, _SLOTS, strict=True)
     )

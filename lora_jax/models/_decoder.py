@@ -14,6 +14,10 @@ from ._layers import accumulator, check_inputs, chosen, Options
 from ._losses import head_losses
 
 
+# The most columns whose logits are made with the head as the first operand; transposing more costs as much.
+_FEW = 64
+
+
 class DecoderModel(nn.Module):
     """The fields of a decoder, and what they give: the head, and an empty cache."""
 
@@ -32,12 +36,13 @@ class DecoderModel(nn.Module):
             *(self.implementation, not self.checkpoint),
         )
 
-    def results(self, embedding, x_BxNxD, labels_BxN=None, smoothing=0.0, cap=None):
+    def results(self, embedding, x_BxNxD, labels_BxN=None, smoothing=0.0, cap=None, cached=False):
         """The logits, float32 or wider, by the embedding where they are tied, and by `lm_head` where not; of
         labels their losses.
         """
         tied = self.config.tie_word_embeddings
-        logits_of = functools.partial(_logits, axis=1 if tied else 0, dtype=self.dtype, cap=cap)
+        few = cached and tied and x_BxNxD.shape[0] * x_BxNxD.shape[1] <= _FEW
+        logits_of = functools.partial(_logits, axis=1 if tied else 0, dtype=self.dtype, cap=cap, first=few)
         head = embedding.embedding
         if not tied:
             std = nn.initializers.normal(self.config.initializer_range)
@@ -60,11 +65,11 @@ class DecoderModel(nn.Module):
 
     def empty_cache(self, layers: int, heads: int, width: int, batch: int, slots: int, dtype: Any) -> Cache:
         """`heads` of keys and values, `width` numbers each."""
-        shape = (*((layers,) if self.scan else ()), batch, slots, heads, width)
+        leading = (*((layers,) if self.scan else ()), batch, heads)
         dtype = dtype or self.dtype or self.param_dtype
 
-        def pair() -> tuple[jax.Array, jax.Array]:  # two arrays, so that a cache can be donated
-            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        def pair() -> tuple[jax.Array, jax.Array]:
+            return jnp.zeros((*leading, width, slots), dtype), jnp.zeros((*leading, slots, width), dtype)
 
         pairs = pair() if self.scan else tuple(pair() for _ in range(layers))
         real, positions = jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32)
@@ -83,11 +88,18 @@ class _Kernel(nn.Module):
         return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
 
 
-def _logits(x, head, *, axis, dtype, cap):
-    """x · head, contracted over `axis` of the head, and capped where there is a cap."""
+def _logits(x, head, *, axis, dtype, cap, first=False):
+    """x · head, contracted over `axis` of the head, and capped where there is a cap. With `first` the head is
+    the first operand, and the barrier keeps it there: XLA's CPU backend packs the second one anew in every
+    step.
+    """
     x, head = nn.dtypes.promote_dtype(x, head, dtype=dtype)
-    contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    logits = jax.lax.dot_general(x, head, contract, preferred_element_type=accumulator(x.dtype))
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=accumulator(x.dtype))
+    if first:
+        logits_VxBxN = product(head, x, (((axis,), (x.ndim - 1,)), ((), ())))
+        logits = jnp.moveaxis(jax.lax.optimization_barrier(logits_VxBxN), 0, -1)
+    else:
+        logits = product(x, head, (((x.ndim - 1,), (axis,)), ((), ())))
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

@@ -16,7 +16,6 @@ from ._config import LabelledConfig, numbered_labels as numbered_labels
 from ._layers import accumulator, ACTIVATIONS, LayerNorm, Options, Part
 
 
-# The heads of a model, and the shape of the result with each.
 HEADS = {
     "features": "(batch, time, width): no head, the states of the last layer",
     "masked_lm": "(batch, time, vocabulary)",
@@ -24,6 +23,7 @@ HEADS = {
     "token_classification": "(batch, time, labels)",
     "question_answering": "(batch, time, 2): start and end of the answer",
 }
+"""The heads of an encoder, and the shape of the result with each."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -252,6 +252,7 @@ def attention(
     bias_BxHxTxS=None,
     mask_Bx1xTxS=None,
     causal=False,
+    cached=False,
     scale=1.0,
     cap=None,
     dropout=None,
@@ -264,22 +265,26 @@ def attention(
     attends to no key, such as a padding token on the left, gets the mean of all values, as in PyTorch, and
     not NaN. There may be fewer heads of keys and values, each for as many queries in a row (Ainslie et al.
     2023). `cap` squeezes the scores to cap · tanh(scores / cap). `dropout` is a function of the attention
-    weights. With an `implementation` it is `jax.nn.dot_product_attention`'s of that name, where it can be: it
-    has no cap and no dropout, and takes its softmax in float32 even of float64 scores. With `recompute` the
-    backward pass computes the weights again.
+    weights. With `cached`, keys and values come as a cache has them, (B, H, K, S) and (B, H, S, K), and
+    neither is transposed. With an `implementation` it is `jax.nn.dot_product_attention`'s of that name, where
+    it can be: it has no cap and no dropout, and takes its softmax in float32 even of float64 scores. With
+    `recompute` the backward pass computes the weights again.
 
     The heads come before the tokens in both products. Each of q, k, v and the result is then transposed once,
     and once again on the way back, and no array of scores is: XLA copies an operand whose batch axes are not
     the first. So the queries that share a head of keys are more rows of its product, not one more axis.
     """
-    batch, tokens, heads, width = q_BxTxHxK.shape
-    chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, None, width))
+    batch, _, _, width = q_BxTxHxK.shape
+    if not cached:
+        chex.assert_shape([k_BxSxHxK, v_BxSxHxK], (batch, None, None, width))
     if mask_Bx1xTxS is not None:
         chex.assert_rank(mask_Bx1xTxS, 4)
         chex.assert_type(mask_Bx1xTxS, bool)
 
     wide = accumulator(q_BxTxHxK.dtype)
     if implementation is not None and dropout is None and cap is None and wide == jnp.float32:
+        if cached:
+            k_BxSxHxK, v_BxSxHxK = k_BxSxHxK.transpose(0, 3, 1, 2), v_BxSxHxK.transpose(0, 2, 1, 3)
         # It promotes bfloat16 to its float32 accumulator implicitly, which strict dtype promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
@@ -294,23 +299,23 @@ def attention(
             )
 
     def attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS):
-        return _attended(
-            q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, causal, scale, cap, dropout
-        )
+        options = (causal, cached, scale, cap, dropout)
+        return _attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, *options)
 
     if recompute and dropout is None:  # Scores and weights are not kept.
         attended = jax.checkpoint(attended)
     return attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS)
 
 
-def _attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, causal, scale, cap, dropout):
+def _attended(q_BxTxHxK, k, v, bias_BxHxTxS, mask_Bx1xTxS, causal, cached, scale, cap, dropout):
     batch, tokens, heads, width = q_BxTxHxK.shape
-    slots, shared = k_BxSxHxK.shape[1:3]
     wide = accumulator(q_BxTxHxK.dtype)
-    k_BxGxSxK, v_BxGxSxK = (x.transpose(0, 2, 1, 3) for x in (k_BxSxHxK, v_BxSxHxK))
+    keys = "BGKS" if cached else "BGSK"
+    k, v_BxGxSxK = (k, v) if cached else (x.transpose(0, 2, 1, 3) for x in (k, v))
+    shared, slots = v_BxGxSxK.shape[1:3]
     # Rows M: the tokens of the first head of queries that share one of keys, then those of the next.
     q_BxGxMxK = q_BxTxHxK.transpose(0, 2, 1, 3).reshape(batch, shared, -1, width)
-    scores_BxGxMxS = jnp.einsum("BGMK,BGSK->BGMS", q_BxGxMxK, k_BxGxSxK, preferred_element_type=wide)
+    scores_BxGxMxS = jnp.einsum(f"BGMK,{keys}->BGMS", q_BxGxMxK, k, preferred_element_type=wide)
     scores_BxHxTxS = scale * scores_BxGxMxS.reshape(batch, heads, tokens, slots)
     if cap is not None:
         scores_BxHxTxS = cap * jnp.tanh(scores_BxHxTxS / cap)
@@ -320,7 +325,7 @@ def _attended(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_BxHxTxS, mask_Bx1xTxS, causa
     if causal:
         allowed = allowed & jnp.tril(jnp.ones((1, 1, tokens, slots), bool))
     weights_BxHxTxS = jax.nn.softmax(jnp.where(allowed, scores_BxHxTxS, jnp.finfo(wide).min / 2))
-    weights_BxHxTxS = weights_BxHxTxS.astype(v_BxSxHxK.dtype)
+    weights_BxHxTxS = weights_BxHxTxS.astype(v_BxGxSxK.dtype)
     if dropout is not None:
         weights_BxHxTxS = dropout(weights_BxHxTxS)
     weights_BxGxMxS = weights_BxHxTxS.reshape(batch, shared, -1, slots)

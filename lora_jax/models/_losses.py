@@ -6,7 +6,7 @@ beside them, in the forward pass, so that the backward pass needs no logits and 
 head that trains itself needs the logits of all tokens for its own gradient, and gets them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,16 +55,15 @@ def head_losses(
 
     `logits_of` closes over no array.
     """
-    batch, columns = labels_BxN.shape
-    chunks = -(-columns // -(-TOKENS // batch))
     whole = lambda x, head, labels: cross_entropy(logits_of(x, head), labels, smoothing)
-    if chunks <= 1:
-        return whole(x_BxNxD, head, labels_BxN)
 
     def each(some: Callable) -> Callable:
         """`some(x, head, labels)` of each chunk, one after the other."""
 
         def function(x_BxNxD, head, labels_BxN):
+            columns, chunks = labels_BxN.shape[1], _chunks(*labels_BxN.shape)
+            if chunks == 1:
+                return some(x_BxNxD, head, labels_BxN)
             pieces = (_split(x_BxNxD, chunks, 0), _split(labels_BxN, chunks, -1))
             _, found = jax.lax.scan(lambda _, piece: (None, some(piece[0], head, piece[1])), None, pieces)
             return jax.tree.map(lambda array: _together(array)[:, :columns], found)
@@ -75,7 +74,9 @@ def head_losses(
         losses, backward = jax.vjp(lambda x: whole(x, head, labels), x)
         return losses, backward(jnp.ones_like(losses))[0]
 
-    losses = jax.custom_jvp(own_derivative(each(jax.checkpoint(whole))))
+    # One chunk keeps its logits, as no others wait to be computed.
+    again = whole if _chunks(*labels_BxN.shape) == 1 else jax.checkpoint(whole)
+    losses = jax.custom_jvp(own_derivative(each(again)))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
         x, head, labels = primals
@@ -87,12 +88,45 @@ def head_losses(
             found = losses(x, head, labels)
             return found, jnp.zeros_like(found)
         # A loss depends on the state of its own column alone.
-        found, gradient = each(with_gradient)(x, head, labels)
+        found, gradient = _by_rows(each(with_gradient))(x, head, labels)
         wide = found.dtype
         return found, jnp.sum(gradient.astype(wide) * dx.astype(wide), axis=-1)
 
     losses.defjvp(rule, symbolic_zeros=True)
     return losses(x_BxNxD, head, labels_BxN)
+
+
+def _chunks(batch: int, columns: int) -> int:
+    """Into how many the columns are cut."""
+    return -(-columns // -(-TOKENS // batch)) if columns else 1
+
+
+def _by_rows(function: Callable) -> Callable:
+    """`function(x, head, labels)`, which `vmap` over one head gives more rows, and no axis more.
+
+    Chunks are then as large for all adapters of a `vmap` together as for one. A derivative is that of
+    `function` as it is, since `custom_vmap` has none of its own backwards.
+    """
+    batched = jax.custom_batching.custom_vmap(function)
+
+    def rule(size: int, mapped: Sequence[bool], x: jax.Array, head: jax.Array, labels: jax.Array) -> tuple:
+        if mapped[1]:
+            axes = [0 if own else None for own in mapped]
+            found = jax.vmap(function, axes, axis_size=size)(x, head, labels)
+        else:
+            whole = (
+                array if own else jnp.broadcast_to(array, (size, *array.shape))
+                for array, own in ((x, mapped[0]), (labels, mapped[2]))
+            )
+            x, labels = (array.reshape(-1, *array.shape[2:]) for array in whole)
+            found = _by_rows(function)(x, head, labels)
+            found = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    batched.def_vmap(rule)
+    by_rows = jax.custom_jvp(lambda *operands: batched(*operands))
+    by_rows.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return by_rows
 
 
 def _split(x: jax.Array, chunks: int, fill: int) -> jax.Array:

@@ -187,8 +187,7 @@ class DebertaV2(EncoderModel):
 
     Raises:
       ValueError: an argument of another shape; a sequence longer than a model with absolute positions
-      (without
-        them no length is too long); a `head` that does not exist.
+        (without them no length is too long); a `head` that does not exist.
       TypeError: an argument of another dtype.
     """
 

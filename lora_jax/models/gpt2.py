@@ -55,6 +55,7 @@ class Attention(_Part):
             v_BxSxHxK,
             mask_Bx1xTxS=mask_Bx1xTxS,
             causal=slots is None,  # with slots, the mask is causal itself
+            cached=slots is not None,
             scale=scale,
             dropout=self.random(self.config.attn_pdrop),
             implementation=self.implementation,
@@ -216,7 +217,7 @@ class GPT2(DecoderModel):
         check_labels(labels, label_smoothing, x_BxNxD.shape[:2], self.head, cache)
         if self.head is not None:
             return self.classified(input_ids, x_BxNxD)
-        found = self.results(wte, x_BxNxD, labels, label_smoothing)
+        found = self.results(wte, x_BxNxD, labels, label_smoothing, cached=cache is not None)
         return found if cache is None else (found, cache._replace(layers=slots))
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:

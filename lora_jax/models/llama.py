@@ -98,6 +98,7 @@ class Attention(_Part):
             v_BxSxGxK,
             mask_Bx1xTxS=mask_Bx1xTxS,
             causal=slots is None,  # with slots, the mask is causal itself
+            cached=slots is not None,
             scale=config.attention_scale,
             cap=config.attention_cap,
             dropout=self.random(config.attention_dropout),
@@ -270,7 +271,8 @@ class Llama(DecoderModel):
         check_labels(labels, label_smoothing, x_BxNxD.shape[:2], self.head, cache)
         if self.head is not None:
             return self.classified(input_ids, x_BxNxD)
-        found = self.results(embedding, x_BxNxD, labels, label_smoothing, config.logit_cap)
+        cap, cached = config.logit_cap, cache is not None
+        found = self.results(embedding, x_BxNxD, labels, label_smoothing, cap, cached)
         return found if cache is None else (found, cache._replace(layers=slots))
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> Cache:
