@@ -114,6 +114,7 @@ class Record:
         self._spoke = -QUIET
         if silent:
             self._evaluated: set[int] = set()
+            self._noted: set[tuple[int, str]] = set()
             self._file: TextIO = open(os.devnull, "a", encoding="utf-8")
             self._out: TextIO = self._file
             self._bar = _Bar(self._out, name, steps, step)
@@ -127,6 +128,7 @@ class Record:
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._evaluated = {line["step"] for line in kept if "valid_loss" in line}
+        self._noted = {(line["step"], line["note"]) for line in kept if "note" in line}
         self._bar = _Bar(self._out, name, steps, step)
 
     def __enter__(self) -> "Record":
@@ -138,8 +140,12 @@ class Record:
         self._file.close()
 
     def note(self, step: int, text: str) -> None:
-        """Writes and shows a remark on this step. The report repeats it."""
-        self._write(step, note=text)
+        """Writes and shows a remark on this step. The report repeats it. What was said before the run was
+        stopped is not written again.
+        """
+        if (step, text) not in self._noted:
+            self._write(step, note=text)
+        self._noted.add((step, text))
         self._bar.above(f"{self._name}: {text}")
 
     def _write(self, step: int, **values: Any) -> None:
@@ -147,17 +153,21 @@ class Record:
         self._file.flush()
 
     def evaluated(self, step: int) -> bool:
-        """Whether the run had come to the evaluation of this step before it was stopped."""
+        """Whether the run has come to the evaluation of this step, before it was stopped too."""
         return step in self._evaluated
 
     def advance(self, step: int) -> None:
         self._bar.update(step)
 
-    def log(self, step: int, **numbers: float) -> None:
-        """Writes a line of metrics, which is on the disk when this returns, and shows it to the user."""
+    def log(self, step: int, **numbers: Any) -> None:
+        """Writes a line of metrics, which is on the disk when this returns, and shows it to the user. Of
+        several adapters, a number is an object with the number of each.
+        """
         self._write(step, **numbers)
-        valid = list(numbers) if "valid_loss" in numbers else ["loss"]
-        shown = [f"{name} {numbers[name]:.4f}" for name in valid if name in numbers]
+        if "valid_loss" in numbers:
+            self._evaluated.add(step)
+        names = list(numbers) if "valid_loss" in numbers else ["loss"]
+        shown = [f"{name} {_shown(numbers[name])}" for name in names if name in numbers]
         if "seconds_per_step" in numbers:
             shown.append(f"{numbers['seconds_per_step']:.3f} s/step")
         self._bar.update(step, numbers=", ".join(shown))
@@ -167,3 +177,11 @@ class Record:
         if "valid_loss" in numbers or now - self._spoke >= QUIET:
             self._spoke = now
             print(f"{self._name}: step {step}/{self._steps}, {', '.join(shown)}", file=self._out, flush=True)
+
+
+def _shown(number: float | dict[str, float | None]) -> str:
+    """A number, or the smallest and the largest of several; None is one that is not finite."""
+    if not isinstance(number, dict):
+        return f"{number:.4f}"
+    finite = [value for value in number.values() if value is not None]
+    return f"{min(finite):.4f} to {max(finite):.4f}" if finite else "not finite"

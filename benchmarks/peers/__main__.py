@@ -2,13 +2,13 @@
 
     python -m benchmarks.peers [--rounds 9] [--models gpt2 ...] [--only "gpt2, 8 x 64, all-linear, LoRA" ...]
 
-Each way of a row is a process with the same weights, tokens, rank and AdamW, and may use all cores. Once all
-are ready, every round asks each for one step, one after the other, in an order that turns. A ratio is the
-median of the rounds' own: the seconds of a way over those of lora_jax in the same round. "Spread" is half the
-distance of its quartiles. The first losses of all ways must agree to 1e-3, which shows that they compute the
-same. A way that has no such row says why. Peak memory is that of the whole process, its weights and its
-compiler included. A run measures the rows that it is asked for. The result keeps the others as they were,
-each with its commit, date and rounds.
+Each way of a row is a process with the same weights, tokens, rank and AdamW, and may use all cores. Once
+those in JAX are ready, and then ours again with those in PyTorch, every round asks each for one step, one
+after the other, in an order that turns. A ratio is the median of the rounds' own: the seconds of a way over
+those of lora_jax in the same round. "Spread" is half the distance of its quartiles. The first losses of all
+ways must agree to 1e-3, which shows that they compute the same. A way that has no such row says why. Peak
+memory is that of the whole process, its weights and its compiler included. A run measures the rows that it is
+asked for. The result keeps the others as they were, each with its commit, date and rounds.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks import record
 from experiments.reports.provenance import provenance
 
 from . import figure, models
-from .rows import MODELS, Row, ROWS, WAYS
+from .rows import is_torch, MODELS, Row, ROWS, WAYS
 
 
 FILE = record.RESULTS / f"peers-jax-{jax.__version__}.json"
@@ -38,28 +38,32 @@ FILE = record.RESULTS / f"peers-jax-{jax.__version__}.json"
 def measure(
     row: Row, rounds: int, directory: Path, ways: Sequence[str] = WAYS, platform: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """The lines of the table of one row, one for each way. `platform`: where JAX computes.
-
-    A TPU serves one process at a time: there each way takes all of its steps before the next.
-    """
+    """The lines of the table of one row, one for each way. `platform`: where JAX computes."""
     found: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {}
-    for group in [[way] for way in ways] if platform == "tpu" else [ways]:
-        _timed(row, rounds, directory, group, platform, found, seconds)
-    return [_line(row, way, found[way], seconds) for way in ways]
+    for group in _groups(ways, platform):
+        for way, said in _timed(row, rounds, directory, group, platform).items():
+            found.setdefault(way, said)
+    _check_losses(row, found, 1e-3 if platform == "cpu" else 1e-2)  # of products in TF32 or bfloat16
+    return [_line(row, way, found[way], found[WAYS[0]]) for way in ways]
 
 
-def _timed(
-    row: Row,
-    rounds: int,
-    directory: Path,
-    ways: Sequence[str],
-    platform: str,
-    found: dict[str, Any],
-    seconds: dict[str, list[float]],
-) -> None:
-    """Adds what the workers say, and the seconds of their steps in turn."""
+def _groups(ways: Sequence[str], platform: str) -> list[list[str]]:
+    """The ways that are in memory together: each in JAX, and then ours again beside each in PyTorch. All at
+    once would leave no memory for the files that PyTorch maps. A TPU serves one process at a time: there each
+    way takes all of its steps before the next.
+    """
+    if platform == "tpu":
+        return [[way] for way in ways]
+    others = [way for way in ways if is_torch(way)]
+    return [[way for way in ways if way not in others], *([[WAYS[0], *others]] if others else [])]
+
+
+def _timed(row: Row, rounds: int, directory: Path, ways: Sequence[str], platform: str) -> dict[str, Any]:
+    """What the workers say, the seconds of their steps in turn, and those of the first way in the same
+    rounds.
+    """
     workers: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     with contextlib.ExitStack() as started:
         for way in ways:
             worker = started.enter_context(_started(way, row, directory, platform))
@@ -67,9 +71,7 @@ def _timed(
             print(f"{row.name}: {way}: {found[way]}", file=sys.stderr, flush=True)
             if "cannot" not in found[way]:
                 workers[way] = worker
-        losses = {way: of["first loss"] for way, of in found.items() if "cannot" not in of}
-        _check_losses(row, losses, 1e-3 if platform == "cpu" else 1e-2)  # of products in TF32 or bfloat16
-        seconds |= {way: [] for way in workers}
+        seconds: dict[str, list[float]] = {way: [] for way in workers}
         order = list(workers)
         for _ in range(rounds):
             for way in order:
@@ -79,7 +81,9 @@ def _timed(
             order = [*order[1:], *order[:1]]
         for way, worker in workers.items():
             worker.stdin.close()
-            found[way]["peak MB"] = _said(worker, row, way) / 1e6
+            found[way] |= {"peak MB": _said(worker, row, way) / 1e6, "seconds": seconds[way]}
+            found[way]["beside"] = seconds.get(WAYS[0])
+    return found
 
 
 def _said(worker: Any, row: Row, way: str) -> Any:
@@ -96,20 +100,22 @@ def _started(way: str, row: Row, directory: Path, platform: str) -> Any:
     )
 
 
-def _check_losses(row: Row, losses: dict[str, float], tolerance: float) -> None:
+def _check_losses(row: Row, found: dict[str, Any], tolerance: float) -> None:
+    losses = {way: said["first loss"] for way, said in found.items() if "cannot" not in said}
     if losses and max(losses.values()) - min(losses.values()) > tolerance:
         raise RuntimeError(
             f"the first losses of {row.name!r} differ, so that not the same is timed: {losses}"
         )
 
 
-def _line(row: Row, way: str, found: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def _line(row: Row, way: str, found: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     line: dict[str, Any] = {"row": row.name, "way": way}
     if "cannot" in found:
         return line | {"note": found["cannot"]}
-    ratios = [own / ours for own, ours in zip(seconds[way], seconds[WAYS[0]], strict=True)]
+    beside = found["beside"] or ours["seconds"]
+    ratios = [own / base for own, base in zip(found["seconds"], beside, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    median = statistics.median(seconds[way])
+    median = statistics.median(found["seconds"])
     line |= {"s": round(median, 5), "over lora_jax": round(middle, 3), "spread": round((high - low) / 2, 3)}
     line |= {"tokens/s": round(row.batch * row.tokens / median)}
     digits = {"GFLOP": 1, "temporary MB": 0, "peak MB": 0, "compile s": 1, "optimizer MB": 1}

@@ -14,6 +14,7 @@ WAYS = (
     "PEFT, torch.compile",
     "full fine-tuning, PyTorch",
 )
+
 MODELS = ("gpt2", "smollm2-135m", "roberta-base")
 RANK, ALPHA, RATE = 4, 32, 2e-4
 
@@ -43,6 +44,10 @@ ROWS = (
     *(Row(model, method=method) for model in MODELS for method in ("DoRA", "QLoRA")),
     Row(batch=4, tokens=128),
 )
+
+
+def is_torch(way: str) -> bool:
+    return way == "PEFT" or "torch" in way.lower()
 
 
 class Cannot(Exception):

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .rows import Cannot, Row
+from .rows import Cannot, is_torch, Row
 
 
 def main() -> None:
     way, row, directory, device = sys.argv[1], Row(**json.loads(sys.argv[2])), Path(sys.argv[3]), sys.argv[4]
     ways: Any
-    if way == "PEFT" or "torch" in way.lower():
+    if is_torch(way):
         from . import torch_ways as ways
     else:
         from . import jax_ways as ways

@@ -19,26 +19,7 @@ def add_to(commands: Commands) -> None:
     )
     run.add_argument("config_file", nargs="?", metavar="CONFIG", help="the config, if not given as --config")
     run.add_argument("--config", help="a JSON file such as experiments/configs/demo.json")
-    run.add_argument(
-        "--data",
-        help="where the config's paths start; default: $LORA_JAX_DATA, or the working directory",
-    )
-    run.add_argument(
-        "--bases",
-        metavar="DIR",
-        help=f"where `fetch` has put the bases that have a name; default: ${catalogue.VARIABLE}, or "
-        f"{catalogue.DEFAULT} in the working directory",
-    )
-    run.add_argument(
-        "--workdir", help="where results go, and where an interrupted run is found again; default: runs/NAME"
-    )
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, as in --set train.lr=1e-4; repeatable",
-    )
+    add_places(run, "runs/NAME")
     several = run.add_argument_group(
         "several processes", "the same command on every host, with one work directory that all of them see"
     )
@@ -61,6 +42,33 @@ def add_to(commands: Commands) -> None:
     run.set_defaults(handler=handle)
 
 
+def add_places(parser: argparse.ArgumentParser, default: str) -> None:
+    """The options of what trains a config: where its inputs are, where results go, and other values of its
+    keys. `default`: of `--workdir`.
+    """
+    parser.add_argument(
+        "--data",
+        help="where the config's paths start; default: $LORA_JAX_DATA, or the working directory",
+    )
+    parser.add_argument(
+        "--bases",
+        metavar="DIR",
+        help=f"where `fetch` has put the bases that have a name; default: ${catalogue.VARIABLE}, or "
+        f"{catalogue.DEFAULT} in the working directory",
+    )
+    parser.add_argument(
+        "--workdir",
+        help=f"where results go, and where an interrupted run is found again; default: {default}",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, as in --set train.lr=1e-4; repeatable",
+    )
+
+
 def handle(args: argparse.Namespace) -> None:
     requirements.look_for(requirements.OF_EVERY_RUN, "a run")
     try:
@@ -78,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
 
     path = Path(args.config or args.config_file)
     config = configs.load(path, args.set)
-    requirements.look_for(_further(config), "this run")
+    requirements.look_for(further(config), "this run")
     from experiments.running import compiled
     from experiments.running.run import run
 
@@ -88,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
     run(config, path, data, workdir, bases=catalogue.directory(args.bases))
 
 
-def _further(config: Any) -> list[str]:
+def further(config: Any) -> list[str]:
     """The modules that this run needs and another may not: the readers of its base and its data, and the bar
     of a terminal.
     """

@@ -33,7 +33,7 @@ def draw_values(writers: Mapping[str, Mapping[str, Any]], title: str, path: Path
     first, *attributes, last = dict.fromkeys(name for found in shares.values() for name in found)
     groups = [first, *(name for name in attributes if name != last), last]
     width, middle = 0.8 / len(writers), (len(writers) - 1) / 2
-    figure, axes = _figure(max(7, 3 + 0.12 * len(groups) * len(writers)))
+    figure, axes = new_figure(max(7, 3 + 0.12 * len(groups) * len(writers)))
     colours = _colours(writers)
     for place, (writer, found) in enumerate(shares.items()):
         bars = {
@@ -103,7 +103,7 @@ def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 
 def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) -> None:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for label, points in curves.items():
         # Few points, as of a validation loss, are shown as such.
         axes.plot(
@@ -118,7 +118,7 @@ def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) ->
     figure.savefig(path, dpi=120)
 
 
-def _figure(width: float = 7) -> tuple[Any, Any]:
+def new_figure(width: float = 7) -> tuple[Any, Any]:
     # The object interface: no display, no global state, whatever backend the user has chosen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

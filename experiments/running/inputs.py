@@ -89,43 +89,53 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     `base_run`: the finished work directory of the config that `base.run` names.
     """
     mesh, data, contents = inputs.mesh, inputs.data, inputs.contents
-    keys = dict(
-        zip(("base", "adapter", "dropout"), jax.random.split(jax.random.key(config.seed), 3), strict=True)
-    )
+    drawn = keys(config.seed)
     own_tokenizer, size = workdir / "tokenizer", config.base.vocabulary
     if size is not None:
         on_first(lambda: str(tokenizer.train(contents["train"], size, own_tokenizer)))
     places = Places(data, config_path.parent, inputs.bases, base_run, own_tokenizer)
     task = tasks.of(config.data)
     labels = None if task.labels is None else task.labels(config.data, contents)
-    loaded = base.load(config.base, places, keys["base"], mesh, config.precision, labels)
+    loaded = base.load(config.base, places, drawn["base"], mesh, config.precision, labels)
     _check_room(config, loaded.model.config.positions)
     splits = tasks.prepare(config.data, contents, loaded.tokenizer)
     predictor = task.predictor or Decoder.create
-    identity = {
-        "base": fingerprint(loaded.params),
-        "config": _digest(config),
-        "data": _data_fingerprint(splits),
-    }
-    loaded = baselines.attached(config, loaded, keys["adapter"])
+    identity = identity_of(config, fingerprint(loaded.params), splits)
+    loaded = baselines.attached(config, loaded, drawn["adapter"])
     splits = baselines.with_special_tokens(config, loaded.model, splits)
     decoder = predictor(config, loaded.model, loaded.tokenizer, splits.prompts)
     decoder = baselines.prompted(config, decoder)
     params, specs = on_mesh(mesh, loaded.params, loaded.model.partition_rules)
     loaded = dataclasses.replace(loaded, params=params)
-    frozen, delta = lora_jax.lorafy(
-        params,
-        baselines.targets(config, precision.method(config), loaded.head),
-        key=keys["adapter"],
-        **_axes(config, loaded.model),
-    )
+    frozen, delta = adapted(config, loaded)
     if config.base.adapter is not None:
         delta = starts.started(starts.find(config.base.adapter, data, config_path.parent), loaded, delta)
     apply = dropping(loaded.model, config.train).apply
     trainer = Trainer.create(config, mesh, apply, frozen, delta, specs)
     return Ready(
-        loaded, specs, splits, decoder, trainer, trainer.start(delta, specs, keys["dropout"]), identity
+        loaded, specs, splits, decoder, trainer, trainer.start(delta, specs, drawn["dropout"]), identity
     )
+
+
+def keys(seed: int) -> dict[str, jax.Array]:
+    """The random keys of a run: of a base that is drawn, of the start of its adapters, and of its steps."""
+    parts = jax.random.split(jax.random.key(seed), 3)
+    return dict(zip(("base", "adapter", "dropout"), parts, strict=True))
+
+
+def adapted(config: Config, loaded: Loaded) -> tuple[Any, Any]:
+    """What stays of the base and what trains, before the first step."""
+    return lora_jax.lorafy(
+        loaded.params,
+        baselines.targets(config, precision.method(config), loaded.head),
+        key=keys(config.seed)["adapter"],
+        **_axes(config, loaded.model),
+    )
+
+
+def identity_of(config: Config, base: str, splits: Splits) -> dict[str, str]:
+    """What must be the same where a run goes on. `base`: the fingerprint of its weights."""
+    return {"base": base, "config": _digest(config), "data": _data_fingerprint(splits)}
 
 
 def _check_against_shapes(config: Config, config_path: Path) -> None:

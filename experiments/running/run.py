@@ -35,7 +35,7 @@ def run(
         processes.say(f"{config.name}: already finished, see {workdir / 'report.md'}")
         return workdir
     on_first(lambda: workdirs.check_writable(workdir))
-    ready = _prepared(config, config_path, data, bases, workdir)
+    ready = prepared(config, config_path, data, bases, workdir)
     if ready is None:  # the base's own run was stopped, and has said so
         return workdir
     state = _trained(ready, config, workdir, resolved)
@@ -52,7 +52,7 @@ def run(
     return workdir
 
 
-def _prepared(config: Config, config_path: Path, data: Path, bases: Path, workdir: Path) -> Ready | None:
+def prepared(config: Config, config_path: Path, data: Path, bases: Path, workdir: Path) -> Ready | None:
     """What the run needs before its first step; None where the base's own run is not finished."""
     found = inputs.read(config, config_path, data, bases, workdir)
     base_run = _run_base(config, config_path, found, workdir)
@@ -84,7 +84,7 @@ def _trained(ready: Ready, config: Config, workdir: Path, resolved: dict[str, An
     state = ready.first
     with _checkpoints(ready, config, workdir) as checkpoints:
         if checkpoints.latest() is not None:
-            state = _restored(checkpoints, state, config)
+            state = restored(checkpoints, state, config)
         on_first(lambda: workdirs.mark(workdir, resolved))
         with (
             Record(
@@ -95,7 +95,8 @@ def _trained(ready: Ready, config: Config, workdir: Path, resolved: dict[str, An
             return ready.trainer.fit(state, ready.splits, checkpoints, record, stop_requested)
 
 
-def _restored(checkpoints: Checkpoints, first: State, config: Config) -> State:
+def restored(checkpoints: Checkpoints, first: State, config: Config) -> State:
+    """The newest state that is intact, or `first` where none is."""
     try:
         state = checkpoints.restore(first.delta, first.opt_state)
     except NoneIntact as error:

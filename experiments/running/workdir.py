@@ -16,8 +16,8 @@ from experiments.running import processes
 BEFOREHAND = {"base", "data", "tokenizer", "tokenizer.tmp", "config.json.tmp"}
 
 
-def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
-    """Whether `workdir` holds the finished run of this config.
+def is_finished(workdir: Path, resolved: dict[str, Any], page: str = "report.md") -> bool:
+    """Whether `workdir` holds the finished run of this config, whose `page` is there.
 
     Raises:
       ValueError: it holds another config's run, or other files.
@@ -35,7 +35,7 @@ def is_finished(workdir: Path, resolved: dict[str, Any]) -> bool:
                 f"`{workdir}` holds a run of another config: {found}; use another --workdir, or the config "
                 "it was started with."
             )
-        return (workdir / "report.md").is_file()
+        return (workdir / page).is_file()
     if workdir.exists() and (
         not workdir.is_dir()
         or {entry.name for entry in workdir.iterdir() if not entry.name.startswith(processes.MARK)}

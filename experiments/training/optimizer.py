@@ -1,8 +1,8 @@
 """Optimisers by name, and the one schedule of the paper's language experiments.
 
-A row of `OPTIMIZERS` takes a learning-rate schedule and the config's section and returns an optax
-transformation. `adamw_authors` is what LoRA's authors trained GPT-2 with; it differs from `adamw` in where
-epsilon stands and in what decays.
+A row of `OPTIMIZERS` takes a learning-rate schedule, the config's section and the weight decay, and returns
+an optax transformation. `adamw_authors` is what LoRA's authors trained GPT-2 with; it differs from `adamw` in
+where epsilon stands and in what decays.
 """
 
 import math
@@ -17,16 +17,17 @@ from experiments.config import Optimizer, Train
 from lora_jax import optim
 
 
-def warmup_linear(train: Train) -> Callable[[jax.Array | int], jax.Array]:
+def warmup_linear(train: Train, lr: Any = None) -> Callable[[jax.Array | int], jax.Array]:
     """Rate lr * step / warmup, then linearly down to 0 at `steps`; step counts from 0, so the first
-    update has rate 0.
+    update has rate 0. `lr`: an array in place of `train.lr`.
     """
+    highest = train.lr if lr is None else lr
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rising = step / max(train.warmup, 1)
         falling = jnp.maximum(0.0, train.steps - step) / max(train.steps - train.warmup, 1)
-        return train.lr * jnp.where(step < train.warmup, rising, falling)
+        return highest * jnp.where(step < train.warmup, rising, falling)
 
     return rate
 
@@ -57,7 +58,7 @@ def scale_by_adam_plain_epsilon(b1: float, b2: float, eps: float) -> optax.Gradi
 
 
 def decay_after_update(
-    rate: Callable[[jax.Array], jax.Array], weight_decay: float
+    rate: Callable[[jax.Array], jax.Array], weight_decay: Any
 ) -> optax.GradientTransformation:
     """Stands last and takes rate * weight_decay of the parameter that the update u leads to: p' = (p + u)(1 -
     rate * weight_decay).
@@ -78,36 +79,41 @@ def decay_after_update(
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(rate: Callable, section: Optimizer) -> optax.GradientTransformation:
-    return optax.adamw(rate, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay)
+def _adamw(rate: Callable, section: Optimizer, weight_decay: Any) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=weight_decay)
 
 
-def _adamw_authors(rate: Callable, section: Optimizer) -> optax.GradientTransformation:
+def _adamw_authors(rate: Callable, section: Optimizer, weight_decay: Any) -> optax.GradientTransformation:
     return optax.chain(
         scale_by_adam_plain_epsilon(section.b1, section.b2, section.eps),
         optax.scale_by_learning_rate(rate),
-        decay_after_update(rate, section.weight_decay),
+        decay_after_update(rate, weight_decay),
     )
 
 
 OPTIMIZERS = {"adamw": _adamw, "adamw_authors": _adamw_authors}
 
 
-def create(section: Optimizer, train: Train) -> optax.GradientTransformation:
+def create(
+    section: Optimizer, train: Train, *, lr: Any = None, weight_decay: Any = None
+) -> optax.GradientTransformation:
     """The update rule of any parameters: clipping by the global norm if asked for, then the named
-    optimiser.
+    optimiser. `lr`, `weight_decay`: arrays in place of the sections' numbers, as a sweep has them.
     """
-    update = OPTIMIZERS[section.name](warmup_linear(train), section)
+    decay = section.weight_decay if weight_decay is None else weight_decay
+    update = OPTIMIZERS[section.name](warmup_linear(train, lr), section, decay)
     if section.clip is None:
         return update
     return optax.chain(optax.clip_by_global_norm(section.clip), update)
 
 
-def for_adapters(section: Optimizer, train: Train, frozen: Any, delta: Any) -> optax.GradientTransformation:
+def for_adapters(
+    section: Optimizer, train: Train, frozen: Any, delta: Any, **numbers: Any
+) -> optax.GradientTransformation:
     """The same with the rules that belong to a method of adaptation: LoRA-FA's gradient before, LoRA+'s
-    rates and AdaLoRA's budget after.
+    rates and AdaLoRA's budget after. `numbers`: of `create`.
     """
-    tx = create(section, train)
+    tx = create(section, train, **numbers)
     if section.lorafa:
         tx = optax.chain(optim.lorafa(frozen, delta), tx)
     if section.loraplus is not None:

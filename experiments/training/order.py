@@ -21,8 +21,8 @@ def epoch_and_position(step: int, examples: int, batch: int) -> tuple[int, int]:
     return divmod(step, batches_per_epoch(examples, batch))
 
 
-# The two most recent epochs are enough: steps only go forward.
-@functools.lru_cache(maxsize=2)
+# The two most recent epochs of each seed are enough: steps only go forward, and a sweep has several seeds.
+@functools.lru_cache(maxsize=32)
 def _epoch_order(seed: int, epoch: int, examples: int, batch: int) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
     order = generator.permutation(examples)

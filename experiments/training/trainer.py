@@ -1,17 +1,12 @@
-"""The training loop: one compiled step over a mesh, checkpoints, and nothing that a resumed run would do
-differently.
+"""The training of one run: one compiled step over a mesh, checkpoints, and nothing that a resumed run would
+do differently.
 
 What a step does depends on (config, base, data, step) and on nothing else: its examples come from `order`,
 its random key is the run's key folded with the step, its rate from the schedule. Where its arrays lie on the
-mesh is said in `sharded`.
-
-While the devices compute a step, the host reads the examples of the next one and sends it. It waits for the
-step before, so that a run which is asked to stop has two at most to finish, and for this one only where
-something is due.
+mesh is said in `sharded`, and what follows what in `loop`.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +19,9 @@ from experiments import tasks
 from experiments.config import Config
 from experiments.progress import Record
 from experiments.tasks.examples import Splits
-from experiments.training import loss as losses, optimizer, order, patience, precision
-from experiments.training.ahead import Ahead, one_behind
-from experiments.training.due import due
-from experiments.training.guards import FIRST_FULL_GRADIENT, Guards, not_finite_steps
+from experiments.training import loop, loss as losses, optimizer, order, patience, precision
+from experiments.training.ahead import one_behind
+from experiments.training.guards import Guards, not_finite_steps
 from experiments.training.patience import exhausted, worth
 from experiments.training.sharded import BATCH, ShardedStep
 from lora_jax.checkpoint import Checkpoints, State
@@ -166,7 +160,7 @@ class Trainer:
           NotFinite: a step was not finite, and `train.not_finite` is "stop", or many were in a row.
         """
         train, config, size, key = self.config.train, self.config, len(splits.train), state.key
-        step, evaluate = self.compiled_step(state), self.evaluation()
+        evaluate = self.evaluation()
         rate = optimizer.warmup_linear(train)
 
         batch_of = (
@@ -181,66 +175,42 @@ class Trainer:
         def host_batch(done: int) -> tuple[np.ndarray, dict]:
             return indices(done), splits.train.batch(indices(done))
 
-        def inputs(done: int) -> tuple[dict[str, jax.Array], jax.Array]:
+        def inputs(done: int) -> tuple[Any, dict[str, jax.Array], jax.Array]:
             batch = self.device_batch(splits.train, indices(done), train.accumulate)
-            return batch, jax.random.fold_in(key, done - 1)
+            return self.frozen, batch, jax.random.fold_in(key, done - 1)
 
-        before = on_first(lambda: not_finite_steps(record.directory, state.step))
+        def described(done: int, numbers: dict[str, jax.Array]) -> dict[str, float]:
+            values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
+            lr = float(rate(done - 1 - guards.skipped))
+            return {**values, "lr": lr, "tokens": int(numbers["tokens"])}
+
         guards = Guards(
             state.delta,
             record.directory,
             host_batch,
             skip=train.not_finite == "skip",
             say=record.note,
-            before=before,
+            before=on_first(lambda: not_finite_steps(record.directory, state.step)),
         )
-        if state.step % train.eval_every == 0 and not on_first(lambda: record.evaluated(state.step)):
-            record.log(state.step, **self.validated(evaluate, state.delta, splits.valid))
         worths = on_first(lambda: patience.worths(record.directory, state.step))
-        if exhausted(worths, train.patience):
-            return state
-        started, since = time.perf_counter(), state.step
-        ahead, previous = Ahead(inputs), None
-        for number in range(state.step, train.steps):
-            done = number + 1
-            delta, opt_state, numbers = step(state.delta, state.opt_state, self.frozen, *ahead.take(done))
-            state = State(delta, opt_state, done, order.epoch_and_position(done, size, train.batch), key)
-            guards.add(done, numbers)
-            if done < train.steps:
-                ahead.prepare(done + 1)
-            jax.block_until_ready(previous)
-            previous = numbers["finite"]
-            record.advance(done)
-            stop = stop_requested()
-            now_due = due(done, train, stop)
-            if now_due.any() or done == FIRST_FULL_GRADIENT:
-                guards.check()
-            if now_due.log:
-                now = time.perf_counter()
-                values = {name: float(numbers[name]) for name in ("loss", "gradient_norm")}
-                record.log(
-                    done,
-                    **values,
-                    lr=float(rate(number - guards.skipped)),
-                    seconds_per_step=(now - started) / (done - since),
-                    tokens=int(numbers["tokens"]),
-                )
-                started, since = now, done
-            found, enough = None, False
-            if now_due.evaluate:
-                found = self.validated(evaluate, state.delta, splits.valid)
-                record.log(done, **found)
+
+        def enough(done: int, found: dict[str, float] | None) -> bool:
+            if found is not None and done:
                 worths.append(worth(found))
-                if enough := exhausted(worths, train.patience):
-                    record.note(done, f"stopped at step {done}: no better for {train.patience} evaluations")
-            if now_due.save or enough:
-                loss = None if found is None else -worth(found)
-                checkpoints.save(state, loss, temporary=now_due.temporary and not enough)
-            if now_due.evaluate or now_due.save:
-                started, since = time.perf_counter(), done
-            if stop or enough:
-                break
-        return state
+            return exhausted(worths, train.patience)
+
+        work = loop.Work(
+            train,
+            inputs,
+            self.compiled_step(state),
+            lambda delta: self.validated(evaluate, delta, splits.valid),
+            described,
+            lambda done: order.epoch_and_position(done, size, train.batch),
+            guards,
+            lambda found: -worth(found),
+            enough,
+        )
+        return loop.fit(work, state, checkpoints, record, stop_requested)
 
 
 def evaluation_batches(

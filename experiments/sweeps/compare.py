@@ -1,0 +1,59 @@
+"""Several finished sweeps beside each other: the best of each, as of LoRA and of full fine-tuning, or of
+other targets.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.sweeps import figures
+from experiments.sweeps.figures import label
+from experiments.sweeps.page import mean_and_deviation
+
+
+def are_sweeps(workdirs: Sequence[Path]) -> bool:
+    """Whether these are finished sweeps, and not runs.
+
+    Raises `ValueError` where some are the one and some the other.
+    """
+    found = [(workdir / "sweep.md").is_file() for workdir in workdirs]
+    if any(found) and not all(found):
+        raise ValueError(
+            f"`{workdirs[found.index(False)]}` is no finished sweep, and `{workdirs[found.index(True)]}` is "
+            "one: compare sweeps with sweeps and runs with runs."
+        )
+    return all(found)
+
+
+def table(workdirs: Sequence[Path]) -> str:
+    """A line for each sweep, as Markdown: the values of its best combination, and the loss."""
+    lines = ["| sweep | method | targets | best of | values | validation loss |", "|---" * 6 + "|"]
+    for name, facts in _read(workdirs).items():
+        ended = [line for line in facts["table"] if line["mean"] is not None and line["dropped"] is None]
+        best = min(ended, key=lambda line: line["mean"], default=None)
+        values = (
+            "-" if best is None else ", ".join(f"{key} {label(of)}" for key, of in best["values"].items())
+        )
+        loss = "-" if best is None else mean_and_deviation(best)
+        method = facts["method"].partition("(")[0]
+        targets = ", ".join(f"`{pattern}`" for pattern in facts["targets"])
+        cells = [name, method, targets, str(len(facts["table"])), values, loss]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(workdirs: Sequence[Path], path: Path) -> None:
+    """Their losses against rates, in one picture."""
+    figures.draw_rates(_read(workdirs), path)
+
+
+def _read(workdirs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """By name; with the directory where two have the same."""
+    found = [json.loads((workdir / "sweep.json").read_text("utf-8")) for workdir in workdirs]
+    count = Counter(facts["name"] for facts in found)
+    return {
+        facts["name"] if count[facts["name"]] == 1 else str(workdir): facts
+        for workdir, facts in zip(workdirs, found, strict=True)
+    }

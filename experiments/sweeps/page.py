@@ -1,0 +1,97 @@
+"""The page of a finished sweep, `sweep.md`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.sweeps.figures import label
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The page, as Markdown."""
+    base, own, memory = facts["base"], facts["bytes"], facts["memory"]
+    over = "; ".join(f"`{key}` {', '.join(map(label, values))}" for key, values in facts["over"].items())
+    rows = {
+        "swept": f"{over}: {facts['adapters']} adapters in one program",
+        "method": f"`{facts['method']}` (of the first), on "
+        f"{', '.join(f'`{pattern}`' for pattern in facts['targets'])}",
+        "base": f"{base['origin']}, fingerprint `{base['fingerprint']}`",
+        "steps": f"{facts['steps']:,} of {facts['batch']} examples for each adapter",
+        "time": f"{facts['median_seconds_per_step']:.3f} s for a step of all (median) on {facts['device']}, "
+        f"jax {facts['jax']}",
+        "memory": _memory(base["bytes"], own, memory, facts["adapters"]),
+        "command": f"`{facts['command']}`",
+        "commit, date": f"{facts['commit'] or 'outside of a clone'}, {facts['date']}",
+    }
+    lines = [f"# {facts['name']}: a sweep", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
+    lines += ["", "## Validation loss", "", *table(facts), ""]
+    lines += [f"![{name}](figures/{name}.png)\n" for name in facts["figures"]]
+    lines += _best(facts["best"])
+    return "\n".join(lines)
+
+
+def table(facts: dict[str, Any]) -> list[str]:
+    """A line for each combination, the best in bold; the mean over its seeds, and their sample deviation."""
+    keys = [key for key in facts["over"] if key != "seed"]
+    head = [*(f"`{key}`" for key in keys), "adapters", "validation loss", ""]
+    ended = [line["mean"] for line in facts["table"] if line["mean"] is not None and line["dropped"] is None]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for line in facts["table"]:
+        loss = mean_and_deviation(line)
+        if ended and line["mean"] == min(ended) and line["dropped"] is None:
+            loss = f"**{loss}**"
+        cells = [*(label(line["values"][key]) for key in keys), str(line["adapters"]), loss, _remark(line)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if any(line["deviation"] is not None for line in facts["table"]):
+        lines += ["", "± is the sample deviation over the seeds."]
+    return lines
+
+
+def mean_and_deviation(line: dict[str, Any]) -> str:
+    if line["mean"] is None:
+        return "-"
+    spread = "" if line["deviation"] is None else f" ± {line['deviation']:.4f}"
+    return f"{line['mean']:.4f}{spread}"
+
+
+def _remark(line: dict[str, Any]) -> str:
+    said = [] if line["dropped"] is None else [f"dropped after step {line['dropped']}"]
+    return "; ".join([*said, *(f"not finite: {name}" for name in line["lost"])])
+
+
+def _memory(base: int, own: dict[str, int], memory: dict[str, int] | None, adapters: int) -> str:
+    words = (
+        f"the base once, {_megabytes(base)}, and of all adapters {_megabytes(own['adapters'])} with "
+        f"{_megabytes(own['optimiser'])} of the optimiser's"
+    )
+    if memory is None:
+        return words
+    return (
+        f"{words}; the compiled step takes {_megabytes(memory['argument'])} of arguments and "
+        f"{_megabytes(memory['temp'])} of temporaries"
+    )
+
+
+def _best(best: dict[str, dict[str, str]]) -> Sequence[str]:
+    lines = [
+        "`adapters/` has each adapter in PEFT's format, which `convert` merges. `sweep.json` has the numbers "
+        "of each, and `metrics.jsonl` those of every step that was logged.",
+        "",
+    ]
+    for name, words in best.items():
+        lines += [
+            f"The best is `{name}`. This merges it, decodes the test inputs and writes its report, after "
+            "which "
+            "`export` takes it:",
+            "",
+            "```bash",
+            words["run"],
+            "```",
+            "",
+        ]
+    return lines
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.2f} MB"
