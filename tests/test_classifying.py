@@ -16,6 +16,7 @@ from experiments import config as configs
 from experiments.command_line import main
 from experiments.config import Train
 from experiments.strict_json import build
+from experiments.sweeps import over
 from experiments.tasks.examples import padded_width
 from experiments.tasks.sentences import Sentence, Sentences
 from experiments.training import order, sharded
@@ -183,3 +184,19 @@ def test_it_is_random_in_training_only(dropped):
         == pytest.approx(expected(training.apply, deterministic=False, rngs=rngs), rel=1e-5)
     )
     assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, "`data.task` is 'glue/rte', which a sweep does not have: start a `run` for each value"),
+        (
+            {"data": {"task": "text", "train": "a", "valid": "a"}, "base": {"path": "b", "adapter": "c"}},
+            "`base.ad",
+        ),
+    ],
+)
+def test_a_sweep_is_of_texts(tmp_path, change, message):
+    (tmp_path / "tiny.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(ValueError, match=message):
+        over.configs_of(tmp_path / "tiny.json", ["train.result=last"], {"train.lr": [0.1, 0.2]})

@@ -254,7 +254,10 @@ _EXPERIMENTS = {
     },
     "commands": {
         *("catalogue", "config", "convert", "fetch", "metrics", "plan", "reports", "requirements", "running"),
-        *("strict_json", "tasks"),
+        *("strict_json", "sweeps", "tasks"),
+    },
+    "sweeps": {
+        *("catalogue", "config", "progress", "reports", "running", "strict_json", "tasks", "training"),
     },
     "command_line": {"commands", "requirements"},
     "__main__": {"command_line"},

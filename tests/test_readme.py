@@ -192,6 +192,7 @@ def test_pages_with_blocks_are_found():
         "text",
         "bash",
         "bibtex",
+        "json",
         "",
     }
 
