@@ -252,12 +252,12 @@ _EXPERIMENTS = {
     "running": {
         *("catalogue", "config", "decoding", "metrics", "progress", "reports", "tasks", "training"),
     },
+    "sweeps": {
+        *("catalogue", "config", "progress", "reports", "running", "strict_json", "tasks", "training"),
+    },
     "commands": {
         *("catalogue", "config", "convert", "fetch", "metrics", "plan", "reports", "requirements", "running"),
         *("strict_json", "sweeps", "tasks"),
-    },
-    "sweeps": {
-        *("catalogue", "config", "progress", "reports", "running", "strict_json", "tasks", "training"),
     },
     "command_line": {"commands", "requirements"},
     "__main__": {"command_line"},
