@@ -191,8 +191,11 @@ def test_it_is_random_in_training_only(dropped):
     [
         ({}, "`data.task` is 'glue/rte', which a sweep does not have: start a `run` for each value"),
         (
-            {"data": {"task": "text", "train": "a", "valid": "a"}, "base": {"path": "b", "adapter": "c"}},
-            "`base.ad",
+            {
+                "data": {"task": "text", "train": "a", "valid": "a", "seq_len": 8},
+                "base": {"path": "b", "adapter": "c"},
+            },
+            "`base.adapter` is 'c'",
         ),
     ],
 )
