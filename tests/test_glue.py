@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from peft_files import theirs as theirs
 from runs import refused
+from stopping import told_after
 from training import optax_promotes as optax_promotes
 
 from experiments import tasks
@@ -296,3 +298,22 @@ def test_padding_changes_nothing(root):
     alone = run(examples.batch(np.array([int(examples.lengths.argmin())]), int(examples.lengths.min())))
     np.testing.assert_allclose(together[:1], alone, atol=1e-6)
     assert np.isfinite(together).all()
+
+
+@pytest.mark.parametrize("name", ["resumed", "on a mesh"])
+def test_the_same_result_whatever_happens(root, tmp_path, name):
+    """Stopped in the middle, and split over four devices: the head and the adapters end as they did."""
+    mesh = {"data": 2, "fsdp": 2} if name == "on a mesh" else {}
+    (tmp_path / "bert").symlink_to(root / "bert")
+    (tmp_path / "tiny.json").write_text(json.dumps({**CONFIG, "mesh": mesh}))
+    command = ["run", str(tmp_path / "tiny.json"), "--data", str(root), "--workdir", str(tmp_path / "done")]
+    if name == "resumed":
+        with told_after(5):
+            assert main(command) == 0
+        assert not (tmp_path / "done" / "report.md").exists()
+    assert main(command) == 0
+    read = lambda done: safetensors.numpy.load_file(done / "adapter" / "adapter_model.safetensors")
+    found, expected = read(tmp_path / "done"), read(root / "done")
+    assert found.keys() == expected.keys() and any("classifier" in key for key in found)
+    for key in found:
+        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=0 if name == "resumed" else 1e-5)

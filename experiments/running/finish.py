@@ -65,10 +65,11 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         missing = f"Hugging Face and PEFT have no form for {kind}"
         adapter, llama_cpp = {"bytes": None, "merged_bytes": None, "missing": missing}, None
     predicted = predict(ready.decoder, ready.base.params, merged, workdir, begin)
-    write = tasks.of(config.data).write
-    if write is not None:
+    files = tasks.of(config.data).files
+    if files is not None:
         begin("writing the predictions with their probabilities")
-        on_first(lambda: write(ready.decoder, splits, merged, workdir))
+        contents = files(ready.decoder, splits, merged)
+        on_first(lambda: _write_files(workdir, contents))
     if config.compare_full:
         begin("measuring a step, beside one of full fine-tuning")
     facts: dict[str, Any] = {
@@ -327,6 +328,12 @@ def _named(prompts: Sequence[Prompt], texts: dict[str, list[str]]) -> dict[str, 
     if theirs:
         found["people"] = values.score(*zip(*theirs, strict=True))
     return {name: scores for name, scores in found.items() if scores is not None}
+
+
+def _write_files(directory: Path, contents: dict[str, str]) -> None:
+    for name, content in contents.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(content, "utf-8")
 
 
 def _write_lines(file: Path, lines: Iterable[str]) -> None:

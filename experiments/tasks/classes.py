@@ -8,7 +8,6 @@ the head then has one output.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.tasks.splits import Splits
@@ -189,18 +188,18 @@ def predictor(config: Any, model: Any, tokenizer: Any, prompts: Sequence[Any]) -
     return Classifier.create(config, model, tokenizer, prompts)
 
 
-def write_probabilities(classifier: Any, splits: Splits, params: Any, directory: Path) -> None:
-    """Writes `probabilities.tsv`, a line a test input: its index, reference and prediction, and the
-    probability of each label; and `further/`, the same without references.
+def files(classifier: Any, splits: Splits, params: Any) -> dict[str, str]:
+    """`probabilities.tsv`, a line a test input: its index, reference and prediction, and the probability of
+    each label; and `further/`, the same of inputs without references.
     """
-    write_table(directory / "probabilities.tsv", classifier, classifier.prompts, params)
+    found = {"probabilities.tsv": table(classifier, classifier.prompts, params)[1]}
     for name, inputs in splits.further.items():
-        (directory / "further").mkdir(exist_ok=True)
-        write_table(directory / "further" / f"{name}.tsv", classifier, inputs, params)
+        found[f"further/{name}.tsv"] = table(classifier, inputs, params)[1]
+    return found
 
 
-def write_table(file: Path, classifier: Any, inputs: Sequence[Any], params: Any) -> list[str]:
-    """Writes such a file, and returns the predictions."""
+def table(classifier: Any, inputs: Sequence[Any], params: Any) -> tuple[list[str], str]:
+    """The predictions, and the content of such a file."""
     found = classifier.probabilities(params, inputs)
     labels = classifier.labels
     texts = [text_of(row, labels) for row in found.tolist()]
@@ -211,5 +210,4 @@ def write_table(file: Path, classifier: Any, inputs: Sequence[Any], params: Any)
     for each, text, row in zip(inputs, texts, found.tolist(), strict=True):
         cells = [each.index, *(each.references if referenced else ()), text]
         lines.append("\t".join([*cells, *([] if labels == SCORE else (f"{value:.6f}" for value in row))]))
-    file.write_text("\n".join(lines) + "\n", "utf-8")
-    return texts
+    return texts, "\n".join(lines) + "\n"

@@ -187,7 +187,7 @@ def _task(name: str) -> Task:
         packs=False,
         labels=classes.labels_of,
         judge=judge,
-        write=classes.write_probabilities,
+        files=classes.files,
     )
 
 

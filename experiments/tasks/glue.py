@@ -240,19 +240,18 @@ def score(
     return metrics.of(names, [group[0] for group in references], texts)
 
 
-def write(classifier: Any, splits: Splits, params: Any, directory: Path) -> None:
-    """Writes the predictions with their probabilities, and for each test set the file that the benchmark's
-    site takes, in `submission/`.
+def files(classifier: Any, splits: Splits, params: Any) -> dict[str, str]:
+    """The predictions with their probabilities, and for each test set the file that the benchmark's site
+    takes, in `submission/`.
     """
-    classes.write_table(directory / "probabilities.tsv", classifier, classifier.prompts, params)
+    found = {"probabilities.tsv": classes.table(classifier, classifier.prompts, params)[1]}
     for name, inputs in splits.further.items():
-        (directory / "submission").mkdir(exist_ok=True)
-        (directory / "further").mkdir(exist_ok=True)
-        texts = classes.write_table(directory / "further" / f"{name}.tsv", classifier, inputs, params)
+        texts, found[f"further/{name}.tsv"] = classes.table(classifier, inputs, params)
         if classifier.labels == SCORE:
             texts = [f"{min(max(float(text), 0.0), 5.0):.3f}" for text in texts]
         lines = ["index\tprediction", *(f"{number}\t{text}" for number, text in enumerate(texts))]
-        (directory / "submission" / f"{name}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+        found[f"submission/{name}.tsv"] = "\n".join(lines) + "\n"
+    return found
 
 
 def _task(name: str, found: GLUESet) -> Task:
@@ -271,7 +270,7 @@ def _task(name: str, found: GLUESet) -> Task:
         packs=False,
         labels=classes.labels_of,
         judge=functools.partial(classes.judge, own),
-        write=write,
+        files=files,
     )
 
 

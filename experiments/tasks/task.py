@@ -77,7 +77,8 @@ class Task:
       judge: `judge(section, outputs, examples, rows)` gives the metrics of the head's outputs for these rows
         of the validation examples, by name. The first says which checkpoint is the best, and is the better
         the higher it is. None: the loss says it.
-      write: `write(predictor, splits, params, directory)` writes what a run leaves beside its predictions.
+      files: `files(predictor, splits, params)` gives what a run leaves beside its predictions: the content of
+        each file, by its name. Every process computes it, and one writes it.
     """
 
     section: type
@@ -95,7 +96,7 @@ class Task:
     named: str | None = None
     labels: Callable[[Any, Any], tuple[str, ...]] | None = None
     judge: Callable[[Any, Any, Any, Any], dict[str, float]] | None = None
-    write: Callable[[Any, Splits, Any, Path], None] | None = None
+    files: Callable[[Any, Splits, Any], dict[str, str]] | None = None
 
     @property
     def name(self) -> str:
