@@ -200,13 +200,14 @@ def test_the_static_check_can_pass(path, source):
 _LIBRARY = {
     "_extras": set(),
     "_mesh": set(),
+    "_kept": set(),
     "_own_derivative": set(),
     "_paths": set(),
     "_table": set(),
     "processes": set(),
-    "models": {"_extras", "_own_derivative"},
+    "models": {"_extras", "_kept", "_own_derivative"},
     "_packed": {"_mesh"},
-    "_lowrank": {"_mesh", "_packed"},
+    "_lowrank": {"_kept", "_mesh", "_packed"},
     "_tree": {"_lowrank", "_packed", "_paths"},
     "methods": {"_lowrank", "_mesh", "_packed", "_paths", "_tree"},
     "_interpret": {"_lowrank", "_own_derivative", "_packed", "_paths", "_tree"},
@@ -252,9 +253,12 @@ _EXPERIMENTS = {
     "running": {
         *("catalogue", "config", "decoding", "metrics", "progress", "reports", "tasks", "training"),
     },
+    "sweeps": {
+        *("catalogue", "config", "progress", "reports", "running", "strict_json", "tasks", "training"),
+    },
     "commands": {
         *("catalogue", "config", "convert", "fetch", "metrics", "plan", "reports", "requirements", "running"),
-        *("strict_json", "tasks"),
+        *("strict_json", "sweeps", "tasks"),
     },
     "command_line": {"commands", "requirements"},
     "__main__": {"command_line"},
