@@ -29,6 +29,7 @@ from benchmarks.training_steps import Setting, training_step
 from experiments import config as configs
 from experiments.plan import accelerators, models
 from experiments.tasks.examples import Examples
+from lora_jax import DoRA, LoRA
 from lora_jax.models import GPT2, GPT2Config, LlamaConfig
 
 
@@ -58,6 +59,16 @@ def test_adapting_costs_what_writing_it_by_hand_costs(adapted, checkpoint, dtype
     ours, hand = (measured(way, adapted, checkpoint, dtype) for way in ("adapt", "handwritten"))
     assert ours["flops"] <= 1.005 * hand["flops"]
     assert ours["temporary_bytes"] <= 1.03 * hand["temporary_bytes"]
+
+
+def test_the_length_of_dora_makes_no_product_again():
+    """Its gradient needs the product before it, also of a layer whose input the models compute again."""
+    options = {**SMALL, "batch": 32}  # so that the columns' lengths weigh little
+    lora, dora = (
+        step_cost.measure("adapt", Setting("all", method=method, **options))["flops"]
+        for method in (LoRA(4, 32), DoRA(4, 32))
+    )
+    assert dora <= 1.03 * lora
 
 
 def test_adapting_costs_less_than_full_training():

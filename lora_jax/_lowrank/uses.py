@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._kept import named
 from .._mesh import moved, sharding_like
 from .._packed.lazy import on_weight, used, value_of
 from .dropout import dropped_out
@@ -70,7 +71,7 @@ def dot_general(
         h, labels = contracted(
             inner, tuple(x_labels), term, first, (x, x_labels), keep=(*out_labels, *weight.labels(second))
         )
-        h = times(scaled_by(h, term.scale), labels, term.inner, weight.labels("inner"))
+        h = times(named(scaled_by(h, term.scale)), labels, term.inner, weight.labels("inner"))
         # The piece lies as the result does. A part of an axis need not divide as the whole axis does.
         whole = [label if term.window is None or label != weight.windowed else None for label in out_labels]
         h, labels = contracted(h, labels, term, second, (y, whole), keep=out_labels)
@@ -147,7 +148,7 @@ def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Se
 
     # The backward pass keeps the two as they are: neither `x` in the wider dtype nor the factor as large as
     # `x`.
-    return jax.checkpoint(product, prevent_cse=False)(x, factor)
+    return jax.checkpoint(product, prevent_cse=False)(named(x), factor)
 
 
 def added(y: jax.Array, pieces: Sequence[Piece], axis: int | None) -> jax.Array:

@@ -22,6 +22,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .. import _kept
+
 
 # By Hugging Face's names. `gelu_new`, `gelu_fast` and `gelu_pytorch_tanh` are one tanh approximation.
 ACTIVATIONS: dict[str, Callable] = {
@@ -119,9 +121,10 @@ class Part(nn.Module):
     def dense_of(self, activation, features, name, **options):
         """A dense layer whose input is `activation` of its arguments. The backward pass computes that input
         again, element by element, in place of keeping it: beside the arguments, which are kept, it is the
-        widest array of a layer.
+        widest array of a layer. No product of an adapter is computed again.
         """
-        layer = partial(nn.remat(_DenseOf) if self.recompute else _DenseOf, activation=activation)
+        layer = nn.remat(_DenseOf, policy=_kept.POLICY) if self.recompute else _DenseOf
+        layer = partial(layer, activation=activation)
         return self.dense(features, name, layer=layer, **options)
 
     def embed(self, rows, features, name):
