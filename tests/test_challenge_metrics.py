@@ -219,7 +219,7 @@ def test_a_part_of_the_test_set(tmp_path, capsys, no_java):
             ["webnlg", "--filter", "seen"],
             "`--filter` is seen, and the files have 2 inputs: webnlg's test set has 1",
         ),
-        (["dart", "--filter", "seen"], "`--filter` is of webnlg, got `seen` for dart"),
+        (["dart", "--filter", "seen"], "`--filter` is of webnlg and glue/mnli, got `seen` for dart"),
     ],
 )
 def test_parts_that_there_are_not(arguments, error, tmp_path, capsys):

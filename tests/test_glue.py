@@ -317,3 +317,14 @@ def test_the_same_result_whatever_happens(root, tmp_path, name):
     assert found.keys() == expected.keys() and any("classifier" in key for key in found)
     for key in found:
         np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=0 if name == "resumed" else 1e-5)
+
+
+def test_score_of_a_part_of_mnli(tmp_path, capsys):
+    """All matched inputs are right here, and no other."""
+    matched, mismatched = (len(places) for places in tasks.TASKS["glue/mnli"].parts.values())
+    (tmp_path / "refs").write_text("\n\n".join(["neutral"] * (matched + mismatched)) + "\n")
+    (tmp_path / "hyps").write_text("neutral\n" * matched + "entailment\n" * mismatched)
+    command = ["score", "glue/mnli", "--refs", str(tmp_path / "refs"), "--hyps", str(tmp_path / "hyps")]
+    for part, expected in (("matched", 1.0), ("mismatched", 0.0), ("all", 9815 / 19647)):
+        assert main([*command, "--filter", part]) == 0
+        assert json.loads(capsys.readouterr().out) == {"accuracy": expected}

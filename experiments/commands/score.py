@@ -28,7 +28,7 @@ def add_to(commands: Commands) -> None:
         "--filter",
         metavar="PART",
         help="a part of the test set alone: seen or unseen, of webnlg, whose files have all 1,862 inputs in "
-        "the challenge's order, or those of the part",
+        "the challenge's order, or those of the part; matched or mismatched, of glue/mnli",
     )
     score.add_argument(
         "--contexts",
@@ -71,7 +71,7 @@ def handle(args: argparse.Namespace) -> None:
 def _part(task: Any, part: str, references: list[Any], texts: list[str]) -> tuple[list[Any], list[str]]:
     """The inputs of a part of the test set. Files that have as many inputs as the part are it already."""
     if part not in task.parts:
-        known = f"must be one of all, {', '.join(task.parts)}" if task.parts else "is of webnlg"
+        known = f"must be one of all, {', '.join(task.parts)}" if task.parts else "is of webnlg and glue/mnli"
         raise ValueError(f"`--filter` {known}, got `{part}` for {task.name}: leave it out for all inputs.")
     places, every = task.parts[part], sum(map(len, task.parts.values()))
     if len(texts) == len(places):
