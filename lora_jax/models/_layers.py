@@ -123,9 +123,8 @@ class Part(nn.Module):
         again, element by element, in place of keeping it: beside the arguments, which are kept, it is the
         widest array of a layer. No product of an adapter is computed again.
         """
-        layer = nn.remat(_DenseOf, policy=_kept.POLICY) if self.recompute else _DenseOf
-        layer = partial(layer, activation=activation)
-        return self.dense(features, name, layer=layer, **options)
+        made = nn.remat(_DenseOf, policy=_kept.POLICY) if self.recompute else _DenseOf
+        return self.dense(features, name, layer=partial(made, activation=activation), **options)
 
     def embed(self, rows, features, name):
         return nn.Embed(
