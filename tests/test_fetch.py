@@ -301,7 +301,7 @@ def test_a_gguf_file_brings_its_tokenizer_along(made, small, pip, tmp_path, monk
 
 @pytest.mark.parametrize("name, minimal", [("smollm2-135m", "gguf"), ("all-minilm-l6-v2", None)])
 def test_a_gguf_base_needs_its_reader(name, minimal):
-    from experiments.commands.run import _further
+    from experiments.commands.run import further
 
     config = configs.load(CONFIGS / "demo.json", ["base=" + json.dumps({"name": name})])
-    assert ("gguf" in _further(config)) == (minimal == "gguf")
+    assert ("gguf" in further(config)) == (minimal == "gguf")

@@ -305,7 +305,7 @@ def _run(directory, name, writers=()):
 @pytest.fixture
 def bars(monkeypatch):
     """The bars of each figure that is drawn: by writer, the height over each group."""
-    drawn, original = [], figures._figure
+    drawn, original = [], figures.new_figure
 
     def kept(*size):
         drawn.append(original(*size))
@@ -324,7 +324,7 @@ def bars(monkeypatch):
         assert len(set(colours.values())) == len(colours), "a colour each"
         return middles
 
-    monkeypatch.setattr(figures, "_figure", kept)
+    monkeypatch.setattr(figures, "new_figure", kept)
     return read
 
 
