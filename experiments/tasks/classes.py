@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from experiments.metrics import classes as metrics, warn
 from experiments.tasks.splits import Splits
 
 
@@ -42,6 +43,17 @@ class Contents(NamedTuple):
 
 
 SCORE = ("score",)
+
+
+def score(
+    names: Sequence[str],
+    references: Sequence[Sequence[str]],
+    texts: Sequence[str],
+    *,
+    tell: Callable[[str], None] = warn,
+) -> dict[str, float | None]:
+    """The metrics of one label, or one number, an input."""
+    return metrics.of(names, [group[0] for group in references], texts)
 
 
 def labels_of(section: Any, contents: Contents) -> tuple[str, ...]:

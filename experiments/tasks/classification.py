@@ -8,13 +8,12 @@ Labels stay words: 1 and "1" are one label.
 import csv
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.checks import at_least
-from experiments.metrics import classes as metrics, warn
 from experiments.tasks import classes
 from experiments.tasks.classes import Contents, Row, SCORE
 from experiments.tasks.losses import of_classes
@@ -155,21 +154,10 @@ def _check_columns(names: Sequence[str], columns: dict[str, str], place: str) ->
             )
 
 
-def score(
-    names: Sequence[str],
-    references: Sequence[Sequence[str]],
-    texts: Sequence[str],
-    *,
-    tell: Callable[[str], None] = warn,
-) -> dict[str, float | None]:
-    """The metrics of one label, or one number, an input."""
-    return metrics.of(names, [group[0] for group in references], texts)
-
-
 def judge(section: ClassificationData, outputs: Any, examples: Any, rows: Any) -> dict[str, float]:
     """The metrics in validation, that of `section.metric` first."""
     names = METRICS[section.task]
-    found = classes.judge(functools.partial(score, names), section, outputs, examples, rows)
+    found = classes.judge(functools.partial(classes.score, names), section, outputs, examples, rows)
     first = section.metric or names[0]
     return {first: found[first], **found}
 
@@ -182,7 +170,7 @@ def _task(name: str) -> Task:
         prepare=classes.prepare,
         loss=of_classes,
         predictor=classes.predictor,
-        score=functools.partial(score, METRICS[name]),
+        score=functools.partial(classes.score, METRICS[name]),
         percentages=METRICS[name],
         packs=False,
         labels=classes.labels_of,

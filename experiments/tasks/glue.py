@@ -10,13 +10,12 @@ too few columns are left out there, as in the benchmark's own code, and refused 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.checks import at_least
-from experiments.metrics import classes as metrics, warn
 from experiments.tasks import classes
 from experiments.tasks.classes import Contents, Row, SCORE
 from experiments.tasks.losses import of_classes
@@ -229,17 +228,6 @@ def _word(label: Any, labels: tuple[str, ...]) -> str:
     return labels[label] if isinstance(label, int) and 0 <= label < len(labels) else str(label)
 
 
-def score(
-    names: Sequence[str],
-    references: Sequence[Sequence[str]],
-    texts: Sequence[str],
-    *,
-    tell: Callable[[str], None] = warn,
-) -> dict[str, float | None]:
-    """The benchmark's metrics of one label an input."""
-    return metrics.of(names, [group[0] for group in references], texts)
-
-
 def files(classifier: Any, splits: Splits, params: Any) -> dict[str, str]:
     """The predictions with their probabilities, and for each test set the file that the benchmark's site
     takes, in `submission/`.
@@ -255,7 +243,7 @@ def files(classifier: Any, splits: Splits, params: Any) -> dict[str, str]:
 
 
 def _task(name: str, found: GLUESet) -> Task:
-    own = functools.partial(score, found.metrics)
+    own = functools.partial(classes.score, found.metrics)
     parts = {"matched": range(_MATCHED), "mismatched": range(_MATCHED, _MATCHED + _MISMATCHED)}
     return Task(
         section=GLUEData,
