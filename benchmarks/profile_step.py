@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("seconds of the operations of a step")
-    axes.legend(loc="lower right", fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(KINDS), fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
