@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from experiments.decoding import decoder
 from experiments.reports.provenance import provenance
 from lora_jax.interop import hf
 
-from . import record
+from . import in_turn, record
 from .peers import models
 
 
@@ -166,12 +166,8 @@ def measure(row: Row, workers: dict[str, Any], rounds: int) -> list[dict[str, An
     equal = float(np.mean(np.array(tokens[WAYS[0]]) == np.array(tokens[WAYS[1]])))
     if equal < 0.99:
         raise RuntimeError(f"{row.name}: {equal:.4f} of the tokens are equal, so that not the same is timed")
-    seconds: dict[str, list[Sequence[float]]] = {way: [] for way in workers}
-    order = list(workers)
-    for _ in range(rounds):
-        for way in order:
-            seconds[way].append(asked(workers[way], row)["seconds"])
-        order = order[::-1]
+    call = lambda way: lambda: asked(workers[way], row)["seconds"]
+    seconds = in_turn.taken({way: call(way) for way in workers}, rounds)
     lines = []
     for way in WAYS:
         wall, cpu = (statistics.median(each) for each in zip(*seconds[way], strict=True))
@@ -179,10 +175,9 @@ def measure(row: Row, workers: dict[str, Any], rounds: int) -> list[dict[str, An
         lines.append({"row": row.name, "way": way, "s": round(wall, 3), "tokens/s": round(made / wall, 1)})
         lines[-1] |= {"CPU s": round(cpu, 3)}
     for kind, name in enumerate(("times", "CPU times")):
-        pairs = zip(seconds[WAYS[1]], seconds[WAYS[0]], strict=True)
-        low, middle, high = statistics.quantiles([b[kind] / a[kind] for b, a in pairs], n=4)
+        over = in_turn.ratio(*([each[kind] for each in seconds[way]] for way in reversed(WAYS)))
         spread = "spread" if kind == 0 else "CPU spread"
-        lines[0] |= {name: round(middle, 2), spread: round((high - low) / 2, 2)}
+        lines[0] |= {name: round(over.median, 2), spread: round(over.spread, 2)}
     lines[0] |= {"equal": round(equal, 4)}
     return lines
 

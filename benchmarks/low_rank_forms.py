@@ -12,6 +12,7 @@ What came of it is in `docs/cost.md`.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 
 from experiments.reports.provenance import provenance
 
-from . import record
+from . import in_turn, record
 
 
 RANK = 4
@@ -85,22 +86,20 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, Any]:
     width, outs = PROJECTIONS[name]
     arrays = arrays_of(width, outs, tokens)
     forms = {form: compiled(FORMS[form], *arrays) for form in FORMS if form != "one A" or len(outs) > 1}
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
-    order = list(forms)
-    for _ in range(rounds + 1):
-        for form in order:
-            started = time.perf_counter()
-            jax.block_until_ready(forms[form](*arrays))
-            seconds[form].append(time.perf_counter() - started)
-        order = [*order[1:], order[0]]
+
+    def timed(form: str) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(forms[form](*arrays))
+        return time.perf_counter() - started
+
+    ways = {form: functools.partial(timed, form) for form in forms}
+    in_turn.taken(ways, 1)  # what only the first calls pay
+    seconds = in_turn.taken(ways, rounds)
     row: dict[str, Any] = {"projections": name, "tokens": tokens}
-    row["apart ms"] = round(1e3 * statistics.median(seconds["apart"][1:]), 2)
+    row["apart ms"] = round(1e3 * statistics.median(seconds["apart"]), 2)
     for form in [form for form in FORMS if form != "apart"]:
-        pairs = zip(seconds.get(form, [])[1:], seconds["apart"][1:], strict=False)
-        ratios = [own / base for own, base in pairs]
-        low, middle, high = statistics.quantiles(ratios, n=4) if ratios else (None, None, None)
-        row[form] = middle
-        row[f"{form}, spread"] = None if low is None else (high - low) / 2
+        found = in_turn.ratio(seconds[form], seconds["apart"]) if form in seconds else (None, None)
+        row[form], row[f"{form}, spread"] = found
     return row
 
 

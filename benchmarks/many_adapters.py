@@ -20,9 +20,9 @@ batched; its arguments are the base once, and eight times the rest.
 import argparse
 import collections
 import dataclasses
+import functools
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -38,9 +38,9 @@ from experiments.plan import flops
 from experiments.reports.provenance import provenance
 from lora_jax import LoRA
 
-from . import record
+from . import in_turn, record
 from .peers.models import described, TARGETS
-from .training_steps import tree_bytes
+from .training_steps import step_of, tree_bytes
 
 
 ADAPTERS, RANK, RATE = 8, 8, 2e-4
@@ -76,11 +76,7 @@ def ways(apply: Callable, params: Any, targets: str, adapters: int = ADAPTERS, *
         variables = {"params": lora_jax.combine(frozen, delta)}
         return forward(variables, ids, labels=jnp.roll(ids, -1, axis=1))[:, :-1].mean()
 
-    def one(delta: Any, state: Any, frozen: Any, ids: jax.Array) -> tuple:
-        value, gradient = jax.value_and_grad(loss)(delta, frozen, ids)
-        updates, state = tx.update(gradient, state, delta)
-        return optax.apply_updates(delta, updates), state, value
-
+    one = step_of(loss, tx)
     many = jax.vmap(one, in_axes=(0, 0, None, 0))
     return Ways(one, many, tx.init, lora_jax.stack(deltas), frozen)
 
@@ -149,23 +145,24 @@ def measure(name: str, layers: int | None, size: str, rounds: int) -> dict[str, 
 
     for _ in range(2):  # what only the first steps pay
         np.testing.assert_allclose(all_together(), one_by_one(), rtol=1e-4)
-    seconds: dict[Callable, list[np.ndarray]] = {all_together: [], one_by_one: []}
     clocks = lambda: np.array([time.perf_counter(), time.process_time()])
-    for number in range(rounds):
-        for way in list(seconds)[:: 1 if number % 2 == 0 else -1]:
-            started = clocks()
-            way()
-            seconds[way].append(clocks() - started)
-    wall, cpu = np.divide(*seconds.values()).T
-    low, middle, high = statistics.quantiles(wall, n=4)
+
+    def timed(way: Callable) -> np.ndarray:
+        started = clocks()
+        way()
+        return clocks() - started
+
+    steps = {way: functools.partial(timed, way) for way in (all_together, one_by_one)}
+    seconds = {way: np.array(taken).T for way, taken in in_turn.taken(steps, rounds).items()}
+    wall, cpu = map(in_turn.ratio, seconds[all_together], seconds[one_by_one])
     return {
         "model": f"{name}, {layers} layers" if layers else name,
         "batches": f"{ADAPTERS} of {size}",
-        "one program s": round(float(np.median(seconds[all_together], axis=0)[0]), 3),
-        "separate s": round(float(np.median(seconds[one_by_one], axis=0)[0]), 3),
-        "over separate": float(middle),
-        "spread": float(high - low) / 2,
-        "of CPU time": float(np.median(cpu)),
+        "one program s": round(float(np.median(seconds[all_together][0])), 3),
+        "separate s": round(float(np.median(seconds[one_by_one][0])), 3),
+        "over separate": float(wall.median),
+        "spread": float(wall.spread),
+        "of CPU time": float(cpu.median),
         "FLOPs / one": gigaflop["many"] / gigaflop["one"],
         "GFLOP": round(gigaflop["many"], 1),
         "temporary MB": round(memory["many"].temp_size_in_bytes / 1e6, 1),

@@ -40,9 +40,9 @@ from lora_jax import LoRA
 from lora_jax.models import GPT2, GPT2Config, Llama, LlamaConfig
 from lora_jax.quant import Blocks, from_gguf, nbytes, NF4
 
-from . import record
+from . import in_turn, record
 from .live_arrays import most_at_once
-from .training_steps import ALPHA, RANK
+from .training_steps import ALPHA, RANK, step_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,16 +157,11 @@ def prepared(row: Row, layers: int, frozen: Any, delta: Any, wanted: set[int]) -
         params = {"params": lora_jax.combine(frozen, trained)}
         return forward(params, ids, labels=jnp.roll(ids, -1, axis=1))[:, :-1].mean()
 
-    def step(trained: Any, state: Any, frozen: Any, ids: jax.Array) -> tuple:
-        value, gradient = jax.value_and_grad(loss)(trained, frozen, ids)
-        updates, state = tx.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state, value
-
     draw = np.random.default_rng(0)
     ids = jnp.asarray(draw.integers(0, model.config.vocab_size, (row.batch, row.tokens)), jnp.int32)
     trained = jax.tree.map(jnp.copy, delta)  # steps give their buffers away
     state = tx.init(trained)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, frozen, ids).compile()
+    compiled = jax.jit(step_of(loss, tx), donate_argnums=(0, 1)).lower(trained, state, frozen, ids).compile()
     figures = {
         "GFLOP": compiled.cost_analysis()["flops"] / 1e9,
         "temporary MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
@@ -186,30 +181,22 @@ def measure(row: Row, layers: int, rounds: int) -> list[dict[str, Any]]:
         steps[name], figures[name] = prepared(row, layers, *trees, sizes)
         steps[name].take()
         print(f"{row.name}: {name}: {figures[name]}", file=sys.stderr, flush=True)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    order = list(steps)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(steps[name].take())
-        order = [*order[1:], order[0]]
+    seconds = in_turn.taken({name: step.take for name, step in steps.items()}, rounds)
     largest = 4 * max(sizes) / 1e6
     return [_line(row, name, figures, seconds, largest) for name in steps]
 
 
 def _line(row: Row, name: str, figures: dict, seconds: dict, largest: float) -> dict[str, Any]:
-    ratios, of_cpu = (
-        [own[clock] / lora[clock] for own, lora in zip(seconds[name], seconds[LORA], strict=True)]
-        for clock in (0, 1)
-    )
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    both = zip(zip(*seconds[name], strict=True), zip(*seconds[LORA], strict=True), strict=True)
+    over, of_cpu = (in_turn.ratio(*clock) for clock in both)
     own, lora = figures[name], figures[LORA]
     return {
         "row": row.name,
         "base": "float32 (LoRA)" if name == LORA else name,
         "s": round(statistics.median(wall for wall, _ in seconds[name]), 3),
-        "over LoRA": round(middle, 3),
-        "spread": round((high - low) / 2, 3),
-        "CPU time over LoRA": round(statistics.median(of_cpu), 3),
+        "over LoRA": round(over.median, 3),
+        "spread": round(over.spread, 3),
+        "CPU time over LoRA": round(of_cpu.median, 3),
         "FLOPs over LoRA": own["GFLOP"] / lora["GFLOP"],
         "temporary MB": round(own["temporary MB"], 3),
         "more than LoRA, MB": round(own["temporary MB"] - lora["temporary MB"], 3),

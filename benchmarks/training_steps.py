@@ -112,12 +112,18 @@ def training_step(way: str, setting: Setting) -> Step:
         logits = logits_of(trained, fixed, ids)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
 
-    def step(trained, opt_state, fixed, ids):
-        value, gradient = jax.value_and_grad(loss)(trained, fixed, ids)
+    return Step(step_of(loss, tx), (trained, jax.eval_shape(tx.init, trained), fixed, ids))
+
+
+def step_of(loss: Callable, tx: optax.GradientTransformation) -> Callable:
+    """`step(trained, opt_state, *others)` for `loss(trained, *others)`: what trains, its state, the loss."""
+
+    def step(trained: Any, opt_state: Any, *others: Any) -> tuple:
+        value, gradient = jax.value_and_grad(loss)(trained, *others)
         updates, opt_state = tx.update(gradient, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, value
 
-    return Step(step, (trained, jax.eval_shape(tx.init, trained), fixed, ids))
+    return step
 
 
 def lorafied(params: Any, setting: Setting) -> lora_jax.Lorafied:

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import (
     accelerator,
     counted_positions,
+    in_turn,
     kept_and_copied,
     live_arrays,
     low_rank_forms,
@@ -342,3 +343,12 @@ ENTRY %main (w: f32[2,3], x: f32[4]) -> f32[4] {
     assert live_arrays.most_at_once(text.replace("tuple(%zero, %first)", "tuple(%zero, %w)"), {6}) == 2
     alone = text.replace("tuple(%zero, %first)", "tuple(%zero, %w)").replace("transpose(%flat)", "dot(%flat)")
     assert live_arrays.most_at_once(alone.replace("f32[3,2]", "f32[5]"), {6}) == 1
+
+
+def test_what_is_timed_takes_turns():
+    asked = []
+    found = in_turn.taken({way: functools.partial(asked.append, way) for way in "abc"}, 3)
+    assert "".join(asked) == "abcbcacab"
+    assert found == {way: [None] * 3 for way in "abc"}
+    own, base = [2.0, 9.0, 8.0, 4.0, 12.0], [2.0, 3.0, 4.0, 1.0, 2.0]
+    assert in_turn.ratio(own, base) == (3.0, 1.75)  # of 1, 2, 3, 4 and 6: quartiles at 1.5 and 5

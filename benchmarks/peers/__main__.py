@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import record
+from benchmarks import in_turn, record
 from experiments.reports.provenance import provenance
 
 from . import figure, models
@@ -71,19 +71,19 @@ def _timed(row: Row, rounds: int, directory: Path, ways: Sequence[str], platform
             print(f"{row.name}: {way}: {found[way]}", file=sys.stderr, flush=True)
             if "cannot" not in found[way]:
                 workers[way] = worker
-        seconds: dict[str, list[float]] = {way: [] for way in workers}
-        order = list(workers)
-        for _ in range(rounds):
-            for way in order:
-                workers[way].stdin.write("\n")
-                workers[way].stdin.flush()
-                seconds[way].append(_said(workers[way], row, way))
-            order = [*order[1:], *order[:1]]
+        step = lambda way: lambda: _step(workers[way], row, way)
+        seconds = in_turn.taken({way: step(way) for way in workers}, rounds)
         for way, worker in workers.items():
             worker.stdin.close()
             found[way] |= {"peak MB": _said(worker, row, way) / 1e6, "seconds": seconds[way]}
             found[way]["beside"] = seconds.get(WAYS[0])
     return found
+
+
+def _step(worker: Any, row: Row, way: str) -> float:
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return float(_said(worker, row, way))
 
 
 def _said(worker: Any, row: Row, way: str) -> Any:
@@ -112,11 +112,9 @@ def _line(row: Row, way: str, found: dict[str, Any], ours: dict[str, Any]) -> di
     line: dict[str, Any] = {"row": row.name, "way": way}
     if "cannot" in found:
         return line | {"note": found["cannot"]}
-    beside = found["beside"] or ours["seconds"]
-    ratios = [own / base for own, base in zip(found["seconds"], beside, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    over = in_turn.ratio(found["seconds"], found["beside"] or ours["seconds"])
     median = statistics.median(found["seconds"])
-    line |= {"s": round(median, 5), "over lora_jax": round(middle, 3), "spread": round((high - low) / 2, 3)}
+    line |= {"s": round(median, 5), "over lora_jax": round(over.median, 3), "spread": round(over.spread, 3)}
     line |= {"tokens/s": round(row.batch * row.tokens / median)}
     digits = {"GFLOP": 1, "temporary MB": 0, "peak MB": 0, "compile s": 1, "optimizer MB": 1}
     return line | {

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
 from benchmarks.handwritten_gpt2 import HandwrittenGPT2
+from benchmarks.training_steps import step_of
 from experiments.plan import flops
 from lora_jax import DoRA, LoRA
 from lora_jax.interop import hf
@@ -41,11 +42,7 @@ def prepared(
             return apply(trained, fixed, ids, labels=jnp.roll(labels, -1, 1))[:, :-1].mean()
         return cross_entropy(apply(trained, fixed, ids)[:, :-1], labels[:, 1:]).mean()
 
-    def step(trained: Any, state: Any, fixed: Any, ids: jax.Array, labels: jax.Array) -> tuple:
-        value, gradient = jax.value_and_grad(loss)(trained, fixed, ids, labels)
-        updates, state = tx.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state, value
-
+    step = step_of(loss, tx)
     # Copies, since steps give their buffers away.
     trained = jax.tree.map(jnp.copy, trained)
     held = [trained, tx.init(trained)]

@@ -13,35 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.checks import at_least
 from experiments.metrics import score_tokens, warn, webnlg
 from experiments.tasks import pairs, triples
-from experiments.tasks.pairs import Row
+from experiments.tasks.pairs import PairsData, Row
 from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 from experiments.tasks.triples import Entry
 
 
-# The authors score with the first six of a test input's wordings; the challenge with the first three.
-REFERENCES = 6
-
-
 @dataclass(frozen=True)
-class DARTData:
-    """Triples and their wordings. `truncate`: cut what is longer than `seq_len` as the authors do, instead of
-    refusing it."""
+class DARTData(PairsData):
+    """Triples and their wordings."""
 
     task: Literal["dart"]
-    train: str
-    valid: str
-    test: str | None = None
-    seq_len: int = 512
-    truncate: bool = False
-    max_rows: int | None = None
-    max_valid_rows: int | None = None
-
-    def __post_init__(self):
-        at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
 
 
 def rows_of(entry: Entry) -> list[Row]:
@@ -62,7 +46,7 @@ def read(section: DARTData, directory: Path) -> dict[str, list[Row]]:
 
 def prepare(section: DARTData, rows: dict[str, list[Row]], tokenizer: Any) -> Splits:
     """Examples and prompts of the rows that `read` found."""
-    return pairs.prepare(section, rows, tokenizer, most=REFERENCES)
+    return pairs.prepare(section, rows, tokenizer, most=triples.REFERENCES)
 
 
 def as_scored(text: str) -> str:

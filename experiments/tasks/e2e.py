@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.checks import at_least
 from experiments.metrics import score_e2e
-from experiments.tasks.pairs import checked, encode as encode, prepare as prepare, Row, short
+from experiments.tasks.pairs import checked, encode as encode, PairsData, prepare as prepare, Row, short
 from experiments.tasks.task import Task
 
 
@@ -30,23 +29,12 @@ _SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
 
 
 @dataclass(frozen=True)
-class E2EData:
+class E2EData(PairsData):
     """Meanings and their wordings. `dataset`: a directory or hub name for `datasets`, whose splits `train`,
-    `valid`, `test` then name; without it they are files. `truncate`: cut what is longer than `seq_len` as the
-    authors do, instead of refusing it."""
+    `valid`, `test` then name; without it they are files."""
 
     task: Literal["e2e"]
-    train: str
-    valid: str
-    test: str | None = None
     dataset: str | None = None
-    seq_len: int = 512
-    truncate: bool = False
-    max_rows: int | None = None
-    max_valid_rows: int | None = None
-
-    def __post_init__(self):
-        at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
 
 
 def context_of(meaning: str) -> str:

@@ -3,12 +3,33 @@ train on them: enc(context) + [eos] and enc(" " + wording) + [eos], of which the
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from experiments.checks import at_least
 from experiments.tasks.splits import Prompt, Splits
 
 
 Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class PairsData:
+    """What the sections of such tasks share; each names its task. `truncate`: cut what is longer than
+    `seq_len` as the authors do, instead of refusing it.
+    """
+
+    task: str
+    train: str
+    valid: str
+    test: str | None = None
+    seq_len: int = 512
+    truncate: bool = False
+    max_rows: int | None = None
+    max_valid_rows: int | None = None
+
+    def __post_init__(self):
+        at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
 
 
 def short(text: str) -> str:
@@ -49,15 +70,14 @@ def _encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def prepare(
-    section: Any,
+    section: PairsData,
     rows: Mapping[str, list[Row]],
     tokenizer: Any,
     *,
     most: int | None = None,
     parts: Mapping[str, str] | None = None,
 ) -> Splits:
-    """Examples and prompts of the rows of each split. `section` has `seq_len`, `truncate`, `max_rows` and
-    `max_valid_rows`.
+    """Examples and prompts of the rows of each split.
 
     `most`: no more references than these, the first, are kept of a context. `parts`: of the test set, by
     context.

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.checks import at_least
 from experiments.metrics import score_tokens, warn, webnlg
 from experiments.tasks import pairs, triples
-from experiments.tasks.pairs import Row
+from experiments.tasks.pairs import PairsData, Row
 from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 from experiments.tasks.triples import Entry
@@ -28,27 +27,15 @@ from experiments.tasks.triples import Entry
 SEEN = frozenset(
     "Airport Astronaut Building City ComicsCharacter Food Monument SportsTeam University WrittenWork".split()
 )
-# The authors score with the first six of a test input's wordings; the challenge with the first three.
-REFERENCES = 6
 
 
 @dataclass(frozen=True)
-class WebNLGData:
+class WebNLGData(PairsData):
     """Triples and their wordings. `filter`: of the test set, the inputs whose category the training set has,
-    or has not. `truncate`: cut what is longer than `seq_len` as the authors do, instead of refusing it."""
+    or has not."""
 
     task: Literal["webnlg"]
-    train: str
-    valid: str
-    test: str | None = None
     filter: Literal["all", "seen", "unseen"] = "all"
-    seq_len: int = 512
-    truncate: bool = False
-    max_rows: int | None = None
-    max_valid_rows: int | None = None
-
-    def __post_init__(self):
-        at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
 
 
 def part_of(entry: Entry) -> str:
@@ -84,7 +71,7 @@ def prepare(section: WebNLGData, entries: dict[str, list[Entry]], tokenizer: Any
     """Examples and prompts of the entries that `read` found."""
     rows = {split: [row for entry in found for row in rows_of(entry)] for split, found in entries.items()}
     parts = {triples.linearised(entry.triples): part_of(entry) for entry in entries.get("test", [])}
-    return pairs.prepare(section, rows, tokenizer, most=REFERENCES, parts=parts)
+    return pairs.prepare(section, rows, tokenizer, most=triples.REFERENCES, parts=parts)
 
 
 def score(
