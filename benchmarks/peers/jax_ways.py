@@ -38,7 +38,7 @@ def prepared(
     def loss(trained: Any, fixed: Any, ids: jax.Array, labels: jax.Array) -> jax.Array:
         if row.model == "roberta-base":
             return cross_entropy(apply(trained, fixed, ids), labels).mean()
-        if way in ("lora_jax", "full fine-tuning, JAX"):
+        if way != "handwritten JAX":  # which has a head of its own, and makes all logits
             return apply(trained, fixed, ids, labels=jnp.roll(labels, -1, 1))[:, :-1].mean()
         return cross_entropy(apply(trained, fixed, ids)[:, :-1], labels[:, 1:]).mean()
 
@@ -125,8 +125,9 @@ def _qwix(model: Any, params: Any, row: Row) -> tuple:
     flat = flatten_dict(jax.jit(adapted.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     factors = unflatten_dict({path: leaf for path, leaf in flat.items() if is_lora(path)})
 
-    def apply(factors: Any, params: Any, *args: Any) -> jax.Array:
-        return adapted.apply({"params": unflatten_dict(flatten_dict(params) | flatten_dict(factors))}, *args)
+    def apply(factors: Any, params: Any, *args: Any, **options: Any) -> jax.Array:
+        variables = {"params": unflatten_dict(flatten_dict(params) | flatten_dict(factors))}
+        return adapted.apply(variables, *args, **options)
 
     return factors, params, apply
 
