@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from .._lowrank.factored import Factored
-from .._lowrank.uses import Pending
+from .._lowrank.pending import Pending
 
 
 def trace(function: Callable, *arguments: Any) -> Any:

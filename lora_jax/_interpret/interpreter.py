@@ -10,7 +10,7 @@ import jax
 import jax.extend.core as jex
 
 from .._lowrank.factored import Factored, NotAView
-from .._lowrank.uses import Pending
+from .._lowrank.pending import Pending
 from .calls import CALLS
 from .equation import bind, described, postponed
 from .recorder import Recorder

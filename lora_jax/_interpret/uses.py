@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .._lowrank import uses
+from .._lowrank.contraction import dot_general, ragged_dot
+from .._lowrank.convolution import conv_general_dilated
 from .._lowrank.factored import Factored, NotAView
+from .._lowrank.lookup import gather
 from .equation import bind
 from .recorder import Recorder
 
@@ -16,9 +18,7 @@ def _dot_general(eqn: Any, number: int, values: list[Any], recorder: Recorder, r
     numbers = eqn.params["dimension_numbers"]
     (own, own_batch) = (numbers[0][0], numbers[1][0]) if weight_on_left else (numbers[0][1], numbers[1][1])
     base = lambda x, w: bind(eqn, [w, x] if weight_on_left else [x, w])[0]
-    y = uses.dot_general(
-        base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], reduce
-    )
+    y = dot_general(base, x, weight.folded(number), numbers, weight_on_left, eqn.params["precision"], reduce)
     _contraction(recorder, eqn, number, weight, own, own_batch)
     return y
 
@@ -84,7 +84,7 @@ def _convolution(eqn: Any, number: int, values: list[Any], recorder: Recorder, r
     y = (
         base(x, weight.weight)
         if reading
-        else uses.conv_general_dilated(base, x, weight.folded(number), eqn.params)
+        else conv_general_dilated(base, x, weight.folded(number), eqn.params)
     )
     _contraction(
         recorder,
@@ -105,11 +105,7 @@ def _ragged_dot(eqn: Any, number: int, values: list[Any], recorder: Recorder, re
     own = numbers.dot_dimension_numbers[0][1]
     reading = any(axis.tag == "?" for axis in weight.axes)
     base = lambda x, w: bind(eqn, [x, w, sizes])[0]
-    y = (
-        base(x, weight.weight)
-        if reading
-        else uses.ragged_dot(base, x, weight.folded(number), sizes, eqn.params)
-    )
+    y = base(x, weight.weight) if reading else ragged_dot(base, x, weight.folded(number), sizes, eqn.params)
     _contraction(recorder, eqn, number, weight, own, numbers.rhs_group_dimensions)
     return y
 
@@ -118,7 +114,7 @@ def _gather(eqn: Any, number: int, values: list[Any], recorder: Recorder, reduce
     weight, indices = values
     if not isinstance(weight, Factored) or isinstance(indices, Factored):
         raise NotAView
-    out = uses.gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params, reduce)
+    out = gather(lambda w, i: bind(eqn, [w, i])[0], weight, indices, eqn.params, reduce)
     if not isinstance(out, Factored):
         picked = [
             stored

@@ -12,7 +12,7 @@ to both:
 
 so that a view of W is the same view of its parts, restricted to the axes they have. The last axis of A, the
 first axis of B after the layers, and the last of inner is the rank. The views are in `views.py` and
-`joins.py`, the rules that *use* a weight in `uses.py`.
+`joins.py`, the rules that *use* a weight in `contraction.py`, `convolution.py` and `lookup.py`.
 """
 
 import dataclasses
@@ -40,6 +40,8 @@ NEW = Axis("new")
 PLAIN = "plain"
 
 
+# An operation on plain arrays: what it is used on, and the weight.
+Base = Callable[[jax.Array, jax.Array], jax.Array]
 PARTS = ("a", "b", "inner", "outer", "tap")  # of a term, by name
 
 

@@ -1,10 +1,10 @@
-"""The product of an array with a factor, and the dtype in which the factor's gradient is summed.
+"""The products of an array: with a factor, and with a diagonal.
 
-The gradient is a sum over all rows of the array. JAX's own rule gives it the dtype of the array, which is
-bfloat16 in mixed precision. Where the rows lie on several devices, XLA adds the devices' parts in that dtype,
-and a cast behind it comes too late. Here the product that makes the gradient has a wider result from the same
-operands. It costs no FLOP and no array more. Left out: the forward-mode derivative, which no function with a
-`custom_vjp` has. So this is for who asks for it (`adapt(reduce=)`).
+The gradient of a factor is a sum over all rows of the array. JAX's own rule gives it the dtype of the array,
+which is bfloat16 in mixed precision. Where the rows lie on several devices, XLA adds the devices' parts in
+that dtype, and a cast behind it comes too late. Here the product that makes the gradient has a wider result
+from the same operands. It costs no FLOP and no array more. Left out: the forward-mode derivative, which no
+function with a `custom_vjp` has. So this is for who asks for it (`adapt(reduce=)`).
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._mesh import sharding_like
-from .labels import aligned, dot, dot_labels
+from .._kept import named
+from .._mesh import moved, sharding_like
+from .labels import aligned, dot, dot_labels, widened
 
 
 def with_factor(
@@ -81,3 +82,22 @@ def with_factor(
     reduced = jax.custom_vjp(product)
     reduced.defvjp(forward, backward, symbolic_zeros=True)
     return reduced(x, factor), found
+
+
+def times(x: jax.Array, x_labels: Sequence, factor: jax.Array | None, labels: Sequence) -> jax.Array:
+    """`x` times a factor for some of its axes, in float32 at least: rounded to bfloat16, a factor of 1.01
+    would be 1.0078.
+    """
+    if factor is None:
+        return x
+    factor = moved(
+        factor, sharding_like(x, x_labels, labels)
+    )  # otherwise the result would be split as the factor is
+    wide = widened(x.dtype)
+
+    def product(x: jax.Array, factor: jax.Array) -> jax.Array:
+        return (x.astype(wide) * aligned(factor.astype(wide), labels, x_labels, x.shape)).astype(x.dtype)
+
+    # The backward pass keeps the two as they are: neither `x` in the wider dtype nor the factor as large as
+    # `x`.
+    return jax.checkpoint(product, prevent_cse=False)(named(x), factor)
