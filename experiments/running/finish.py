@@ -60,7 +60,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         baselines.write(delta, workdir / baselines.FILE)
         reread = lora_jax.merge(trainer.frozen, baselines.read(delta, workdir / baselines.FILE))
         merged = precision.stored(reread, ready.base.params)
-        comparison = compare_baseline(trainer, delta, ready.base.model, merged, splits)
+        comparison = differences(trainer, delta, ready.base.model, merged, splits)
         kind = type(configs.baseline_value(config.baseline)).__name__
         missing = f"Hugging Face and PEFT have no form for {kind}"
         adapter, llama_cpp = {"bytes": None, "merged_bytes": None, "missing": missing}, None
@@ -165,55 +165,32 @@ def _tensor_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def compare_baseline(trainer: Trainer, delta: Any, model: Any, merged: Any, splits: Splits) -> dict[str, Any]:
-    """The same comparison as `compare`'s, where the result has no form of Hugging Face's."""
+def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:
+    """`differences` between the adapted model and the exported one, which is read back from `directory`."""
+    model, params = hf.load(directory, mesh=trainer.mesh)
+    model = precision.computing(model, trainer.config.precision)
+    return differences(trainer, delta, model, params, splits, directory)
+
+
+def differences(
+    trainer: Trainer, delta: Any, model: Any, params: Any, splits: Splits, directory: Path | None = None
+) -> dict[str, Any]:
+    """The largest difference of a logit between the adapted model and `model` with `params`, and the largest
+    logit beside it. `directory`: of the same for PyTorch, where that is installed.
+    """
     batch = splits.valid.batch(np.arange(min(ROWS, len(splits.valid))))
     ids, more = batch["input_ids"], extras(batch)
-    everywhere = NamedSharding(trainer.mesh, P())
-    adapted, plain = (
-        np.asarray(jax.jit(run, out_shardings=everywhere)(*trees), np.float32)
-        for run, trees in (
-            (
-                lambda delta, frozen: trainer.step.forward(
-                    {"params": lora_jax.combine(frozen, delta)}, ids, **more
-                ),
-                (delta, trainer.frozen),
-            ),
-            (lambda params: model.apply({"params": params}, ids, **more), (merged,)),
-        )
-    )
+
+    def logits(forward: Callable, params_of: Callable, *trees: Any) -> np.ndarray:
+        run = lambda *trees: forward({"params": params_of(*trees)}, ids, **more)
+        return np.asarray(jax.jit(run, out_shardings=NamedSharding(trainer.mesh, P()))(*trees), np.float32)
+
+    adapted = logits(trainer.step.forward, lora_jax.combine, trainer.frozen, delta)
+    plain = logits(model.apply, lambda params: params, params)
     return {
         "max_difference": float(np.abs(adapted - plain).max()),
         "max_logit": float(np.abs(adapted).max()),
-        "pytorch": None,
-    }
-
-
-def compare(trainer: Trainer, delta: Any, directory: Path, splits: Splits) -> dict[str, Any]:
-    """The largest difference of a logit between the adapted model and the exported one, and the largest
-    logit beside it.
-    """
-    rows = np.arange(min(ROWS, len(splits.valid)))
-    batch = splits.valid.batch(rows)
-    ids, more = batch["input_ids"], extras(batch)
-    everywhere = NamedSharding(trainer.mesh, P())
-    logits = jax.jit(
-        lambda delta, frozen: trainer.step.forward({"params": lora_jax.combine(frozen, delta)}, ids, **more),
-        out_shardings=everywhere,
-    )
-    adapted = np.asarray(logits(delta, trainer.frozen), np.float32)
-    model, params = hf.load(directory, mesh=trainer.mesh)
-    model = precision.computing(model, trainer.config.precision)
-    reloaded = np.asarray(
-        jax.jit(lambda params: model.apply({"params": params}, ids, **more), out_shardings=everywhere)(
-            params
-        ),
-        np.float32,
-    )
-    return {
-        "max_difference": float(np.abs(adapted - reloaded).max()),
-        "max_logit": float(np.abs(adapted).max()),
-        "pytorch": on_first(lambda: _in_pytorch(directory, batch, adapted)),
+        "pytorch": None if directory is None else on_first(lambda: _in_pytorch(directory, batch, adapted)),
     }
 
 

@@ -34,14 +34,17 @@ def render(facts: dict[str, Any]) -> str:
 def table(facts: dict[str, Any]) -> list[str]:
     """A line for each combination, the best in bold; the mean over its seeds, and their sample deviation."""
     keys = [key for key in facts["over"] if key != "seed"]
-    head = [*(f"`{key}`" for key in keys), "adapters", "validation loss", ""]
+    remarks = [_remark(line) for line in facts["table"]]
+    more = ["remark"] if any(remarks) else []
+    head = [*(f"`{key}`" for key in keys), "adapters", "validation loss", *more]
     ended = [line["mean"] for line in facts["table"] if line["mean"] is not None and line["dropped"] is None]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for line in facts["table"]:
+    for line, remark in zip(facts["table"], remarks, strict=True):
         loss = mean_and_deviation(line)
         if ended and line["mean"] == min(ended) and line["dropped"] is None:
             loss = f"**{loss}**"
-        cells = [*(label(line["values"][key]) for key in keys), str(line["adapters"]), loss, _remark(line)]
+        cells = [*(label(line["values"][key]) for key in keys), str(line["adapters"]), loss]
+        cells += [remark] if more else []
         lines.append(f"| {' | '.join(cells)} |")
     if any(line["deviation"] is not None for line in facts["table"]):
         lines += ["", "± is the sample deviation over the seeds."]
@@ -81,9 +84,9 @@ def _best(best: dict[str, dict[str, str]]) -> Sequence[str]:
     ]
     for name, words in best.items():
         lines += [
-            f"The best is `{name}`. This merges it, decodes the test inputs and writes its report, after "
-            "which "
-            "`export` takes it:",
+            f"The best is `{name}`. This merges it, decodes the test inputs and writes its report. `export` "
+            "then "
+            "takes it:",
             "",
             "```bash",
             words["run"],
