@@ -1,7 +1,8 @@
 """README.md and the pages under docs/ tell the truth: their Python runs as it stands and prints what they
-show, what their prose names exists, and their links and figures are right.
+show, what their prose names exists, and their links are right.
 
-That the commands, make targets and extras exist is in test_packaging.py.
+Their figures are in test_page_figures.py; that the commands, make targets and extras exist is in
+test_packaging.py.
 """
 
 import dataclasses
@@ -19,24 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import PAGES, REPOSITORY
 
 import lora_jax
 from experiments.config import Config
 from lora_jax import methods
 
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
-_README = _REPOSITORY / "README.md"
-_PAGES = {
-    file.relative_to(_REPOSITORY).as_posix(): file.read_text(encoding="utf-8")
-    for file in (_README, *sorted((_REPOSITORY / "docs").rglob("*.md")))
-    if "docs/api/" not in file.as_posix()  # names, whose docstrings are run by test_docstrings.py
-}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_PROSE = {page: _FENCE.sub("", text) for page, text in _PAGES.items()}
+_PROSE = {page: _FENCE.sub("", text) for page, text in PAGES.items()}
 _IN_BACKTICKS = sorted({found for prose in _PROSE.values() for found in re.findall(r"`([^`\n]+)`", prose)})
-_GUIDE = [page for page in _PAGES if page != "docs/design.md"]
-_WITH_PYTHON = [page for page, text in _PAGES.items() if "```python" in text]
+_GUIDE = [page for page in PAGES if page != "docs/design.md"]
+_WITH_PYTHON = [page for page, text in PAGES.items() if "```python" in text]
 # What pages call by one word: rooms of the library, as `optim.labels` or `hf.load`.
 _ROOMS = {
     **{
@@ -55,15 +50,15 @@ def _run(page: str, capsys, first: int | None = None) -> tuple[dict, str]:
     """
     namespace: dict = {"__name__": "__main__"}
     printed, latest = "", ""
-    for fence in list(_FENCE.finditer(_PAGES[page])):
+    for fence in list(_FENCE.finditer(PAGES[page])):
         language, body = fence.groups()
-        line = _PAGES[page].count("\n", 0, fence.start(2))
+        line = PAGES[page].count("\n", 0, fence.start(2))
         if language == "python":
             if first is not None and first <= 0:
                 break
             first = None if first is None else first - 1
             # With the page's own line numbers.
-            exec(compile("\n" * line + body, str(_REPOSITORY / page), "exec"), namespace)
+            exec(compile("\n" * line + body, str(REPOSITORY / page), "exec"), namespace)
             latest = capsys.readouterr().out
             printed += latest
         elif language == "text":
@@ -187,7 +182,7 @@ def test_every_block_runs(page, request, tmp_path, monkeypatch, relaxed_promotio
 
 def test_pages_with_blocks_are_found():
     assert set(_CHECKS) <= set(_WITH_PYTHON)
-    assert {language for text in _PAGES.values() for language, _ in _FENCE.findall(text)} <= {
+    assert {language for text in PAGES.values() for language, _ in _FENCE.findall(text)} <= {
         "python",
         "text",
         "bash",
@@ -197,9 +192,9 @@ def test_pages_with_blocks_are_found():
     }
 
 
-@pytest.mark.parametrize("page", [page for page, text in _PAGES.items() if "```json" in text])
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```json" in text])
 def test_json_blocks_are_parts_of_a_config(page):
-    for language, body in _FENCE.findall(_PAGES[page]):
+    for language, body in _FENCE.findall(PAGES[page]):
         if language == "json":
             keys = json.loads(body if body.lstrip().startswith("{") else "{" + body + "}")
             assert keys.keys() <= {field.name for field in dataclasses.fields(Config)}, body
@@ -216,14 +211,14 @@ def _anchors(text: str) -> set[str]:
 
 def _linking() -> list[Path]:
     return [
-        *_REPOSITORY.glob("*.md"),
-        *(_REPOSITORY / "docs").rglob("*.md"),
-        *(_REPOSITORY / "experiments").rglob("README.md"),
-        *(_REPOSITORY / "notebooks").glob("*.ipynb"),
+        *REPOSITORY.glob("*.md"),
+        *(REPOSITORY / "docs").rglob("*.md"),
+        *(REPOSITORY / "experiments").rglob("README.md"),
+        *(REPOSITORY / "notebooks").glob("*.ipynb"),
     ]
 
 
-@pytest.mark.parametrize("file", _linking(), ids=lambda file: file.relative_to(_REPOSITORY).as_posix())
+@pytest.mark.parametrize("file", _linking(), ids=lambda file: file.relative_to(REPOSITORY).as_posix())
 def test_relative_links_resolve(file):
     text = _FENCE.sub("", file.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -237,8 +232,8 @@ def test_relative_links_resolve(file):
 
 
 def test_readme_links_to_every_page():
-    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", _PAGES["README.md"])}
-    assert set(_PAGES) - {"README.md"} <= linked
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", PAGES["README.md"])}
+    assert set(PAGES) - {"README.md"} <= linked
 
 
 # -- names in the prose --------------------------------------------------------------------------------------
@@ -282,7 +277,7 @@ def test_calls_in_the_prose_are_calls_of_the_library():
 
 
 def test_every_public_name_is_mentioned():
-    everything = "\n".join(_PAGES.values())
+    everything = "\n".join(PAGES.values())
     public = {
         name for name, value in vars(lora_jax).items() if not name.startswith("_") and callable(value)
     } - {"Lorafied", "MaterializeError"}
@@ -292,150 +287,29 @@ def test_every_public_name_is_mentioned():
         assert re.search(rf"\b{re.escape(name)}\b", everything), name
 
 
-def _rows(text: str) -> set[tuple[str, ...]]:
-    """The rows of all tables, with the text of a link in place of the link."""
-    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    lines = re.findall(r"^\|(.*)\|$", plain, re.MULTILINE)
-    return {tuple(cell.strip() for cell in line.split("|")) for line in lines}
-
-
-def test_costs_of_methods_are_the_benchmarks():
-    file = _REPOSITORY / "benchmarks" / "results" / "method_cost-jax-0.10.2.json"
-    measured = json.loads(file.read_text("utf-8"))["rows"]
-    shown = {row[0]: row[1:] for row in _rows(_PAGES["docs/cost.md"].partition("## A quantised base")[0])}
-    assert {row["method"] for row in measured} == shown.keys() - {"method", "---"}
-    for row in measured:
-        wanted = [row["FLOPs / LoRA"], row["temporary / LoRA"]]
-        assert [float(cell) for cell in shown[row["method"]]] == [round(value, 4) for value in wanted], row
-
-
-def test_costs_beside_other_ways_are_the_benchmarks():
-    files = (_REPOSITORY / "benchmarks" / "results").glob("step_cost-jax-*.json")
-    rows = [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
-    unrolled = [row for row in rows if "scan" not in row["setting"]]
-    plain = [row["FLOPs / full"] for row in unrolled if "checkpoint" not in row["setting"]]
-    again = [row["FLOPs / full"] for row in unrolled if "checkpoint" in row["setting"]]
-    shown = {row[0]: row[1:] for row in _rows(_PAGES["docs/cost.md"])}
-    by_hand, full = shown["LoRA written into the model by hand"], shown["full fine-tuning"]
-    assert by_hand[0] == f"{max(row['FLOPs / handwritten'] for row in rows):.4f}"
-    assert f"up to {max(row['bytes / handwritten'] for row in rows):.4f}" in by_hand[1]
-    assert f"{min(plain):.2f}" == f"{max(plain):.2f}"
-    assert full[0].startswith(f"{max(plain):.2f}; {min(again):.2f} to {max(again):.2f} under `checkpoint`")
-
-
-def test_costs_of_counted_positions_are_the_benchmarks():
-    file = _REPOSITORY / "benchmarks" / "results" / "counted_positions-jax-0.10.2.json"
-    rows = {(row["step"], row["counted"]): row for row in json.loads(file.read_text("utf-8"))["rows"]}
-    page = _PAGES["docs/cost.md"].partition("## The head where it counts")[2].partition("\n## ")[0]
-    shown = {row[0].replace("everything in full", "full fine-tuning"): row[1:] for row in _rows(page)}
-    for step in {step for step, _ in rows}:
-        wanted = [
-            rows[step, share][name] for name in ("FLOPs / all", "bytes / all") for share in ("60%", "30%")
-        ]
-        assert shown[step] == tuple(f"{value:.2f}" for value in wanted)
-        assert f"{rows[step, '100%']['FLOPs / all']:.3f}" == "1.000"
-    assert f"{max(row['bytes / all'] for row in rows.values()) - 1:.1%} of the bytes" in page.replace(
-        "\n", " "
-    )
-
-
-def test_times_beside_peers_are_the_benchmarks():
-    file = _REPOSITORY / "benchmarks" / "results" / "peers-jax-0.10.2.json"
-    lines = json.loads(file.read_text("utf-8"))["rows"]
-    shown = _rows(_PAGES["README.md"].partition("## Beside its peers")[2].partition("\n## ")[0])
-    (head,) = (cells for cells in shown if "GPT-2 small" in cells)
-    names = {"GPT-2 small": "gpt2", "SmolLM2-135M": "smollm2-135m", "RoBERTa-base": "roberta-base"}
-    found = {(line["row"], line["way"]): line for line in lines}
-    for way, *cells in shown - {head, ("---",) * len(head)}:
-        for name, cell in zip(head[1:], cells, strict=True):
-            line = found[f"{names[name]}, 8 x 64, all-linear, LoRA", way]
-            if way == "lora_jax":
-                assert cell == f"1 ({line['s']:.2f} s)"
-            else:
-                assert cell == ("" if "note" in line else f"{line['over lora_jax']:.2f}"), (way, name)
-
-
-def test_results_are_those_of_the_runs():
-    readme = _rows(_PAGES["README.md"].partition("## Results")[2].partition("## Beside")[0])
-    every = _rows((_REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
-    directory = _REPOSITORY / "experiments" / "results" / "e2e_smollm2"
-    found = {
-        path.parent.name: json.loads(path.read_text("utf-8")) for path in directory.glob("*/report.json")
-    }
-
-    def row(facts: dict, when: str) -> tuple[str, ...]:
-        scores, named, after = facts["scores"][when], facts["values"][when], when == "after"
-        loss = facts["numbers"]["valid_loss" if after else "first_valid_loss"]
-        percent = [100 * scores[name] for name in ("BLEU", "METEOR", "ROUGE_L")]
-        return (
-            f"{facts['trainable'] if after else 0:,}",
-            f"{loss:.3f}",
-            f"{percent[0]:.1f}",
-            f"{scores['NIST']:.2f}",
-            f"{percent[1]:.1f}",
-            f"{percent[2]:.1f}",
-            f"{scores['CIDEr']:.2f}",
-            f"{100 * named['values']:.1f}",
-            f"{100 * named['all_values']:.1f}",
-        )
-
-    expected = {row(found["lora_r8"], "before"), *(row(facts, "after") for facts in found.values())}
-    shown, chosen = (
-        {cells[1:] for cells in rows if len(cells) == 10 and cells[1][:1].isdigit()}
-        for rows in (every, readme)
-    )
-    assert shown == expected and len(chosen) == 3 and chosen <= expected
-    behind = 100 * (found["full"]["scores"]["after"]["BLEU"] - found["lora_r8"]["scores"]["after"]["BLEU"])
-    assert f"is {behind:.1f} BLEU behind full fine-tuning" in _PAGES["README.md"].replace("\n", " ")
-
-
-def test_choices_are_those_of_the_runs():
-    directory = _REPOSITORY / "experiments" / "results" / "e2e_smollm2"
-    runs = {
-        f"LoRA, rank {name.removeprefix('lora_r')}" if name.startswith("lora_r") else name: json.loads(
-            (directory / name / "report.json").read_text("utf-8")
-        )
-        for name in ("lora_r1", "lora_r8", "lora_r64", "lora_qv", "dora", "full")
-    }
-    runs["LoRA, rank 8, query and value"], runs["DoRA, rank 8"] = runs.pop("lora_qv"), runs.pop("dora")
-    full = runs.pop("full")
-    points = lambda facts: (facts["scores"]["after"]["BLEU"], facts["values"]["after"]["all_values"])
-
-    def row(facts: dict) -> tuple[str, ...]:
-        costs = [facts["cost"][which] for which in ("this run", "full fine-tuning")]
-        return (
-            *(f"{100 * (ours - theirs):+.1f}" for ours, theirs in zip(points(facts), points(full))),
-            *(f"{costs[0][name] / costs[1][name]:.2f}" for name in ("bytes", "FLOPs")),
-        )
-
-    shown = {cells[0]: cells[1:] for cells in _rows(_PAGES["docs/methods.md"])}
-    for name, facts in runs.items():
-        assert shown[name] == row(facts), name
-
-
 def test_the_table_of_methods_has_every_method():
     exist = {name for name, value in vars(methods).items() if inspect.isclass(value)}
-    rows = re.findall(r"^\| `(\w+)[(`]", _PAGES["docs/methods.md"], re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)[(`]", PAGES["docs/methods.md"], re.MULTILINE)
     assert set(rows) == exist | {"quantize"}
 
 
 def test_tests_that_pages_name_exist():
-    everything = "\n".join(_PAGES.values())
+    everything = "\n".join(PAGES.values())
     named = {text for text in _IN_BACKTICKS if re.fullmatch(r"test_\w+", text)}
     defined = {
         name
-        for file in (_REPOSITORY / "tests").rglob("test_*.py")
+        for file in (REPOSITORY / "tests").rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)
     }
     assert named and named <= defined, named - defined
     files = set(re.findall(r"\btests/[\w/]+\.py", everything))
     assert files
     for name in sorted(files):
-        assert (_REPOSITORY / name).is_file(), name
+        assert (REPOSITORY / name).is_file(), name
 
 
 def test_benchmarks_that_pages_name_exist():
-    named = set(re.findall(r"python -m (benchmarks\.\w+)", "\n".join(_PAGES.values())))
+    named = set(re.findall(r"python -m (benchmarks\.\w+)", "\n".join(PAGES.values())))
     assert named
     for name in sorted(named):
         assert importlib.util.find_spec(name) is not None, name
@@ -443,11 +317,10 @@ def test_benchmarks_that_pages_name_exist():
 
 def test_configs_that_ship_are_named():
     shipped = {
-        f"experiments/configs/{file.name}"
-        for file in (_REPOSITORY / "experiments" / "configs").glob("*.json")
+        f"experiments/configs/{file.name}" for file in (REPOSITORY / "experiments" / "configs").glob("*.json")
     }
     assert shipped
-    assert not {name for name in shipped if name not in _PAGES["docs/experiments.md"]}
+    assert not {name for name in shipped if name not in PAGES["docs/experiments.md"]}
 
 
 def test_keys_of_configs_exist():
@@ -456,7 +329,7 @@ def test_keys_of_configs_exist():
 
     names = {field.name for field in dataclasses.fields(Config)}
     keys = {text for text in _IN_BACKTICKS if re.fullmatch(r"[a-z]\w*(\.\w+)+", text)}
-    keys |= set(re.findall(r"--set ([\w.]+)=", "\n".join(_PAGES.values())))
+    keys |= set(re.findall(r"--set ([\w.]+)=", "\n".join(PAGES.values())))
     keys = {key for key in keys if key.partition(".")[0] in names}
     assert {"train.not_finite", "precision.parameters", "mesh.fsdp"} <= keys
     for key in sorted(keys):

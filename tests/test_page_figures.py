@@ -1,0 +1,127 @@
+"""The figures of README.md and of the pages under docs/ are those of the benchmarks and of the runs."""
+
+import json
+import re
+
+from pages import PAGES, REPOSITORY
+
+
+def _rows(text: str) -> set[tuple[str, ...]]:
+    """The rows of all tables, with the text of a link in place of the link."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    lines = re.findall(r"^\|(.*)\|$", plain, re.MULTILINE)
+    return {tuple(cell.strip() for cell in line.split("|")) for line in lines}
+
+
+def test_costs_of_methods_are_the_benchmarks():
+    file = REPOSITORY / "benchmarks" / "results" / "method_cost-jax-0.10.2.json"
+    measured = json.loads(file.read_text("utf-8"))["rows"]
+    shown = {row[0]: row[1:] for row in _rows(PAGES["docs/cost.md"].partition("## A quantised base")[0])}
+    assert {row["method"] for row in measured} == shown.keys() - {"method", "---"}
+    for row in measured:
+        wanted = [row["FLOPs / LoRA"], row["temporary / LoRA"]]
+        assert [float(cell) for cell in shown[row["method"]]] == [round(value, 4) for value in wanted], row
+
+
+def test_costs_beside_other_ways_are_the_benchmarks():
+    files = (REPOSITORY / "benchmarks" / "results").glob("step_cost-jax-*.json")
+    rows = [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
+    unrolled = [row for row in rows if "scan" not in row["setting"]]
+    plain = [row["FLOPs / full"] for row in unrolled if "checkpoint" not in row["setting"]]
+    again = [row["FLOPs / full"] for row in unrolled if "checkpoint" in row["setting"]]
+    shown = {row[0]: row[1:] for row in _rows(PAGES["docs/cost.md"])}
+    by_hand, full = shown["LoRA written into the model by hand"], shown["full fine-tuning"]
+    assert by_hand[0] == f"{max(row['FLOPs / handwritten'] for row in rows):.4f}"
+    assert f"up to {max(row['bytes / handwritten'] for row in rows):.4f}" in by_hand[1]
+    assert f"{min(plain):.2f}" == f"{max(plain):.2f}"
+    assert full[0].startswith(f"{max(plain):.2f}; {min(again):.2f} to {max(again):.2f} under `checkpoint`")
+
+
+def test_costs_of_counted_positions_are_the_benchmarks():
+    file = REPOSITORY / "benchmarks" / "results" / "counted_positions-jax-0.10.2.json"
+    rows = {(row["step"], row["counted"]): row for row in json.loads(file.read_text("utf-8"))["rows"]}
+    page = PAGES["docs/cost.md"].partition("## The head where it counts")[2].partition("\n## ")[0]
+    shown = {row[0].replace("everything in full", "full fine-tuning"): row[1:] for row in _rows(page)}
+    for step in {step for step, _ in rows}:
+        wanted = [
+            rows[step, share][name] for name in ("FLOPs / all", "bytes / all") for share in ("60%", "30%")
+        ]
+        assert shown[step] == tuple(f"{value:.2f}" for value in wanted)
+        assert f"{rows[step, '100%']['FLOPs / all']:.3f}" == "1.000"
+    assert f"{max(row['bytes / all'] for row in rows.values()) - 1:.1%} of the bytes" in page.replace(
+        "\n", " "
+    )
+
+
+def test_times_beside_peers_are_the_benchmarks():
+    file = REPOSITORY / "benchmarks" / "results" / "peers-jax-0.10.2.json"
+    lines = json.loads(file.read_text("utf-8"))["rows"]
+    shown = _rows(PAGES["README.md"].partition("## Beside its peers")[2].partition("\n## ")[0])
+    (head,) = (cells for cells in shown if "GPT-2 small" in cells)
+    names = {"GPT-2 small": "gpt2", "SmolLM2-135M": "smollm2-135m", "RoBERTa-base": "roberta-base"}
+    found = {(line["row"], line["way"]): line for line in lines}
+    for way, *cells in shown - {head, ("---",) * len(head)}:
+        for name, cell in zip(head[1:], cells, strict=True):
+            line = found[f"{names[name]}, 8 x 64, all-linear, LoRA", way]
+            if way == "lora_jax":
+                assert cell == f"1 ({line['s']:.2f} s)"
+            else:
+                assert cell == ("" if "note" in line else f"{line['over lora_jax']:.2f}"), (way, name)
+
+
+def test_results_are_those_of_the_runs():
+    readme = _rows(PAGES["README.md"].partition("## Results")[2].partition("## Beside")[0])
+    every = _rows((REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
+    directory = REPOSITORY / "experiments" / "results" / "e2e_smollm2"
+    found = {
+        path.parent.name: json.loads(path.read_text("utf-8")) for path in directory.glob("*/report.json")
+    }
+
+    def row(facts: dict, when: str) -> tuple[str, ...]:
+        scores, named, after = facts["scores"][when], facts["values"][when], when == "after"
+        loss = facts["numbers"]["valid_loss" if after else "first_valid_loss"]
+        percent = [100 * scores[name] for name in ("BLEU", "METEOR", "ROUGE_L")]
+        return (
+            f"{facts['trainable'] if after else 0:,}",
+            f"{loss:.3f}",
+            f"{percent[0]:.1f}",
+            f"{scores['NIST']:.2f}",
+            f"{percent[1]:.1f}",
+            f"{percent[2]:.1f}",
+            f"{scores['CIDEr']:.2f}",
+            f"{100 * named['values']:.1f}",
+            f"{100 * named['all_values']:.1f}",
+        )
+
+    expected = {row(found["lora_r8"], "before"), *(row(facts, "after") for facts in found.values())}
+    shown, chosen = (
+        {cells[1:] for cells in rows if len(cells) == 10 and cells[1][:1].isdigit()}
+        for rows in (every, readme)
+    )
+    assert shown == expected and len(chosen) == 3 and chosen <= expected
+    behind = 100 * (found["full"]["scores"]["after"]["BLEU"] - found["lora_r8"]["scores"]["after"]["BLEU"])
+    assert f"is {behind:.1f} BLEU behind full fine-tuning" in PAGES["README.md"].replace("\n", " ")
+
+
+def test_choices_are_those_of_the_runs():
+    directory = REPOSITORY / "experiments" / "results" / "e2e_smollm2"
+    runs = {
+        f"LoRA, rank {name.removeprefix('lora_r')}" if name.startswith("lora_r") else name: json.loads(
+            (directory / name / "report.json").read_text("utf-8")
+        )
+        for name in ("lora_r1", "lora_r8", "lora_r64", "lora_qv", "dora", "full")
+    }
+    runs["LoRA, rank 8, query and value"], runs["DoRA, rank 8"] = runs.pop("lora_qv"), runs.pop("dora")
+    full = runs.pop("full")
+    points = lambda facts: (facts["scores"]["after"]["BLEU"], facts["values"]["after"]["all_values"])
+
+    def row(facts: dict) -> tuple[str, ...]:
+        costs = [facts["cost"][which] for which in ("this run", "full fine-tuning")]
+        return (
+            *(f"{100 * (ours - theirs):+.1f}" for ours, theirs in zip(points(facts), points(full))),
+            *(f"{costs[0][name] / costs[1][name]:.2f}" for name in ("bytes", "FLOPs")),
+        )
+
+    shown = {cells[0]: cells[1:] for cells in _rows(PAGES["docs/methods.md"])}
+    for name, facts in runs.items():
+        assert shown[name] == row(facts), name
