@@ -229,7 +229,7 @@ def test_peoples_texts_of_e2e(data_dir):
         for name, share in shares["attributes"].items()
     ]
     rows += [f"| texts with all | {100 * shares['all_values']:.1f} | |"]
-    shown = (_REPOSITORY / "docs" / "experiments.md").read_text("utf-8")
+    shown = (_REPOSITORY / "docs" / "values_named.md").read_text("utf-8")
     assert not [row for row in rows if f"\n{row}\n" not in shown]
 
 

@@ -6,7 +6,7 @@ is no Indian food. `WORDINGS` has people's words for a value, from the reference
 or no is a mention that its clause denies, or does not. Any other value is looked for by its own words.
 
 Prices of one level share their wordings, and so do ratings: people write "cheap" for "less than £ 20", and
-"five stars" for a "high" rating. docs/experiments.md has how many values are found in people's own texts.
+"five stars" for a "high" rating. docs/values_named.md has how many values are found in people's own texts.
 
 Left out: what a text adds to its record, misspelled names, what only follows from what is said, and a value
 that is also a name of the place.
