@@ -1,7 +1,9 @@
 """The weights a run starts from, and the tokenizer that belongs to them."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+import lora_jax
 from experiments import catalogue
 from experiments.config import Architecture, Base, Precision
 from experiments.tasks import fast_tokenizer
@@ -42,10 +45,11 @@ class Places:
 
 @dataclass(frozen=True)
 class Loaded:
-    """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words
-    where the weights are from. `name` is what an adapter calls its base: the hub's name, or a whole path,
-    which PEFT finds from any directory. None: the weights were drawn, and are in no file. `gguf`: the name of
-    the file that they were read from, where llama.cpp reads it too.
+    """`directory` holds the tokenizer's files, which an export carries along; `origin` says in words where
+    the weights are from. `name` is what an adapter calls its base: the hub's name, or a whole path, which
+    PEFT finds from any directory. None: the weights were drawn, and are in no file. `gguf`: the name of the
+    file that they were read from, where llama.cpp reads it too. `again(key)`: the parameters with the head
+    that this key draws; None: the base keeps its own.
     """
 
     model: Any
@@ -55,6 +59,7 @@ class Loaded:
     origin: str
     name: str | None = None
     gguf: str | None = None
+    again: Callable[[jax.Array], Any] | None = None
 
     @property
     def head(self) -> str | None:
@@ -64,6 +69,14 @@ class Loaded:
         if isinstance(self.model.config, DebertaV2Config):
             return "(classifier|pooler)/.*"  # a pretrained DeBERTa has no pooler
         return "classifier/.*" if isinstance(self.model.config, ENCODERS) else "score/.*"
+
+    def with_head_of(self, key: jax.Array) -> "Loaded":
+        """The same base with the head that a run of this key has; its other arrays are not copied."""
+        if self.again is None:
+            return self
+        new = {self.head: lora_jax.Full()}
+        rest, head = lora_jax.lorafy(self.params, new).frozen, lora_jax.lorafy(self.again(key), new).delta
+        return dataclasses.replace(self, params=lora_jax.merge(rest, head))
 
 
 # Of models without a next token.
@@ -137,15 +150,16 @@ def _with_labels(
             f"`base.path` is {source.name}, a file of llama.cpp's, which has no head of classes: take a "
             "directory of Hugging Face's."
         )
-    model, params = hf.load(
+    load = functools.partial(
+        hf.load,
         source,
         head="sequence_classification",
         num_labels=len(labels),
-        key=key,
         mesh=mesh,
         param_dtype=policy.parameters,
         scan=section.scan,
     )
+    model, params = load(key=key)
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
@@ -166,7 +180,8 @@ def _with_labels(
     known = {field.name for field in dataclasses.fields(config)}
     changed = {field: value for field, value in changes.items() if field in known}
     model = model.clone(config=dataclasses.replace(config, **changed))
-    return Loaded(precision.computing(model, policy), params, tokenizer, source, origin, name)
+    again = lambda key: load(key=key)[1]
+    return Loaded(precision.computing(model, policy), params, tokenizer, source, origin, name, again=again)
 
 
 def _source(section: Base, places: Places) -> tuple[Path, str, str]:

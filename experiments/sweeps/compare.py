@@ -4,11 +4,11 @@ other targets.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.sweeps import figures
+from experiments.sweeps import compared, figures
 from experiments.sweeps.figures import label
 from experiments.sweeps.page import mean_and_deviation
 
@@ -29,10 +29,12 @@ def are_sweeps(workdirs: Sequence[Path]) -> bool:
 
 def table(workdirs: Sequence[Path]) -> str:
     """A line for each sweep, as Markdown: the values of its best combination, and the loss."""
-    lines = ["| sweep | method | targets | best of | values | validation loss |", "|---" * 6 + "|"]
-    for name, facts in _read(workdirs).items():
+    sweeps = _read(workdirs)
+    words = _words(sweeps)
+    lines = [f"| sweep | method | targets | best of | values | {words} |", "|---" * 6 + "|"]
+    for name, facts in sweeps.items():
         ended = [line for line in facts["table"] if line["mean"] is not None and line["dropped"] is None]
-        best = min(ended, key=lambda line: line["mean"], default=None)
+        best = min(ended, key=compared.by(facts.get("metric")), default=None)
         values = (
             "-" if best is None else ", ".join(f"{key} {label(of)}" for key, of in best["values"].items())
         )
@@ -42,6 +44,20 @@ def table(workdirs: Sequence[Path]) -> str:
         cells = [name, method, targets, str(len(facts["table"])), values, loss]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _words(sweeps: Mapping[str, dict[str, Any]]) -> str:
+    """What all are compared by.
+
+    Raises `ValueError` where that differs.
+    """
+    found = {facts.get("metric") or compared.LOSS: name for name, facts in sweeps.items()}
+    if len(found) > 1:
+        raise ValueError(
+            f"sweeps of one measure are compared, and these have {', '.join(found)}: compare those of one "
+            "task."
+        )
+    return next(iter(found))
 
 
 def draw(workdirs: Sequence[Path], path: Path) -> None:

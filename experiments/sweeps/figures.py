@@ -33,7 +33,7 @@ def draw(facts: dict[str, Any], metrics: list[dict[str, Any]], directory: Path) 
     drawn = []
     for key, (name, words, base) in AXES.items():
         if len(facts["over"].get(key, ())) > 1:
-            _draw_against(key, words, base, {"": facts["table"]}, facts["name"], directory / f"{name}.png")
+            _draw_against(key, words, base, {"": facts}, facts["name"], directory / f"{name}.png")
             drawn.append(name)
     _draw_steps(facts, metrics, directory / "steps.png")
     facts["figures"] = [*drawn, "steps"]
@@ -47,17 +47,17 @@ def draw_rates(sweeps: Mapping[str, dict[str, Any]], path: Path) -> None:
     for name, facts in sweeps.items():
         if len(facts["over"].get("train.lr", ())) < 2:
             raise ValueError(f"`--figure` draws losses against rates, and {name} is a sweep of one rate.")
-    tables = {name: facts["table"] for name, facts in sweeps.items()}
-    _draw_against("train.lr", "learning rate", 10, tables, "loss against rate", path)
+    _draw_against("train.lr", "learning rate", 10, sweeps, "sweeps over rates", path)
 
 
 def _draw_against(
-    key: str, words: str, base: int | None, tables: Mapping[str, Sequence[Any]], title: str, path: Path
+    key: str, words: str, base: int | None, sweeps: Mapping[str, dict[str, Any]], title: str, path: Path
 ) -> None:
-    """The last loss against the values of `key`, a curve for each of the other values. What was dropped is
-    hollow, as its loss is of an earlier step.
+    """The last loss, or metric, against the values of `key`, a curve for each of the other values. What was
+    dropped is hollow, as its loss is of an earlier step.
     """
     figure, axes = new_figure()
+    tables = {name: facts["table"] for name, facts in sweeps.items()}
     for prefix, table in tables.items():
         for name, lines in _curves(table, lambda line: _without(line["values"], key)).items():
             shown = [line for line in lines if line["mean"] is not None]
@@ -75,10 +75,15 @@ def _draw_against(
         axes.set_xscale("log", base=base)
         if base == 2:
             axes.set_xticks(_values(key, tables), [label(value) for value in _values(key, tables)])
-    axes.set(xlabel=words, ylabel="validation loss (nats a token)", title=title)
+    axes.set(xlabel=words, ylabel=_measure(next(iter(sweeps.values()))), title=title)
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _measure(facts: dict[str, Any]) -> str:
+    metric = facts.get("metric")
+    return "validation loss (nats a token)" if metric is None else f"{metric} in validation"
 
 
 def _values(key: str, tables: Mapping[str, Sequence[Any]]) -> list[Any]:
@@ -99,7 +104,7 @@ def _without(values: Mapping[str, Any], key: str) -> str:
 
 
 def _draw_steps(facts: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> None:
-    """The validation loss of each combination over the steps, the mean over its seeds."""
+    """What each combination is compared by over the steps, the mean over its seeds."""
     from matplotlib import colormaps
 
     figure, axes = new_figure()
@@ -107,13 +112,13 @@ def _draw_steps(facts: dict[str, Any], metrics: list[dict[str, Any]], path: Path
     for place, rows in enumerate(curves.values()):
         points = []
         for line in metrics:
-            losses = [line.get("valid_loss", {}).get(row["name"]) for row in rows]
-            if all(loss is not None for loss in losses):
-                points.append((line["step"], statistics.fmean(losses)))
+            values = [line.get(facts.get("metric") or "valid_loss", {}).get(row["name"]) for row in rows]
+            if all(value is not None for value in values):
+                points.append((line["step"], statistics.fmean(values)))
         if points:
             colour = colormaps["viridis"](place / max(len(curves) - 1, 1))
             name = _without(rows[0]["values"], "seed")
             axes.plot(*zip(*points, strict=True), "o-", linewidth=1, markersize=3, color=colour, label=name)
-    axes.set(xlabel="step", ylabel="validation loss (nats a token)", title=facts["name"])
+    axes.set(xlabel="step", ylabel=_measure(facts), title=facts["name"])
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -2,7 +2,7 @@
 Jamieson and Talwalkar, AISTATS 2016, arXiv 1502.07943).
 
 Seeds of one combination stay or go together, by their mean. Combinations of other data are not compared, as
-their losses are of other texts.
+their losses are of other texts. A task that is judged is compared by its metric (`compared`).
 """
 
 import json
@@ -40,19 +40,19 @@ def of_data(values: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in values.items() if key.split(".")[0] == "data"})
 
 
-def worse_half(losses: Mapping[str, float | None], values: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names to drop, of those that have a loss; None is one that is not finite.
+def worse_half(costs: Mapping[str, float | None], values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names to drop, of those that have a cost, such as a loss; None is one that is not finite.
 
     >>> values = {f"lr={lr}": {"train.lr": lr} for lr in (1, 2, 3)}
     >>> worse_half({"lr=1": 2.0, "lr=2": 1.0, "lr=3": None}, values)
     ['lr=3']
     """
     means: dict[str, dict[str, float]] = {}
-    for name in losses:
+    for name in costs:
         data, mine = of_data(values[name]), combination(values[name])
         own = [
-            math.inf if (loss := losses[other]) is None else loss
-            for other in losses
+            math.inf if (cost := costs[other]) is None else cost
+            for other in costs
             if combination(values[other]) == mine
         ]
         means.setdefault(data, {})[mine] = statistics.fmean(own)
@@ -60,4 +60,4 @@ def worse_half(losses: Mapping[str, float | None], values: Mapping[str, Mapping[
     for of_one in means.values():
         ranked = sorted(of_one, key=lambda key: of_one[key])
         lost |= set(ranked[-(-len(ranked) // 2) :])
-    return [name for name in losses if combination(values[name]) in lost]
+    return [name for name in costs if combination(values[name]) in lost]

@@ -3,6 +3,7 @@ keys, on one frozen base that all share.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments.running import inputs
 from experiments.running.base import Loaded
 from experiments.tasks.examples import Splits
 from experiments.training import order, precision
+from lora_jax.checkpoint import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +38,14 @@ class Member:
     def train(self) -> Any:
         return self.splits.train
 
+    @functools.cached_property
+    def order(self) -> Callable[[int], np.ndarray]:
+        return order.of_run(self.config.seed, self.config.train, self.train)
+
     def rows(self, done: int) -> np.ndarray:
         """The examples of a step, counted from 1, in the rows that they share."""
-        section = self.config.train
-        found = order.indices(self.config.seed, done - 1, len(self.train), section.batch)
-        return found if section.pack is None else self.train.packed(found, section.pack)
+        rows, found = self.config.train.pack, self.order(done - 1)
+        return found if rows is None else self.train.packed(found, rows)
 
     def host_batch(self, done: int) -> tuple[np.ndarray, dict]:
         """The same, and their arrays."""
@@ -54,13 +59,20 @@ def members(
     splits_of: Callable[[Config], Splits],
     base: str,
 ) -> tuple[Member, ...]:
-    """`base`: the fingerprint of its weights.
+    """A new head is each one's own. `base`: the fingerprint of its weights, with the head of the first.
 
     Raises `ValueError` where they would not share one frozen base.
     """
     made, shared = [], None
+    first = next(iter(found.values())).seed
+    bases = {first: (loaded, base)}
     for name, config in found.items():
-        frozen, delta = inputs.adapted(config, loaded)
+        seed = config.seed if loaded.again is not None else first
+        if seed not in bases:
+            own = loaded.with_head_of(inputs.keys(seed)["base"])
+            bases[seed] = own, fingerprint(own.params)
+        of_seed, identity_of_seed = bases[seed]
+        frozen, delta = inputs.adapted(config, of_seed)
         if shared is None:
             shared = frozen
         elif not _same(shared, frozen):
@@ -69,7 +81,7 @@ def members(
                 "of a sweep share: start a sweep for each seed, with `--set seed=VALUE`."
             )
         splits = splits_of(config)
-        identity = inputs.identity_of(config, base, splits)
+        identity = inputs.identity_of(config, identity_of_seed, splits)
         delta = precision.trained(delta, config.precision)
         made.append(Member(name, values[name], config, splits, identity, delta))
     return tuple(made)

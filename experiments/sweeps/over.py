@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import config as configs, tasks
+from experiments import config as configs
 from experiments.config import Config
 from experiments.strict_json import nearest
 
@@ -20,7 +20,8 @@ NUMBERS = ("train.lr", "optimizer.weight_decay")
 # Of the methods whose adapters can be padded, and scaled by a number that is data.
 PADDED = ("method.rank", "method.alpha")
 PADDED_METHODS = ("LoRA", "DoRA")
-# The keys of `data` that are the program's: what the loss is, and how long a sequence gets.
+# The keys of `data` that are the program's: what the loss is, and how long a sequence gets. A task's labels
+# are too, once its files are read.
 FIXED = ("data.task", "data.seq_len")
 
 Over = dict[str, list[Any]]
@@ -137,7 +138,7 @@ def configs_of(path: Path, overrides: Sequence[str], over: Over) -> dict[str, Co
     if first.train.result != "last":
         raise ValueError(
             f'`train.result` is "{first.train.result}", and a sweep keeps what the last step left: leave it '
-            "out."
+            "out, or pass `--set train.result=last`."
         )
     for config in found.values():
         for key in FIXED:
@@ -154,9 +155,7 @@ def _check_alike(config: Config) -> None:
     """Raises `ValueError` for what a sweep has not, and a run has."""
     train, base = config.train, config.base
     given = {
-        "data.task": config.data.task if tasks.of(config.data).labels is not None else None,
         "base.adapter": base.adapter,
-        "train.buckets": train.buckets,
         "train.patience": train.patience,
     }
     for key, value in given.items():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.sweeps import compared
 from experiments.sweeps.figures import label
 
 
@@ -25,30 +26,42 @@ def render(facts: dict[str, Any]) -> str:
     lines = [f"# {facts['name']}: a sweep", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
-    lines += ["", "## Validation loss", "", *table(facts), ""]
+    lines += ["", f"## {_compared(facts).capitalize()}", "", *table(facts), ""]
     lines += [f"![{name}](figures/{name}.png)\n" for name in facts["figures"]]
     lines += _best(facts["best"])
     return "\n".join(lines)
 
 
 def table(facts: dict[str, Any]) -> list[str]:
-    """A line for each combination, the best in bold; the mean over its seeds, and their sample deviation."""
+    """A line for each combination, the best in bold; the mean over its seeds, and their sample deviation. Of
+    a metric also the best of each adapter's evaluations, as papers choose it.
+    """
+    metric = facts.get("metric")
     keys = [key for key in facts["over"] if key != "seed"]
     remarks = [_remark(line) for line in facts["table"]]
     more = ["remark"] if any(remarks) else []
-    head = [*(f"`{key}`" for key in keys), "adapters", "validation loss", *more]
-    ended = [line["mean"] for line in facts["table"] if line["mean"] is not None and line["dropped"] is None]
+    head = [*(f"`{key}`" for key in keys), "adapters", _compared(facts)]
+    head += [*([] if metric is None else ["at the best evaluation"]), *more]
+    ended = [line for line in facts["table"] if line["mean"] is not None and line["dropped"] is None]
+    best = min(ended, key=compared.by(metric), default=None)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line, remark in zip(facts["table"], remarks, strict=True):
         loss = mean_and_deviation(line)
-        if ended and line["mean"] == min(ended) and line["dropped"] is None:
+        if best is not None and line["mean"] == best["mean"] and line["dropped"] is None:
             loss = f"**{loss}**"
         cells = [*(label(line["values"][key]) for key in keys), str(line["adapters"]), loss]
+        cells += [] if metric is None else [mean_and_deviation(line["best"])]
         cells += [remark] if more else []
         lines.append(f"| {' | '.join(cells)} |")
     if any(line["deviation"] is not None for line in facts["table"]):
         lines += ["", "± is the sample deviation over the seeds."]
     return lines
+
+
+def _compared(facts: dict[str, Any]) -> str:
+    """What the table shows, in words."""
+    metric = facts.get("metric")
+    return compared.LOSS if metric is None else f"{metric} in validation"
 
 
 def mean_and_deviation(line: dict[str, Any]) -> str:

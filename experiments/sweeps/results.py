@@ -19,7 +19,7 @@ from experiments.progress import read_metrics
 from experiments.reports.provenance import command, provenance
 from experiments.running import finish, workdir as workdirs
 from experiments.running.inputs import Ready
-from experiments.sweeps import figures, page
+from experiments.sweeps import compared, figures, page
 from experiments.sweeps.guards import lost_at
 from experiments.sweeps.halving import combination, of_data
 from experiments.sweeps.members import Member
@@ -38,16 +38,17 @@ def write(
     config, metrics = together.trainer.config, read_metrics(workdir / "metrics.jsonl")
     rule, dropped = state.opt_state
     plain = state._replace(opt_state=rule)
+    metric = compared.metric_of(compared.evaluations(metrics)[-1])
     rows = [
         _row(together, member, int(step), metrics, workdir)
         for member, step in zip(together.members, np.asarray(dropped), strict=True)
     ]
-    table = grouped(rows)
+    table = grouped(rows, metric)
     for place, row in enumerate(rows):
         step = config.train.steps if row["dropped"] is None else row["dropped"]
         single = together.single(place, plain._replace(step=step))
         row |= _export(together, place, single, ready, workdir)
-    best = best_of(rows, table)
+    best = best_of(rows, table, metric)
     for name in best:
         place = together.names.index(name)
         _as_run(together.members[place], together.single(place, plain), metrics, workdir)
@@ -62,6 +63,7 @@ def write(
         "steps": config.train.steps,
         "batch": config.train.batch,
         "adapters": len(rows),
+        "metric": metric,
         "rows": rows,
         "table": table,
         "best": {
@@ -95,6 +97,9 @@ def _row(
     own = lambda key: [line[key][member.name] for line in metrics if member.name in line.get(key, {})]
     valid, training = own("valid_loss"), own("loss")
     finite = [value for value in valid if value is not None]
+    found = [compared.of_adapter(line, member.name) for line in compared.evaluations(metrics)]
+    found = [each for each in found if each]
+    best = min(found, key=compared.cost, default={})
     lost = lost_at(workdir / "adapters" / member.name, train.steps, train.not_finite == "skip")
     return {
         "name": member.name,
@@ -102,36 +107,59 @@ def _row(
         "first_valid_loss": valid[0],
         "valid_loss": None if lost is not None else valid[-1],
         "best_valid_loss": min(finite, default=None),
+        "metrics": {} if lost is not None else _metrics(found[-1]),
+        "best_metrics": _metrics(best),
         "train_loss": training[-1],
         "dropped": dropped if dropped >= 0 else None,
         "lost": lost,
     }
 
 
-def grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each combination: the mean over its seeds, and their sample deviation where there are
-    several. None: one of them was lost.
+def _metrics(found: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if name != "valid_loss"}
+
+
+def grouped(rows: Sequence[dict[str, Any]], metric: str | None = None) -> list[dict[str, Any]]:
+    """A line for each combination: the mean over its seeds of what adapters are compared by, and their sample
+    deviation where there are several; of a metric also that of each one's best evaluation. None: one of them
+    was lost.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(combination(row["values"]), []).append(row)
-    return [_line(own) for own in groups.values()]
+    return [_line(own, metric) for own in groups.values()]
 
 
-def _line(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    losses = [row["valid_loss"] for row in own]
-    whole = all(loss is not None for loss in losses)
+def _line(own: Sequence[dict[str, Any]], metric: str | None) -> dict[str, Any]:
+    mean, deviation = _over_seeds([_value(row, metric) for row in own])
+    best = {} if metric is None else _over_seeds([row["best_metrics"].get(metric) for row in own])
     return {
         "values": {key: value for key, value in own[0]["values"].items() if key != "seed"},
         "adapters": len(own),
-        "mean": statistics.fmean(losses) if whole else None,
-        "deviation": statistics.stdev(losses) if whole and len(own) > 1 else None,
+        "mean": mean,
+        "deviation": deviation,
+        **({} if metric is None else {"best": dict(zip(("mean", "deviation"), best, strict=True))}),
         "dropped": own[0]["dropped"],
         "lost": [row["name"] for row in own if row["lost"] is not None],
     }
 
 
-def best_of(rows: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[str]:
+def _value(row: dict[str, Any], metric: str | None) -> float | None:
+    """What an adapter is compared by, after its last step."""
+    return row["valid_loss"] if metric is None else row["metrics"].get(metric)
+
+
+def _over_seeds(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample deviation."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None, None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def best_of(
+    rows: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]], metric: str | None = None
+) -> list[str]:
     """Of each data the best adapter of the best combination, among those that trained to the end."""
     best = []
     for data in dict.fromkeys(of_data(line["values"]) for line in table):
@@ -141,9 +169,10 @@ def best_of(rows: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> 
             if of_data(line["values"]) == data and line["dropped"] is None and line["mean"] is not None
         ]
         if ended:
-            chosen = combination(min(ended, key=lambda line: line["mean"])["values"])
+            chosen = combination(min(ended, key=compared.by(metric))["values"])
             own = [row for row in rows if combination(row["values"]) == chosen]
-            best.append(min(own, key=lambda row: row["valid_loss"])["name"])
+            first = compared.by(metric)
+            best.append(min(own, key=lambda row: first({"mean": _value(row, metric)}))["name"])
     return best
 
 

@@ -22,7 +22,7 @@ from experiments.running import workdir as workdirs
 from experiments.running.inputs import Ready
 from experiments.running.preemption import StopRequest
 from experiments.running.run import prepared, restored
-from experiments.sweeps import halving, results
+from experiments.sweeps import compared, halving, results
 from experiments.sweeps.guards import lost_at
 from experiments.sweeps.members import members
 from experiments.sweeps.over import combinations, configs_of, Over, PADDED
@@ -88,19 +88,30 @@ def sweep(asked: Asked, data: Path, workdir: Path, *, bases: Path = Path(catalog
 
 def _together(ready: Ready, found: dict[str, Config], asked: Asked, data: Path) -> Together:
     """The members on the base that is loaded. Each distinct `data` is read once."""
-    first = next(iter(found.values()))
+    first, task = next(iter(found.values())), tasks.of(ready.trainer.config.data)
     known: list[tuple[Any, Splits]] = [(first.data, ready.splits)]
 
     def splits_of(config: Config) -> Splits:
         there = [splits for section, splits in known if section == config.data]
         if not there:
             contents = tasks.read(config.data, data)
+            if task.labels is not None:
+                _check_labels(task.labels(config.data, contents), ready.base.model.config.labels)
             there = [tasks.prepare(config.data, contents, ready.base.tokenizer)]
             known.append((config.data, there[0]))
         return there[0]
 
     made = members(found, combinations(asked.over), ready.base, splits_of, ready.identity["base"])
     return Together(ready.trainer, made, any(key in asked.over for key in PADDED))
+
+
+def _check_labels(own: tuple[str, ...], first: tuple[str, ...]) -> None:
+    if own != first:
+        raise ValueError(
+            f"`--over data` has the labels {', '.join(own)} beside {', '.join(first)}, and the head that all "
+            "adapters of a sweep share has one output for each: name both in `data.labels`, or start a sweep "
+            "for each."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +166,17 @@ class _Training:
             record.log(state.step, **work.evaluate(_Some(state, alive, None).part.delta))
         skip = self.together.trainer.config.train.not_finite == "skip"
         said = next(
-            line["valid_loss"]
-            for line in reversed(read_metrics(self.workdir / "metrics.jsonl"))
-            if line["step"] == state.step and "valid_loss" in line
+            line
+            for line in reversed(compared.evaluations(read_metrics(self.workdir / "metrics.jsonl")))
+            if line["step"] == state.step
         )
-        losses = {
-            name: None if lost_at(adapters / name, state.step, skip) is not None else said[name]
+        costs = {
+            name: None
+            if lost_at(adapters / name, state.step, skip) is not None
+            else compared.cost(compared.of_adapter(said, name))
             for name in group.names
         }
-        gone = halving.worse_half(losses, {member.name: member.values for member in group.members})
+        gone = halving.worse_half(costs, {member.name: member.values for member in group.members})
         if gone:
             record.note(state.step, f"dropped {len(gone)} of {len(alive)} adapters: {'; '.join(gone)}")
         places = np.asarray([self.together.names.index(name) for name in gone], np.int32)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import lora_jax
-from experiments import config as configs
+from experiments import config as configs, tasks
 from experiments.progress import Record
 from experiments.sweeps.guards import EachGuards, lost_at
 from experiments.sweeps.members import Member
@@ -29,7 +29,7 @@ from experiments.training.ahead import one_behind
 from experiments.training.guards import Guards, not_finite_steps
 from experiments.training.spread import EXAMPLES
 from experiments.training.step import compiled_for, step_of
-from experiments.training.trainer import evaluation_batches, Trainer
+from experiments.training.trainer import evaluated_batches, judged, Trainer
 from lora_jax.checkpoint import State
 
 
@@ -95,6 +95,12 @@ class Together:
             numbers(lambda member: configs.method_value(member.config.method).scale) if self.padded else None,
         )
 
+    def outcome(self, own: Own, delta: Any, frozen: Any, piece: dict) -> tuple[jax.Array, ...]:
+        """Of one member: its loss, and of a task that is judged the head's outputs too."""
+        step, delta = self.trainer.step, _scaled(delta, own.scale)
+        judged = tasks.of(self.trainer.config.data).judge is not None
+        return (step.judged if judged else step.loss)(delta, frozen, piece)
+
     def loss(
         self, own: Own, delta: Any, frozen: Any, piece: dict, key: Any = None, smoothing: float = 0.0
     ) -> tuple[jax.Array, jax.Array]:
@@ -138,7 +144,7 @@ class Together:
         parts.
         """
         sizes = [each.size(chosen) for each, chosen in zip(examples, rows, strict=True)]
-        size = tuple(map(max, zip(*sizes, strict=True)))
+        size = jax.tree.map(lambda *each: max(each), *sizes)
         arrays = [each.batch(chosen, size) for each, chosen in zip(examples, rows, strict=True)]
         stacked = jax.tree.map(lambda *each: np.stack(each), *arrays)
         if parts is not None:
@@ -147,26 +153,37 @@ class Together:
         spec = P(None, EXAMPLES) if parts is None else P(None, None, EXAMPLES)
         return jax.device_put(stacked, NamedSharding(self.trainer.mesh, spec))
 
-    def evaluate(self, compiled: Callable, delta: Any, own: Own) -> dict[str, float | None]:
-        """The validation loss of each, as its run has it; None where it is not finite."""
-        train, valid = self.trainer.config.train, [member.splits.valid for member in self.members]
-        batches = (evaluation_batches(len(each), train.batch, train.eval_batches) for each in valid)
-        nothing = np.full(train.batch, -1)
+    def evaluate(self, compiled: Callable, delta: Any, own: Own) -> dict[str, dict[str, float | None]]:
+        """What an evaluation finds, by its names and then by members: `valid_loss`, and the metrics of a task
+        that is judged, as each one's run has them; None where a number is not finite.
+        """
+        valid = [member.splits.valid for member in self.members]
+        batches = [evaluated_batches(member.config, member.splits.valid) for member in self.members]
+        nothing = np.full(self.trainer.config.train.batch, -1)
 
-        def of_batch(rows: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        def of_batch(rows: Sequence[np.ndarray]) -> tuple[jax.Array, ...]:
             return compiled(own, delta, self.trainer.frozen, self.batch(valid, rows, None))
 
-        sums = np.zeros((2, len(self.members)))
+        sums, outputs = np.zeros((2, len(self.members))), []
         for numbers in one_behind(map(of_batch, itertools.zip_longest(*batches, fillvalue=nothing))):
-            sums += np.asarray(jax.device_get(numbers), np.float64)
-        return {name: _finite(losses.mean(*each)) for name, each in zip(self.names, sums.T, strict=True)}
+            sums += np.asarray(jax.device_get(numbers[:2]), np.float64)
+            outputs += [np.asarray(array, np.float32) for array in numbers[2:]]
+        found = [{"valid_loss": float(losses.mean(*each))} for each in sums.T]
+        for place, member in enumerate(self.members if outputs else ()):
+            mine = [each[place] for each in outputs[: len(batches[place])]]
+            found[place] |= judged(member.config, mine, valid[place], batches[place])
+        names = dict.fromkeys(name for each in found for name in each)
+        return {
+            name: dict(zip(self.names, (_finite(each.get(name, math.nan)) for each in found), strict=True))
+            for name in names
+        }
 
     def work(self, state: State, directory: Path, record: Record, memory: Callable[[Any], None]) -> loop.Work:
         """What the loop trains. `directory`: below which each member has one of its own."""
         config, frozen, own = self.trainer.config, self.trainer.frozen, self.own()
         train, keys = config.train, state.key
         of_batch = jax.jit(
-            jax.vmap(self.loss, in_axes=(0, 0, None, 0)), out_shardings=self.trainer.step.everywhere
+            jax.vmap(self.outcome, in_axes=(0, 0, None, 0)), out_shardings=self.trainer.step.everywhere
         )
         examples = [member.train for member in self.members]
         fold = jax.jit(jax.vmap(jax.random.fold_in, (0, None)), out_shardings=self.trainer.step.everywhere)
@@ -189,7 +206,7 @@ class Together:
             train,
             step_inputs,
             self.compiled(state, memory),
-            lambda delta: {"valid_loss": self.evaluate(of_batch, delta, own)},
+            lambda delta: self.evaluate(of_batch, delta, own),
             described,
             lambda done: order.epoch_and_position(done, len(examples[0]), train.batch),
             guards,

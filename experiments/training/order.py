@@ -8,6 +8,7 @@ draws, as the authors' loader does, so that every epoch has ceil(N / batch) full
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,13 @@ def indices(seed: int, step: int, examples: int, batch: int) -> np.ndarray:
     """The examples of one step, shape (batch,)."""
     epoch, position = epoch_and_position(step, examples, batch)
     return _epoch_order(seed, epoch, examples, batch)[position * batch : (position + 1) * batch]
+
+
+def of_run(seed: int, train: Any, examples: Any) -> Callable[[int], np.ndarray]:
+    """The examples of each step as a config's `train` says: drawn, or of like length."""
+    if train.buckets is None:
+        return drawn(seed, len(examples), train.batch)
+    return by_length(seed, examples.lengths, train.batch, train.buckets)
 
 
 def drawn(seed: int, examples: int, batch: int) -> Callable[[int], np.ndarray]:

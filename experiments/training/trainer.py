@@ -7,7 +7,7 @@ mesh is said in `sharded`, and what follows what in `loop`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,19 +131,13 @@ class Trainer:
             part = jax.tree.map(lambda array: array[0], self.device_batch(examples, indices))
             return compiled(delta, self.frozen, part)
 
-        train, total, count, outputs = self.config.train, 0.0, 0.0, []
-        judge = tasks.of(self.config.data).judge
-        lengths = None if judge is None else examples.lengths
-        batches = list(evaluation_batches(len(examples), train.batch, train.eval_batches, lengths))
+        total, count, outputs = 0.0, 0.0, []
+        batches = evaluated_batches(self.config, examples)
         for numbers in one_behind(map(of_batch, batches)):
             total, count = total + float(numbers[0]), count + float(numbers[1])
             outputs += [np.asarray(array, np.float32) for array in numbers[2:]]
         found = {"valid_loss": float(losses.mean(total, count))}
-        if judge is None or not outputs:
-            return found
-        rows = np.concatenate(batches)
-        real = rows >= 0
-        return found | judge(self.config.data, np.concatenate(outputs)[real], examples, rows[real])
+        return found | (judged(self.config, outputs, examples, batches) if outputs else {})
 
     def fit(
         self,
@@ -163,11 +157,7 @@ class Trainer:
         evaluate = self.evaluation()
         rate = optimizer.warmup_linear(train)
 
-        batch_of = (
-            order.drawn(config.seed, size, train.batch)
-            if train.buckets is None
-            else order.by_length(config.seed, splits.train.lengths, train.batch, train.buckets)
-        )
+        batch_of = order.of_run(config.seed, train, splits.train)
 
         def indices(done: int) -> np.ndarray:
             return self.in_rows(splits.train, batch_of(done - 1))
@@ -211,6 +201,22 @@ class Trainer:
             enough,
         )
         return loop.fit(work, state, checkpoints, record, stop_requested)
+
+
+def evaluated_batches(config: Config, examples: Any) -> list[np.ndarray]:
+    """The batches of an evaluation; of a task that is judged, inputs of like length together."""
+    train, lengths = config.train, None if tasks.of(config.data).judge is None else examples.lengths
+    return list(evaluation_batches(len(examples), train.batch, train.eval_batches, lengths))
+
+
+def judged(
+    config: Config, outputs: Sequence[np.ndarray], examples: Any, batches: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """The task's metrics of the head's outputs for these batches of the examples."""
+    judge, rows = tasks.of(config.data).judge, np.concatenate(batches)
+    assert judge is not None  # or there were no outputs
+    real = rows >= 0
+    return judge(config.data, np.concatenate(outputs)[real], examples, rows[real])
 
 
 def evaluation_batches(
