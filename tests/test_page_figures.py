@@ -67,6 +67,39 @@ def test_times_beside_peers_are_the_benchmarks():
                 assert cell == f"1 ({line['s']:.2f} s)"
             else:
                 assert cell == ("" if "note" in line else f"{line['over lora_jax']:.2f}"), (way, name)
+    # And the other rows, whose names are a cell.
+    shown = _rows(PAGES["docs/cost.md"].partition("## Beside its peers")[2].partition("\n## ")[0])
+    (head,) = (cells for cells in shown if "lora_jax" in cells)
+    _, _, *ways = head
+    others = {
+        row.replace(model, name, 1) for name, model in names.items() for row, _ in found if model in row
+    }
+    others -= {f"{name}, 8 x 64, all-linear, LoRA" for name in names}
+    seen = {cells[0]: cells[1:] for cells in shown - {head, ("---",) * len(head)}}
+    assert seen.keys() == others
+    for row, (seconds, *cells) in seen.items():
+        name = next(name for name in names if row.startswith(name))
+        own = {way: found[row.replace(name, names[name]), way] for way in ("lora_jax", *ways)}
+        assert seconds == f"{own['lora_jax']['s']:.2f} s"
+        for way, cell in zip(ways, cells, strict=True):
+            assert cell == ("" if "note" in own[way] else f"{own[way]['over lora_jax']:.2f}"), (row, way)
+
+
+def test_times_of_quantised_bases_are_the_benchmarks():
+    file = REPOSITORY / "benchmarks" / "results" / "quantised_step-jax-0.10.2.json"
+    lines = [
+        line for line in json.loads(file.read_text("utf-8"))["rows"] if line["row"] in ("gpt2", "gpt2, scan")
+    ]
+    page = PAGES["docs/cost.md"].partition("## A quantised base")[2].partition("\n## ")[0]
+    for name, *cells in _rows(page) - {("base", "bytes of the frozen tree", "CPU time of a step")}:
+        bases = [name] if not name.startswith("GGUF") else name.removeprefix("GGUF's ").split(", ")
+        if name in ("---", "float32"):
+            continue
+        own = [line for line in lines if line["base"] in bases]
+        times = [line["CPU time over LoRA"] for line in own]
+        assert cells[1] == f"{min(times):.2f} to {max(times):.2f}", name
+        frozen = [next(line["frozen MB"] for line in own if line["base"] == base) for base in bases]
+        assert cells[0] == ", ".join(f"{size:.0f}" for size in frozen) + " MB", name
 
 
 def test_results_are_those_of_the_runs():
