@@ -226,6 +226,24 @@ def test_the_forms_of_the_low_rank_product_are_one_function(form):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
 
 
+def test_peers_that_compute_something_else_are_refused():
+    """Full fine-tuning has the weights before they were quantised."""
+    losses = {
+        "lora_jax": 2.0,
+        "qwix": 2.0001,
+        "full fine-tuning, JAX": 2.01,
+        "full fine-tuning, PyTorch": 2.01,
+    }
+    found = {way: {"first loss": loss} for way, loss in losses.items()} | {"PEFT": {"cannot": "a reason"}}
+    quantised, plain = peers.Row(method="QLoRA"), peers.Row()
+    peers.check_losses(quantised, found, 1e-3)
+    with pytest.raises(RuntimeError, match="first losses of 'gpt2, 8 x 64, all-linear, LoRA' differ"):
+        peers.check_losses(plain, found, 1e-3)
+    for way in ("qwix", "full fine-tuning, PyTorch"):
+        with pytest.raises(RuntimeError, match="differ, so that not the same is timed"):
+            peers.check_losses(quantised, found | {way: {"first loss": 2.1}}, 1e-3)
+
+
 def test_the_table_of_peers_keeps_the_rows_of_earlier_runs():
     first, second, third = (row.name for row in peers.ROWS[:3])
     kept = [{"row": third, "way": "qwix", "commit": "old"}, {"row": "gone", "way": "qwix", "commit": "old"}]
