@@ -8,6 +8,7 @@ CI: a first run finds little there, and what passes must not depend on an earlie
 """
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -122,6 +123,17 @@ def data_dir() -> Path:
             f"no data sets at {directory}: set LORA_JAX_DATA to the directory that holds e2e/, gpt2_bpe/, …"
         )
     return directory
+
+
+@pytest.fixture(scope="session")
+def published(data_dir) -> dict:
+    """The numbers of LoRA's paper, as its tables print them."""
+    path = data_dir.parent / "reference" / "published.json"
+    if not path.is_file():
+        pytest.skip(
+            f"no {path}: the paper's numbers lie beside the data sets only where the project is developed"
+        )
+    return json.loads(path.read_text("utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -2,24 +2,15 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import LORA, without_java as without_java
 from small_base import TOKENIZER
-from test_baselines_counts import shapes, single
 from training import config as small, optax_promotes as optax_promotes
 
-import lora_jax
-from experiments import config as configs
 from experiments.command_line import main
-from experiments.running import baselines
 from experiments.tasks.examples import Examples
-from lora_jax.baselines import attach
-
-
-CONFIGS = Path(configs.__file__).resolve().parent.parent / "configs"
 
 
 ARCHITECTURE = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 160}
@@ -94,36 +85,3 @@ def test_contexts_change_and_completions_stay():
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(small(), **settings)
-
-
-def _rows():
-    found = [configs.load(path) for path in sorted(CONFIGS.glob("e2e_gpt2_*.json"))]
-    return [config for config in found if config.method["name"] == "Full"]
-
-
-@pytest.mark.parametrize("config", _rows(), ids=lambda config: config.name)
-def test_a_row_trains_what_its_note_says(config):
-    """From shapes. The published row is the one of that size, method and count."""
-    model, params = shapes(config.base.path)
-    if config.targets:
-        model, params = single(model, params)
-    if config.baseline is not None:
-        model, params = attach(model, params, configs.baseline_value(config.baseline))
-    targets = baselines.targets(config, configs.method_value(config.method))
-    count = lora_jax.count(lora_jax.lorafy(params, targets).delta)
-    assert f"exactly {count:,}" in config.source.note
-
-
-@pytest.mark.parametrize("config", _rows(), ids=lambda config: config.name)
-def test_a_row_expects_what_was_published(config, data_dir):
-    size, method, count = config.source.row.split(", ")
-    path = data_dir.parent / "reference" / "published.json"
-    if not path.is_file():
-        pytest.skip(
-            f"no {path}: the paper's numbers lie beside the data sets only where the project is developed"
-        )
-    rows = json.loads(path.read_text())["table3_E2E"]["rows"]
-    (row,) = (
-        row for row in rows if row["method"] == f"{size} {method}" and f"{row['params_M']:.2f}M" == count
-    )
-    assert config.source.expected == {name: row[name] for name in config.source.expected}

@@ -1,8 +1,9 @@
-"""The configs of GLUE: rows of LoRA's Table 2, of the reproduction study's Table 1, and of MiniLM."""
+"""The configs of GLUE: rows of LoRA's Table 2, of the reproduction study's Table 1, of MiniLM, and of little
+data.
+"""
 
 import collections
 import functools
-import json
 import math
 import re
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_there_is_one_for_every_row_and_task():
     assert len(table) == 14 and all(found[row] == 8 for row in table)
     assert sum(count for row, count in found.items() if row.startswith("reproduction")) == 5 * 4 + 1
     assert sum(count for row, count in found.items() if row.startswith("minilm")) == 7 * 4
+    assert sum(count for row, count in found.items() if row.startswith("lowdata")) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,7 +52,10 @@ def test_a_config_is_a_row(name):
     assert bool(config.source.expected) == bool(config.source.paper) and config.source.note
     assert build(configs.Config, configs.to_json(config)) == config
     train = config.train
-    assert train.eval_every == math.ceil(ROWS[task] / train.batch) and train.steps % train.eval_every == 0
+    epoch = math.ceil((config.data.max_rows or ROWS[task]) / train.batch)
+    if config.data.max_rows is None:
+        assert train.eval_every == epoch
+    assert train.steps % epoch == 0 == train.steps % train.eval_every
     assert train.result == "best" and 0.05 < train.warmup / train.steps < 0.11
     adapter = config.base.adapter
     if adapter is not None:
@@ -62,13 +67,7 @@ def test_a_config_is_a_row(name):
         )
 
 
-def test_published_numbers_and_hyperparameters(data_dir):
-    path = data_dir.parent / "reference" / "published.json"
-    if not path.is_file():
-        pytest.skip(
-            f"no {path}: the paper's numbers lie beside the data sets only where the project is developed"
-        )
-    published = json.loads(path.read_text())
+def test_published_numbers_and_hyperparameters(published):
     theirs = collections.Counter(
         (task, score)
         for row in published["table2_GLUE"]["rows"]
@@ -94,6 +93,28 @@ def test_published_numbers_and_hyperparameters(data_dir):
             epochs = config.train.steps // config.train.eval_every
             found = (config.train.batch, epochs, config.train.lr, config.data.seq_len)
             assert found == (values["batch"][place], values["epochs"][place], values["lr"][place], seq)
+
+
+# Batch and epochs of the paper's rows of little data.
+LITTLE = {100: (20, 40), 1000: (20, 40), 10_000: (100, 4)}
+
+
+def test_rows_of_little_data(published):
+    """They have the paper's design on a base that exists, and name the numbers of GPT-3."""
+    theirs = published["appendix_lowdata_MNLI"]
+    for name, config in CONFIGS.items():
+        if not name.startswith("lowdata"):
+            continue
+        rows, train, lora = config.data.max_rows, config.train, "_lora_" in name
+        assert rows == int(row_and_task(name)[0].rpartition("_")[2])
+        assert (train.batch, train.steps * train.batch // rows) == LITTLE[rows]
+        score = theirs["LoRA" if lora else "FineTune"][theirs["n"].index(rows)]
+        assert f"whose accuracy is {score}." in config.source.note
+        plain = CONFIGS[
+            name.removeprefix("lowdata_").replace(f"_{rows}_sst2", "_cola").replace(f"_{rows}", "")
+        ]
+        assert (config.base, config.method, config.targets) == (plain.base, plain.method, plain.targets)
+        assert config.train.lr == plain.train.lr
 
 
 MODELS = {

@@ -3,7 +3,13 @@
 import json
 import re
 
+import pytest
 from pages import PAGES, REPOSITORY
+
+from experiments import config as configs
+
+
+CONFIGS = REPOSITORY / "experiments" / "configs"
 
 
 def _rows(text: str) -> set[tuple[str, ...]]:
@@ -100,6 +106,47 @@ def test_times_of_quantised_bases_are_the_benchmarks():
         assert cells[1] == f"{min(times):.2f} to {max(times):.2f}", name
         frozen = [next(line["frozen MB"] for line in own if line["base"] == base) for base in bases]
         assert cells[0] == ", ".join(f"{size:.0f}" for size in frozen) + " MB", name
+
+
+@pytest.mark.parametrize("page", ["e2e", "webnlg", "dart"])
+def test_rows_of_generation_are_the_configs(page):
+    """Each names its config, with the numbers and the count of parameters that this expects."""
+    text, seen = PAGES[f"docs/tables/{page}.md"], 0
+    for block in re.findall(r"^\| row \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL):
+        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines())
+        for row in rows:
+            config = configs.load(CONFIGS / f"{re.search(r'`(.*)`', row[-1])[1]}.json")
+            assert row[0] == config.source.row
+            assert [row[2:-1], head[2:-1]] == [
+                list(map(str, config.source.expected.values())),
+                list(config.source.expected),
+            ]
+            assert not row[1] or row[1] in config.source.note, row
+            seen += 1
+    assert seen == len([file for file in CONFIGS.glob(f"{page}_gpt2_*.json")])
+
+
+@pytest.mark.parametrize("page", ["glue", "reproduction"])
+def test_rows_of_labels_are_the_configs(page):
+    """A cell is the first number that the config of its row and task expects, and every such config has
+    one.
+    """
+    named, text = set(), PAGES[f"docs/tables/{page}.md"]
+    for block in re.findall(r"^\| row \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL):
+        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines())
+        for name, *cells, pattern in rows:
+            for task, cell in zip(head[1:-1], cells, strict=True):
+                file = CONFIGS / pattern.strip("`").replace("*", task.lower().replace("-", ""))
+                assert file.is_file() == bool(cell), file
+                if cell:
+                    source = configs.load(file).source
+                    assert source.row.startswith(name) and cell == str(next(iter(source.expected.values())))
+                    named.add(file)
+    every = {
+        file for file in (CONFIGS / "glue").glob("*.json") if configs.load(file).source.paper is not None
+    }
+    table = "Table 2" if page == "glue" else "Table 1"
+    assert named == {file for file in every if (configs.load(file).source.table or "").startswith(table)}
 
 
 def test_results_are_those_of_the_runs():

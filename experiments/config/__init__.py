@@ -5,6 +5,13 @@ A config is a row of a table: `source` names the paper, the table and the number
 there are none. Paths inside a config are relative to `--data`; `base.run`, and a `base.path` that begins with
 a dot, to the config's own file; a `base.name` is below `--bases`. Left out: anything that describes the
 machine (device counts aside) or where results go: those are arguments of the command line.
+
+A config may say only what differs from another: `like` names that one's file, from this file's directory. A
+section is taken over key by key, and a key below it is replaced whole. A section with another `name` or
+`task` replaces all of the other's: the keys of a method, a baseline or a task mean nothing to another. A null
+stands in place of a value, and is what most keys are when they are left out. The other config says everything
+itself and has no `like`, so that two files are a row. Paths that begin at a config's own file begin at the
+one that is run. A work directory keeps the whole (`to_json`).
 """
 
 from experiments.tasks.e2e import E2EData as E2EData

@@ -11,20 +11,58 @@ from experiments.strict_json import build
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in the JSON file `path`, after `overrides` of the form `train.lr=1e-4`.
+    """The config in the JSON file `path`, with what it takes from the one that it is `like`, after
+    `overrides` of the form `train.lr=1e-4`.
 
-    Raises `ValueError` or `TypeError` naming the key, the value and what was expected.
+    Raises `ValueError` or `TypeError` naming the key, the value and what was expected, and the file where it
+    is the other one.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file `{path}`.")
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{path}` is not valid JSON: {error}") from error
+    tree = _read(path)
+    if isinstance(tree, dict) and "like" in tree:
+        tree = _like(path, build(str, tree["like"], "like"), tree)
     for item in overrides:
         tree = _override(tree, item)
     return build(Config, tree)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{path}` is not valid JSON: {error}") from error
+
+
+def _like(path: Path, name: str, own: dict[str, Any]) -> dict[str, Any]:
+    """The config in the file `name` beside `path`, with what `own` says in its place."""
+    other = path.parent / name
+    if not other.is_file():
+        raise FileNotFoundError(
+            f"`like` is {name} in `{path}`, and there is no file `{other}`: give its path from this file's "
+            "directory."
+        )
+    whole = _read(other)
+    if isinstance(whole, dict) and "like" in whole:
+        raise ValueError(
+            f"`like` is {name} in `{path}`, which has a `like` itself: name a config that says everything "
+            "without one."
+        )
+    try:
+        build(Config, whole)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"in `{other}`, which `{path}` is like: {error}") from error
+    sections = {key: _section(whole.get(key), value) for key, value in own.items() if key != "like"}
+    return {**whole, **sections}
+
+
+def _section(whole: Any, own: Any) -> Any:
+    """`own` in place of `whole`; or key by key, where both are objects and no other kind is named."""
+    if not isinstance(whole, dict) or not isinstance(own, dict):
+        return own
+    kind = next((tag for tag in ("name", "task") if tag in own), None)
+    return own if kind is not None and own[kind] != whole.get(kind) else {**whole, **own}
 
 
 def _override(tree: Any, item: str) -> Any:
