@@ -35,9 +35,13 @@ def place(file: str) -> str:
 
     >>> [place(file) for file in ("docs/cost.md", "README.md", "benchmarks/a.md", "notebooks/b.ipynb")]
     ['cost.md', 'index.md', 'benchmarks/a.md', 'notebooks/b.ipynb.md']
+
+    A directory is its first page.
     """
     if file in ("README.md", "docs"):
         return "index.md"
+    if file == "notebooks":
+        file = min(path.relative_to(_REPOSITORY).as_posix() for path in _REPOSITORY.glob("notebooks/*.ipynb"))
     file = file.removeprefix("docs/")
     return file if file.endswith((".md", *_PICTURES, ".css")) else f"{file}.md"
 
