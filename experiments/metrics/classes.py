@@ -83,11 +83,32 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return ranks
 
 
+def answers_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """F1 of the answers of all questions, each of which is 1, right, or 0: MultiRC's F1a.
+
+    >>> answers_f1(["1 0 1", "0 1"], ["1 0 0", "0 1"])
+    0.8
+
+    Raises:
+      ValueError: a question has labels for another number of answers.
+    """
+    both = [(one.split(), other.split()) for one, other in zip(references, predictions, strict=True)]
+    for number, (one, other) in enumerate(both, 1):
+        if len(one) != len(other):
+            raise ValueError(
+                f"prediction {number} has {len(other)} labels, and question {number} has {len(one)} answers: "
+                "a line has a 1 or a 0 for each, such as `1 0 1`."
+            )
+    return f1(*([label for pair in both for label in pair[side]] for side in (0, 1)))
+
+
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "accuracy": accuracy,
     "F1": f1,
     "macro F1": macro_f1,
     "Matthews": matthews,
+    "F1a": answers_f1,
+    "EM": accuracy,
 }
 """Of labels, by the names that reports have."""
 

@@ -19,7 +19,7 @@ def of_writers(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_printed(name: str, value: float | None, task: Task) -> str:
     """A score as papers print it: some in percent. "BLEU seen" is as BLEU."""
-    percent = name.split(" ")[0] in task.percentages
+    percent = any(f"{name} ".startswith(f"{each} ") for each in task.percentages)
     return "-" if value is None else f"{100 * value:.2f}" if percent else f"{value:.4f}"
 
 

@@ -34,8 +34,8 @@ class Contents(NamedTuple):
     """
 
     labels: tuple[str, ...]
-    rows: dict[str, list[Row]]
-    further: dict[str, list[Row]]
+    rows: dict[str, list[Any]]
+    further: dict[str, list[Any]]
 
     @property
     def numbers(self) -> bool:
@@ -73,11 +73,8 @@ def checked(rows: list[Row], labels: Sequence[str], name: Any, *, trains: bool =
     for row in rows:
         if numbers and not _is_number(row.label):
             raise ValueError(f"`{name}` row {row.number}: the score is {row.label!r}, and must be a number.")
-        if not numbers and row.label not in labels:
-            raise ValueError(
-                f"`{name}` row {row.number}: the label is {row.label!r}, and must be one of "
-                f"{', '.join(labels)}."
-            )
+        if not numbers:
+            known(row.label, labels, f"`{name}` row {row.number}")
     missing = [] if numbers or not trains else [label for label in labels if label not in _counts(rows)]
     if missing:
         raise ValueError(
@@ -87,8 +84,26 @@ def checked(rows: list[Row], labels: Sequence[str], name: Any, *, trains: bool =
     return rows
 
 
+def known(label: Any, labels: Sequence[str], place: str) -> Any:
+    """The label, or `ValueError` where it is none of them."""
+    if label not in labels:
+        raise ValueError(f"{place}: the label is {label!r}, and must be one of {', '.join(labels)}.")
+    return label
+
+
 def _counts(rows: Sequence[Row]) -> Counter:
     return Counter(row.label for row in rows)
+
+
+def word(label: Any, labels: Sequence[str]) -> str:
+    """A label as `datasets` or JSON has it, in the word that it has here.
+
+    >>> word(1, ("no", "yes")), word(True, ("false", "true")), word("yes", ("no", "yes")), word(2.5, SCORE)
+    ('yes', 'true', 'yes', '2.5')
+    """
+    if tuple(labels) == SCORE:
+        return str(label)
+    return labels[label] if isinstance(label, int) and 0 <= label < len(labels) else str(label)
 
 
 def _is_number(text: str | None) -> bool:
@@ -126,7 +141,7 @@ def prepare(section: Any, contents: Contents, tokenizer: Any) -> Splits:
     from experiments.tasks.sentences import Sentence, Sentences
 
     def inputs(rows: Sequence[Row]) -> tuple[Sentence, ...]:
-        return _encoded(rows, tokenizer, section.seq_len, Sentence)
+        return encoded(rows, tokenizer, section.seq_len, Sentence)
 
     train = contents.rows["train"][: section.max_rows]
     valid = contents.rows["valid"][: section.max_valid_rows]
@@ -154,7 +169,7 @@ def prepare(section: Any, contents: Contents, tokenizer: Any) -> Splits:
     return Splits(examples(train), validation, prompts, further)
 
 
-def _encoded(rows: Sequence[Row], tokenizer: Any, seq_len: int, kind: Any) -> tuple[Any, ...]:
+def encoded(rows: Sequence[Row], tokenizer: Any, seq_len: int, kind: Any) -> tuple[Any, ...]:
     if not rows:
         return ()
     texts = [[row.first for row in rows]]
@@ -178,7 +193,12 @@ def _encoded(rows: Sequence[Row], tokenizer: Any, seq_len: int, kind: Any) -> tu
 def judge(score: Callable, section: Any, outputs: Any, examples: Any, rows: Any) -> dict[str, float]:
     """The metrics of a head's outputs, (rows, labels), by the references of these rows of the examples."""
     texts = [text_of(row, examples.labels) for row in outputs.tolist()]
-    found = score([examples.inputs[row].references for row in rows], texts, tell=lambda _: None)
+    return judged(score, [examples.inputs[row].references for row in rows], texts)
+
+
+def judged(score: Callable, references: Sequence[Sequence[str]], texts: Sequence[str]) -> dict[str, float]:
+    """The metrics that can be computed."""
+    found = score(references, texts, tell=lambda _: None)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -200,18 +220,10 @@ def predictor(config: Any, model: Any, tokenizer: Any, prompts: Sequence[Any]) -
     return Classifier.create(config, model, tokenizer, prompts)
 
 
-def files(classifier: Any, splits: Splits, params: Any) -> dict[str, str]:
-    """`probabilities.tsv`, a line a test input: its index, reference and prediction, and the probability of
-    each label; and `further/`, the same of inputs without references.
-    """
-    found = {"probabilities.tsv": table(classifier, classifier.prompts, params)[1]}
-    for name, inputs in splits.further.items():
-        found[f"further/{name}.tsv"] = table(classifier, inputs, params)[1]
-    return found
-
-
 def table(classifier: Any, inputs: Sequence[Any], params: Any) -> tuple[list[str], str]:
-    """The predictions, and the content of such a file."""
+    """The predictions, and a line an input: its index, reference and prediction, and the probability of each
+    label.
+    """
     found = classifier.probabilities(params, inputs)
     labels = classifier.labels
     texts = [text_of(row, labels) for row in found.tolist()]
@@ -223,3 +235,24 @@ def table(classifier: Any, inputs: Sequence[Any], params: Any) -> tuple[list[str
         cells = [each.index, *(each.references if referenced else ()), text]
         lines.append("\t".join([*cells, *([] if labels == SCORE else (f"{value:.6f}" for value in row))]))
     return texts, "\n".join(lines) + "\n"
+
+
+def files(
+    predictor: Any,
+    splits: Splits,
+    params: Any,
+    *,
+    table: Callable = table,
+    submission: Callable[..., dict[str, str]] | None = None,
+) -> dict[str, str]:
+    """`probabilities.tsv`, the predictions with their probabilities (`table`); `further/`, the same of inputs
+    without references; and with `submission(name, labels, inputs, texts)` what a benchmark's site takes of
+    these, in `submission/`.
+    """
+    found = {"probabilities.tsv": table(predictor, predictor.prompts, params)[1]}
+    for name, inputs in splits.further.items():
+        texts, found[f"further/{name}.tsv"] = table(predictor, inputs, params)
+        if submission is not None:
+            written = submission(name, predictor.labels, inputs, texts)
+            found |= {f"submission/{file}": content for file, content in written.items()}
+    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.checks import at_least
-from experiments.tasks import classes
+from experiments.tasks import classes, json_lines
 from experiments.tasks.classes import Contents, Row, SCORE
 from experiments.tasks.losses import of_classes
 from experiments.tasks.task import Task
@@ -131,18 +131,9 @@ def _of_table(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[s
 
 
 def _of_lines(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`{path}` row {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f'`{path}` row {number} is no object of JSON, such as {{"text": ...}}.')
-            _check_columns(list(row), columns, f"`{path}` row {number}")
-            yield number, row
+    for number, row in json_lines.read(path):
+        _check_columns(list(row), columns, f"`{path}` row {number}")
+        yield number, row
 
 
 def _check_columns(names: Sequence[str], columns: dict[str, str], place: str) -> None:

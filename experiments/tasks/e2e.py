@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.metrics import score_e2e
+from experiments.tasks import hub
 from experiments.tasks.pairs import checked, encode as encode, PairsData, prepare as prepare, Row, short
 from experiments.tasks.task import Task
 
@@ -128,16 +129,8 @@ def read_datasets(source: str, split: str, directory: Path | None = None) -> lis
     """The rows of one split of a directory (as files, or as `save_to_disk` leaves it) or of a hub name,
     through `datasets`.
     """
-    import datasets
-
-    local = Path(source) if directory is None else directory / source
-    if (local / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(str(local))
-    else:
-        loaded = datasets.load_dataset(str(local) if local.exists() else source)
-    if split not in loaded:
-        raise ValueError(f"the data set `{source}` has the splits {', '.join(loaded)}, not `{split}`.")
-    return rows_of(loaded[split], f"{source}:{split}")
+    loaded = hub.split_of(source, directory or Path(), split)
+    return rows_of(loaded, f"{source}:{split}")
 
 
 def rows_of(dataset: Any, name: str) -> list[Row]:

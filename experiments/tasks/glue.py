@@ -10,16 +10,15 @@ too few columns are left out there, as in the benchmark's own code, and refused 
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from experiments.checks import at_least
-from experiments.tasks import classes
+from experiments.tasks import benchmark, classes, hub
+from experiments.tasks.benchmark import BenchmarkData
 from experiments.tasks.classes import Contents, Row, SCORE
 from experiments.tasks.losses import of_classes
-from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 
 
@@ -83,11 +82,8 @@ _MATCHED, _MISMATCHED = 9815, 9832
 
 
 @dataclass(frozen=True)
-class GLUEData:
-    """`directory` has the sets in directories of their official names (`CoLA/train.tsv`), or the files of
-    this one. `dataset`: a directory or a name on the hub for `datasets` instead, such as "nyu-mll/glue".
-    `submit`: predict the test set too. `class_weights`: of the labels in the loss, in their order, or
-    "balanced"."""
+class GLUEData(BenchmarkData):
+    """`BenchmarkData`, of nine sets."""
 
     task: Literal[
         "glue/cola",
@@ -101,15 +97,6 @@ class GLUEData:
         "glue/wnli",
     ]
     directory: str = "glue"
-    dataset: str | None = None
-    seq_len: int = 128
-    submit: bool = False
-    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    max_rows: int | None = None
-    max_valid_rows: int | None = None
-
-    def __post_init__(self):
-        at_least(1, "data", self, "seq_len", "max_rows", "max_valid_rows")
 
 
 def set_of(section: GLUEData) -> GLUESet:
@@ -124,29 +111,14 @@ def read(section: GLUEData, directory: Path) -> Contents:
         if section.dataset is not None
         else functools.partial(_of_files, section, found, directory)
     )
-    train, name = rows_of("train", None)
-    splits = {"train": classes.checked(train[: section.max_rows], found.labels, name, trains=True)}
-    splits["valid"] = []
-    for part, split in found.valid.items():
-        rows, name = rows_of(split, part)
-        splits["valid"] += classes.checked(rows, found.labels, name)
-    further = {}
-    if section.submit:
-        further = {found.directory + suffix: rows_of(split, None)[0] for suffix, split in found.test.items()}
-    return Contents(found.labels, splits, further)
+    submitted = {found.directory + suffix: split for suffix, split in found.test.items()}
+    return benchmark.contents(section, found.labels, rows_of, found.valid, submitted)
 
 
 def _of_files(
     section: GLUEData, found: GLUESet, directory: Path, split: str, part: str | None
 ) -> tuple[list[Row], Path]:
-    place = directory / section.directory
-    official = place / found.directory
-    path = (official if official.is_dir() else place) / f"{split}.tsv"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file `{path}`. `data.directory` names the directory of {found.directory}, or of all sets of "
-            "GLUE."
-        )
+    path = benchmark.file_of(section, directory, "GLUE", found.directory, f"{split}.tsv")
     return list(_rows(path, found, split.startswith("test"), part)), path
 
 
@@ -191,22 +163,9 @@ def _rows(path: Path, found: GLUESet, unlabelled: bool, part: str | None) -> Ite
 def _of_datasets(
     section: GLUEData, found: GLUESet, directory: Path, split: str, part: str | None
 ) -> tuple[list[Row], str]:
-    import datasets
-
     config, name = section.task.removeprefix("glue/"), split.replace("dev", "validation")
     assert section.dataset is not None  # as the caller has seen
-    local = directory / section.dataset
-    if (local / "dataset_dict.json").is_file():
-        loaded: Any = datasets.load_from_disk(str(local))
-    elif local.exists():
-        loaded = datasets.load_dataset(str(local))
-    else:
-        loaded = datasets.load_dataset(section.dataset, config)
-    if name not in loaded:
-        raise ValueError(
-            f"the data set `{section.dataset}` has the splits {', '.join(loaded)}, not `{name}`."
-        )
-    table = loaded[name]
+    table = hub.split_of(section.dataset, directory, name, config)
     missing = [column for column in (*found.hub, "label") if column not in table.column_names]
     if missing:
         raise ValueError(
@@ -216,30 +175,18 @@ def _of_datasets(
     texts = [list(table[column]) for column in found.hub]
     rows = []
     for number, label in enumerate(table["label"], 1):
-        words = None if name.startswith("test") else _word(label, found.labels)
+        words = None if name.startswith("test") else classes.word(label, found.labels)
         first, second = (*(text[number - 1] for text in texts), None)[:2]
         rows.append(Row(first, second, words, number, str(number - 1), part))
     return rows, f"{section.dataset}:{name}"
 
 
-def _word(label: Any, labels: tuple[str, ...]) -> str:
+def _submission(name: str, labels: Sequence[str], inputs: Any, texts: Sequence[str]) -> dict[str, str]:
+    """The file that the benchmark's site takes."""
     if labels == SCORE:
-        return str(label)
-    return labels[label] if isinstance(label, int) and 0 <= label < len(labels) else str(label)
-
-
-def files(classifier: Any, splits: Splits, params: Any) -> dict[str, str]:
-    """The predictions with their probabilities, and for each test set the file that the benchmark's site
-    takes, in `submission/`.
-    """
-    found = {"probabilities.tsv": classes.table(classifier, classifier.prompts, params)[1]}
-    for name, inputs in splits.further.items():
-        texts, found[f"further/{name}.tsv"] = classes.table(classifier, inputs, params)
-        if classifier.labels == SCORE:
-            texts = [f"{min(max(float(text), 0.0), 5.0):.3f}" for text in texts]
-        lines = ["index\tprediction", *(f"{number}\t{text}" for number, text in enumerate(texts))]
-        found[f"submission/{name}.tsv"] = "\n".join(lines) + "\n"
-    return found
+        texts = [f"{min(max(float(text), 0.0), 5.0):.3f}" for text in texts]
+    lines = ["index\tprediction", *(f"{number}\t{text}" for number, text in enumerate(texts))]
+    return {f"{name}.tsv": "\n".join(lines) + "\n"}
 
 
 def _task(name: str, found: GLUESet) -> Task:
@@ -258,7 +205,7 @@ def _task(name: str, found: GLUESet) -> Task:
         packs=False,
         labels=classes.labels_of,
         judge=functools.partial(classes.judge, own),
-        files=files,
+        files=functools.partial(classes.files, submission=_submission),
     )
 
 

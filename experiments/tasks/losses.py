@@ -43,6 +43,20 @@ def of_classes(model: Callable, piece: dict[str, Any], smoothing: float = 0.0) -
     return found, piece["mask"][:, 0].astype(jnp.float32)
 
 
+def of_candidates(
+    count: int, model: Callable, piece: dict[str, Any], smoothing: float = 0.0
+) -> tuple[Any, Any]:
+    """The cross-entropy of the right one of a question's candidates, of which the head has one output each.
+    A row of the piece has the tokens of all `count` candidates, one after the other.
+    """
+
+    def beside(ids: Any, **more: Any) -> Any:
+        rows = {name: array.reshape(-1, ids.shape[1] // count) for name, array in more.items()}
+        return model(ids.reshape(-1, ids.shape[1] // count), **rows).reshape(-1, count)
+
+    return of_classes(beside, piece, smoothing)
+
+
 def extras(piece: dict[str, Any]) -> dict[str, Any]:
     """What a model takes beside the ids of a batch."""
     return {name: piece[name] for name in ("attention_mask", "token_type_ids") if name in piece}

@@ -179,7 +179,9 @@ class ShardedStep:
         return losses.masked_sum(*self.losses_of(model, piece, smoothing), self.reduce)
 
     def judged(self, delta: Any, frozen: Any, piece: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`loss` without a key, and what the model returned to the task's loss."""
+        """`loss` without a key, and what the model returned to the task's loss: of each example, where one
+        has several rows.
+        """
         params, found = lora_jax.combine(frozen, delta), []
 
         def model(*args: Any, **kwargs: Any) -> jax.Array:
@@ -187,7 +189,8 @@ class ShardedStep:
             return found[-1]
 
         total, count = losses.masked_sum(*self.losses_of(model, piece, 0.0), self.reduce)
-        return total, count, found[-1]
+        outputs, examples = found[-1], len(piece["labels"])
+        return total, count, outputs if len(outputs) == examples else outputs.reshape(examples, -1)
 
     def function(self, delta: Any, opt_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple:
         """`step_of` this loss: delta, opt_state and numbers."""

@@ -105,7 +105,8 @@ class Trainer:
             return read[key][name]
 
         make = functools.partial(jax.make_array_from_callback, sharding=NamedSharding(self.mesh, BATCH))
-        widths = {name: array.shape[1] for name, array in examples.batch(rows[0, :0], size).items()}
+        # An example may have several rows, which lie one after the other in its own.
+        widths = {name: array.size for name, array in examples.batch(rows[0, :1], size).items()}
         return {
             name: make((*rows.shape[:2], width), data_callback=functools.partial(part, name))
             for name, width in widths.items()
