@@ -7,14 +7,14 @@ A new task is one file, which `task.py` describes, and one line here.
 from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeAlias, Union
 
-from experiments.tasks import classification, dart, e2e, glue, text, webnlg
+from experiments.tasks import classification, dart, e2e, glue, squad, text, webnlg
 from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (e2e.TASK, text.TASK, webnlg.TASK, dart.TASK, *glue.TASKS, *classification.TASKS)
+    for task in (e2e.TASK, text.TASK, webnlg.TASK, dart.TASK, *glue.TASKS, *classification.TASKS, squad.TASK)
 }
 
 # Any of their sections: the type of a config's `data`.

@@ -7,7 +7,7 @@ mesh is said in `sharded`, and what follows what in `loop`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,7 +143,7 @@ class Trainer:
             return found
         rows = np.concatenate(batches)
         real = rows >= 0
-        return found | judge(self.config.data, np.concatenate(outputs)[real], examples, rows[real])
+        return found | judge(self.config.data, together(outputs)[real], examples, rows[real])
 
     def fit(
         self,
@@ -211,6 +211,23 @@ class Trainer:
             enough,
         )
         return loop.fit(work, state, checkpoints, record, stop_requested)
+
+
+def together(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """The outputs of all batches, (rows, ...); those of tokens, (rows, columns, ...), as wide as the widest.
+
+    >>> together([np.ones((1, 2, 1)), np.ones((1, 3, 1))])[..., 0].tolist()
+    [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    if outputs[0].ndim == 2:
+        return np.concatenate(outputs)
+    widest = max(array.shape[1] for array in outputs)
+    whole = np.zeros((sum(map(len, outputs)), widest, *outputs[0].shape[2:]), outputs[0].dtype)
+    start = 0
+    for array in outputs:
+        whole[start : start + len(array), : array.shape[1]] = array
+        start += len(array)
+    return whole
 
 
 def evaluation_batches(
