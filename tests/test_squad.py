@@ -1,6 +1,7 @@
 """Runs of SQuAD from the files to the answers, of a tiny BERT whose windows are shorter than a context."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,15 @@ from runs import refused
 from stopping import told_after
 from training import optax_promotes as optax_promotes
 
+import lora_jax
 from experiments import config as configs
 from experiments.command_line import main
 from experiments.metrics import squad as metrics
+from experiments.running import baselines
+from experiments.running.base import Loaded
 from experiments.training.trainer import together
 from lora_jax.interop import hf
+from lora_jax.models import Bert, BertConfig
 
 
 CONFIG = {
@@ -37,7 +42,7 @@ CONFIG = {
     },
     "method": {"name": "LoRA", "rank": 4, "alpha": 8},
     "targets": ["(query|key|value|dense)/kernel"],
-    "train": {"steps": 80, "batch": 16, "lr": 0.02, "warmup": 4, "log_every": 20, "eval_every": 40},
+    "train": {"steps": 120, "batch": 16, "lr": 0.01, "warmup": 4, "log_every": 20, "eval_every": 60},
     "decode": {"batch": 8, "shown": 2},
 }
 
@@ -179,39 +184,54 @@ def adapter(done):
     return safetensors.numpy.load_file(done / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A finished run of four steps: made once, so that nothing may change it."""
+    root = made(tmp_path_factory.mktemp("short"), "2.0")
+    assert main(command(root, train=SHORT)) == 0
+    return root
+
+
+def beside(short, root):
+    """A directory with the same base and questions."""
+    for name in ("bert", "own.json"):
+        (root / name).symlink_to(short / name)
+    return root
+
+
 @pytest.mark.parametrize("name", ["resumed", "on a mesh"])
-def test_the_same_result_whatever_happens(tmp_path, name):
+def test_the_same_result_whatever_happens(short, tmp_path, name):
     """Stopped in the middle, and split over four devices: the head and the adapters end as they did."""
-    root = made(tmp_path, "2.0")
-    assert main(command(root, "whole", train=SHORT)) == 0
     mesh = {"data": 2, "fsdp": 2} if name == "on a mesh" else {}
-    other = command(root, "other", train=SHORT, mesh=mesh)
+    other = command(beside(short, tmp_path), train=SHORT, mesh=mesh)
     if name == "resumed":
         with told_after(2):
             assert main(other) == 0
-        assert not (root / "other" / "report.md").exists()
+        assert not (tmp_path / "done" / "report.md").exists()
     assert main(other) == 0
-    found, expected = adapter(root / "other"), adapter(root / "whole")
+    found, expected = adapter(tmp_path / "done"), adapter(short / "done")
     assert found.keys() == expected.keys() and any("qa_outputs" in key for key in found)
     for key in found:
-        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=0 if name == "resumed" else 1e-5)
+        # What all tokens share changes no softmax: of the bias Adam follows the rounding of a gradient of
+        # zero.
+        if name == "resumed" or not key.endswith("qa_outputs.bias"):
+            tolerance = 0 if name == "resumed" else 1e-5
+            np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=tolerance)
 
 
-def test_a_run_that_begins_at_another(root, tmp_path):
+def test_a_run_that_begins_at_another(short, tmp_path):
     """At rate 0 its adapters are those of the finished run, and its head is new."""
-    (tmp_path / "bert").symlink_to(root / "bert")
-    (tmp_path / "own.json").symlink_to(root / "own.json")
-    base = {"path": "./bert", "adapter": str(root / "done")}
+    base = {"path": "./bert", "adapter": str(short / "done")}
     train = {**SHORT, "steps": 1, "lr": 0.0, "warmup": 0, "eval_every": 1}
-    assert main(command(tmp_path, base=base, train=train, decode={"shown": 0, "prompts": 1})) == 0
-    found, expected = adapter(tmp_path / "done"), adapter(root / "done")
+    decode = {"shown": 0, "prompts": 1}
+    assert main(command(beside(short, tmp_path), base=base, train=train, decode=decode)) == 0
+    found, expected = adapter(tmp_path / "done"), adapter(short / "done")
     heads = [key for key in found if "qa_outputs" in key]
     assert len(heads) == 2 and found.keys() == expected.keys()
     for key in found.keys() - set(heads):
         np.testing.assert_array_equal(found[key], expected[key])
     assert not all(np.array_equal(found[key], expected[key]) for key in heads)
-    assert list(json.loads((tmp_path / "done" / "predictions.json").read_text())) == ["00"]
+    assert list(read(tmp_path, "predictions.json")) == ["00"]
 
 
 @pytest.mark.parametrize("kind", ["roberta", "deberta"])
@@ -255,13 +275,6 @@ def test_outputs_of_batches_of_several_widths():
 
 @pytest.mark.parametrize("file", ["minilm_lora_squad", "minilm_lora_squad2"])
 def test_the_configs_that_ship(file):
-    from pathlib import Path
-
-    import lora_jax
-    from experiments.running import baselines
-    from experiments.running.base import Loaded
-    from lora_jax.models import Bert, BertConfig
-
     path = Path(configs.__file__).resolve().parent.parent / "configs" / "squad" / f"{file}.json"
     config = configs.load(path)
     train = config.train
