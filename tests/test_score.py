@@ -13,7 +13,7 @@ from experiments.metrics import files
 from experiments.tasks import TASKS
 
 
-SCORED = [name for name, task in TASKS.items() if task.score is not None]
+SCORED = [name for name, task in TASKS.items() if task.is_scored]
 
 
 _REPOSITORY = Path(__file__).resolve().parent.parent

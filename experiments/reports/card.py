@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import config as configs
+from experiments import config as configs, tasks
 from experiments.config import Config
 
 
@@ -35,15 +35,17 @@ def render(config: Config, facts: dict[str, Any], prompt: list[str]) -> str:
         f"- Exported: {facts['result']}. The whole report is in the run's `report.md`.",
         "",
     ]
-    return "\n".join([*lines, *prompt, *_use(name, facts.get("labels"))])
+    return "\n".join([*lines, *prompt, *_use(name, facts.get("labels"), tasks.of(config.data).head)])
 
 
-def _use(name: str | None, labels: list[str] | None) -> list[str]:
-    """`labels`: of a head of classes; None: texts are continued."""
+def _use(name: str | None, labels: list[str] | None, head: str) -> list[str]:
+    """`labels`: of a head that the task has given; None: texts are continued."""
     kind, count, more = "AutoPeftModelForCausalLM", "", ""
     if labels is not None:
         kind, count = "AutoPeftModelForSequenceClassification", f", num_labels={len(labels)}"
         more = ', **peft.head_of("path/to/adapter")'
+        if head == "question_answering":
+            kind, count = "AutoPeftModelForQuestionAnswering", ""
     if name is None:
         return ["The base was drawn at random and is in no file: only the run's `merged/` has the model.", ""]
     return [

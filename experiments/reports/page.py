@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from experiments import config as configs
-from experiments.config import Config, Decode
+from experiments import config as configs, tasks
+from experiments.config import Config
 from experiments.reports import scores
 from experiments.reports.cost import STEPS
 from experiments.reports.figures import of_training_only
@@ -77,7 +77,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         *scores.scored(facts["scores"], config),
         *scores.named(facts.get("values", {})),
         *_cost(facts["cost"]),
-        *_samples(facts["samples"], None if facts.get("labels") else config.decode),
+        *_samples(facts["samples"], _how(config)),
     ]
     lines += ["## Trainable parameters", "", "```", facts["summary"].strip(), "```", ""]
     return "\n".join(lines)
@@ -188,19 +188,19 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
-def _samples(samples: list[dict[str, Any]], section: Decode | None) -> list[str]:
-    """`section`: how texts were continued; None: inputs were labelled."""
+def _how(config: Config) -> str:
+    """How the test inputs were answered, in words."""
+    task, section = tasks.of(config.data), config.decode
+    if task.labels is not None:
+        return "answered" if task.head == "question_answering" else "labelled"
+    if section.sample:
+        return "drawn"
+    return "greedy decoding" if section.beams == 1 else f"beam search, width {section.beams}"
+
+
+def _samples(samples: list[dict[str, Any]], how: str) -> list[str]:
     if not samples:
         return []
-    how = (
-        "labelled"
-        if section is None
-        else "drawn"
-        if section.sample
-        else "greedy decoding"
-        if section.beams == 1
-        else f"beam search, width {section.beams}"
-    )
     lines = [f"## Samples ({how}, test inputs)", ""]
     for sample in samples:
         lines += [

@@ -18,8 +18,10 @@ def of_writers(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_printed(name: str, value: float | None, task: Task) -> str:
-    """A score as papers print it: some in percent. "BLEU seen" is as BLEU."""
+    """A score as papers print it: some in percent, and a number of inputs whole. "BLEU seen" is as BLEU."""
     percent = any(f"{name} ".startswith(f"{each} ") for each in task.percentages)
+    if isinstance(value, int):
+        return f"{value:,}"
     return "-" if value is None else f"{100 * value:.2f}" if percent else f"{value:.4f}"
 
 
@@ -43,8 +45,9 @@ def scored(scores: dict[str, dict[str, float | None]], config: Config) -> list[s
     return [
         *lines,
         "",
-        f"`python -m experiments score {task.name} --refs references.txt --hyps predictions.txt` gives these "
-        "numbers again. In percent",
+        f"`python -m experiments score {task.name} {task.scored_again(config.data, names)}` gives these "
+        "numbers "
+        "again. In percent",
         f"here: {', '.join(task.percentages)}."
         + (" A dash under METEOR: java or its package was not there." if "METEOR" in names else "")
         + (f" `--filter` gives a part: {words}." if words else ""),

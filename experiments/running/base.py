@@ -63,8 +63,13 @@ class Loaded:
 
     @property
     def head(self) -> str | None:
-        """The pattern of the head of classes, which is new and trains whole; None: the model has another."""
-        if getattr(self.model, "head", None) != "sequence_classification":
+        """The pattern of the head that the task has given, which is new and trains whole; None: the model has
+        its own.
+        """
+        head = getattr(self.model, "head", None)
+        if head == "question_answering":
+            return "qa_outputs/.*"
+        if head != "sequence_classification":
             return None
         if isinstance(self.model.config, DebertaV2Config):
             return "(classifier|pooler)/.*"  # a pretrained DeBERTa has no pooler
@@ -81,6 +86,8 @@ class Loaded:
 
 # Of models without a next token.
 ENCODERS = (BertConfig, RobertaConfig, DebertaV2Config)
+# Kinds of models, as a config.json has them, whose head can be one of spans.
+SPANNING = ("bert", "roberta", "deberta-v2")
 
 
 def load(
@@ -90,8 +97,9 @@ def load(
     mesh: Mesh,
     policy: Precision,
     labels: tuple[str, ...] | None = None,
+    head: str = "sequence_classification",
 ) -> Loaded:
-    """The base that `section` describes, in the dtypes of `policy`; with a head of `labels`, which is drawn
+    """The base that `section` describes, in the dtypes of `policy`; with a `head` of `labels`, which is drawn
     unless the base has it, if the task has some.
 
     The weights are cast and split over `mesh` as they are read or drawn: no device holds more than its part.
@@ -100,7 +108,7 @@ def load(
       ValueError: the base has not the head that the task needs, and cannot be given it.
     """
     if labels is not None:
-        return _with_labels(section, places, key, mesh, policy, labels)
+        return _with_labels(section, places, key, mesh, policy, labels, head)
     if section.architecture is not None:
         words = places.data / section.tokenizer if section.tokenizer is not None else places.tokenizer
         if not words.is_dir():
@@ -136,9 +144,17 @@ def _check_vocabulary(tokenizer: Any, model: Any, source: Path) -> None:
 
 
 def _with_labels(
-    section: Base, places: Places, key: jax.Array, mesh: Mesh, policy: Precision, labels: tuple[str, ...]
+    section: Base,
+    places: Places,
+    key: jax.Array,
+    mesh: Mesh,
+    policy: Precision,
+    labels: tuple[str, ...],
+    head: str,
 ) -> Loaded:
-    """A base with a head of classes, and the tokenizer that puts special tokens around a text or a pair."""
+    """A base with a head of these outputs, and the tokenizer that puts special tokens around a text or a
+    pair.
+    """
     if section.architecture is not None:
         raise ValueError(
             "`base.architecture` is a GPT-2 to be pretrained, and the task has labels: take `base.name`, "
@@ -150,10 +166,12 @@ def _with_labels(
             f"`base.path` is {source.name}, a file of llama.cpp's, which has no head of classes: take a "
             "directory of Hugging Face's."
         )
+    if head == "question_answering":
+        _check_spans(source, origin)
     load = functools.partial(
         hf.load,
         source,
-        head="sequence_classification",
+        head=head,
         num_labels=len(labels),
         mesh=mesh,
         param_dtype=policy.parameters,
@@ -171,7 +189,8 @@ def _with_labels(
             name for name in tokenizer.model_input_names if name != "token_type_ids"
         ]
     kind = "regression" if len(labels) == 1 else "single_label_classification"
-    changes: dict[str, Any] = {"labels": labels, "problem_type": kind}
+    problem = kind if head == "sequence_classification" else None
+    changes: dict[str, Any] = {"labels": labels, "problem_type": problem}
     if not isinstance(config, ENCODERS):
         # A decoder's head reads the last token before the padding.
         end = tokenizer.eos_token if tokenizer.pad_token is None else tokenizer.pad_token
@@ -182,6 +201,18 @@ def _with_labels(
     model = model.clone(config=dataclasses.replace(config, **changed))
     again = lambda key: load(key=key)[1]
     return Loaded(precision.computing(model, policy), params, tokenizer, source, origin, name, again=again)
+
+
+def _check_spans(source: Path, origin: str) -> None:
+    """Raises `ValueError` for a base whose head cannot point at the tokens of an answer."""
+    file = source / "config.json"
+    kind = json.loads(file.read_text("utf-8")).get("model_type") if file.is_file() else None
+    if kind is not None and kind not in SPANNING:
+        raise ValueError(
+            f"`base` is {origin}, a model of the kind {kind!r}, which has no head of the start and the end "
+            "of an "
+            f"answer: take one of {', '.join(SPANNING)}."
+        )
 
 
 def _source(section: Base, places: Places) -> tuple[Path, str, str]:

@@ -36,6 +36,11 @@ from lora_jax.processes import on_first
 
 # Rows of validation data on which the export is compared.
 ROWS = 4
+# Of a head that a task has given, `transformers`' class.
+_CLASSES = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+}
 PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 
 
@@ -187,26 +192,33 @@ def differences(
 
     adapted = logits(trainer.step.forward, lora_jax.combine, trainer.frozen, delta)
     plain = logits(model.apply, lambda params: params, params)
+    head = getattr(model, "head", None) or ""
     return {
         "max_difference": float(np.abs(adapted - plain).max()),
         "max_logit": float(np.abs(adapted).max()),
-        "pytorch": None if directory is None else on_first(lambda: _in_pytorch(directory, batch, adapted)),
+        "pytorch": None
+        if directory is None
+        else on_first(lambda: _in_pytorch(directory, batch, adapted, head)),
     }
 
 
-def _in_pytorch(directory: Path, batch: dict[str, np.ndarray], adapted: np.ndarray) -> dict[str, Any] | None:
+def _in_pytorch(
+    directory: Path, batch: dict[str, np.ndarray], adapted: np.ndarray, head: str
+) -> dict[str, Any] | None:
     """The same comparison with `transformers`' model of the export; None where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
     import transformers
 
-    classes = adapted.ndim == 2
-    kind = transformers.AutoModelForSequenceClassification if classes else transformers.AutoModelForCausalLM
+    kind = getattr(transformers, _CLASSES.get(head, "AutoModelForCausalLM"))
     model, loading = kind.from_pretrained(directory, output_loading_info=True)
     inputs = {"input_ids": batch["input_ids"], **extras(batch)}
     with torch.no_grad():
-        logits = model(**{name: torch.tensor(array) for name, array in inputs.items()}).logits.float().numpy()
+        found = model(**{name: torch.tensor(array) for name, array in inputs.items()})
+    spans = head == "question_answering"
+    stacked = torch.stack([found.start_logits, found.end_logits], -1) if spans else found.logits
+    logits = stacked.float().numpy()
     keys = sorted(
         str(key) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[name]
     )
@@ -256,6 +268,11 @@ def predict(
         for prompt, old, new in zip(prompts[: section.shown], texts["before"], texts["after"], strict=False)
     ]
     named = _named(prompts, {name: texts[name] for name in whole})
+    if task.evaluate is not None:
+        begin("scoring the answers")
+        weights = {"after": merged, "before": before}
+        scores = {name: dict(task.evaluate(decoder, weights[name])) for name in whole}
+        return {"samples": samples, "scores": scores, "values": named}
     if task.score is None or not all(prompt.references for prompt in prompts):
         return {"samples": samples, "scores": {}, "values": named}
 

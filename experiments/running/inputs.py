@@ -96,7 +96,7 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     places = Places(data, config_path.parent, inputs.bases, base_run, own_tokenizer)
     task = tasks.of(config.data)
     labels = None if task.labels is None else task.labels(config.data, contents)
-    loaded = base.load(config.base, places, drawn["base"], mesh, config.precision, labels)
+    loaded = base.load(config.base, places, drawn["base"], mesh, config.precision, labels, task.head)
     _check_room(config, loaded.model.config.positions)
     splits = tasks.prepare(config.data, contents, loaded.tokenizer)
     predictor = task.predictor or Decoder.create

@@ -1,7 +1,7 @@
 """An adapter that another run has trained, as the start of this one's: as LoRA's authors begin MRPC, RTE and
 STS-B from MNLI's.
 
-A and B are the other's, and DoRA's magnitudes. A head of classes is new, since the labels are others. Left
+A and B are the other's, and DoRA's magnitudes. A head of the task's is new, since the labels are others. Left
 out: methods that keep a part of the adapter beside the base.
 """
 
@@ -43,7 +43,7 @@ def find(path: str, data: Path, beside: Path) -> Path:
 
 
 def started(directory: Path, loaded: Loaded, delta: Any) -> Any:
-    """`delta` with the arrays of the adapter in `directory`, but for a head of classes.
+    """`delta` with the arrays of the adapter in `directory`, but for a head that the task has given.
 
     Raises:
       ValueError: the adapter is of other leaves, another rank or another method; its base is another.
@@ -56,7 +56,8 @@ def started(directory: Path, loaded: Loaded, delta: Any) -> Any:
         params = _with_head_of(model, params)
     theirs = named(peft.load(directory, model, params).delta)
     ours = named(delta)
-    kept = lambda name: loaded.head is not None and name.split("/")[0] in ("classifier", "pooler", "score")
+    heads = ("classifier", "pooler", "score", "qa_outputs")
+    kept = lambda name: loaded.head is not None and name.split("/")[0] in heads
     wanted = {name: leaf for name, leaf in ours.items() if not kept(name)}
     other = [name for name in theirs if name not in ours and not kept(name)]
     for name in [*(name for name in wanted if name not in theirs), *other]:

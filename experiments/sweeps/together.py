@@ -146,7 +146,8 @@ class Together:
         sizes = [each.size(chosen) for each, chosen in zip(examples, rows, strict=True)]
         size = jax.tree.map(lambda *each: max(each), *sizes)
         arrays = [each.batch(chosen, size) for each, chosen in zip(examples, rows, strict=True)]
-        stacked = jax.tree.map(lambda *each: np.stack(each), *arrays)
+        # An example may have several rows, which lie one after the other in its own.
+        stacked = jax.tree.map(lambda *each: np.stack([a.reshape(len(rows[0]), -1) for a in each]), *arrays)
         if parts is not None:
             split = lambda array: array.reshape(len(arrays), parts, -1, *array.shape[2:])
             stacked = jax.tree.map(split, stacked)

@@ -7,7 +7,7 @@ A new task is one file, which `task.py` describes, and one line here.
 from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeAlias, Union
 
-from experiments.tasks import classification, dart, e2e, glue, superglue, text, webnlg
+from experiments.tasks import classification, dart, e2e, glue, squad, superglue, text, webnlg
 from experiments.tasks.splits import Splits
 from experiments.tasks.task import Task
 
@@ -15,7 +15,7 @@ from experiments.tasks.task import Task
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(e2e.TASK, text.TASK, webnlg.TASK, dart.TASK),
+        *(e2e.TASK, text.TASK, webnlg.TASK, dart.TASK, squad.TASK),
         *(*glue.TASKS, *superglue.TASKS, *classification.TASKS),
     )
 }

@@ -1,19 +1,16 @@
 """The predictor of tasks of labels: inputs of like length together, in batches of few shapes."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import tasks
 from experiments.tasks import Task
 from experiments.tasks.classes import text_of
-from experiments.tasks.losses import extras
+from experiments.tasks.outputs import outputs_of
 from experiments.tasks.sentences import Sentence, Sentences
-from lora_jax.processes import on_host
 
 
 @dataclass(frozen=True)
@@ -61,18 +58,9 @@ class Classifier:
         longest = max((len(each.ids) for each in inputs), default=1)
         examples = Sentences(inputs, np.zeros(len(inputs), np.int32), longest, pad=self.pad)
         found = np.zeros((len(inputs), len(self.labels)), np.float32)
-        order = np.argsort(examples.lengths, kind="stable")
-        for start in range(0, len(order), self.section.batch):
-            rows = order[start : start + self.section.batch]
-            filled = np.concatenate([rows, np.full(self.section.batch - len(rows), -1)])
-            batch = examples.batch(filled)
-            ids = batch["input_ids"]
-            found[rows] = on_host(_apply(self.model)(params, ids, extras(batch)))[: len(rows)]
-            tell(start + len(rows))
+        done = 0
+        for rows, outputs in outputs_of(self.model, params, examples, self.section.batch):
+            found[rows] = outputs
+            done += len(rows)
+            tell(done)
         return found
-
-
-@functools.lru_cache(maxsize=2)
-def _apply(model: Any) -> Callable:
-    """Compiled once for a model, for whatever weights."""
-    return jax.jit(lambda params, ids, more: model.apply({"params": params}, ids, **more))

@@ -57,6 +57,23 @@ def of_candidates(
     return of_classes(beside, piece, smoothing)
 
 
+def of_spans(model: Callable, piece: dict[str, Any], smoothing: float = 0.0) -> tuple[Any, Any]:
+    """The mean of the cross-entropies of an answer's first and last token, of each window.
+
+    Padding is no token that could be either, so that the width of a batch changes nothing.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    logits = jnp.swapaxes(model(piece["input_ids"], **extras(piece)), 1, 2)  # (B, 2, T)
+    shown = jnp.broadcast_to(piece["attention_mask"][:, None, :] != 0, logits.shape)
+    chosen = jnp.take_along_axis(logits, piece["labels"][:, :, None], axis=-1)[..., 0]
+    found = jax.nn.logsumexp(jnp.where(shown, logits, -jnp.inf), axis=-1) - (1 - smoothing) * chosen
+    if smoothing:
+        found -= smoothing * jnp.mean(logits, axis=-1, where=shown)
+    return jnp.mean(found, axis=-1), piece["mask"][:, 0].astype(jnp.float32)
+
+
 def extras(piece: dict[str, Any]) -> dict[str, Any]:
     """What a model takes beside the ids of a batch."""
     return {name: piece[name] for name in ("attention_mask", "token_type_ids") if name in piece}

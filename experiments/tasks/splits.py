@@ -11,6 +11,7 @@ from typing import Any, TYPE_CHECKING
 if TYPE_CHECKING:
     from experiments.tasks.examples import Blocks, Examples
     from experiments.tasks.sentences import Sentences
+    from experiments.tasks.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Prompt:
 class Splits:
     """`further`: inputs without references that are only predicted, by the name of their file."""
 
-    train: "Examples | Blocks | Sentences"
-    valid: "Examples | Blocks | Sentences"
+    train: "Examples | Blocks | Sentences | Windows"
+    valid: "Examples | Blocks | Sentences | Windows"
     prompts: tuple[Prompt, ...] = ()
     further: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

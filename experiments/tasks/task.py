@@ -74,11 +74,18 @@ class Task:
       named: the task's name, where `section` is of several tasks.
       labels: `labels(section, contents)` are the outputs of the head that the base is given, a class each;
         one output is a score. None: the base keeps its head, whose outputs are the next token's.
+      head: which head that is, one of `lora_jax.models.HEADS`.
       judge: `judge(section, outputs, examples, rows)` gives the metrics of the head's outputs for these rows
         of the validation examples, by name. The first says which checkpoint is the best, and is the better
         the higher it is. None: the loss says it.
       files: `files(predictor, splits, params)` gives what a run leaves beside its predictions: the content of
         each file, by its name. Every process computes it, and one writes it.
+      evaluate: `evaluate(predictor, params)` gives the scores of these weights, in place of `score`, where
+        they are of more than one text an input. Every process computes it.
+      score_files: `score_files(references, hypotheses, *, odds, threshold, tell)` gives the scores of files
+        in the benchmark's own form, where that is no text a line.
+      scored_again: `scored_again(section, names)` gives the arguments with which `score` finds the metrics of
+        these names again, from the files of a run.
     """
 
     section: type
@@ -95,10 +102,21 @@ class Task:
     packs: bool = True
     named: str | None = None
     labels: Callable[[Any, Any], tuple[str, ...]] | None = None
+    head: str = "sequence_classification"
     judge: Callable[[Any, Any, Any, Any], dict[str, float]] | None = None
     files: Callable[[Any, Splits, Any], dict[str, str]] | None = None
+    evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None
+    score_files: Callable[..., Mapping[str, float]] | None = None
+    scored_again: Callable[[Any, Sequence[str]], str] = lambda section, names: (
+        "--refs references.txt --hyps predictions.txt"
+    )
 
     @property
     def name(self) -> str:
         """As `data.task` and `score` spell it."""
         return self.named or typing.get_args(typing.get_type_hints(self.section)["task"])[0]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether `score` takes it."""
+        return self.score is not None or self.score_files is not None

@@ -217,7 +217,24 @@ def judged(
     judge, rows = tasks.of(config.data).judge, np.concatenate(batches)
     assert judge is not None  # or there were no outputs
     real = rows >= 0
-    return judge(config.data, np.concatenate(outputs)[real], examples, rows[real])
+    return judge(config.data, together(outputs)[real], examples, rows[real])
+
+
+def together(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """The outputs of all batches, (rows, ...); those of tokens, (rows, columns, ...), as wide as the widest.
+
+    >>> together([np.ones((1, 2, 1)), np.ones((1, 3, 1))])[..., 0].tolist()
+    [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    if outputs[0].ndim == 2:
+        return np.concatenate(outputs)
+    widest = max(array.shape[1] for array in outputs)
+    whole = np.zeros((sum(map(len, outputs)), widest, *outputs[0].shape[2:]), outputs[0].dtype)
+    start = 0
+    for array in outputs:
+        whole[start : start + len(array), : array.shape[1]] = array
+        start += len(array)
+    return whole
 
 
 def evaluation_batches(
