@@ -29,13 +29,14 @@ def draw_parameters(workdirs: Sequence[Path], path: Path, metric: str | None = N
     figure, panels = new_panels(len(finished.by_task(found)))
     for axes, (task, runs) in zip(panels, finished.by_task(found).items(), strict=True):
         name = metric or finished.metric_of(runs) or LOSS
-        names = without_common_start([run.name for run in runs])
+        names = without_common_start([run.config["name"] for run in runs])
         for words, run in zip(names, runs, strict=True):
             colour, count = colours[method(run.config)], run.facts["trainable"]
             value = run.facts["numbers"][LOSS] if name == LOSS else finished.score(run, name)
             shown = _in_print(value, name, task)
             axes.plot(count, shown, "o", color=colour, markersize=5)
-            axes.annotate(words, (count, shown), (4, 4), textcoords="offset points", fontsize="x-small")
+            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "x-small"}
+            axes.annotate(words, (count, shown), **place, in_layout=False)
             if name in run.published:
                 axes.plot(
                     count, run.published[name], "o", color=colour, markerfacecolor="white", markersize=7
