@@ -300,7 +300,7 @@ def _draw(
             axes.set_yticks(sorted({1, -(-rows // 2), rows}))
         for unused in row[len(found) :]:
             unused.set_visible(False)
-        row[0].set_ylabel(f"{_short(kind.name)}\ni", fontsize="small")
+        row[0].set_ylabel(f"{_short(kind.name)}, i", fontsize="small")
     for axes in panels[-1]:
         axes.set_xlabel("j", fontsize="small")
     figure.colorbar(image, ax=panels, label="phi(i, j)", shrink=0.8)

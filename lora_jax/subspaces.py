@@ -209,7 +209,7 @@ def amplification(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> A
 def _updates_of(delta: Any) -> dict[str, tuple[_Update, Spec]]:
     paths = [path for path, _ in named_leaves(delta, is_leaf=is_node)]
     leaves = resolved(jax.tree.leaves(delta, is_leaf=is_node))
-    found = {}
+    found: dict[str, tuple[_Update, Spec]] = {}
     for path, leaf in zip(paths, leaves, strict=True):
         if isinstance(leaf, Adapter):
             found |= _updates(path, leaf)

@@ -116,7 +116,7 @@ def test_the_figure(runs, tmp_path, monkeypatch):
     assert [axes.get_title() for axes in maps] == ["layer 2", "mean of 3 layers", "random matrices"]
     phi = similarity(trees[1], others[1])
     np.testing.assert_allclose(maps[0].images[0].get_array(), phi[f"h/2/{MLP}"], atol=1e-5)
-    assert maps[0].get_ylabel() == "mlp/c_fc\ni" and bar.get_ylabel() == "phi(i, j)"
+    assert maps[0].get_ylabel() == "mlp/c_fc, i" and bar.get_ylabel() == "phi(i, j)"
     assert all(axes.images[0].get_clim() == (0, 1) for axes in maps)
     assert drawn[0].get_suptitle() == "directions of A: i of r2, j of r4"
 

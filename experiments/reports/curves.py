@@ -111,7 +111,7 @@ def draw_costs(workdirs: Sequence[Path], path: Path) -> None:
             width = 0.8 / len(runs)
             for place, run in enumerate(runs):
                 middle = group + (place - (len(runs) - 1) / 2) * width
-                axes.bar(middle, height(run), width, color=colours[words[run.workdir]])
+                axes.bar(middle, height(run), width, color=colours[words[run.workdir]], edgecolor="white")
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set(ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
