@@ -83,7 +83,8 @@ def test_the_tables(runs, capsys, of):
         assert (row["layers"], row["ranks"]) == ("3", "2, 4")
         for words, (i, j) in {"phi(1, 1)": (0, 0), "phi(r, r)": (1, 1), "phi of all": (1, 3)}.items():
             value, chance = row[words].removesuffix(")").split(" (")
-            assert float(value) == pytest.approx(mean[i, j], abs=6e-4) and 0 <= float(chance) <= 1
+            assert float(value) == pytest.approx(mean[i, j], abs=6e-4)
+            assert 0 <= float(chance) <= 1 and chance != value
     assert [(row["weight"], row["adapter"]) for row in amplified] == [
         (f"h/1/{name}", adapter) for name in (QKV, MLP) for adapter in ("r2", "r4")
     ]

@@ -226,15 +226,18 @@ def test_what_is_amplified(x64):
 
 
 def test_random_directions_of_w():
-    """‖UᵀWV‖² is r²/(in·out) of ‖W‖² on average; another key draws others."""
+    """‖UᵀWV‖² is r²/(in·out) of ‖W‖² on average; another key draws others, and so does each layer."""
     shapes = {"w": jax.ShapeDtypeStruct((200, 24, 32), "float32")}
     frozen, delta = lora_jax.lorafy(shapes, "w", method=LoRA(rank=4), axes={"w": "layer in out"})
-    frozen, delta = random_like(frozen, 0), random_like(delta, 1)
+    alike = lambda array: jnp.broadcast_to(array[:1], array.shape)
+    frozen, delta = (
+        jax.tree.map(alike, random_like(tree, seed)) for seed, tree in enumerate((frozen, delta))
+    )
     found, again = amplification(frozen, delta), amplification(frozen, delta, key=jax.random.key(1))
     shares = [(leaf.along_random / leaf.weight) ** 2 for leaf in found]
     np.testing.assert_allclose(np.mean(shares), 16 / (24 * 32), rtol=0.1)
     assert found[0].along_random != again[0].along_random and found[0].factor == again[0].factor
-    assert found[0].along_random != found[1].along_random, "a draw for each layer"
+    assert found[0].along_random != found[1].along_random and found[0].factor == found[1].factor
 
 
 def test_blocks_are_amplified_apart(x64):
