@@ -36,7 +36,7 @@ find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-newest lint format docs clean
+.PHONY: help demo test test-fast notebooks test-newest lint format docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,10 +47,13 @@ demo: $(VENV)/.experiments  ## Fetch SmolLM2-135M (98 MB), train LoRA on it and 
 	@$(python) -m experiments report demo_run experiments/results/demo/full
 
 test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
-	$(pytest) --nbmake $(PYTEST_ARGS)
+	$(pytest) $(PYTEST_ARGS)
 
 test-fast: $(tested)  ## Run the quick tests, without PyTorch and the wide grids, in three minutes
 	$(pytest) -m "not slow and not pytorch" $(wide:%=--ignore=tests/test_%.py) $(PYTEST_ARGS)
+
+notebooks: $(tested)  ## Run the notebooks anew and store what they print and show
+	$(python) tests/notebooks.py
 
 test-newest: $(VENV)/.test-newest  ## Run the tests that a newer JAX or Python can break, without the slow ones
 	$(pytest) -m "not slow" $(newest_tests) $(PYTEST_ARGS)

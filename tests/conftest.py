@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_modifyitems(items):
     """Marks what compares with PyTorch or PEFT by the fixtures that bring them."""
     for item in items:
-        if {"torch", "peft", "theirs"} & set(getattr(item, "fixturenames", ())):  # a notebook has none
+        if {"torch", "peft", "theirs"} & set(item.fixturenames):
             item.add_marker("pytorch")
 
 

@@ -108,7 +108,8 @@ def _make(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "target", ["help", "demo", "test", "test-fast", "test-newest", "lint", "format", "clean"]
+    "target",
+    ["help", "demo", "test", "test-fast", "notebooks", "test-newest", "lint", "format", "docs", "clean"],
 )
 def test_make_has_the_target_and_lists_it(target):
     assert _make("--dry-run", target).returncode == 0

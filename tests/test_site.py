@@ -29,7 +29,15 @@ _TREE = {
         {
             "cells": [
                 {"cell_type": "markdown", "source": ["# A book\n\nOf $x_1$, ", "and not of `$x_2$`."]},
-                {"cell_type": "code", "source": ["1 + 1"], "outputs": [{"text": ["two"]}]},
+                {
+                    "cell_type": "code",
+                    "source": ["1 + 1"],
+                    "outputs": [
+                        {"text": ["two"]},
+                        {"data": {"text/plain": ["three"]}},
+                        {"data": {"text/plain": ["<Figure>"], "image/png": "iVBORw0K\n"}},
+                    ],
+                },
             ]
         }
     ),
@@ -88,6 +96,7 @@ def test_a_small_site_builds(tree):
     assert "Twice" in names and "<blockquote>" not in names
     book = (tree / "site" / "book.ipynb.html").read_text("utf-8")
     assert book.count("<math") == 1 and "<code>$x_2$</code>" in book and "two" in book
+    assert "three" in book and "Figure" not in book and 'src="data:image/png;base64,iVBORw0K"' in book
 
 
 @pytest.mark.parametrize("fault", _FAULTS)

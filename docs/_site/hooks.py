@@ -79,8 +79,16 @@ def _cell(cell: dict[str, Any]) -> str:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         return _FORMULA.sub(_formula, source)
-    printed = "".join("".join(output.get("text", ())) for output in cell["outputs"])
-    return f"```python\n{source}\n```" + (f"\n\n```text\n{printed}\n```" if printed else "")
+    return "\n\n".join((f"```python\n{source}\n```", *map(_output, cell["outputs"])))
+
+
+def _output(output: dict[str, Any]) -> str:
+    """A picture is in the page itself, since it is no file; anything else is a block of text."""
+    data = output.get("data", {})
+    if picture := "".join(data.get("image/png", ())):
+        return f'<img alt="what the cell shows" src="data:image/png;base64,{picture.replace(chr(10), "")}">'
+    text = "".join(output.get("text") or data["text/plain"]).rstrip("\n")
+    return f"```text\n{text}\n```"
 
 
 def _formula(found: re.Match) -> str:
