@@ -80,15 +80,16 @@ def _paragraph(number, idx, labelled):
 
 def _article(number, idx, labelled):
     names = [f"the {NOUNS[(number + place) % len(NOUNS)]}" for place in range(2 + number % 2)]
-    text = f"{' moves, '.join([*names, names[0]])} waits\n@highlight\nthe town opens"
-    starts = [text.index(name) for name in names] + [text.rindex(names[0])]
+    answer = names[number % 2]
+    text = f"{' moves, '.join([*names, answer])} waits\n@highlight\nthe town opens"
+    starts = [text.index(name) for name in names] + [text.rindex(answer)]
     entities = [
         {"start": start, "end": start + len(name) - 1}
-        for start, name in zip(starts, [*names, names[0]], strict=True)
+        for start, name in zip(starts, [*names, answer], strict=True)
     ]
     query = {"query": "again @placeholder waits", "idx": idx}
     if labelled:
-        query["answers"] = [{"start": starts[-1], "end": len(text), "text": names[0]}]
+        query["answers"] = [{"start": starts[-1], "end": len(text), "text": answer}]
     passage = {"text": text, "entities": entities}
     return {"source": "Daily mail", "passage": passage, "qas": [query]}
 

@@ -71,6 +71,10 @@ def test_its_official_files(tmp_path, name, own):
     assert {row.first for row in first.rows} == {shared}
     assert [(row.second, row.label) for row in first.rows] == candidates
     assert (first.names, first.references, first.each) == (names, references, name == "multirc")
+    if name != "multirc":
+        for each in found.rows["train"]:
+            right = [one for row, one in zip(each.rows, each.names, strict=True) if row.label == "1"]
+            assert right == list(each.references)
     assert further[0].references == () and {row.label for row in further[0].rows} == {None}
 
 
