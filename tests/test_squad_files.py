@@ -45,6 +45,16 @@ def test_an_answer_that_is_off_by_a_little_is_put_right(tmp_path, off):
     assert squad_files.read(tmp_path / "own.json")[1].answers[0].start == right
 
 
+def test_an_answer_that_is_right_stays_where_it_is(tmp_path):
+    """Though the same text stands beside it too."""
+    answers = [{"text": "a", "answer_start": start} for start in (2, 0, 4)]
+    node = {"id": "1", "question": "which", "answers": answers}
+    tree = {"data": [{"paragraphs": [{"context": "aaaaa", "qas": [node]}]}]}
+    (tmp_path / "own.json").write_text(json.dumps(tree))
+    (found,) = squad_files.read(tmp_path / "own.json")
+    assert [answer.start for answer in found.answers] == [2, 0, 4]
+
+
 def changed(change):
     tree = squad_rows.rows("2.0")
     change(tree["data"][0]["paragraphs"][0])
