@@ -1,5 +1,5 @@
 """What an answer in words is worth beside those that are right: token F1 and exact match, each of the nearest
-one (Rajpurkar et al. 2016). SuperGLUE's ReCoRD has both.
+one (Rajpurkar et al. 2016). SQuAD (`squad`) and SuperGLUE's ReCoRD have both.
 
 Plain Python, so that `score` needs no package.
 """
@@ -25,6 +25,10 @@ def normalised(text: str) -> str:
 
 
 def exact(reference: str, answer: str) -> float:
+    """
+    >>> exact("the old mill", "Old mill.")
+    1.0
+    """
     return float(normalised(reference) == normalised(answer))
 
 

@@ -6,46 +6,14 @@ of its references lets it. Version 2.0 has questions without an answer, for whic
 names are the scorers'; shares are fractions here and percent there. Left out: curves of precision and recall.
 """
 
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from experiments.metrics.answers import exact, f1, normalised
 
 
 Scores = dict[str, float]
 References = Mapping[str, Sequence[str]]
 Texts = Mapping[str, str]
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalised(text: str) -> str:
-    """Lower case, then without ASCII's punctuation, then without articles, then with single blanks.
-
-    >>> normalised("The  Mill's old roof, a ruin!")
-    'mills old roof ruin'
-    """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
-
-
-def exact(reference: str, prediction: str) -> float:
-    """
-    >>> exact("the old mill", "Old mill.")
-    1.0
-    """
-    return float(normalised(reference) == normalised(prediction))
-
-
-def f1(reference: str, prediction: str) -> float:
-    """The harmonic mean of precision and recall of the words, each counted as often as it is there.
-
-    >>> f1("the old mill", "an old old pub")
-    0.4
-    """
-    ours, theirs = normalised(prediction).split(), normalised(reference).split()
-    same = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * same / (len(ours) + len(theirs)) if same else 0.0
 
 
 def f1_or_nothing(reference: str, prediction: str) -> float:
