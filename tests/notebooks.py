@@ -59,7 +59,8 @@ def executed(notebook: NotebookNode) -> NotebookNode:
             cell.outputs, cell.execution_count = [], None
     # Neither the devices and the hasty compilation of the tests, nor a backend that shows no figure.
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
-    kept |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "LORA_JAX_BASES": str(BASES)}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    kept |= {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "LORA_JAX_BASES": str(BASES)}
     kept["IPYKERNEL_CELL_NAME"] = "cell"  # in tables of source lines; else a temporary file of this process
     client = NotebookClient(
         fresh,

@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("nbclient", reason="the extra `test` is not installed")
 
-import notebooks
 from nbclient.exceptions import CellExecutionError
 from nbformat import v4
-from notebooks import NOTEBOOKS
 from pages import REPOSITORY
+
+import notebooks
+from notebooks import NOTEBOOKS
 
 
 _INEXACT = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?![\w.])")
@@ -25,10 +26,9 @@ _INEXACT = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?
 _OF_A_MACHINE = re.compile(r"/home/|/root\b|/Users/|/tmp/|/var/|[A-Z]:\\|(site|dist)-packages|0x[0-9a-f]{6,}")
 
 
-def _params():
-    for name in NOTEBOOKS:
-        ours = "torch" in notebooks.needs(notebooks.read(name), "modules")
-        yield pytest.param(name, marks=[pytest.mark.slow, *([pytest.mark.pytorch] if ours else [])])
+def _marked(name: str):
+    with_torch = "torch" in notebooks.needs(notebooks.read(name), "modules")
+    return pytest.param(name, marks=[pytest.mark.slow, *([pytest.mark.pytorch] if with_torch else [])])
 
 
 def _code(notebook):
@@ -57,7 +57,7 @@ def _same(left: str, right: str) -> bool:
 # -- the runs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", _params())
+@pytest.mark.parametrize("name", [_marked(name) for name in NOTEBOOKS])
 def test_runs_as_it_is_stored(name):
     stored = notebooks.read(name)
     if reason := notebooks.missing(stored):
