@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from experiments import requirements
-from experiments.commands import convert, export, fetch, plan, report, run, score, sweep
+from experiments.commands import convert, export, fetch, plan, report, run, score, subspaces, sweep
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (run, sweep, fetch, export, convert, plan, report, score):
+    for command in (run, sweep, fetch, export, convert, plan, report, subspaces, score):
         command.add_to(commands)
     for added in commands.choices.values():
         added.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")

@@ -182,14 +182,22 @@ def _named_base(source: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _mapped(path: str, array: np.ndarray) -> Any:
+def mapped(path: str, array: np.ndarray) -> Any:
     # Not copied: the base may be larger than memory, and is merged matrix by matrix.
     return array
 
 
+def read_adapter(source: Path, base: Path | None) -> tuple[Any, Any]:
+    """The two trees of the adapter in a directory of PEFT's, on `base` or on the directory that its
+    config names.
+    """
+    job = Job(source, source, "peft", base)
+    return _read(job, "peft", _base(job, "peft"), "share")[2:]
+
+
 def _model(job: Job) -> list[str]:
     with Count("converting", 2, sys.stderr) as progress:
-        model, params = hf.load(job.source, place=_mapped, verify=job.verify)
+        model, params = hf.load(job.source, place=mapped, verify=job.verify)
         progress.update(1)
         hf.save(job.target, model, params, source=job.source, overwrite=job.overwrite)
         progress.update(2)
@@ -230,7 +238,7 @@ def _packed(base: Path) -> bool:
 def _read(job: Job, kind: str, base: Path, tie: str) -> tuple[Any, Any, Any, Any]:
     checks = {"verify": job.verify, "check_base": not job.any_base}
     room = peft if kind == "peft" else loralib
-    head, how = room.head_of(job.source), {"tie": tie, "place": _mapped, "verify": job.verify}
+    head, how = room.head_of(job.source), {"tie": tie, "place": mapped, "verify": job.verify}
     if _packed(base) and head:
         raise ValueError(
             f"`--base` {base} is a GGUF file, and {job.source} has the head of {head['head']!r}: pass the "
@@ -326,7 +334,7 @@ def export(workdir: Path, target: Path, form: str) -> str:
 
 def _to_file(workdir: Path, target: Path, form: str) -> str:
     """Writes the adapter as one file; returns what else there is to say."""
-    model, params = hf.load(workdir / "merged", place=_mapped)
+    model, params = hf.load(workdir / "merged", place=mapped)
     # The merged model stands in for its base, which may lie anywhere: only names and shapes are needed.
     frozen, delta = peft.load(workdir / "adapter", model, params, check_base=False)
     if form == "gguf":

@@ -11,6 +11,7 @@ from . import (
     processes as processes,
     quant as quant,
     sharding as sharding,
+    subspaces as subspaces,
 )
 from ._adapt import adapt as adapt
 from ._explain import explain as explain

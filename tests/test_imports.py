@@ -224,6 +224,7 @@ _LIBRARY = {
     "baselines": {"_extras", "_lowrank", "_paths", "methods", "models"},
     "drop": {"_adapt", "_lorafy", "_lowrank", "_paths", "_tree", "methods"},
     "arithmetic": {"_lorafy", "_lowrank", "_merge", "_paths", "_tree", "methods"},
+    "subspaces": {"_lowrank", "_merge", "_packed", "_paths", "_table", "_tree", "arithmetic", "methods"},
     "checkpoint": {"_extras", "_paths", "processes"},
     "interop": {
         *("_extras", "_lorafy", "_lowrank", "_merge", "_packed", "_paths", "_tree"),
@@ -231,7 +232,7 @@ _LIBRARY = {
     },
     "__init__": {
         *("_adapt", "_explain", "_interpret", "_lorafy", "_merge", "_stack", "_summary", "_tree"),
-        *("arithmetic", "drop", "methods", "optim", "processes", "quant", "sharding"),
+        *("arithmetic", "drop", "methods", "optim", "processes", "quant", "sharding", "subspaces"),
     },
 }
 # The same of experiments.
@@ -250,6 +251,7 @@ _EXPERIMENTS = {
     "plan": {"config", "strict_json", "training"},
     "reports": {"config", "progress", "tasks", "training"},
     "convert": {"progress"},
+    "subspaces": {"convert", "reports"},
     "running": {
         *("catalogue", "config", "decoding", "metrics", "progress", "reports", "tasks", "training"),
     },
@@ -258,7 +260,7 @@ _EXPERIMENTS = {
     },
     "commands": {
         *("catalogue", "config", "convert", "fetch", "metrics", "plan", "reports", "requirements", "running"),
-        *("strict_json", "sweeps", "tasks"),
+        *("strict_json", "subspaces", "sweeps", "tasks"),
     },
     "command_line": {"commands", "requirements"},
     "__main__": {"command_line"},

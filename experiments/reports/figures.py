@@ -119,10 +119,31 @@ def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) ->
 
 
 def new_figure(width: float = 7) -> tuple[Any, Any]:
+    figure = _canvas(width, 4)
+    return figure, figure.subplots()
+
+
+def new_panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, two beside each other."""
+    columns, rows = min(count, 2), -(-count // 2)
+    figure = _canvas(max(6.5, 4.5 * columns), 0.6 + 3.4 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.set_visible(False)
+    return figure, panels[:count]
+
+
+def new_grid(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure of small panels in rows and columns, as an array."""
+    figure = _canvas(0.8 + 2.6 * columns, 0.5 + 2.2 * rows)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _canvas(width: float, height: float) -> Any:
     # The object interface: no display, no global state, whatever backend the user has chosen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure

@@ -8,6 +8,7 @@ from experiments.config import Config, Decode
 from experiments.reports import scores
 from experiments.reports.cost import STEPS
 from experiments.reports.figures import of_training_only
+from experiments.reports.words import megabytes
 
 
 def render(config: Config, facts: dict[str, Any]) -> str:
@@ -27,8 +28,8 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         ),
         "trainable parameters": f"{facts['trainable']:,} "
         f"({facts['trainable'] / base['parameters']:.3%} of the base)",
-        "sizes": f"base {_megabytes(facts['bytes']['base'])}, "
-        f"what trains {_megabytes(facts['bytes']['delta'])}",
+        "sizes": f"base {megabytes(facts['bytes']['base'])}, "
+        f"what trains {megabytes(facts['bytes']['delta'])}",
         "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
         "steps": (
             f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens "
@@ -42,6 +43,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
             f"{found['median_seconds_per_step']:.3f} s a step (median) on {facts['device']}, jax "
             f"{facts['jax']}"
         ),
+        **_peak_memory(facts.get("peak_memory", {})),
         "merged and reloaded": f"largest difference of a logit {comparison['max_difference']:.2e}, "
         f"largest logit {comparison['max_logit']:.1f}",
         **({} if config.baseline else {"merged, in PyTorch": _in_pytorch(comparison["pytorch"])}),
@@ -102,6 +104,13 @@ def prompt(found: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _peak_memory(found: dict[str, int | None]) -> dict[str, str]:
+    """Nothing in an older version's report, and nothing of devices that do not count."""
+    words = {"process": "of the process", "device": "of a device"}
+    known = [f"{megabytes(found[of])} {word}" for of, word in words.items() if found.get(of)]
+    return {"peak memory": f"{', '.join(known)}, when training had ended"} if known else {}
+
+
 def _with_baseline(config: Config) -> str:
     attached = f"`{configs.baseline_value(config.baseline)}`" if config.baseline else ""
     if not config.targets:
@@ -122,7 +131,7 @@ def _in_pytorch(found: dict[str, Any] | None) -> str:
 def _adapter(files: dict[str, Any]) -> str:
     if files["bytes"] is None:
         return f"There is no `adapter/`: {files['missing']}."
-    size, merged = _megabytes(files["bytes"]), _megabytes(files["merged_bytes"])
+    size, merged = megabytes(files["bytes"]), megabytes(files["merged_bytes"])
     return (
         f"`adapter/` is what was trained, in PEFT's format: a file of {size}, beside the merged model's "
         f"{merged}."
@@ -136,7 +145,7 @@ def _llama_cpp(file: dict[str, Any] | None) -> list[str]:
     if file["bytes"] is None:
         return [f"There is no `adapter.gguf`: {file['missing']}."]
     return [
-        f"`adapter.gguf` ({_megabytes(file['bytes'])}) is the same for llama.cpp, beside the base's own "
+        f"`adapter.gguf` ({megabytes(file['bytes'])}) is the same for llama.cpp, beside the base's own "
         "file: "
         f"`llama-cli -m {file['base']} --lora adapter.gguf`."
     ]
@@ -160,8 +169,8 @@ def _cost(cost: dict[str, dict[str, float]]) -> list[str]:
         return []
     ours, full = cost["this run"], cost["full fine-tuning"]
     shown = {
-        "bytes": _megabytes,
-        "optimiser bytes": _megabytes,
+        "bytes": megabytes,
+        "optimiser bytes": megabytes,
         "seconds": "{:.3f} s".format,
         "FLOPs": "{:.3g}".format,
     }
@@ -182,10 +191,6 @@ def _cost(cost: dict[str, dict[str, float]]) -> list[str]:
         "measured one after the other.",
         "",
     ]
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def _samples(samples: list[dict[str, Any]], section: Decode | None) -> list[str]:

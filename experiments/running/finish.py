@@ -20,7 +20,7 @@ from experiments.config import Config, Train
 from experiments.metrics import values, warn
 from experiments.progress import Count
 from experiments.reports import cost, report
-from experiments.running import baselines, beside, processes
+from experiments.running import baselines, beside, memory, processes
 from experiments.running.base import Loaded
 from experiments.running.inputs import Ready
 from experiments.tasks import Task
@@ -42,6 +42,7 @@ PREDICTIONS = {"after": "predictions.txt", "before": "predictions_before.txt"}
 def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config, workdir: Path) -> None:
     """From the trained state to the report."""
     started, trainer, splits = time.perf_counter(), ready.trainer, ready.splits
+    peak = memory.peak()  # before the export, which PyTorch may read back
 
     def begin(what: str) -> None:
         processes.say(f"{config.name}: {what}")
@@ -87,6 +88,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         "llama_cpp": llama_cpp,
         "comparison": comparison,
         "bytes": {"base": _bytes(ready.base.params), "delta": _bytes(delta)},
+        "peak_memory": peak,
         "prompt": beside.example(ready.decoder),
         "labels": getattr(ready.decoder, "labels", None),
         **predicted,

@@ -4,9 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from .._lowrank.labels import widened
 from .._paths import named_leaves
 from .._tree.nodes import Adapter, is_node, method_of
 from ..methods import LoRA
@@ -16,9 +14,9 @@ from ._leaves import (
     check_arrays,
     check_plain,
     check_rank,
+    decomposed,
     lora_leaf,
     matrices_of,
-    product,
     shaped_like,
 )
 
@@ -88,9 +86,8 @@ def singular_values(delta: Any) -> dict[str, jax.Array]:
 @partial(jax.jit, static_argnums=(2, 3))
 def _compressed(a: jax.Array, b: jax.Array, scale: float, rank: int) -> tuple[jax.Array, jax.Array]:
     def of_layer(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        left, right, core = _core(a, b, scale)
-        u, values, v = jnp.linalg.svd(core, full_matrices=False)
-        new_a, new_b = balanced(product(left, u[:, :rank]), values[:rank], product(v[:rank], right.T))
+        u, values, v = decomposed(a, b, scale)
+        new_a, new_b = balanced(u[:, :rank], values[:rank], v[:rank])
         return new_a.astype(a.dtype), new_b.astype(b.dtype)
 
     return by_layer(of_layer, a.ndim - 2, a, b)
@@ -98,12 +95,4 @@ def _compressed(a: jax.Array, b: jax.Array, scale: float, rank: int) -> tuple[ja
 
 @partial(jax.jit, static_argnums=2)
 def _spectrum(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    return by_layer(lambda a, b: jnp.linalg.svd(_core(a, b, scale)[2], compute_uv=False), a.ndim - 2, a, b)
-
-
-def _core(a: jax.Array, b: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`s·A·B = left · core · rightᵀ` with orthonormal columns left and right."""
-    wide = widened(a.dtype)
-    left, upper = jnp.linalg.qr(a.astype(wide))
-    right, lower = jnp.linalg.qr(b.astype(wide).T)
-    return left, right, product(upper, lower.T) * scale
+    return by_layer(lambda a, b: decomposed(a, b, scale)[1], a.ndim - 2, a, b)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._lowrank.labels import widened
 from .._paths import is_shape
 from .._tree.method import Spec
 from .._tree.nodes import Adapter, method_of, Shared
@@ -51,6 +52,10 @@ def check_plain(path: str, leaf: Adapter) -> None:
             "to compute with. "
             "Make plain ones first: `frozen, delta = lora_jax.arithmetic.as_lora(frozen, delta)`."
         )
+    check_single(path, leaf)
+
+
+def check_single(path: str, leaf: Adapter) -> None:
     if any(leaf.arrays[name].ndim != len(axes) for name, axes in leaf.array_axes().items()):
         raise ValueError(
             f"the adapter of {path!r} is a stack of several. Pick one with `take(stacked, 0)`, or "
@@ -71,6 +76,17 @@ def check_arrays(call: str, **trees: Any) -> None:
             "of its result: "
             f"`jax.eval_shape(lambda {names}: {call}, {names})`."
         )
+
+
+def decomposed(a: jax.Array, b: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`s·A·B = U · diag(values) · V`, largest value first. What is decomposed is the product of two
+    triangular factors, which is r by r.
+    """
+    wide = widened(a.dtype)
+    left, upper = jnp.linalg.qr(a.astype(wide))
+    right, lower = jnp.linalg.qr(b.astype(wide).T)
+    u, values, v = jnp.linalg.svd(product(upper, lower.T) * scale, full_matrices=False)
+    return product(left, u), values, product(v, right.T)
 
 
 def balanced(u: jax.Array, values: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
