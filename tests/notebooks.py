@@ -22,6 +22,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from experiments import catalogue
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {file.stem: file for file in sorted((REPOSITORY / "notebooks").glob("*.ipynb"))}
@@ -44,7 +46,7 @@ def missing(notebook: NotebookNode) -> str | None:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed: pip install '{package}'"
     base = needs(notebook, "base")
-    if base and not (BASES / base / "config.json").is_file():
+    if base and not all((BASES / base / file).is_file() for file in catalogue.entry(base, "base").files):
         return f"no {BASES / base}: fetch it with `python -m experiments fetch {base} --to bases`"
     return None
 
