@@ -1,7 +1,7 @@
 """Sentences of guests, made here for two of the notebooks: is the guest content?
 
-No adjective and no thing of the test is in training, so that who learns words by heart fails, and what helps is
-what a pretrained base knows of language. Half of the sentences deny what they say.
+No adjective and no thing of the test is in training, so that who learns words by heart fails, and what helps
+is what a pretrained base knows of language. Half of the sentences deny what they say.
 """
 
 import random

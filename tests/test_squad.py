@@ -85,7 +85,7 @@ def test_every_answer_is_found(root):
     assert scores["f1"] == scores.get("exact_match", scores.get("exact")) == 1.0
     assert (root / "done" / "predictions.txt").read_text().splitlines() == list(texts.values())
     if len(texts) == 7:
-        assert scores["best_f1"] == scores["best_exact"] == scores["NoAns_f1"] == 1.0 and scores["total"] == 7
+        assert scores["best_f1"] == scores["best_exact"] == scores["NoAns_f1"] == 1.0
     # The long context has several windows.
     assert report["examples"]["train"] > len(texts) + 5 and report["labels"] == ["start", "end"]
     assert report["comparison"]["max_difference"] < 1e-4 < report["comparison"]["max_logit"]
@@ -127,9 +127,10 @@ def test_score_gives_its_numbers_again(root, capsys):
     for arguments in (in_run, official):
         capsys.readouterr()
         assert main(arguments) == 0
-        assert json.loads(capsys.readouterr().out) == pytest.approx(
-            read(root, "report.json")["scores"]["after"]
-        )
+        found = json.loads(capsys.readouterr().out)
+        totals = {name: found.pop(name) for name in list(found) if name.endswith("total")}
+        assert found == pytest.approx(read(root, "report.json")["scores"]["after"])
+        assert list(totals.values()) in ([], [7, 5, 2])
     assert "## Samples (answered, test inputs)" in page and "When did the mill open?" in page
 
 

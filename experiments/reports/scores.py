@@ -18,10 +18,8 @@ def of_writers(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_printed(name: str, value: float | None, task: Task) -> str:
-    """A score as papers print it: some in percent, and a number of inputs whole. "BLEU seen" is as BLEU."""
+    """A score as papers print it: some in percent. "BLEU seen" is as BLEU."""
     percent = any(f"{name} ".startswith(f"{each} ") for each in task.percentages)
-    if isinstance(value, int):
-        return f"{value:,}"
     return "-" if value is None else f"{100 * value:.2f}" if percent else f"{value:.4f}"
 
 

@@ -110,20 +110,21 @@ def judge(section: SQuADData, outputs: Any, examples: Any, rows: Any) -> dict[st
         question = examples.questions[number]
         found.append(predicted(outputs[own], windows, question, section, nullable=nullable))
     scores = _scores(section, [examples.questions[number] for number in places], found)
-    return {"f1": scores["f1"]} | {
-        name: value for name, value in scores.items() if not name.endswith("total")
-    }
+    return {"f1": scores["f1"], **scores}
 
 
 def _scores(section: SQuADData, questions: Sequence[Question], found: Sequence[Any]) -> metrics.Scores:
-    """Of predictions, with the best threshold where questions may have no answer."""
+    """Of predictions, with the best threshold where questions may have no answer, and without numbers of
+    questions.
+    """
     names = [question.id for question in questions]
     references = dict(zip(names, map(_references, questions), strict=True))
     best = {name: each.best for name, each in zip(names, found, strict=True)}
     odds = {name: each.odds for name, each in zip(names, found, strict=True)}
     if any(each is None for each in odds.values()):
         return metrics.version_1(references, best)
-    return metrics.version_2(references, best, odds, section.null_threshold)
+    scores = metrics.version_2(references, best, odds, section.null_threshold)
+    return {name: value for name, value in scores.items() if not name.endswith("total")}
 
 
 def predictor(config: Any, model: Any, tokenizer: Any, prompts: Sequence[Any]) -> Any:
