@@ -74,22 +74,6 @@ def of_spans(model: Callable, piece: dict[str, Any], smoothing: float = 0.0) -> 
     return jnp.mean(found, axis=-1), piece["mask"][:, 0].astype(jnp.float32)
 
 
-def of_classes(model: Callable, piece: dict[str, Any], smoothing: float = 0.0) -> tuple[Any, Any]:
-    """The cross-entropy of each example's class, or of a single output the squared difference to its score;
-    and the weight of each in the mean, which is its class's.
-    """
-    import jax.numpy as jnp
-
-    from lora_jax.models import cross_entropy
-
-    logits, target = model(piece["input_ids"], **extras(piece)), piece["labels"][:, 0]
-    if logits.shape[-1] == 1:
-        found = (logits[:, 0] - target.astype(logits.dtype)) ** 2
-    else:
-        found = cross_entropy(logits, target, smoothing)
-    return found, piece["mask"][:, 0].astype(jnp.float32)
-
-
 def extras(piece: dict[str, Any]) -> dict[str, Any]:
     """What a model takes beside the ids of a batch."""
     return {name: piece[name] for name in ("attention_mask", "token_type_ids") if name in piece}
