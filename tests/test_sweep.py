@@ -16,8 +16,9 @@ import lora_jax
 from experiments.command_line import main
 from experiments.config import Generate
 from experiments.progress import read_metrics
+from experiments.reports.figures import new_figure
 from experiments.running import run as runs
-from experiments.sweeps import halving
+from experiments.sweeps import figures, halving
 from experiments.sweeps.over import combinations, parse
 from experiments.tasks import generate
 from lora_jax.interop import hf, peft
@@ -167,6 +168,23 @@ def test_sweeps_are_compared(root, done, halved, tmp_path, capsys, monkeypatch):
     line = refused(capsys, monkeypatch, "report", *sweeps, tmp_path)
     assert f"`{tmp_path}` is no finished sweep" in line
     assert "`--values` is of runs" in refused(capsys, monkeypatch, "report", *sweeps, "--values", "a.png")
+
+
+def test_what_diverges_leaves_room_for_the_others(tmp_path):
+    """Drawn at the upper edge, and the axis ends where the others do."""
+    drawn = {}
+    for worst in (2.0, 9e3):
+        losses = {1e-4: 1.5, 1e-3: 1.2, 1e-2: worst}
+        rows = [{"first_valid_loss": 3.0, "values": {"train.lr": rate}} for rate in losses]
+        table = [{"values": {"train.lr": rate}, "mean": loss} for rate, loss in losses.items()]
+        table = [{**line, "deviation": None, "dropped": None} for line in table]
+        facts = {"over": {"train.lr": list(losses)}, "rows": rows, "table": table}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "new_figure", lambda: drawn.setdefault(worst, new_figure()))
+            figures.draw_rates({"a": facts}, tmp_path / "rates.png")
+    for worst, (_, axes) in drawn.items():
+        assert axes.get_ylim()[1] < 3
+        assert ("worse than the untouched base" in axes.get_legend_handles_labels()[1]) == (worst > 3)
 
 
 def test_again_is_already_finished(root, done, capsys, monkeypatch):

@@ -3,6 +3,7 @@ one.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ AXES = {
     "method.alpha": ("alpha", "alpha", 2),
     "optimizer.weight_decay": ("decay", "weight decay", None),
 }
+
+_WORSE = "worse than the untouched base"
 
 
 def label(value: Any) -> str:
@@ -54,13 +57,26 @@ def _draw_against(
     key: str, words: str, base: int | None, sweeps: Mapping[str, dict[str, Any]], title: str, path: Path
 ) -> None:
     """The last loss, or metric, against the values of `key`, a curve for each of the other values. What was
-    dropped is hollow, as its loss is of an earlier step.
+    dropped is hollow, as its loss is of an earlier step. Losses above that of the untouched base are at the
+    upper edge, so that the others can be told apart.
     """
     figure, axes = new_figure()
     tables = {name: facts["table"] for name, facts in sweeps.items()}
+    highest = {name: _untouched(facts) for name, facts in sweeps.items()}
     for prefix, table in tables.items():
         for name, lines in _curves(table, lambda line: _without(line["values"], key)).items():
-            shown = [line for line in lines if line["mean"] is not None]
+            known = [line for line in lines if line["mean"] is not None]
+            shown = [line for line in known if line["mean"] <= highest[prefix]]
+            worse = [line["values"][key] for line in known if line not in shown]
+            axes.plot(
+                worse,
+                [1.0] * len(worse),
+                "^",
+                color="black",
+                clip_on=False,
+                transform=axes.get_xaxis_transform(),
+                label=_WORSE if worse and _WORSE not in axes.get_legend_handles_labels()[1] else None,
+            )
             if not shown:
                 continue
             points = [(line["values"][key], line["mean"], line["deviation"] or 0.0) for line in shown]
@@ -79,6 +95,13 @@ def _draw_against(
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _untouched(facts: dict[str, Any]) -> float:
+    """The validation loss before the first step; of a metric nothing is too high."""
+    if facts.get("metric") is not None:
+        return math.inf
+    return max(row["first_valid_loss"] for row in facts["rows"])
 
 
 def _measure(facts: dict[str, Any]) -> str:
@@ -120,5 +143,7 @@ def _draw_steps(facts: dict[str, Any], metrics: list[dict[str, Any]], path: Path
             name = _without(rows[0]["values"], "seed")
             axes.plot(*zip(*points, strict=True), "o-", linewidth=1, markersize=3, color=colour, label=name)
     axes.set(xlabel="step", ylabel=_measure(facts), title=facts["name"])
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    if math.isfinite(_untouched(facts)):  # or those that diverge leave no room for the others
+        axes.set_ylim(top=1.02 * _untouched(facts))
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
