@@ -21,7 +21,7 @@ from experiments.reports.figures import new_grid
 from experiments.reports.words import as_table
 from lora_jax import Adapter, LoRA
 from lora_jax.interop import hf, peft
-from lora_jax.subspaces import Amplification, amplification, similarity
+from lora_jax.subspaces import amplification, AmplifiedLeaf, similarity
 
 
 # A layer's number, in the path of one of its weights.
@@ -127,7 +127,7 @@ def compare(asked: Asked, figure: Path | None = None) -> list[str]:
     _check_same_base(*(weights for weights, _ in pairs), asked)
     drawn = (_random(delta, asked.seed + place) for place, (_, delta) in enumerate(pairs))
     chance = similarity(*drawn, of=asked.of)
-    amplified = [amplification(*pair, key=jax.random.key(asked.seed)) for pair in pairs]
+    amplified = [_amplification(trained, kinds, jax.random.key(asked.seed)) for trained in (one, two)]
     grids = [_grids(kind, phi, chance) for kind in kinds]
     names = _names(asked.workdirs)
     if figure is not None:
@@ -255,8 +255,15 @@ def _shared(kind: Kind, grids: Mapping[str, np.ndarray]) -> dict[str, str]:
     return cells
 
 
-def _amplified(kind: Kind, name: str, found: Amplification) -> dict[str, str]:
-    rows = {leaf.path: leaf for leaf in found}
+def _amplification(trained: Trained, kinds: Sequence[Kind], key: jax.Array) -> dict[str, AmplifiedLeaf]:
+    """By path. W itself is decomposed where it is shown only, as that takes most of the time."""
+    every = {path for kind in kinds for path in kind.paths.values()}
+    shown = {kind.paths[kind.chosen] for kind in kinds}
+    found = amplification(*trained.only(every - shown), leading=False, key=key) if every - shown else []
+    return {leaf.path: leaf for leaf in (*found, *amplification(*trained.only(shown), key=key))}
+
+
+def _amplified(kind: Kind, name: str, rows: Mapping[str, AmplifiedLeaf]) -> dict[str, str]:
     leaf = rows[kind.paths[kind.chosen]]
     factors = [rows[path].factor for path in kind.paths.values()]
     return {

@@ -125,7 +125,7 @@ class AmplifiedLeaf:
     update: float
     weight: float
     along_update: float
-    along_weight: float
+    along_weight: float | None
     along_random: float
 
     @property
@@ -143,7 +143,9 @@ class Amplification(list[AmplifiedLeaf]):
                 ", layer ".join([leaf.path, *(["/".join(map(str, leaf.layer))] if leaf.layer else [])]),
                 str(leaf.rank),
                 *(f"{getattr(leaf, name):.4g}" for name in ("update", "weight")),
-                *(f"{getattr(leaf, f'along_{of}'):.4g}" for of in ("update", "weight", "random")),
+                f"{leaf.along_update:.4g}",
+                "-" if leaf.along_weight is None else f"{leaf.along_weight:.4g}",
+                f"{leaf.along_random:.4g}",
                 f"{leaf.factor:.4g}",
             )
             for leaf in self
@@ -154,7 +156,9 @@ class Amplification(list[AmplifiedLeaf]):
     __repr__ = __str__
 
 
-def amplification(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> Amplification:
+def amplification(
+    frozen: Any, delta: Any, *, leading: bool = True, key: jax.Array | None = None
+) -> Amplification:
     """By how much each adapter amplifies directions that its W has already: `‖ΔW‖ / ‖UᵀWV‖`, with the
     singular vectors of ΔW in U and V (paper, section 7.3, table 7).
 
@@ -169,11 +173,12 @@ def amplification(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> A
     the most that so many directions can have, and of random ones. A large factor and a small `‖UᵀWV‖` say
     what the paper found: ΔW enlarges directions that W has and does not emphasise.
 
-    W is decomposed too, in float32 or wider, which takes in·out·min(in, out) operations; a packed one is
-    unpacked, one leaf at a time.
+    A packed W is unpacked, one leaf at a time.
 
     Args:
       frozen, delta: the two trees of `lorafy`, or later states of them.
+      leading: whether to decompose W too, for its own leading directions: some in·out·min(in, out)
+        operations, which are most of the time. False leaves `along_weight` None.
       key: for the random directions; `jax.random.key(0)` if None. Folded with each path.
 
     Returns:
@@ -197,10 +202,12 @@ def amplification(frozen: Any, delta: Any, *, key: jax.Array | None = None) -> A
             own = jax.random.fold_in(key, path_seed(path))
             layers = weight.shape[:-2]
             keys = jax.random.split(own, layers) if layers else own
-            norms = np.asarray(_norms(weight, update.a, update.b, update.scale, keys))
+            norms = np.asarray(_norms(weight, update.a, update.b, update.scale, keys, leading))
             rank = min(update.a.shape[-1], *weight.shape[-2:])
             for layer in np.ndindex(*layers):
-                found.append(AmplifiedLeaf(path, layer, rank, *map(float, norms[layer])))
+                *others, own_directions, random = map(float, norms[layer])
+                along_weight = own_directions if leading else None
+                found.append(AmplifiedLeaf(path, layer, rank, *others, along_weight, random))
 
     paired(add, frozen, delta)
     return found
@@ -282,8 +289,10 @@ def _phi(a: jax.Array, b: jax.Array, other_a: jax.Array, other_b: jax.Array, of:
     return by_layer(of_layer, a.ndim - 2, a, b, other_a, other_b)
 
 
-@partial(jax.jit, static_argnums=3)
-def _norms(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float, key: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(3, 5))
+def _norms(
+    weight: jax.Array, a: jax.Array, b: jax.Array, scale: float, key: jax.Array, leading: bool
+) -> jax.Array:
     """Of ΔW, of W, and of `UᵀWV` with the directions of ΔW, of W and of neither."""
     norm = lambda array: jnp.sqrt(jnp.sum(jnp.square(array)))
 
@@ -297,7 +306,7 @@ def _norms(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float, key: jax
             for own, size in zip(jax.random.split(key), weight.shape, strict=True)
         ]
         along = lambda u, v: norm(product(product(u.T, weight), v))
-        leading = jnp.linalg.svd(weight, compute_uv=False)[:count]
-        return jnp.stack([norm(values), norm(weight), along(u, v.T), norm(leading), along(*drawn)])
+        own = jnp.linalg.svd(weight, compute_uv=False)[:count] if leading else jnp.zeros(1, wide)
+        return jnp.stack([norm(values), norm(weight), along(u, v.T), norm(own), along(*drawn)])
 
     return by_layer(of_layer, weight.ndim - 2, weight, a, b, key)

@@ -210,6 +210,14 @@ def test_amplification_is_the_papers(x64):
             assert leaf.along_update <= leaf.along_weight <= leaf.weight and leaf.rank == 3
 
 
+def test_w_need_not_be_decomposed():
+    """Then there is no singular value decomposition as large as W, and everything else is as it was."""
+    frozen, delta = lorafied(LoRA(rank=2), targets="w")
+    (whole,), (less,) = amplification(frozen, delta), amplification(frozen, delta, leading=False)
+    assert dataclasses.replace(whole, along_weight=None) == less
+    assert str(amplification(frozen, delta, leading=False)).split()[-3] == "-"
+
+
 def test_what_is_amplified(x64):
     """ΔW = 3 times the leading part of W amplifies it by 3. What W has not got is amplified without
     bounds.
