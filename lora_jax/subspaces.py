@@ -205,9 +205,11 @@ def amplification(
             norms = np.asarray(_norms(weight, update.a, update.b, update.scale, keys, leading))
             rank = min(update.a.shape[-1], *weight.shape[-2:])
             for layer in np.ndindex(*layers):
-                *others, own_directions, random = map(float, norms[layer])
+                added, whole, along_update, own_directions, random = map(float, norms[layer])
                 along_weight = own_directions if leading else None
-                found.append(AmplifiedLeaf(path, layer, rank, *others, along_weight, random))
+                found.append(
+                    AmplifiedLeaf(path, layer, rank, added, whole, along_update, along_weight, random)
+                )
 
     paired(add, frozen, delta)
     return found

@@ -1,7 +1,7 @@
 """Sentences of guests, made here for two of the notebooks: is the guest content?
 
-No adjective and no thing of the test is in training, so that who learns words by heart fails, and what helps
-is what a pretrained base knows of language. Half of the sentences deny what they say.
+No adjective and no thing of the test is in training, so that whoever learns words by heart fails, and what
+helps is what a pretrained base knows of language. Half of the sentences deny what they say.
 """
 
 import random
@@ -41,11 +41,7 @@ DENIED = (
 
 
 def rows(split: str, count: int, seed: int) -> Iterator[tuple[str, int]]:
-    """`count` sentences of "train" or "test", each with its label.
-
-    >>> list(rows("train", 2, seed=0))
-    [('The food was pretty.', 1), ('The food was anything but useless.', 1)]
-    """
+    """`count` sentences of "train" or "test", each with its label."""
     chance = random.Random(seed)
     for _ in range(count):
         label, denied = chance.randrange(2), chance.random() < 0.5

@@ -110,7 +110,10 @@ def _entries(item: Any, outside: list[str]) -> Any:
     if "*" in item:
         found = sorted(path.relative_to(_REPOSITORY).as_posix() for path in _REPOSITORY.glob(item))
         start = item.partition("*")[0]
-        titles = [name.removeprefix(start).removesuffix(".md").removesuffix("/report").removesuffix("/sweep") for name in found]
+        titles = [
+            name.removeprefix(start).removesuffix(".md").removesuffix("/report").removesuffix("/sweep")
+            for name in found
+        ]
         return [{title: _entries(name, outside)} for title, name in zip(titles, found)]
     if (_REPOSITORY / "docs" / item).exists():
         return item
