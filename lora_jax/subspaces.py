@@ -199,15 +199,15 @@ def amplification(
         for path, (update, _) in _updates(other.spec.path, other).items():
             _check_trained("delta", path, update)
             weight = _matrix(mergeable(leaf, other).weight, other.spec)[..., update.outs]
-            own = jax.random.fold_in(key, path_seed(path))
+            drawn = jax.random.fold_in(key, path_seed(path))
             layers = weight.shape[:-2]
-            keys = jax.random.split(own, layers) if layers else own
+            keys = jax.random.split(drawn, layers) if layers else drawn
             norms = np.asarray(_norms(weight, update.a, update.b, update.scale, keys, leading))
             rank = min(update.a.shape[-1], *weight.shape[-2:])
             for layer in np.ndindex(*layers):
-                *others, own_directions, random = map(float, norms[layer])
-                along_weight = own_directions if leading else None
-                found.append(AmplifiedLeaf(path, layer, rank, *others, along_weight, random))
+                update_norm, weight_norm, along_update, own, random = map(float, norms[layer])
+                along = along_update, own if leading else None, random
+                found.append(AmplifiedLeaf(path, layer, rank, update_norm, weight_norm, *along))
 
     paired(add, frozen, delta)
     return found
