@@ -199,9 +199,9 @@ def amplification(
         for path, (update, _) in _updates(other.spec.path, other).items():
             _check_trained("delta", path, update)
             weight = _matrix(mergeable(leaf, other).weight, other.spec)[..., update.outs]
-            own = jax.random.fold_in(key, path_seed(path))
+            drawn = jax.random.fold_in(key, path_seed(path))
             layers = weight.shape[:-2]
-            keys = jax.random.split(own, layers) if layers else own
+            keys = jax.random.split(drawn, layers) if layers else drawn
             norms = np.asarray(_norms(weight, update.a, update.b, update.scale, keys, leading))
             rank = min(update.a.shape[-1], *weight.shape[-2:])
             for layer in np.ndindex(*layers):
