@@ -92,6 +92,29 @@ def test_lora_is_level_with_full_fine_tuning():
     assert lora["trainable"] < 0.02 * full["trainable"]
 
 
+def test_what_is_said_of_the_sweep():
+    """Its config ships; one rate is best for each rank, and the highest ends worse than the untouched
+    base.
+    """
+    directory = _RESULTS / "e2e_smollm2_sweep"
+    facts, kept = (
+        json.loads((directory / name).read_text("utf-8")) for name in ("sweep.json", "config.json")
+    )
+    swept = kept.pop("sweep")
+    shipped = configs.load(_EXPERIMENTS / "configs" / "e2e_smollm2_sweep.json")
+    assert configs.with_defaults(kept) == configs.to_json(shipped) and swept["over"] == facts["over"]
+    losses = {(row["values"]["method.rank"], row["values"]["train.lr"]): row for row in facts["rows"]}
+    assert len(losses) == facts["adapters"] == 12
+    for rank in facts["over"]["method.rank"]:
+        found = {rate: losses[rank, rate]["valid_loss"] for rate in facts["over"]["train.lr"]}
+        assert min(found, key=found.__getitem__) == 2e-3
+        assert found[3.2e-2] > losses[rank, 3.2e-2]["first_valid_loss"]
+    higher = {
+        rank: losses[rank, 8e-3]["valid_loss"] - losses[rank, 2e-3]["valid_loss"] for rank in (1, 4, 16)
+    }
+    assert max(higher, key=higher.__getitem__) == 1
+
+
 def _references(path):
     """The wordings of each meaning, meanings in the order of their first line: written apart from the
     pipeline's own.
