@@ -189,7 +189,6 @@ def test_it_is_random_in_training_only(dropped):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({}, "`data.task` is 'glue/rte', which a sweep does not have: start a `run` for each value"),
         (
             {
                 "data": {"task": "text", "train": "a", "valid": "a", "seq_len": 8},
@@ -199,7 +198,7 @@ def test_it_is_random_in_training_only(dropped):
         ),
     ],
 )
-def test_a_sweep_is_of_texts(tmp_path, change, message):
+def test_a_sweep_has_no_start_at_another_adapter(tmp_path, change, message):
     (tmp_path / "tiny.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(ValueError, match=message):
         over.configs_of(tmp_path / "tiny.json", ["train.result=last"], {"train.lr": [0.1, 0.2]})
