@@ -186,19 +186,7 @@ def test_it_is_random_in_training_only(dropped):
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            {
-                "data": {"task": "text", "train": "a", "valid": "a", "seq_len": 8},
-                "base": {"path": "b", "adapter": "c"},
-            },
-            "`base.adapter` is 'c'",
-        ),
-    ],
-)
-def test_a_sweep_has_no_start_at_another_adapter(tmp_path, change, message):
-    (tmp_path / "tiny.json").write_text(json.dumps({**CONFIG, **change}))
-    with pytest.raises(ValueError, match=message):
+def test_a_sweep_has_no_start_at_another_adapter(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps({**CONFIG, "base": {"path": "b", "adapter": "c"}}))
+    with pytest.raises(ValueError, match="`base.adapter` is 'c'"):
         over.configs_of(tmp_path / "tiny.json", ["train.result=last"], {"train.lr": [0.1, 0.2]})
