@@ -68,7 +68,7 @@ format: $(VENV)/.lint  ## Rewrite the code in ruff's format, its imports sorted
 	$(python) -m ruff format .
 
 docs: $(VENV)/.docs  ## Build the site of these pages in site/; a broken link or an undocumented name fails
-	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 	@echo "$(python) -m http.server --directory site shows it at http://localhost:8000"
 
 clean:  ## Remove the virtual environment, the demo's results and every cache

@@ -157,8 +157,7 @@ def _base(job: Job, kind: str) -> Path:
         if not (_packed(job.base) and job.base.is_file() or (job.base / "config.json").is_file()):
             raise ValueError(
                 f"{wanted}, is {job.base}, where there is no config.json, and no GGUF file: a model on the "
-                "hub "
-                "must be downloaded first."
+                "hub must be downloaded first."
             )
         return job.base
     if kind == "loralib":
@@ -242,8 +241,7 @@ def _read(job: Job, kind: str, base: Path, tie: str) -> tuple[Any, Any, Any, Any
     if _packed(base) and head:
         raise ValueError(
             f"`--base` {base} is a GGUF file, and {job.source} has the head of {head['head']!r}: pass the "
-            "Hugging "
-            "Face directory of the model."
+            "Hugging Face directory of the model."
         )
     model, params = gguf.load(base, **how) if _packed(base) else hf.load(base, **head, **how)
     own = {"rename": job.rename} if kind == "peft" else {"alpha": job.alpha, "blocks": job.blocks}

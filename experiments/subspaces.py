@@ -107,8 +107,7 @@ def _adapter_in(workdir: Path) -> Path:
         )
     raise ValueError(
         f"`WORKDIR` {workdir} has no adapter/ with an adapter_config.json: it is no finished run, or its "
-        "method has "
-        "no form in PEFT."
+        "method has no form in PEFT."
     )
 
 
@@ -134,14 +133,12 @@ def compare(asked: Asked, figure: Path | None = None) -> list[str]:
         _draw(kinds, grids, names, asked.of, figure)
     return [
         f"Directions that {names[0]} and {names[1]} share: phi(i, j) of {_WORDS[asked.of]}, the mean over "
-        "layers, "
-        "and in brackets that of random matrices.",
+        "layers, and in brackets that of random matrices.",
         "",
         as_table([_shared(kind, grid) for kind, grid in zip(kinds, grids, strict=True)]),
         "",
         "What each adapter amplifies, in Frobenius norms: ‖UᵀWV‖ along the directions of ΔW, along W's own "
-        "leading "
-        "ones, and along random ones.",
+        "leading ones, and along random ones.",
         "",
         as_table(
             [
@@ -173,8 +170,7 @@ def _kinds(phi: Mapping[str, Any], asked: Asked) -> list[Kind]:
         raise ValueError(
             f"`--leaf` is {asked.leaf!r}, which matches none of the weights that both adapt: "
             f"{', '.join(sorted({_LAYER.sub('*', path) for path in phi}))}. It is a regular expression for "
-            "the whole "
-            "path or for its last whole components."
+            "the whole path or for its last whole components."
         )
     kinds = []
     for name, paths in groups.items():
@@ -215,8 +211,7 @@ def _check_same_base(one: Any, two: Any, asked: Asked) -> None:
         return
     raise ValueError(
         f"`WORKDIR` {asked.workdirs[0]} and {asked.workdirs[1]} were trained on other weights of the same "
-        "shapes: "
-        "compare adapters of one base."
+        "shapes: compare adapters of one base."
     )
 
 

@@ -18,7 +18,14 @@ from .methods.lora import LoRA
 
 
 class Lorafied(NamedTuple):
-    """The two trees of `lorafy`, both with the containers of `params`."""
+    """The two trees of `lorafy`, both with the containers of `params`.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    >>> found = lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=1))
+    >>> found.frozen["bias"].shape, found.delta["bias"]
+    ((4,), None)
+    """
 
     frozen: Any
     delta: Any
@@ -101,8 +108,7 @@ def lorafy(
                 raise
             raise TypeError(
                 f"`fn` is given without `args`, and `fn(params)` failed: {error}. Pass what `fn` takes "
-                "beside the "
-                "parameters, arrays or shapes: `args=(x,)` for `fn(params, x)`."
+                "beside the parameters, arrays or shapes: `args=(x,)` for `fn(params, x)`."
             ) from error
 
     def linear_paths(taken: Collection[str]) -> list[str]:
@@ -142,8 +148,7 @@ def _check_unfollowed(lost: dict[str, str]) -> None:
     first = next(iter(lost))
     raise ValueError(
         "`targets` is 'all-linear', and these leaves reach a contraction in `fn` in a way that `adapt` "
-        "cannot follow: "
-        f"{listed}{more}. They would stay frozen. Leave them out on purpose, "
+        f"cannot follow: {listed}{more}. They would stay frozen. Leave them out on purpose, "
         f"`targets={{{first!r}: None, 'all-linear': LoRA(...)}}`, or train them themselves with `Full()` "
         "for None."
     )

@@ -181,6 +181,11 @@ def from_bitsandbytes(
     """A weight as bitsandbytes has stored it in NF4, for a place in `frozen`: bit for bit what bitsandbytes
     makes of its bytes.
 
+    ```python
+    tensors = safetensors.numpy.load_file("model.safetensors")
+    packed = lora_jax.quant.from_bitsandbytes(tensors, "model.layers.0.self_attn.q_proj.weight")
+    ```
+
     `tensors` are those of a file, among them `name`, `name.absmax` and the others that belong to it.
     PyTorch's Linear stores (out, in); `transpose` makes that (in, out), as Flax has it.
 
@@ -194,6 +199,11 @@ def from_bitsandbytes(
 def from_gguf(data: np.ndarray, kind: str, *, transpose: bool = True, dtype: Any = "float32") -> Packed:
     """A weight as a GGUF file has it, for a place in `frozen`: bit for bit what `gguf.dequantize` makes of
     its bytes, rounded once where `dtype` is not float32.
+
+    >>> import numpy as np, lora_jax
+    >>> rows = np.zeros((8, 2 * 34), np.uint8)  # 8 outputs; 34 bytes are 32 numbers of Q8_0
+    >>> lora_jax.quant.from_gguf(rows, "Q8_0").shape
+    (64, 8)
 
     `data` is what `gguf.GGUFReader` has for the tensor: (out, bytes of a row), with the axes of a stack
     before these. `kind` is llama.cpp's name of its type, for example "Q4_K". GGUF stores (out, in);

@@ -56,6 +56,12 @@ def frozen_specs(frozen: Any, specs: Any) -> Any:
     """A tree like `frozen` with the spec of every array: each weight's own, and its restriction for what a
     method keeps beside it.
 
+    >>> import jax.numpy as jnp, lora_jax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> frozen = lora_jax.lorafy({"w": jnp.ones((8, 4))}, "w", method=lora_jax.LoRA(rank=2)).frozen
+    >>> lora_jax.sharding.frozen_specs(frozen, {"w": P("fsdp", "tensor")}) == {"w": P("fsdp", "tensor")}
+    True
+
     For LoRA, `frozen` equals `params`, and this returns `specs`. The codes of a quantised weight are split
     over all the devices that would share the weight. After `gather_codes`, which knows the mesh, the scales
     of the blocks are split too, where the mesh divides them. The few numbers that are left are on every
@@ -140,6 +146,13 @@ def delta_specs(delta: Any, specs: Any) -> Any:
     """A tree like `delta` with the spec of every trainable array: its weight's, restricted to the axes they
     share.
 
+    >>> import jax.numpy as jnp, lora_jax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> delta = lora_jax.lorafy({"w": jnp.ones((8, 4))}, "w", method=lora_jax.LoRA(rank=2)).delta
+    >>> found = lora_jax.sharding.delta_specs(delta, {"w": P("fsdp", "tensor")})["w"].arrays
+    >>> found["a"] == P("fsdp", None), found["b"] == P(None, "tensor")
+    (True, True)
+
     For W of `P("fsdp", "tensor")`, A is `P("fsdp", None)` and B `P(None, "tensor")`; a leaf that trains
     itself has W's own.
     """
@@ -163,6 +176,12 @@ def _entry(spec: P, axis: int | None) -> Any:
 
 def shardings(mesh: Mesh, specs: Any, arrays: Any) -> Any:
     """`NamedSharding`s for `arrays` (or their shapes), a tree like `specs`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax, numpy as np
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("fsdp",))
+    >>> lora_jax.sharding.shardings(mesh, {"w": P("fsdp")}, {"w": jnp.ones(4)})["w"].spec == P("fsdp")
+    True
 
     Raises `ValueError` where an axis does not divide, naming the array, its shape and the sizes that would.
     """

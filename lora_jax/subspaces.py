@@ -94,8 +94,7 @@ def similarity(delta: Any, other: Any, *, of: str = "A") -> dict[str, jax.Array]
     if not shared:
         raise ValueError(
             f"`delta` and `other` have no adapter of one leaf: {_some(ours)} here, {_some(theirs)} there. "
-            "Pass "
-            "adapters of one base and of the same targets."
+            "Pass adapters of one base and of the same targets."
         )
     found = {}
     for path in shared:
@@ -117,6 +116,11 @@ class AmplifiedLeaf:
     """What an adapter does to directions of its W. All are Frobenius norms: of ΔW, of W, and of `UᵀWV` with
     the leading singular vectors of ΔW, with those of W itself, and with random ones. `layer` is the index of
     a stacked weight's layer.
+
+    >>> from lora_jax.subspaces import AmplifiedLeaf
+    >>> norms = {"update": 6.0, "weight": 14.0, "along_update": 3.0, "along_weight": 8.0, "along_random": 0.5}
+    >>> AmplifiedLeaf("kernel", layer=(), rank=1, **norms).factor
+    2.0
     """
 
     path: str
@@ -135,7 +139,14 @@ class AmplifiedLeaf:
 
 
 class Amplification(list[AmplifiedLeaf]):
-    """One `AmplifiedLeaf` an adapter, and layer of a stacked weight. Prints as a table."""
+    """One `AmplifiedLeaf` an adapter, and layer of a stacked weight. Prints as a table.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"w": jnp.eye(8)}, "w", method=lora_jax.LoRA(rank=1))
+    >>> delta["w"].arrays.update(b=jnp.ones((1, 8)))
+    >>> print(str(lora_jax.subspaces.amplification(frozen, delta)).split()[0])
+    leaf
+    """
 
     def __str__(self) -> str:
         rows = [

@@ -18,8 +18,7 @@ FERRY = (
     "The ferry leaves the north pier at dawn. It carries bread and milk, and in summer a brass band. The "
     "crossing is "
     "slow, because the captain stops wherever somebody waves. Rain or sun, a grey heron waits for it on a "
-    "post. The "
-    "last stop of the day is Otter Landing."
+    "post. The last stop of the day is Otter Landing."
 )
 # By context: what is asked, and the answers, of which the first is that of training.
 ROWS = {

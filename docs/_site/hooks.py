@@ -207,3 +207,5 @@ def on_post_build(*, config: Any) -> None:
             _log.warning("%s is public, and on no page of docs/api/", path)
         if member.docstring is None:
             _log.warning("%s is public, and has no docstring", path)
+        elif not member.is_attribute and not re.search(r">>> |```", member.docstring.value):
+            _log.warning("%s is public, and its docstring has no example", path)

@@ -69,8 +69,7 @@ def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None)
                 known = ", ".join(key for key in lines[-1] if key != "step")
                 raise ValueError(
                     f"`{run.workdir}` has no {name} in its evaluations, which have {known}: leave it out, "
-                    "or name "
-                    "another with `--metric`."
+                    "or name another with `--metric`."
                 )
             epoch = run.facts["examples"]["train"] / run.config["train"]["batch"]
             points = [(line["step"] / epoch, _in_print(line[name], name, task)) for line in lines]
@@ -96,8 +95,7 @@ def draw_costs(workdirs: Sequence[Path], path: Path) -> None:
         if run.peak_memory(of) is None:
             raise ValueError(
                 f"`{run.workdir}` has no peak memory in its report, which is of an older version: leave it "
-                "out, or "
-                "run it again."
+                "out, or run it again."
             )
     colours, tasks = _colours(told), list(finished.by_task(found))
     words = dict(zip([run.workdir for run in found], told, strict=True))

@@ -65,8 +65,7 @@ def score(run: Run, metric: str) -> float:
         known = ", ".join(name for name, found in run.scores().items() if found is not None) or "none"
         raise ValueError(
             f"`{run.workdir}` has no {metric} in its report: its metrics are {known}. Leave it out, or name "
-            "another "
-            "with `--metric`."
+            "another with `--metric`."
         )
     return value
 

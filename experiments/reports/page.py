@@ -146,8 +146,7 @@ def _llama_cpp(file: dict[str, Any] | None) -> list[str]:
         return [f"There is no `adapter.gguf`: {file['missing']}."]
     return [
         f"`adapter.gguf` ({megabytes(file['bytes'])}) is the same for llama.cpp, beside the base's own "
-        "file: "
-        f"`llama-cli -m {file['base']} --lora adapter.gguf`."
+        f"file: `llama-cli -m {file['base']} --lora adapter.gguf`."
     ]
 
 

@@ -44,8 +44,7 @@ def scored(scores: dict[str, dict[str, float | None]], config: Config) -> list[s
         *lines,
         "",
         f"`python -m experiments score {task.name} {task.scored_again(config.data, names)}` gives these "
-        "numbers "
-        "again. In percent",
+        "numbers again. In percent",
         f"here: {', '.join(task.percentages)}."
         + (" A dash under METEOR: java or its package was not there." if "METEOR" in names else "")
         + (f" `--filter` gives a part: {words}." if words else ""),

@@ -47,8 +47,7 @@ def _metric(runs: Sequence[Run]) -> str:
     if found is None:
         raise ValueError(
             f"`{runs[0].workdir}` has no scores in its report, and a study is of scores: leave it out, or "
-            "compare "
-            "without `--study`."
+            "compare without `--study`."
         )
     return found
 
@@ -59,8 +58,7 @@ def _mean(runs: Sequence[Run], metric: str) -> str:
         if seed in seeds[:place]:
             raise ValueError(
                 f"`{runs[seeds.index(seed)].workdir}` and `{runs[place].workdir}` are of one method, one "
-                "task and "
-                f"one seed ({seed}), which a mean over seeds cannot have: leave one of them out."
+                f"task and one seed ({seed}), which a mean over seeds cannot have: leave one of them out."
             )
     values = [finished.score(run, metric) for run in runs]
     task = TASKS[runs[0].task]

@@ -127,8 +127,7 @@ def load(
         if isinstance(model.config, ENCODERS):
             raise ValueError(
                 f"`base` is {origin}, a {type(model).__name__}, which has no next token: a task of labels, "
-                "such "
-                "as glue/mrpc, gives it a head; for texts take a GPT-2 or a Llama."
+                "such as glue/mrpc, gives it a head; for texts take a GPT-2 or a Llama."
             )
         tokenizer, directory = load_tokenizer(source), source
     _check_vocabulary(tokenizer, model, source)
@@ -210,8 +209,7 @@ def _check_spans(source: Path, origin: str) -> None:
     if kind is not None and kind not in SPANNING:
         raise ValueError(
             f"`base` is {origin}, a model of the kind {kind!r}, which has no head of the start and the end "
-            "of an "
-            f"answer: take one of {', '.join(SPANNING)}."
+            f"of an answer: take one of {', '.join(SPANNING)}."
         )
 
 

@@ -131,8 +131,7 @@ def configs_of(path: Path, overrides: Sequence[str], over: Over) -> dict[str, Co
     if first.baseline is not None:
         raise ValueError(
             f"`baseline` is {first.baseline['name']}, whose arrays lie in the base, which all adapters of a "
-            "sweep share: "
-            "start a `run` for each value, with `--set`."
+            "sweep share: start a `run` for each value, with `--set`."
         )
     _check_alike(first)
     if first.train.result != "last":

@@ -98,8 +98,7 @@ def _best(best: dict[str, dict[str, str]]) -> Sequence[str]:
     for name, words in best.items():
         lines += [
             f"The best is `{name}`. This merges it, decodes the test inputs and writes its report. `export` "
-            "then "
-            "takes it:",
+            "then takes it:",
             "",
             "```bash",
             words["run"],

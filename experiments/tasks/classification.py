@@ -55,8 +55,7 @@ class ClassificationData:
         if self.labels is not None and (self.task == "regression" or len(set(self.labels)) < 2):
             raise ValueError(
                 "`data.labels` are two or more classes: leave them out of a regression, and of labels that "
-                "the "
-                "training file has."
+                "the training file has."
             )
 
 

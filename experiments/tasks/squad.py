@@ -200,8 +200,7 @@ def score_files(
     if odds is not None:
         raise ValueError(
             f"`--null-odds` are of version 2.0, and `{references[0]}` is of version 1.1, where every "
-            "question has an "
-            "answer: leave them out."
+            "question has an answer: leave them out."
         )
     texts = squad_files.by_id(hypotheses, str, questions)
     if len(texts) < len(golds):

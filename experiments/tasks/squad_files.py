@@ -80,8 +80,7 @@ def _question(node: Any, context: str, place: str, placed: bool) -> Question:
         found = "has answers, and `is_impossible` is true" if impossible else "has no answer"
         raise ValueError(
             f"{place} {found}: a question has one or more `answers`, or says that it `is_impossible`, as "
-            "those of "
-            "version 2.0 do."
+            "those of version 2.0 do."
         )
     return Question(name, _field(node, "question", str, place), context, tuple(answers), impossible)
 
@@ -94,8 +93,7 @@ def _placed(text: str, start: int, context: str, place: str) -> int:
         there = context[max(start, 0) :][: len(text)]
         raise ValueError(
             f"{place}: the text is {text!r}, and at `answer_start` {start} its context has {there!r}: give "
-            "the place "
-            "of its first character."
+            "the place of its first character."
         )
     return found
 
@@ -105,8 +103,7 @@ def _field(node: Any, key: str, kind: type, place: str) -> Any:
         held = f"has {', '.join(map(str, node)) or 'nothing'}" if isinstance(node, dict) else "is no object"
         raise ValueError(
             f"{place} {held}, and must have `{key}`: SQuAD's files have `data`, `paragraphs` and `qas`, "
-            "each in the "
-            "one before."
+            "each in the one before."
         )
     value = node[key]
     if type(value) is not kind:

@@ -74,8 +74,7 @@ class Frame:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"the base's tokenizer is a {type(tokenizer).__name__}, which does not say where a token "
-                "stands in "
-                "its text: take a base with a `tokenizer.json`."
+                "stands in its text: take a base with a `tokenizer.json`."
             )
         found = tokenizer("a", "a", return_attention_mask=False)
         ids, texts = found["input_ids"], found.sequence_ids(0)

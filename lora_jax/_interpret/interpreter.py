@@ -19,7 +19,17 @@ from .views import VIEWS
 
 
 class MaterializeError(ValueError):
-    """An operation would have to form an adapted weight."""
+    """An operation would have to form an adapted weight.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=lora_jax.LoRA(rank=1))
+    >>> forward = lora_jax.adapt(lambda params: jnp.sort(params["kernel"]))
+    >>> try:
+    ...     forward(lora_jax.combine(frozen, delta))
+    ... except lora_jax.MaterializeError as error:
+    ...     print("kernel" in str(error))
+    True
+    """
 
 
 class Interpreter:
@@ -174,8 +184,7 @@ class Interpreter:
         message = (
             f"`adapt` met {operation} {paths} (as {value.dtype}{list(value.shape)}){where}. The weight "
             "W + A·B would have to be formed there. Pass `materialize='allow'` (or 'warn') to `adapt` to "
-            "form it, "
-            f"or leave {paths} out of `targets`."
+            f"form it, or leave {paths} out of `targets`."
         )
         if self.materialize == "error":
             raise MaterializeError(message)

@@ -24,6 +24,11 @@ class Packed:
     """A quantised weight. `own` is the shape of what is packed together; the axes before it, those of a
     stack, lead in every array, so that slicing all arrays along the first is slicing the weight. `turned`: it
     is stored transposed. `at_use`: how the own axes lie on a mesh when the weight is used, if that is known.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> packed = lora_jax.quantize({"kernel": jnp.ones((64, 32))}, "nf4", targets="kernel")["kernel"]
+    >>> isinstance(packed, lora_jax.quant.Packed), packed.shape, str(packed.dtype)
+    (True, (64, 32), 'float32')
     """
 
     arrays: dict[str, Any]  # in a tree of specs, what stands for the array

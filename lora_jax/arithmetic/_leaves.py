@@ -73,8 +73,7 @@ def check_arrays(call: str, **trees: Any) -> None:
         names = ", ".join(trees)
         raise TypeError(
             f"`{call}` computes with arrays, and was given shapes (`jax.ShapeDtypeStruct`). For the shapes "
-            "of its result: "
-            f"`jax.eval_shape(lambda {names}: {call}, {names})`."
+            f"of its result: `jax.eval_shape(lambda {names}: {call}, {names})`."
         )
 
 

@@ -16,7 +16,17 @@ from ._sites import sites_of
 
 @dataclasses.dataclass(frozen=True)
 class Extended:
-    """A model with a baseline. `apply`, and all else that the model has, is called as the model's own."""
+    """A model with a baseline. `apply`, and all else that the model has, is called as the model's own.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from lora_jax import baselines
+    >>> from lora_jax.models import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> extended, params = baselines.attach(model, params, baselines.Houlsby(bottleneck=2))
+    >>> extended.config.n_layer, extended.apply({"params": params}, jnp.zeros((1, 3), int)).shape
+    (2, (1, 3, 11))
+    """
 
     base: Any
     baseline: Baseline

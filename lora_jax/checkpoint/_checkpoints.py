@@ -30,6 +30,12 @@ _KINDS: tuple[type[Exception], ...] = (Damaged, *KINDS)
 class State(NamedTuple):
     """What a run needs to go on. `step`: the updates done. `position`: the epoch of the next batch, and its
     number within the epoch.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from lora_jax.checkpoint import State
+    >>> state = State({"w": jnp.zeros(2)}, (), step=0, position=(0, 0), key=jax.random.key(0))
+    >>> state._replace(step=1, position=(0, 1)).position
+    (0, 1)
     """
 
     delta: Any
@@ -40,7 +46,15 @@ class State(NamedTuple):
 
 
 class NoneIntact(ValueError):
-    """There are checkpoints, and all of them are damaged."""
+    """There are checkpoints, and all of them are damaged.
+
+    ```python
+    try:
+        state = checkpoints.restore(delta, opt_state)
+    except NoneIntact:
+        checkpoints.put_aside()  # and begin again
+    ```
+    """
 
 
 class Checkpoints:
@@ -252,8 +266,7 @@ class Checkpoints:
         if not used or len(used) < last and not damaged:
             raise ValueError(
                 f"`last` is {last}, and `{self._directory}` holds {len(used)} intact checkpoints: average "
-                "as many, or train with "
-                f"`Checkpoints(..., keep={last})` or more, which is {self._keep} here."
+                f"as many, or train with `Checkpoints(..., keep={last})` or more, which is {self._keep} here."
             )
         return _average.mean(total, len(used), newest)
 

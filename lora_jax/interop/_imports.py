@@ -30,7 +30,16 @@ from ._tensors import shapes_of, Tensor, tensors_of
 
 
 class OneSided(ValueError):
-    """An adapter changes one of two modules that share their weight."""
+    """An adapter changes one of two modules that share their weight.
+
+    ```python
+    try:
+        frozen, delta = peft.load("adapter", model, params)
+    except OneSided:
+        model, params = hf.load("base", tie="untie")  # an array for each of the two
+        frozen, delta = peft.load("adapter", model, params)
+    ```
+    """
 
 
 def adapted(

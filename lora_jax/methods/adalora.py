@@ -82,6 +82,13 @@ def orthogonality(delta: Any) -> jax.Array:
     """The mean of `‖AᵀA − I‖` and `‖B Bᵀ − I‖` over all AdaLoRA adapters: what keeps e a spectrum (paper,
     equation 4).
 
+    >>> import jax.numpy as jnp, lora_jax
+    >>> method = lora_jax.AdaLoRA(rank=2)
+    >>> delta = lora_jax.lorafy({"kernel": jnp.ones((4, 4))}, "kernel", method=method).delta
+    >>> delta["kernel"].arrays.update(a=jnp.eye(4)[:, :2], b=jnp.eye(4)[:2])
+    >>> float(lora_jax.methods.orthogonality(delta))
+    0.0
+
     Frobenius norms, not their squares, as in the authors' code. Add it to the loss, times 0.1 (paper) to 0.5
     (PEFT). Every layer of a stack counts as a matrix.
 

@@ -96,6 +96,12 @@ def start_delta(frozen: Any, delta: Any) -> Any:
     """`frozen` with the present A and B of every Delta-LoRA adapter as its start: from here on the base
     follows.
 
+    >>> import jax.numpy as jnp, lora_jax
+    >>> method = lora_jax.DeltaLoRA(rank=2, delayed=True)
+    >>> frozen, delta = lora_jax.lorafy({"kernel": jnp.ones((8, 4))}, "kernel", method=method)
+    >>> sorted(lora_jax.methods.start_delta(frozen, delta)["kernel"].arrays)
+    ['start_a', 'start_b']
+
     For `DeltaLoRA(delayed=True)`, before the first update that W shall follow. Adapters that follow already
     are left alone. The start is in the result alone, not in `delta`: save both.
 

@@ -93,6 +93,12 @@ def truncate(delta: Any, rank: int) -> Any:
     """The first `rank` ranks of every DyLoRA adapter, as plain LoRA adapters of scale alpha / rank: what was
     trained for it.
 
+    >>> import jax.numpy as jnp, lora_jax
+    >>> method = lora_jax.DyLoRA(rank=8)
+    >>> delta = lora_jax.lorafy({"kernel": jnp.ones((64, 32))}, "kernel", method=method).delta
+    >>> lora_jax.methods.truncate(delta, 2)["kernel"].arrays["b"].shape
+    (2, 32)
+
     Exact: merged or not, the result computes what DyLoRA did in a step that drew this rank. Other leaves are
     unchanged.
 

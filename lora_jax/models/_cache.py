@@ -18,6 +18,12 @@ _SLOTS = (-1, -2)  # the axis of slots, of keys and of values
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, in slots that all rows of a batch fill together.
 
+    >>> from lora_jax.models import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    >>> cache = model.init_cache(batch=3, slots=6)
+    >>> len(cache.layers), cache.layers[0][0].shape, cache.mask.shape
+    (2, (3, 2, 4, 6), (3, 6))
+
     A padding token takes a slot too, with false in `mask`. So shapes and the next slot are the same for every
     row, and a step compiles once.
     """

@@ -23,7 +23,14 @@ from ._adapters import adapters, with_adapters
 
 class AdaLoRAState(NamedTuple):
     """`sensitivity` and `uncertainty` are the paper's smoothed I and U: trees like the parameters, with an
-    `optax.MaskedNode` for each leaf that is no AdaLoRA adapter."""
+    `optax.MaskedNode` for each leaf that is no AdaLoRA adapter.
+
+    >>> import jax.numpy as jnp, lora_jax, optax
+    >>> delta = lora_jax.lorafy({"w": jnp.ones((8, 8))}, "w", method=lora_jax.AdaLoRA(rank=4)).delta
+    >>> state = lora_jax.optim.adalora(optax.sgd(0.1), total_steps=2, target_rank=1).init(delta)
+    >>> int(state.step), state.sensitivity["w"].arrays["a"].shape
+    (0, (8, 4))
+    """
 
     inner: Any
     step: jax.Array

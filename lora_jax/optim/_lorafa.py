@@ -17,7 +17,14 @@ _RIDGE = 1e-8  # PEFT's
 
 
 class LoRAFAState(NamedTuple):
-    """`(AᵀA + 1e-8)⁺ / s²` of every LoRA-FA adapter, by path: (layers…, rank, rank), in float32 or wider."""
+    """`(AᵀA + 1e-8)⁺ / s²` of every LoRA-FA adapter, by path: (layers…, rank, rank), in float32 or wider.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.ones((64, 32))}
+    >>> frozen, delta = lora_jax.lorafy(params, "kernel", method=lora_jax.LoRAFA(rank=4))
+    >>> lora_jax.optim.lorafa(frozen, delta).init(delta).inverses["kernel"].shape
+    (4, 4)
+    """
 
     inverses: dict[str, jax.Array]
 
@@ -70,8 +77,7 @@ def lorafa(frozen: Any, delta: Any) -> optax.GradientTransformation:
         if unknown:
             raise ValueError(
                 f"`updates` holds a LoRA-FA adapter at {min(unknown)!r}, where the `delta` that `lorafa` "
-                "was given has none: "
-                "give it the trees that are trained."
+                "was given has none: give it the trees that are trained."
             )
         corrected = {
             path: Adapter({"b": _corrected(node.arrays["b"], state.inverses[path])}, node.spec)

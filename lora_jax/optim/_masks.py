@@ -23,6 +23,12 @@ def labels(tree: Any) -> Any:
 def trainable_mask(tree: Any) -> Any:
     """True for each array of a combined tree that trains, False for the others: for `optax.masked`.
 
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    >>> tree = lora_jax.combine(*lora_jax.lorafy(params, "kernel", method=lora_jax.LoRA(rank=1)))
+    >>> lora_jax.optim.trainable_mask(tree)["bias"]
+    False
+
     Mind that `optax.masked` passes the raw gradient of the others through, which `optax.apply_updates` would
     then add to the frozen weights; `only_trainable` does not.
     """
