@@ -1,104 +1,185 @@
-"""What a training step costs when the head computes the logits of counted positions only: FLOPs and temporary
-bytes, beside the head on all.
+"""What a training step costs when the head computes the logits of counted positions only: FLOPs, temporary
+bytes and time, beside the head on all.
 
-    python -m benchmarks.counted_positions [--layers 12]
+    python -m benchmarks.counted_positions [--layers 12] [--rounds 5] [--only "gpt2, LoRA, q, v" ...]
 
-On what: one step of the experiments (`experiments/training/step.py`), of GPT-2 small, 124M, batch 4 of 128
-tokens, float32, AdamW, from shapes alone for the device at hand. FLOPs are those of the products in the
-traced step (`experiments.plan.flops`), because XLA counts one chunk of the loss once; bytes are of the
-compiled one, as in `benchmarks.step_cost`. 30%, 60% and 100% of the positions of each example are counted:
-38, 77 and 128. "All" has no gather: 100% beside it is what the gather costs by itself. The temporary bytes of
-full fine-tuning do not depend on it: they are largest in the update, which has no logits.
+On what: one step of the experiments (`experiments/training/step.py`), of GPT-2 small, batch 4 of 128 tokens,
+and of SmolLM2-135M, batch 8 of 64, with random weights, float32, AdamW. FLOPs are those of the products in
+the traced step (`experiments.plan.flops`), because XLA counts one chunk of the loss once; bytes are of the
+compiled one. 30%, 60% and 100% of the positions of each example are counted. "All" has no gather: 100% beside
+it is what the gather costs by itself. The steps of a row are timed in turn: "time / all" is the median of the
+rounds' own ratios, "spread" half the distance of their quartiles. The temporary bytes of full fine-tuning do
+not depend on it: they are largest in the update, which has no logits.
 
 Bounds (exit status 1 if one is missed): the FLOPs that a row spares are at least 0.99 of the head's products
-at the positions that are not counted: two products of (positions, 768, 50257) with LoRA, which has no
+at the positions that are not counted: two products of (positions, width, vocabulary) with LoRA, which has no
 gradient of the head, and three of full fine-tuning. A position that fills up the last chunk of the loss has
-logits, and is not spared: of the chunks of 32 columns, 60% has one in each example. 100% has at most 1.001 of
-the FLOPs and 1.02 of the bytes of "all".
+logits, and is not spared: of GPT-2's chunks of 32 columns, 60% has one in each example. 100% has at most
+1.001 of the FLOPs and 1.02 of the bytes of "all".
 """
 
 import argparse
 import dataclasses
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import numpy as np
 
 from experiments.config import Mesh
 from experiments.plan import flops, models
-from experiments.plan.step import training_step, Workload
+from experiments.plan.step import Step, training_step, Workload
 from experiments.reports.provenance import provenance
 from experiments.training.sharded import make_mesh
 from lora_jax import Full, LoRA
-from lora_jax.models import GPT2Config
+from lora_jax.models import GPT2Config, LlamaConfig
 
-from . import record
-from .step_cost import QUICK
+from . import in_turn, record
 from .training_steps import ALPHA, RANK
 
 
-BATCH, TOKENS = 4, 128
-# A method, its targets, and how many products of the head its step has.
-WAYS: dict[str, tuple[Any, tuple[str, ...] | None, int]] = {
-    "LoRA, q, v": (LoRA(rank=RANK, alpha=ALPHA, blocks=(True, False, True)), None, 2),
-    "LoRA, all matrices": (LoRA(rank=RANK, alpha=ALPHA), ("(attn|mlp)/.*/kernel",), 2),
-    "full fine-tuning": (Full(), None, 3),
-}
-COUNTED = {"all": None, "100%": TOKENS, "60%": round(0.6 * TOKENS), "30%": round(0.3 * TOKENS)}
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model and the shape of its batch, and a method; `products`: how many products of the head its step
+    has. `config`: another than the model's own.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    way: str
+    method: Any
+    targets: tuple[str, ...] | None = None
+    products: int = 2
+    config: GPT2Config | LlamaConfig | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.way}"
+
+    def shares(self) -> dict[str, int | None]:
+        return {"all": None} | {f"{share}%": round(share / 100 * self.tokens) for share in (100, 60, 30)}
+
+    def subject(self) -> models.Subject:
+        """With unrolled layers, as XLA is fastest with on a CPU."""
+        subject = models.named(self.model, "float32", checkpoint=False)
+        config = subject.model.config if self.config is None else self.config
+        return dataclasses.replace(subject, model=subject.model.clone(config=config, scan=False))
+
+    def step(self, counted: int | None) -> Step:
+        work = Workload(self.batch, self.tokens, self.method, self.targets, counted=counted)
+        return training_step(self.subject(), make_mesh(Mesh()), work)
 
 
-def measure(config: GPT2Config, way: str, counted: int | None) -> dict[str, int]:
-    subject = models.named("gpt2", "float32", checkpoint=False)
-    # Unrolled, because XLA counts the body of a loop once.
-    subject = dataclasses.replace(subject, model=subject.model.clone(config=config, scan=False))
-    method, targets, _ = WAYS[way]
-    work = Workload(BATCH, TOKENS, method, targets, counted=counted)
-    step = training_step(subject, make_mesh(Mesh()), work)
-    compiled = step.lower().compile(compiler_options=QUICK)
+ROWS = (
+    Row("gpt2", 4, 128, "LoRA, q, v", LoRA(RANK, ALPHA, blocks=(True, False, True))),
+    Row("gpt2", 4, 128, "LoRA, all matrices", LoRA(RANK, ALPHA), ("(attn|mlp)/.*/kernel",)),
+    Row("gpt2", 4, 128, "full fine-tuning", Full(), products=3),
+    Row("smollm2-135m", 8, 64, "LoRA, all matrices", LoRA(RANK, ALPHA), ("layers/.*/kernel",)),
+)
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A compiled step and what it takes, of which each step replaces the first two."""
+
+    step: Callable
+    arguments: list[Any]
+
+    def take(self) -> float:
+        """One step: its seconds."""
+        started = time.perf_counter()
+        found = jax.block_until_ready(self.step(*self.arguments))
+        self.arguments[:2] = found[:2]
+        return time.perf_counter() - started
+
+
+def arrays(step: Step, vocabulary: int) -> list[Any]:
+    """Random weights and tokens in the shapes of a step's arguments, and an optimiser's state of zeros."""
+    draw = np.random.default_rng(0)
+    weight = lambda shape: draw.normal(0, 0.02, shape.shape).astype(shape.dtype)
+    token = lambda shape: draw.integers(0, vocabulary, shape.shape, shape.dtype)
+    batch = {name: token(shape) for name, shape in step.batch.items()}
+    batch["mask"] = np.ones_like(batch["mask"])
+    if "columns" in batch:
+        batch["columns"] = np.broadcast_to(np.arange(batch["columns"].shape[-1]), batch["columns"].shape)
+    zeros = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), step.opt_state)
+    values = [jax.tree.map(weight, step.delta), zeros, jax.tree.map(weight, step.frozen), batch]
+    places = [jax.tree.map(lambda shape: shape.sharding, shapes) for shapes in step.arguments]
+    return jax.device_put([*values, jax.random.key(0)], places)
+
+
+def figures(row: Row, counted: int | None) -> tuple[dict[str, int], Any]:
+    """FLOPs and temporary bytes of a step, and what was compiled."""
+    step = row.step(counted)
+    compiled = step.lower().compile()
     return {
         "flops": flops.of(step.function, *step.arguments),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    }
+    }, compiled
 
 
-def compare(config: GPT2Config, way: str, found: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
-    """Rows of the table, one for each share of counted positions."""
-    rows = []
-    for share, figures in found.items():
-        every, counted = found["all"], COUNTED[share]
-        row: dict[str, Any] = {
-            "step": way,
+def measure(row: Row, rounds: int) -> list[dict[str, Any]]:
+    """The lines of the table, one for each share of counted positions."""
+    found, steps = {}, {}
+    for share, counted in row.shares().items():
+        found[share], compiled = figures(row, counted)
+        print(f"{row.name}: {share}: {found[share]}", file=sys.stderr, flush=True)
+        steps[share] = Prepared(compiled, arrays(row.step(counted), row.subject().model.config.vocab_size))
+        steps[share].take()
+    return compare(row, found, in_turn.taken({share: step.take for share, step in steps.items()}, rounds))
+
+
+def compare(
+    row: Row, found: dict[str, dict[str, int]], seconds: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    config, shares, every, lines = row.subject().model.config, row.shares(), found["all"], []
+    width = config.n_embd if isinstance(config, GPT2Config) else config.hidden_size
+    for share, own in found.items():
+        over = in_turn.ratio(seconds[share], seconds["all"])
+        line: dict[str, Any] = {
+            "step": row.name,
             "counted": share,
-            "GFLOP": round(figures["flops"] / 1e9, 3),
-            "MB": round(figures["temporary_bytes"] / 1e6, 3),
-            "FLOPs / all": figures["flops"] / every["flops"],
-            "bytes / all": figures["temporary_bytes"] / every["temporary_bytes"],
+            "GFLOP": round(own["flops"] / 1e9, 3),
+            "MB": round(own["temporary_bytes"] / 1e6, 3),
+            "s": round(statistics.median(seconds[share]), 3),
+            "FLOPs / all": own["flops"] / every["flops"],
+            "bytes / all": own["temporary_bytes"] / every["temporary_bytes"],
+            "time / all": round(over.median, 3),
+            "spread": round(over.spread, 3),
         }
-        if counted is not None and counted < TOKENS:
+        counted = shares[share]
+        if counted is not None and counted < row.tokens:
             # Full fine-tuning has no chunks.
-            columns = counted if WAYS[way][2] == 3 else _filled_up(counted)
-            products = 2 * WAYS[way][2] * BATCH * (TOKENS - columns) * config.n_embd * config.vocab_size
-            row["spared / head's products"] = (every["flops"] - figures["flops"]) / products
-        rows.append(row)
-    return rows
+            columns = counted if row.products == 3 else _filled_up(counted, row.batch)
+            left_out = row.batch * (row.tokens - columns)
+            head = 2 * row.products * left_out * width * config.vocab_size
+            line["spared / head's products"] = (every["flops"] - own["flops"]) / head
+        lines.append(line)
+    return lines
 
 
-def _filled_up(columns: int) -> int:
+def _filled_up(columns: int, batch: int) -> int:
     """The columns of so many in chunks of equal size, each of at most 128 tokens of the batch."""
-    chunks = -(-columns // (128 // BATCH))
+    chunks = -(-columns // (128 // batch))
     return chunks * -(-columns // chunks)
 
 
-def missed(rows: list[dict[str, Any]]) -> list[str]:
-    """The bounds that rows miss."""
+def missed(lines: list[dict[str, Any]]) -> list[str]:
+    """The bounds that lines miss."""
     found = []
-    for row in rows:
-        name = f"{row['step']}, {row['counted']}"
-        spared = row.get("spared / head's products")
+    for line in lines:
+        name = f"{line['step']}, {line['counted']}"
+        spared = line.get("spared / head's products")
         if spared is not None and spared < 0.99:
             found.append(f"{name}: {spared:.4f} of the head's products are spared, below 0.99")
-        if row["counted"] == "100%" and (row["FLOPs / all"] > 1.001 or row["bytes / all"] > 1.02):
+        if line["counted"] == "100%" and (line["FLOPs / all"] > 1.001 or line["bytes / all"] > 1.02):
             found.append(
-                f"{name}: the gather takes {row['FLOPs / all']:.4f} of the FLOPs, above 1.001, or "
-                f"{row['bytes / all']:.4f} of the bytes, above 1.02"
+                f"{name}: the gather takes {line['FLOPs / all']:.4f} of the FLOPs, above 1.001, or "
+                f"{line['bytes / all']:.4f} of the bytes, above 1.02"
             )
     return found
 
@@ -106,21 +187,25 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--layers", type=int, default=12, help="fewer than 12: a quick look, which is not recorded"
+        "--layers", type=int, help="fewer than the models have: a look, which is not recorded"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each share (default: 5)")
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="ROW")
     options = parser.parse_args()
-    config = GPT2Config.named("gpt2", n_layer=options.layers)
-    about, rows = provenance(), []
-    for way in WAYS:
-        found = {}
-        for share, counted in COUNTED.items():
-            found[share] = measure(config, way, counted)
-            print(f"{way}: {share}: {found[share]}", file=sys.stderr, flush=True)
-        rows += compare(config, way, found)
-        if options.layers == 12:  # after every way: a run takes long
-            record.save("counted_positions", "python -m benchmarks.counted_positions", about, rows)
-    problems = missed(rows)
-    print(record.table(rows))
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}: a spread needs 2 at least")
+    about, lines = provenance(), []
+    for row in ROWS:
+        if options.only and row.name not in options.only:
+            continue
+        if options.layers is not None:
+            sizes = {"n_layer" if row.model == "gpt2" else "num_hidden_layers": options.layers}
+            row = dataclasses.replace(row, config=dataclasses.replace(row.subject().model.config, **sizes))
+        lines += measure(row, options.rounds)
+        if options.layers is None and not options.only:  # after every row: a run takes long
+            record.save("counted_positions", "python -m benchmarks.counted_positions", about, lines)
+    problems = missed(lines)
+    print(record.table(lines))
     print("\n".join(problems) if problems else "all bounds are met")
     return 1 if problems else 0
 
