@@ -47,12 +47,16 @@ def test_costs_of_counted_positions_are_the_benchmarks():
     file = REPOSITORY / "benchmarks" / "results" / "counted_positions-jax-0.10.2.json"
     rows = {(row["step"], row["counted"]): row for row in json.loads(file.read_text("utf-8"))["rows"]}
     page = PAGES["docs/cost.md"].partition("## The head where it counts")[2].partition("\n## ")[0]
-    shown = {row[0].replace("everything in full", "full fine-tuning"): row[1:] for row in _rows(page)}
+    shown = {row[0]: row[1:] for row in _rows(page)}
+    names = {"gpt2": "GPT-2 small", "smollm2-135m": "SmolLM2-135M"}
     for step in {step for step, _ in rows}:
+        model = step.partition(", ")[0]
         wanted = [
-            rows[step, share][name] for name in ("FLOPs / all", "bytes / all") for share in ("60%", "30%")
+            rows[step, share][f"{name} / all"]
+            for name in ("FLOPs", "bytes", "time")
+            for share in ("60%", "30%")
         ]
-        assert shown[step] == tuple(f"{value:.2f}" for value in wanted)
+        assert shown[step.replace(model, names[model], 1)] == tuple(f"{value:.2f}" for value in wanted)
         assert f"{rows[step, '100%']['FLOPs / all']:.3f}" == "1.000"
     assert f"{max(row['bytes / all'] for row in rows.values()) - 1:.1%} of the bytes" in page.replace(
         "\n", " "
@@ -89,6 +93,20 @@ def test_times_beside_peers_are_the_benchmarks():
         assert seconds == f"{own['lora_jax']['s']:.2f} s"
         for way, cell in zip(ways, cells, strict=True):
             assert cell == ("" if "note" in own[way] else f"{own[way]['over lora_jax']:.2f}"), (row, way)
+
+
+def test_times_of_decoding_are_the_benchmarks():
+    file = REPOSITORY / "benchmarks" / "results" / "decoding-jax-0.10.2.json"
+    rows = {
+        line["row"]: line["times"] for line in json.loads(file.read_text("utf-8"))["rows"] if "times" in line
+    }
+    page = PAGES["docs/cost.md"].partition("## Decoding")[2].partition("\n## ")[0]
+    shown = {row[0]: row[1:] for row in _rows(page)}
+    for model, name in (("gpt2", "GPT-2 small"), ("smollm2-135m", "SmolLM2-135M")):
+        wanted = [
+            rows[f"{model}, {count} prompts, {way}"] for way in ("greedy", "beams") for count in (1, 8, 32)
+        ]
+        assert shown[name] == tuple(f"{times:.2f}" for times in wanted)
 
 
 def test_times_of_quantised_bases_are_the_benchmarks():
