@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiling import xla_flags
 
 from benchmarks import (
     accelerator,
@@ -296,7 +297,7 @@ def test_the_script_for_an_accelerator_runs_small_on_a_cpu():
     options = "--parts table run --ways lora_jax --layers 1 --rounds 2 --steps 3"
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks.accelerator", *options.split()],
-        env={**os.environ, "XLA_FLAGS": "", "PATH": ""},  # METEOR would start java
+        env={**os.environ, "XLA_FLAGS": xla_flags(devices=1), "PATH": ""},  # METEOR would start java
         capture_output=True,
         text=True,
     )

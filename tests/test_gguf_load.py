@@ -110,9 +110,9 @@ def test_the_real_model(theirs):
     tokenizer = gguf.tokenizer(REAL)
     ids = tokenizer("The capital of France is")["input_ids"]
     model, params = check_against(theirs, REAL, np.array([ids]))
-    step = jax.jit(lambda ids, last: model.apply({"params": params}, ids)[0, last].argmax())
+    step = jax.jit(lambda params, ids, last: model.apply({"params": params}, ids)[0, last].argmax())
     for _ in range(6):
-        ids = [*ids, int(step(jnp.array([ids + [0] * (11 - len(ids))]), len(ids) - 1))]
+        ids = [*ids, int(step(params, jnp.array([ids + [0] * (11 - len(ids))]), len(ids) - 1))]
     assert tokenizer.decode(ids).startswith("The capital of France is Paris")
 
 
