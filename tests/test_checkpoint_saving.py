@@ -89,7 +89,7 @@ def test_a_step_is_not_saved_twice(tmp_path):
 
 def test_checkpoints_of_an_older_format_are_refused(two, tmp_path, monkeypatch):
     """Not taken for damaged ones, which would be put aside."""
-    monkeypatch.setattr("lora_jax.checkpoint._checkpoints._FORMAT", 3)
+    monkeypatch.setattr("lora_jax.checkpoint._contents.FORMAT", 3)
     with pytest.raises(
         ValueError, match="checkpoints of format 2, .* reads 3: resume the run with the version"
     ):

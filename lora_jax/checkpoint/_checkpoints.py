@@ -1,8 +1,6 @@
-"""The directory of a run's checkpoints: which of them to keep, which are intact, and which fit the run."""
+"""The directory of a run's checkpoints: which there are, which to keep, and which to go on from."""
 
 import functools
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,18 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._paths import component
-from ..processes import KINDS, on_first, together
-from . import _average, _checksum, _storage
+from ..processes import on_first
+from . import _average, _contents, _storage
 from ._storage import Damaged
 
 
-# The format on the disk. In format 1 the checksums were not computed on the devices.
-_FORMAT = 2
 # Seconds for which a block that ends with an error waits for what several processes are writing.
 PATIENCE = 10
-# A damaged checkpoint is passed over, unless another process has met something worse.
-_KINDS: tuple[type[Exception], ...] = (Damaged, *KINDS)
 
 
 class State(NamedTuple):
@@ -146,7 +139,7 @@ class Checkpoints:
                 "take another directory."
             )
         facts = {
-            "format": _FORMAT,
+            "format": _contents.FORMAT,
             "step": state.step,
             "position": list(state.position),
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
@@ -155,21 +148,17 @@ class Checkpoints:
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
             "passing": temporary,  # the name that earlier checkpoints have
         }
-        arrays = {"delta": _named(state.delta), "opt_state": _named(state.opt_state)}
+        arrays = {"delta": _contents.named(state.delta), "opt_state": _contents.named(state.opt_state)}
         copied = _storage.copied(arrays)
         # The checksums are of what is saved, not of its copy, and the thread fetches them. A CPU computes in
         # the thread that asks, so that there the writing thread asks. With several processes it may not,
         # because that would be a collective beside those of the training step.
-        sums = None if jax.process_count() == 1 and jax.default_backend() == "cpu" else _checksums(arrays)
-
-        def complete() -> dict[str, Any]:
-            found = {
-                **facts,
-                "arrays": {part: _described(named) for part, named in copied.items()},
-                "sums": _digits(_checksums(copied) if sums is None else sums),
-            }
-            return {**found, "facts": _digest(found)}
-
+        sums = (
+            None
+            if jax.process_count() == 1 and jax.default_backend() == "cpu"
+            else _contents.checksums(arrays)
+        )
+        complete = functools.partial(_contents.complete, facts, copied, sums)
         if not self._cleared:
             try:
                 on_first(self._clear)
@@ -291,7 +280,7 @@ class Checkpoints:
         """A fact that a checkpoint holds of itself; None where it cannot be read."""
         if step not in self._known:
             try:
-                self._known[step] = self._facts(step)
+                self._known[step] = _contents.facts(self._directory / str(step))
             except (Damaged, ValueError):
                 self._known[step] = {}
         return self._known[step].get(name)
@@ -337,66 +326,9 @@ class Checkpoints:
         """
         for step in steps:
             try:
-                yield step, *self._read(step, wanted)
+                yield step, *_contents.read(self._directory / str(step), wanted, self._identity)
             except Damaged as error:
                 damaged.append((step, str(error)))
-
-    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        like = {part: _shapes(_named(tree)) for part, tree in wanted.items()}
-
-        def checked() -> dict[str, Any]:
-            facts = self._facts(step)
-            self._check_identity(facts["identity"])
-            self._check_arrays(step, facts["arrays"], like)
-            return facts
-
-        facts = together(checked, _KINDS)
-        arrays = together(lambda: _storage.read_arrays(self._directory / str(step), like), _KINDS)
-        # The arrays may span processes, so that every process takes part, also one whose own are damaged.
-        sums = _digits(_checksums({part: arrays[part] for part in wanted}))
-
-        def compared() -> None:
-            if any(sums[part] != facts["sums"][part] for part in wanted):
-                raise Damaged("its arrays do not have the checksum that they were saved with")
-
-        together(compared, _KINDS)
-        return facts, {part: _refill(tree, arrays[part]) for part, tree in wanted.items()}
-
-    def _facts(self, step: int) -> dict[str, Any]:
-        facts = _storage.read_facts(self._directory / str(step))
-        if facts.pop("facts", None) != _digest(facts) or facts.get("step") != step:
-            raise Damaged("what it says of itself has changed since it was saved")
-        if facts.get("format") != _FORMAT:
-            raise ValueError(
-                f"`{self._directory}` holds checkpoints of format {facts.get('format', 1)}, and this "
-                f"version of lora_jax reads {_FORMAT}: "
-                "resume the run with the version that began it, or use another directory."
-            )
-        return facts
-
-    def _check_identity(self, found: Mapping[str, str]) -> None:
-        for name in [*self._identity, *(name for name in found if name not in self._identity)]:
-            if found.get(name) != self._identity.get(name):
-                raise ValueError(
-                    f"`{self._directory}` holds a run with another {name} (saved: {found.get(name)}, now: "
-                    f"{self._identity.get(name)}): "
-                    f"resume it with the {name} it started from, or use another directory."
-                )
-
-    def _check_arrays(self, step: int, stored: Mapping[str, Any], like: dict[str, Any]) -> None:
-        for part, shapes in like.items():
-            want, have = _described(shapes), stored[part]
-            for name in sorted(want.keys() ^ have.keys()):
-                where = "missing from" if name in want else "unexpected in"
-                raise ValueError(
-                    f"{part} {name!r} is {where} the checkpoint of step {step} in `{self._directory}`."
-                )
-            for name, expected in want.items():
-                if have[name] != expected:
-                    raise ValueError(
-                        f"{part} {name!r} has shape and dtype {tuple(have[name])} in the checkpoint, "
-                        f"expected {tuple(expected)}."
-                    )
 
     def _put_aside(self, damaged: list[tuple[int, str]], intact: int) -> None:
         for number, reason in damaged:
@@ -414,45 +346,3 @@ class Checkpoints:
         )
         (self._directory / str(number)).rename(next(name for name in names if not name.exists()))
         self._known.pop(number, None)
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _checksums(arrays: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    return {
-        part: {name: _checksum.checksum(leaf) for name, leaf in named.items()}
-        for part, named in arrays.items()
-    }
-
-
-def _digits(sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The checksums as JSON has them, 32 hexadecimal digits each; fetched all at once."""
-    return jax.tree.map(lambda words: words.astype(">u4").tobytes().hex(), jax.device_get(sums))
-
-
-def _described(arrays: Mapping[str, Any]) -> dict[str, list]:
-    """Shape and dtype by name, as JSON has them."""
-    return {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in arrays.items()}
-
-
-def _named(tree: Any) -> dict[str, jax.Array]:
-    """Arrays by path. Joined by `.`, since Orbax makes file names of the names."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [".".join(component(entry) for entry in path) or "value" for path, _ in flat]
-    repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else None
-    if repeated:
-        raise ValueError(f"two arrays have the same path {sorted(repeated)[0]!r}; rename one.")
-    return dict(zip(names, (leaf for _, leaf in flat), strict=True))
-
-
-def _refill(tree: Any, arrays: dict[str, jax.Array]) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _named(tree)])
-
-
-def _shapes(arrays: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in arrays.items()
-    }

@@ -10,22 +10,20 @@ import flax.linen as nn
 import numpy as np
 
 from ..._lorafy import Lorafied
-from ..._packed.packed import Packed
-from ..._paths import is_shape, named_leaves
+from ..._paths import named_leaves
 from ..._tree.nodes import is_node
 from ...methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from ...processes import all_or_none, spanning
-from .. import _fingerprint, _state_dict
+from .. import _fingerprint
 from .._adapters import Part, plain_number, with_blocks
 from .._families import Family, family_of_model
 from .._files import read_json
 from .._heads import head_in
 from .._imports import adapted, base_value
-from .._modules import Module, modules_of, tied_head, uncalled_modules
-from .._safetensors import facts_of, stored_tensors
+from .._modules import Module, tied_head, uncalled_modules
+from .._safetensors import facts_of
 from .._strict import check_beside, check_finite, check_tensors
-from .._tensors import Tensor
-from . import _rename
+from . import _rename, _stored
 from ._config import AdapterConfig, parse
 from ._layout import PREFIX, PROJECTIONS, TASKS
 from ._plan import Plan, plan_of
@@ -85,7 +83,7 @@ def load(
     with all_or_none(spanning(params)):
         kind, _, family = family_of_model(model)
         config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
-        file, stored = _stored(directory)
+        file, stored = _stored.tensors(directory)
         # Files of other tools, and shards, carry none.
         whole_file = file.suffix == ".safetensors" and file.is_file()
         facts = facts_of(file, verify=verify) if whole_file else None
@@ -98,8 +96,8 @@ def load(
             if renamed:
                 alphas = {module.name: _alpha(config, module) for module in plan.targets}
                 stored = _rename.paired(directory, stored, plan.expected, alphas)
-            stored = _under_expected_names(plan, directory, stored, family)
-            stored = _without_copies_of_base(plan, directory, model, family, params, stored)
+            stored = _stored.under_expected_names(plan, directory, stored, family)
+            stored = _stored.without_copies_of_base(plan, directory, model, family, params, stored)
             check_tensors(
                 f"{directory} does not hold the adapter that its config describes for this model",
                 plan.expected,
@@ -180,7 +178,8 @@ def head_of(dir: str | Path) -> dict[str, Any]:
     directory = Path(dir)
     config = parse(directory / "adapter_config.json", read_json(directory / "adapter_config.json"))
     names = {
-        _rename.unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in _stored(directory)[1].items()
+        _rename.unwrapped(name).removeprefix(PREFIX): tensor
+        for name, tensor in _stored.tensors(directory)[1].items()
     }
     # A decoder has no other head than that of classes.
     if any(re.match(r"((transformer\.)?h|(model\.)?layers)\.\d+\.", name) for name in names):
@@ -199,15 +198,6 @@ def _labels(stored: Mapping[str, Any]) -> dict[str, int]:
     )
 
 
-def _stored(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    names = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
-    binaries = ("adapter_model.bin", "adapter_model.bin.index.json")
-    if not any((directory / name).is_file() for name in names):
-        if any((directory / name).is_file() for name in binaries):
-            return directory / binaries[0], _state_dict.stored_binaries(directory, "adapter_model")
-    return directory / "adapter_model.safetensors", stored_tensors(directory, stem="adapter_model")
-
-
 def _check_task(directory: Path, config: AdapterConfig, model: nn.Module) -> None:
     own = TASKS[getattr(model, "head", None)]
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and config.task_type != own:
@@ -216,104 +206,6 @@ def _check_task(directory: Path, config: AdapterConfig, model: nn.Module) -> Non
             f"`task_type` of {directory} is {config.task_type}, and `model` has another head: load the base "
             f"with `hf.load(base, **peft.head_of(dir))` (head={head!r})."
         )
-
-
-def _under_expected_names(
-    plan: Plan, directory: Path, stored: Mapping[str, Any], family: Family
-) -> dict[str, Any]:
-    """The tensors by the names that are expected, each array once.
-
-    Older files have `.weight` after DoRA's magnitudes. Where all biases train, and where embeddings are saved
-    beside the adapter, PEFT writes tensors that it saves whole a second time, under their names in its own
-    wrapper.
-    """
-    old = {
-        f"{name}.weight": name for names in plan.names.values() for ours, name in names.items() if ours == "m"
-    }
-    named = {
-        old[name] if name in old and old[name] not in stored else name: tensor
-        for name, tensor in stored.items()
-    }
-    for name in [name for name in named if ".modules_to_save." in name or ".original_module." in name]:
-        original = ".original_module." in name  # of the base; it has no effect
-        inner = re.sub(r"\.original_module\.|\.modules_to_save(\.default)?\.", ".", name)
-        if inner in plan.expected and inner in named:
-            if not original and not np.array_equal(named[name].read(), named[inner].read()):
-                raise ValueError(
-                    f"{directory} has two different values of one tensor, {name!r} and {inner!r}: save the "
-                    "adapter again."
-                )
-            del named[name]
-    # A bare model has parts that a model with a head may lack.
-    full = lambda name: family.full_name(name.removeprefix(PREFIX))
-    return {
-        name: tensor
-        for name, tensor in named.items()
-        if name in plan.expected or not family.leftovers.fullmatch(full(name))
-    }
-
-
-def _without_copies_of_base(
-    plan: Plan, directory: Path, model: nn.Module, family: Family, params: Any, stored: dict[str, Any]
-) -> dict[str, Any]:
-    """The tensors without embeddings, which PEFT writes beside an adapter of one of them. They must equal the
-    base's.
-    """
-    kept, leaves = {}, dict(named_leaves(params, is_leaf=is_node))
-    copies: dict[str, Tensor] = {}
-    for module in modules_of(model, family):
-        if (
-            module.kind == "embedding"
-            or module.weight is not None
-            and (module.tied or module.weight.name == family.decoder)
-        ):
-            name = module.name.removeprefix(family.prefix) if plan.bare else module.name
-            copies |= {f"{PREFIX}{name}.{middle}weight": module.matrix for middle in ("", "base_layer.")}
-    for name, tensor in stored.items():
-        weight = copies.get(name)
-        if (
-            weight is not None
-            and len(tensor.shape) == 2
-            and tensor.shape[0] > weight.shape[0]
-            and tensor.shape[1:] == weight.shape[1:]
-        ):
-            raise ValueError(
-                f"{directory} was trained with {tensor.shape[0]} tokens ({name!r}), and `model` has "
-                f"{weight.shape[0]}: load the base with `hf.load(dir, vocab_size={tensor.shape[0]})`."
-            )
-        if weight is None or name in plan.expected:
-            kept[name] = tensor
-            continue
-        leaf = leaves.get(weight.path)
-        if isinstance(leaf, Packed) or leaf is None or is_shape(leaf):
-            continue
-        if _adds_rows(tensor, weight.to_theirs(leaf)):
-            plan.expected[name] = tensor.shape
-            plan.whole[name] = family.decoder if _of_decoder(name, family) else weight.name
-            kept[name] = tensor
-            continue
-        if tensor.shape != weight.shape or not np.array_equal(tensor.read(), weight.to_theirs(leaf)):
-            raise ValueError(
-                f"{directory} has its own copy of the base's {weight.name!r}, which differs from that of "
-                "`params`, in shape or in value: load the base it was trained on."
-            )
-    return kept
-
-
-def _of_decoder(name: str, family: Family) -> bool:
-    """Whether a copy in a file is that of the head."""
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".") == family.decoder
-
-
-def _adds_rows(tensor: Any, weight: np.ndarray) -> bool:
-    """Whether an embedding in a file is the base's and, where that has the zeros of `hf.load(vocab_size=)`,
-    the rows of added tokens.
-    """
-    if tensor.shape != weight.shape or weight[-1].any():
-        return False
-    count = len(weight) - int(np.argmax(weight[::-1].any(axis=1)))
-    array = tensor.read()
-    return bool(array[count:].any()) and np.array_equal(array[:count], weight[:count])
 
 
 def _alpha(config: AdapterConfig, module: Module) -> float:
