@@ -93,7 +93,7 @@ def check_against(theirs, file, ids, wide=False):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params) if wide else params
         logits = np.asarray(model.apply({"params": cast}, jnp.asarray(ids)))
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
-    return model, params
+    return logits
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,8 @@ def theirs():
 def test_the_real_model(theirs):
     tokenizer = gguf.tokenizer(REAL)
     ids = tokenizer("The capital of France is")["input_ids"]
-    model, params = check_against(theirs, REAL, np.array([ids]))
-    step = jax.jit(lambda params, ids, last: model.apply({"params": params}, ids)[0, last].argmax())
-    for _ in range(6):
-        ids = [*ids, int(step(params, jnp.array([ids + [0] * (11 - len(ids))]), len(ids) - 1))]
-    assert tokenizer.decode(ids).startswith("The capital of France is Paris")
+    logits = check_against(theirs, REAL, np.array([ids]))
+    assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
 
 
 def test_a_tokenizer(tmp_path):
