@@ -22,8 +22,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,7 +62,7 @@ class Row:
         return {"all": None} | {f"{share}%": round(share / 100 * self.tokens) for share in (100, 60, 30)}
 
     def subject(self) -> models.Subject:
-        """With unrolled layers, as XLA is fastest with on a CPU."""
+        """With layers one after the other, which is the fastest on a CPU."""
         subject = models.named(self.model, "float32", checkpoint=False)
         config = subject.model.config if self.config is None else self.config
         return dataclasses.replace(subject, model=subject.model.clone(config=config, scan=False))
@@ -82,21 +80,6 @@ ROWS = (
 )
 
 
-@dataclasses.dataclass
-class Prepared:
-    """A compiled step and what it takes, of which each step replaces the first two."""
-
-    step: Callable
-    arguments: list[Any]
-
-    def take(self) -> float:
-        """One step: its seconds."""
-        started = time.perf_counter()
-        found = jax.block_until_ready(self.step(*self.arguments))
-        self.arguments[:2] = found[:2]
-        return time.perf_counter() - started
-
-
 def arrays(step: Step, vocabulary: int) -> list[Any]:
     """Random weights and tokens in the shapes of a step's arguments, and an optimiser's state of zeros."""
     draw = np.random.default_rng(0)
@@ -112,30 +95,27 @@ def arrays(step: Step, vocabulary: int) -> list[Any]:
     return jax.device_put([*values, jax.random.key(0)], places)
 
 
-def figures(row: Row, counted: int | None) -> tuple[dict[str, int], Any]:
-    """FLOPs and temporary bytes of a step, and what was compiled."""
-    step = row.step(counted)
-    compiled = step.lower().compile()
-    return {
-        "flops": flops.of(step.function, *step.arguments),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    }, compiled
-
-
 def measure(row: Row, rounds: int) -> list[dict[str, Any]]:
     """The lines of the table, one for each share of counted positions."""
     found, steps = {}, {}
     for share, counted in row.shares().items():
-        found[share], compiled = figures(row, counted)
+        step = row.step(counted)
+        compiled = step.lower().compile()
+        found[share] = {
+            "flops": flops.of(step.function, *step.arguments),
+            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        }
         print(f"{row.name}: {share}: {found[share]}", file=sys.stderr, flush=True)
-        steps[share] = Prepared(compiled, arrays(row.step(counted), row.subject().model.config.vocab_size))
+        steps[share] = in_turn.Prepared(compiled, arrays(step, row.subject().model.config.vocab_size))
         steps[share].take()
-    return compare(row, found, in_turn.taken({share: step.take for share, step in steps.items()}, rounds))
+    times = in_turn.taken({share: step.take for share, step in steps.items()}, rounds)
+    return compare(row, found, {share: [wall for wall, _ in own] for share, own in times.items()})
 
 
 def compare(
     row: Row, found: dict[str, dict[str, int]], seconds: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
+    """The lines of a row, from the figures and the seconds of each share."""
     config, shares, every, lines = row.subject().model.config, row.shares(), found["all"], []
     width = config.n_embd if isinstance(config, GPT2Config) else config.hidden_size
     for share, own in found.items():
@@ -187,7 +167,9 @@ def missed(lines: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--layers", type=int, help="fewer than the models have: a look, which is not recorded"
+        "--layers",
+        type=int,
+        help="fewer than the models have: a look, which is not recorded and may miss a bound",
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps of each share (default: 5)")
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="ROW")

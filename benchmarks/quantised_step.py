@@ -25,8 +25,6 @@ import dataclasses
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,24 +85,6 @@ FORMATS: dict[str, Any] = {
 _MATRIX = "kernel"
 
 
-@dataclasses.dataclass
-class Prepared:
-    """A compiled step and what it takes, which each step replaces."""
-
-    step: Callable
-    trained: Any
-    state: Any
-    frozen: Any
-    ids: jax.Array
-
-    def take(self) -> tuple[float, float]:
-        """One step: its wall-clock seconds and its CPU seconds."""
-        marks = time.perf_counter(), time.process_time()
-        self.trained, self.state, loss = self.step(self.trained, self.state, self.frozen, self.ids)
-        jax.block_until_ready((self.trained, self.state, loss))
-        return time.perf_counter() - marks[0], time.process_time() - marks[1]
-
-
 def bases(row: Row, layers: int) -> dict[str, tuple[Any, Any]]:
     """The frozen tree of each format, and the trained one, of which steps take copies."""
     model = row.described(layers)
@@ -148,7 +128,9 @@ def _in_blocks(frozen: Any, format: Blocks) -> Any:
     return jax.tree_util.tree_map_with_path(packed, frozen)
 
 
-def prepared(row: Row, layers: int, frozen: Any, delta: Any, wanted: set[int]) -> tuple[Prepared, dict]:
+def prepared(
+    row: Row, layers: int, frozen: Any, delta: Any, wanted: set[int]
+) -> tuple[in_turn.Prepared, dict]:
     """The compiled step on one base, and what XLA says of it."""
     model, tx = row.described(layers), optax.adamw(2e-4)
     forward = lora_jax.adapt(model.apply)
@@ -168,7 +150,7 @@ def prepared(row: Row, layers: int, frozen: Any, delta: Any, wanted: set[int]) -
         "frozen MB": nbytes(frozen) / 1e6,
         "unpacked at once": most_at_once(compiled.as_text(), wanted),
     }
-    return Prepared(compiled, trained, state, frozen, ids), figures
+    return in_turn.Prepared(compiled, [trained, state, frozen, ids]), figures
 
 
 def measure(row: Row, layers: int, rounds: int) -> list[dict[str, Any]]:

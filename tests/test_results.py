@@ -74,8 +74,9 @@ def test_a_row_belongs_to_a_config_that_ships(row):
 
 
 def test_the_rows_are_comparable():
-    """One base, the same data in the same order, as many steps; LoRA's rows have one rate. A prefix has room
-    of its own, which the fingerprint of the data holds too.
+    """One base, the same data in the same order, as many steps; LoRA's rows have one rate. The fingerprint of
+    the data holds `seq_len`, which is longer where a prefix has room of its own: that such a row saw the same
+    examples is told by the tokens of its steps.
     """
     facts = [_facts(directory) for directory in _ROWS.values()]
     kept = [_config(directory) for directory in _ROWS.values()]
@@ -83,6 +84,10 @@ def test_the_rows_are_comparable():
     assert len({json.dumps({**config["data"], "seq_len": None}, sort_keys=True) for config in kept}) <= 1
     data = {(config["data"]["seq_len"], found["data"]) for config, found in zip(kept, facts, strict=True)}
     assert len(data) == len({length for length, _ in data})
+    steps = [
+        [json.loads(line) for line in _lines(directory / "metrics.jsonl")] for directory in _ROWS.values()
+    ]
+    assert len({tuple((at["step"], at["tokens"]) for at in run if "tokens" in at) for run in steps}) <= 1
     assert len({(config["seed"], config["train"]["batch"]) for config in kept}) <= 1
     assert len({config["train"]["lr"] for config in kept if config["method"]["name"] != "Full"}) <= 1
 

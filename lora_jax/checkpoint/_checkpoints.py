@@ -280,7 +280,7 @@ class Checkpoints:
         """A fact that a checkpoint holds of itself; None where it cannot be read."""
         if step not in self._known:
             try:
-                self._known[step] = _contents.facts(self._directory / str(step))
+                self._known[step] = _contents.facts_of(self._directory / str(step))
             except (Damaged, ValueError):
                 self._known[step] = {}
         return self._known[step].get(name)

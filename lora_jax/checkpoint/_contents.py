@@ -35,7 +35,7 @@ def complete(facts: Mapping[str, Any], arrays: dict[str, dict[str, jax.Array]], 
     return {**found, "facts": _digest(found)}
 
 
-def facts(path: Path) -> dict[str, Any]:
+def facts_of(path: Path) -> dict[str, Any]:
     """What the checkpoint at `path` says of itself.
 
     Raises:
@@ -67,7 +67,7 @@ def read(
     like = {part: _shapes(named(tree)) for part, tree in wanted.items()}
 
     def checked() -> dict[str, Any]:
-        found = facts(path)
+        found = facts_of(path)
         _check_identity(path.parent, found["identity"], identity)
         _check_arrays(path, found["arrays"], like)
         return found
