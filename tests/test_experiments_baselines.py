@@ -27,6 +27,7 @@ CASES = {
             "baseline": {"name": "Houlsby", "bottleneck": 3},
             "method": {"name": "Full"},
             "targets": [],
+            "compare_full": True,
         },
         2 * 2 * (2 * 8 * 3 + 3 + 8),
         "`Houlsby(bottleneck=3, activation='gelu_new', dropped=0, std=0.01, up_std=0.0)` |",
@@ -52,6 +53,9 @@ def test_from_a_config_to_texts(tmp_path, capsys, name):
     numbers = facts["numbers"]
     assert numbers["valid_loss"] < numbers["first_valid_loss"]
     assert facts["base"]["parameters"] == PARAMETERS
+    if settings["compare_full"]:
+        assert facts["cost"]["this run"]["trained parameters"] == trainable
+        assert facts["cost"]["full fine-tuning"]["trained parameters"] == PARAMETERS
     assert main(["export", "--workdir", str(done), "--to", str(tmp_path / "hf"), "--format", "hf"]) != 0
     assert "has no merged/: Hugging Face and PEFT have no form for" in capsys.readouterr().err
     page = (done / "report.md").read_text()

@@ -41,7 +41,7 @@ def test_there_is_one_for_every_row_and_task():
     table = [row for row in found if row.startswith(("roberta", "deberta"))]
     assert len(table) == 14 and all(found[row] == 8 for row in table)
     assert sum(count for row, count in found.items() if row.startswith("reproduction")) == 5 * 4 + 1
-    assert sum(count for row, count in found.items() if row.startswith("minilm")) == 7 * 4
+    assert sum(count for row, count in found.items() if row.startswith("minilm")) == 8 * 4
     assert sum(count for row, count in found.items() if row.startswith("lowdata")) == 2 * 2 * 3
 
 
@@ -158,6 +158,7 @@ EXACT = {
     ("reproduction_vera", "roberta_base"): 12 * 2 * (256 + 768),
     ("reproduction_qlora", "roberta_base"): 294_912,
     ("minilm_lora", "minilm"): 6 * 2 * 8 * (384 + 384),
+    ("minilm_adapter_h", "minilm"): 6 * 2 * (2 * 384 * 8 + 8 + 384),
     ("minilm_bitfit", "minilm"): 6 * (2 * 384 + 4 * 384 + 1536 + 384) + 384 + 384,
 }
 

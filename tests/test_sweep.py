@@ -210,8 +210,12 @@ def test_again_is_already_finished(root, done, capsys, monkeypatch):
         (["train.lr=0.01,0.03"], ['method={"name": "Full"}', 'targets=["attn/.*", "ln_f/.*"]']),
         (["train.lr=0.01,0.1"], ['method={"name": "LoRA", "rank": 2, "dropout": 0.3}']),
         (["data.train=train.txt,other.txt", "data.valid=valid.txt,test.txt"], []),
+        (
+            ["data.train=train.txt,other.txt", "method.rank=1,2"],
+            ["data=" + json.dumps(E2E), 'baseline={"name": "PrefixLayer", "prefix": 2, "infix": 1}'],
+        ),
     ],
-    ids=["DoRA", "packed", "mesh", "Full", "dropout", "data"],
+    ids=["DoRA", "packed", "mesh", "Full", "dropout", "data", "prefix"],
 )
 def test_what_else_may_differ_or_be_common(root, tmp_path, monkeypatch, over, sets):
     """The last adapter of each sweep is that of its own run."""
@@ -303,11 +307,6 @@ REFUSED = {
         "`--over seed` would draw another base",
     ),
     "a checkpoint of each": (["seed=0,1"], ["train.result=best"], '`train.result` is "best"'),
-    "arrays in the base": (
-        ["seed=0,1"],
-        ['baseline={"name": "Lin", "bottleneck": 2}'],
-        "`baseline` is Lin",
-    ),
     "another length": (["data.seq_len=8,9"], [], "`--over data.seq_len` cannot be swept"),
     "no fraction": (["seed=0,1"], ["--halving", "half"], "`--halving` takes fractions of the steps"),
     "no step": (["seed=0,1"], ["--halving", "0.5,1"], "`--halving` has 1, which of 6 steps is none between"),

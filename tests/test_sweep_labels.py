@@ -9,12 +9,13 @@ import glue_files
 import numpy as np
 import pytest
 from runs import numbers_of, refused, without_java as without_java
+from safetensors.numpy import load_file
 from sweeping import assert_is_that_of_its_own_run, facts_of, swept, words
 from training import close, optax_promotes as optax_promotes
 
 from experiments.command_line import main
 from experiments.progress import read_metrics
-from experiments.running import run as runs
+from experiments.running import baselines, run as runs
 from experiments.sweeps import compared, page, results
 from lora_jax.interop import hf
 
@@ -136,6 +137,29 @@ def test_the_best_is_a_run_to_be_finished(root, done, capsys, monkeypatch):
     report = json.loads((directory / "report.json").read_text())
     accuracy = {row["name"]: row["metrics"]["accuracy"] for row in facts_of(done.directory)["rows"]}
     assert report["scores"]["after"]["accuracy"] == accuracy[member.name]
+
+
+def test_adapters_of_a_baseline(root, tmp_path, monkeypatch):
+    """Each seed draws its own head and adapters. The best is a run to be finished."""
+    sets = ['baseline={"name": "Houlsby", "bottleneck": 2}', 'method={"name": "Full"}', "targets=[]"]
+    sets.append("train.steps=4")
+    more = [word for item in sets for word in ("--set", item)]
+    done = swept(root, tmp_path / "sweep", ["train.lr=0.01,0.03", "seed=0,1"], *more)
+    assert_is_that_of_its_own_run(root, done, monkeypatch, "lr=0.03,seed=1", *sets)
+    monkeypatch.undo()
+    facts = facts_of(done.directory)
+    for member, row in zip(done.together.members, facts["rows"], strict=True):
+        stored = load_file(done.directory / row["adapter"])
+        single = done.together.single(done.together.names.index(member.name), done.state)
+        assert stored.keys() == baselines.named(single.delta).keys()
+        for path, array in baselines.named(single.delta).items():
+            np.testing.assert_array_equal(stored[path], array, err_msg=path)
+    ((name, words),) = facts["best"].items()
+    assert main(shlex.split(words["run"])[3:]) == 0
+    report = json.loads((done.directory / "best" / name / "report.json").read_text())
+    (row,) = (row for row in facts["rows"] if row["name"] == name)
+    assert report["scores"]["after"]["accuracy"] == row["metrics"]["accuracy"]
+    assert "| method | `Houlsby(bottleneck=2, " in (done.directory / "sweep.md").read_text()
 
 
 def test_halving_goes_by_the_metric(root, tmp_path):

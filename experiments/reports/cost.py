@@ -7,6 +7,7 @@ temporaries (activations and gradients), and results that replace no argument.
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,12 +25,12 @@ STEPS = 5
 
 
 def beside_full(
-    trainer: Trainer, state: State, params: Any, specs: Any, examples: Any
+    trainer: Trainer, state: State, params: Any, specs: Any, examples: Any, whole: Sequence[str] = (".*",)
 ) -> dict[str, dict[str, float]]:
     """The cost of this run's step and of full fine-tuning's from the same base, on the first of these
-    examples, measured in turn.
+    examples, measured in turn. `whole`: the patterns of what full fine-tuning trains.
     """
-    frozen, delta = lora_jax.lorafy(params, ".*", method=Full())
+    frozen, delta = lora_jax.lorafy(params, whole, method=Full())
     full = trainer.of_full(frozen)
     train = trainer.config.train
     rows = trainer.in_rows(examples, np.arange(train.batch) % len(examples))

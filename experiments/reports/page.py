@@ -8,7 +8,7 @@ from experiments.config import Config
 from experiments.reports import scores
 from experiments.reports.cost import STEPS
 from experiments.reports.figures import of_training_only
-from experiments.reports.words import megabytes
+from experiments.reports.words import megabytes, what_trains
 
 
 def render(config: Config, facts: dict[str, Any]) -> str:
@@ -18,14 +18,10 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     smoothed = (
         f" (with label smoothing {config.train.label_smoothing:g})" if config.train.label_smoothing else ""
     )
+    attached = None if config.baseline is None else str(configs.baseline_value(config.baseline))
     rows = {
         "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
-        "method": (
-            f"`{configs.method_value(config.method)}` on "
-            f"{', '.join(f'`{pattern}`' for pattern in config.targets)}{stored}"
-            if config.baseline is None
-            else _with_baseline(config) + stored
-        ),
+        "method": (what_trains(str(configs.method_value(config.method)), config.targets, attached) + stored),
         "trainable parameters": f"{facts['trainable']:,} "
         f"({facts['trainable'] / base['parameters']:.3%} of the base)",
         "sizes": f"base {megabytes(facts['bytes']['base'])}, "
@@ -109,14 +105,6 @@ def _peak_memory(found: dict[str, int | None]) -> dict[str, str]:
     words = {"process": "of the process", "device": "of a device"}
     known = [f"{megabytes(found[of])} {word}" for of, word in words.items() if found.get(of)]
     return {"peak memory": f"{', '.join(known)}, when training had ended"} if known else {}
-
-
-def _with_baseline(config: Config) -> str:
-    attached = f"`{configs.baseline_value(config.baseline)}`" if config.baseline else ""
-    if not config.targets:
-        return attached
-    patterns = ", ".join(f"`{pattern}`" for pattern in config.targets)
-    return f"{attached}, and `{configs.method_value(config.method)}` on {patterns}"
 
 
 def _in_pytorch(found: dict[str, Any] | None) -> str:

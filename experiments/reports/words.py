@@ -30,6 +30,17 @@ def as_table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
+def what_trains(method: str, targets: Sequence[str], baseline: str | None = None, *, remark: str = "") -> str:
+    """What trains, in full. `remark`: on the method.
+
+    >>> what_trains("LoRA(rank=8)", ["query/kernel"], "PrefixLayer(prefix=8)")
+    '`PrefixLayer(prefix=8)`, and `LoRA(rank=8)` on `query/kernel`'
+    """
+    patterns = ", ".join(f"`{pattern}`" for pattern in targets)
+    attached = "" if baseline is None else f"`{baseline}`"
+    return ", and ".join(filter(None, [attached, f"`{method}`{remark} on {patterns}" if targets else ""]))
+
+
 def method(config: Mapping[str, Any]) -> str:
     """What a run's config trains, as tables of papers call it.
 

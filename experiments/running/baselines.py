@@ -6,6 +6,7 @@ place of `merged/` and `adapter/`: every array that trained, by its path in `del
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from experiments.config import baseline_value, Config
 from experiments.decoding.decoder import Decoder
 from experiments.running.base import Loaded
 from experiments.tasks.examples import Splits
-from lora_jax.baselines import attach
+from lora_jax.baselines import attach, Extended
 from lora_jax.processes import on_first, on_host
 
 
@@ -32,6 +33,22 @@ def attached(config: Config, loaded: Loaded, key: jax.Array) -> Loaded:
     return dataclasses.replace(loaded, model=model, params=params)
 
 
+def bare(loaded: Loaded) -> Loaded:
+    """An `attached` base as it was before."""
+    if not isinstance(loaded.model, Extended):
+        return loaded
+    frozen = lora_jax.lorafy(loaded.params, loaded.model.baseline.targets).frozen
+    return dataclasses.replace(loaded, model=loaded.model.base, params=_without_none(frozen))
+
+
+def _without_none(tree: Any) -> Any:
+    """Without dicts that hold nothing else either."""
+    if not isinstance(tree, dict):
+        return tree
+    kept = {name: node for name, part in tree.items() if (node := _without_none(part)) is not None}
+    return kept or None
+
+
 def targets(config: Config, method: Any, head: str | None = None) -> dict[str, Any]:
     """What trains: a new `head` and the baseline's arrays, and `config.targets` by the method."""
     own = {} if head is None else {head: lora_jax.Full()}
@@ -44,6 +61,14 @@ def size(config: Config, params: Any) -> int:
     if config.baseline is None:
         return 0
     return lora_jax.count(lora_jax.lorafy(params, baseline_value(config.baseline).targets).delta)
+
+
+def of_base(config: Config, params: Any) -> list[str]:
+    """The patterns of the base's own leaves."""
+    if config.baseline is None:
+        return [".*"]
+    frozen = lora_jax.lorafy(params, baseline_value(config.baseline).targets).frozen
+    return [re.escape(path) for path in named(frozen)]
 
 
 def with_special_tokens(config: Config, model: Any, splits: Splits) -> Splits:

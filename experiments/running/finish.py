@@ -98,7 +98,14 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         "labels": getattr(ready.decoder, "labels", None),
         **predicted,
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
-        "cost": cost.beside_full(trainer, state, ready.base.params, ready.specs, splits.train)
+        "cost": cost.beside_full(
+            trainer,
+            state,
+            ready.base.params,
+            ready.specs,
+            splits.train,
+            baselines.of_base(config, ready.base.params),
+        )
         if config.compare_full
         else {},
         "finishing_seconds": time.perf_counter() - started,

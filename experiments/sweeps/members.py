@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import Config
-from experiments.running import inputs
+from experiments.running import baselines, inputs
 from experiments.running.base import Loaded
 from experiments.tasks.examples import Splits
 from experiments.training import order, precision
@@ -59,7 +59,8 @@ def members(
     splits_of: Callable[[Config], Splits],
     base: str,
 ) -> tuple[Member, ...]:
-    """A new head is each one's own. `base`: the fingerprint of its weights, with the head of the first.
+    """A new head is each one's own, and so are the arrays of a baseline. `base`: the fingerprint of its
+    weights, with the head of the first.
 
     Raises `ValueError` where they would not share one frozen base.
     """
@@ -67,10 +68,12 @@ def members(
     first = next(iter(found.values())).seed
     bases = {first: (loaded, base)}
     for name, config in found.items():
-        seed = config.seed if loaded.again is not None else first
+        drawn = loaded.again is not None or config.baseline is not None
+        seed = config.seed if drawn else first
         if seed not in bases:
-            own = loaded.with_head_of(inputs.keys(seed)["base"])
-            bases[seed] = own, fingerprint(own.params)
+            keys = inputs.keys(seed)
+            own = baselines.bare(loaded).with_head_of(keys["base"])
+            bases[seed] = baselines.attached(config, own, keys["adapter"]), fingerprint(own.params)
         of_seed, identity_of_seed = bases[seed]
         frozen, delta = inputs.adapted(config, of_seed)
         if shared is None:

@@ -128,11 +128,6 @@ def configs_of(path: Path, overrides: Sequence[str], over: Over) -> dict[str, Co
             "`--over seed` would draw another base for each seed, as `base.architecture` is drawn from it: "
             "train the base once and name it in `base.run` or `base.path`."
         )
-    if first.baseline is not None:
-        raise ValueError(
-            f"`baseline` is {first.baseline['name']}, whose arrays lie in the base, which all adapters of a "
-            "sweep share: start a `run` for each value, with `--set`."
-        )
     _check_alike(first)
     if first.train.result != "last":
         raise ValueError(

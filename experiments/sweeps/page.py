@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.reports.words import what_trains
 from experiments.sweeps import compared
 from experiments.sweeps.figures import label
 
@@ -13,8 +14,9 @@ def render(facts: dict[str, Any]) -> str:
     over = "; ".join(f"`{key}` {', '.join(map(label, values))}" for key, values in facts["over"].items())
     rows = {
         "swept": f"{over}: {facts['adapters']} adapters in one program",
-        "method": f"`{facts['method']}` (of the first), on "
-        f"{', '.join(f'`{pattern}`' for pattern in facts['targets'])}",
+        "method": what_trains(
+            facts["method"], facts["targets"], facts.get("baseline"), remark=" (of the first)"
+        ),
         "base": f"{base['origin']}, fingerprint `{base['fingerprint']}`",
         "steps": f"{facts['steps']:,} of {facts['batch']} examples for each adapter",
         "time": f"{facts['median_seconds_per_step']:.3f} s for a step of all (median) on {facts['device']}, "
@@ -28,7 +30,7 @@ def render(facts: dict[str, Any]) -> str:
     lines += ["", *(f"- {note}" for note in facts["notes"])] if facts["notes"] else []
     lines += ["", f"## {_compared(facts).capitalize()}", "", *table(facts), ""]
     lines += [f"![{name}](figures/{name}.png)\n" for name in facts["figures"]]
-    lines += _best(facts["best"])
+    lines += _best(facts)
     return "\n".join(lines)
 
 
@@ -89,13 +91,18 @@ def _memory(base: int, own: dict[str, int], memory: dict[str, int] | None, adapt
     )
 
 
-def _best(best: dict[str, dict[str, str]]) -> Sequence[str]:
+def _best(facts: dict[str, Any]) -> Sequence[str]:
+    kept = (
+        "`adapters/` has each adapter in PEFT's format, which `convert` merges."
+        if facts.get("baseline") is None
+        else "`adapters/` has what each one trained, in `trained.safetensors`."
+    )
     lines = [
-        "`adapters/` has each adapter in PEFT's format, which `convert` merges. `sweep.json` has the numbers "
-        "of each, and `metrics.jsonl` those of every step that was logged.",
+        f"{kept} `sweep.json` has the numbers of each, and `metrics.jsonl` those of every step that was "
+        "logged.",
         "",
     ]
-    for name, words in best.items():
+    for name, words in facts["best"].items():
         lines += [
             f"The best is `{name}`. This merges it, decodes the test inputs and writes its report. `export` "
             "then takes it:",

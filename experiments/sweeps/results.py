@@ -17,7 +17,7 @@ import numpy as np
 from experiments import config as configs
 from experiments.progress import read_metrics
 from experiments.reports.provenance import command, provenance
-from experiments.running import finish, workdir as workdirs
+from experiments.running import baselines, finish, workdir as workdirs
 from experiments.running.inputs import Ready
 from experiments.sweeps import compared, figures, page
 from experiments.sweeps.guards import lost_at
@@ -58,6 +58,7 @@ def write(
         "name": config.name,
         "method": str(configs.method_value(config.method)),
         "targets": list(config.targets),
+        "baseline": None if config.baseline is None else str(configs.baseline_value(config.baseline)),
         "over": asked.over,
         "halving": list(points),
         "steps": config.train.steps,
@@ -177,10 +178,15 @@ def best_of(
 
 
 def _export(together: Together, place: int, single: State, ready: Ready, workdir: Path) -> dict[str, Any]:
-    """Writes the adapter in PEFT's format, where that has a form for it."""
+    """Writes the adapter in PEFT's format, where that has a form for it; with a baseline, every array that
+    was trained.
+    """
     member = together.members[place]
     directory = workdir / "adapters" / member.name
     directory.mkdir(parents=True, exist_ok=True)
+    if member.config.baseline is not None:
+        baselines.write(single.delta, directory / baselines.FILE)
+        return {"adapter": f"adapters/{member.name}/{baselines.FILE}"}
     trainer = dataclasses.replace(together.trainer, config=member.config)
     facts = finish.write_adapter(trainer, single.delta, ready.base, directory)
     return {"adapter": facts["missing"] or f"adapters/{member.name}/adapter"}

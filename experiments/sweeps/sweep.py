@@ -18,7 +18,7 @@ import numpy as np
 from experiments import catalogue, config as configs, tasks
 from experiments.config import Config
 from experiments.progress import read_metrics, Record
-from experiments.running import workdir as workdirs
+from experiments.running import baselines, workdir as workdirs
 from experiments.running.inputs import Ready
 from experiments.running.preemption import StopRequest
 from experiments.running.run import prepared, restored
@@ -97,7 +97,8 @@ def _together(ready: Ready, found: dict[str, Config], asked: Asked, data: Path) 
             contents = tasks.read(config.data, data)
             if task.labels is not None:
                 _check_labels(task.labels(config.data, contents), ready.base.model.config.labels)
-            there = [tasks.prepare(config.data, contents, ready.base.tokenizer)]
+            splits = tasks.prepare(config.data, contents, ready.base.tokenizer)
+            there = [baselines.with_special_tokens(config, ready.base.model, splits)]
             known.append((config.data, there[0]))
         return there[0]
 
