@@ -228,3 +228,12 @@ def check_both_ways(torch, theirs, base, dir, tmp_path, expected, tolerance=1e-5
     peft.save(tmp_path / "again", model, *again)
     assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "again")
     return frozen, delta
+
+
+@pytest.fixture
+def ours(bases, tmp_path):
+    """A base and an adapter that we wrote."""
+    model, params = hf.load(bases("gpt2"))
+    frozen, delta = lora_jax.lorafy(params, "c_attn/kernel", method=lora_jax.LoRA(rank=2))
+    peft.save(tmp_path / "adapter", model, frozen, trained(delta))
+    return model, params, tmp_path / "adapter"
