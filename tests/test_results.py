@@ -161,3 +161,34 @@ def test_committed_predictions_score_as_committed(row, when, file, data_dir, mon
     contexts = _lines(_ROWS[row] / "contexts.txt")
     assert contexts == [" ".join(context.split()) for context in groups]
     assert values.score(contexts, texts) == committed["values"][when]
+
+
+# --- MRPC from MiniLM ---------------------------------------------------------------------------------------
+
+_MRPC = _runs(_RESULTS / "glue_minilm" / "mrpc")
+
+
+@pytest.mark.parametrize("row", _MRPC)
+def test_a_row_of_mrpc_is_its_config_and_its_labels(row):
+    """The scores are those of the labels, computed by hand, and the results' table has them."""
+    directory, facts = _MRPC[row], _facts(_MRPC[row])
+    kept = _config(directory)
+    shipped = configs.load(_EXPERIMENTS / "configs" / "glue" / f"{kept['name']}.json", ["base.scan=true"])
+    assert configs.with_defaults(kept) == configs.to_json(shipped)
+    files = (directory / name for name in ("references.txt", "predictions.txt"))
+    pairs = list(zip(*(file.read_text("utf-8").split() for file in files), strict=True))
+    assert len(pairs) == 408
+    right = sum(label == answer for label, answer in pairs) / 408
+    both = 2 * pairs.count(("1", "1"))
+    f1 = both / sum((label == "1") + (answer == "1") for label, answer in pairs)
+    scores = facts["scores"]["after"]
+    assert scores == pytest.approx({"accuracy": right, "F1": f1})
+    cells = [f"{facts['trainable']:,}", f"{kept['train']['lr']:g}", f"{100 * right:.1f}", f"{100 * f1:.1f}"]
+    line = f"](glue_minilm/mrpc/{row}/report.md) | {' | '.join(cells)} |"
+    assert line in (_RESULTS / "README.md").read_text("utf-8")
+
+
+def test_the_rows_of_mrpc_are_comparable():
+    facts, kept = zip(*((_facts(each), _config(each)) for each in _MRPC.values()), strict=True)
+    assert len({(found["data"], found["numbers"]["steps"]) for found in facts}) == 1
+    assert len({(config["seed"], config["train"]["batch"]) for config in kept}) == 1
