@@ -27,7 +27,8 @@ newest += docstrings imports optim.
 newest += check hf interop_fuzz interop_imports other_tools safetensors torch
 newest_tests = tests/methods tests/test_quant.py $(foreach subject,$(newest),$(or $(wildcard tests/test_$(subject)*py),$(error no test is about $(subject))))
 # Grids, whole runs and other people's tools: each test is quick, and together they take half of the time.
-wide := checkpoint_average checkpoint_damage decode encoders_hf encoders_lora experiments_train gpt2_lora guards methods_composed other_tools plan precision quant_formats quant_programs sharding transform
+wide := checkpoint_average checkpoint_damage decode encoders_hf encoders_lora experiments_train gpt2_lora guards
+wide += methods_composed other_tools plan precision quant_formats quant_programs sharding transform
 # `python3` unless it is too old or does not run (a version manager's shim for a version that is not active).
 find_python = found=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \
 	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$candidate"; break; fi; \

@@ -5,14 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import (
-    BERT,
-    changed,
-    DEBERTA,
-    ours,
-    ROBERTA,
-    some_ids,
-)
+from encoders import BERT, changed, DEBERTA, ours, ROBERTA, some_ids
 from formation import formed
 
 import lora_jax

@@ -8,21 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import peft_files
 import pytest
-from peft_files import (
-    adapters,
-    assert_close,
-    bytes_of,
-    FILES,
-    output,
-    trained,
-)
+from peft_files import adapters, assert_close, bytes_of, FILES, output, trained
 
 import lora_jax
 from lora_jax import Full, LoRA
 from lora_jax.interop import hf, peft
 
 
-theirs = peft_files.theirs
 bases = peft_files.bases
 ours = peft_files.ours
 pytestmark = peft_files.ignored_warnings

@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_files
 import pytest
-from peft_files import (
-    assert_close,
-    FILES,
-    in_torch,
-    output,
-    output_of_theirs,
-    written_by_peft,
-)
+from peft_files import assert_close, FILES, in_torch, output, output_of_theirs, written_by_peft
 from safetensors.numpy import load_file
 
 import lora_jax

@@ -188,6 +188,22 @@ def test_a_row_of_mrpc_is_its_config_and_its_labels(row):
     assert line in (_RESULTS / "README.md").read_text("utf-8")
 
 
+def test_lora_has_the_best_rate_of_minilms_sweeps():
+    """On MRPC after the last step, on STS-B after an epoch. It is the lowest that was tried."""
+    lora = {
+        task: configs.load(_EXPERIMENTS / "configs" / "glue" / f"minilm_lora_{task}.json")
+        for task in ("mrpc", "stsb")
+    }
+    minilm = _RESULTS / "glue_minilm"
+    table = json.loads((minilm / "mrpc_lora" / "sweep.json").read_text("utf-8"))["table"]
+    assert max(table, key=lambda line: line["mean"])["values"] == {"train.lr": lora["mrpc"].train.lr}
+    lines = [json.loads(line) for line in _lines(minilm / "stsb_lora_stopped" / "metrics.jsonl")]
+    pearson = {line["step"]: line["Pearson"] for line in lines if "Pearson" in line}
+    assert list(pearson) == [0, 90, 180]
+    for step in (90, 180):
+        assert max(pearson[step], key=pearson[step].get) == f"lr={lora['stsb'].train.lr:g}"
+
+
 def test_the_rows_of_mrpc_are_comparable():
     facts, kept = zip(*((_facts(each), _config(each)) for each in _MRPC.values()), strict=True)
     assert len({(found["data"], found["numbers"]["steps"]) for found in facts}) == 1

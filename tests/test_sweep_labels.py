@@ -16,7 +16,7 @@ from training import close, optax_promotes as optax_promotes
 from experiments.command_line import main
 from experiments.progress import read_metrics
 from experiments.running import baselines, run as runs
-from experiments.sweeps import compared, page, results
+from experiments.sweeps import compare, compared, page, results
 from lora_jax.interop import hf
 
 
@@ -141,8 +141,8 @@ def test_the_best_is_a_run_to_be_finished(root, done, capsys, monkeypatch):
 
 def test_adapters_of_a_baseline(root, tmp_path, monkeypatch):
     """Each seed draws its own head and adapters. The best is a run to be finished."""
-    sets = ['baseline={"name": "Houlsby", "bottleneck": 2}', 'method={"name": "Full"}', "targets=[]"]
-    sets.append("train.steps=4")
+    sets = ['baseline={"name": "Houlsby", "bottleneck": 2}', 'method={"name": "Full"}']
+    sets += ["targets=[]", "train.steps=4"]
     more = [word for item in sets for word in ("--set", item)]
     done = swept(root, tmp_path / "sweep", ["train.lr=0.01,0.03", "seed=0,1"], *more)
     assert_is_that_of_its_own_run(root, done, monkeypatch, "lr=0.03,seed=1", *sets)
@@ -159,7 +159,10 @@ def test_adapters_of_a_baseline(root, tmp_path, monkeypatch):
     report = json.loads((done.directory / "best" / name / "report.json").read_text())
     (row,) = (row for row in facts["rows"] if row["name"] == name)
     assert report["scores"]["after"]["accuracy"] == row["metrics"]["accuracy"]
-    assert "| method | `Houlsby(bottleneck=2, " in (done.directory / "sweep.md").read_text()
+    text = (done.directory / "sweep.md").read_text()
+    assert "| method | `Houlsby(bottleneck=2, " in text and "`trained.safetensors`" in text
+    assert "PEFT" not in text and "`export`" not in text, "it has no form there"
+    assert "| tiny | Houlsby | - | 2 |" in compare.table([done.directory])
 
 
 def test_halving_goes_by_the_metric(root, tmp_path):

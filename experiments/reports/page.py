@@ -21,7 +21,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
     attached = None if config.baseline is None else str(configs.baseline_value(config.baseline))
     rows = {
         "base": f"{base['origin']}, {base['parameters']:,} parameters, fingerprint `{base['fingerprint']}`",
-        "method": (what_trains(str(configs.method_value(config.method)), config.targets, attached) + stored),
+        "method": what_trains(str(configs.method_value(config.method)), config.targets, attached) + stored,
         "trainable parameters": f"{facts['trainable']:,} "
         f"({facts['trainable'] / base['parameters']:.3%} of the base)",
         "sizes": f"base {megabytes(facts['bytes']['base'])}, "

@@ -31,7 +31,7 @@ def as_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def what_trains(method: str, targets: Sequence[str], baseline: str | None = None, *, remark: str = "") -> str:
-    """What trains, in full. `remark`: on the method.
+    """What trains: a baseline, and a method on its targets. `remark` stands after the method.
 
     >>> what_trains("LoRA(rank=8)", ["query/kernel"], "PrefixLayer(prefix=8)")
     '`PrefixLayer(prefix=8)`, and `LoRA(rank=8)` on `query/kernel`'

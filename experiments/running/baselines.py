@@ -34,7 +34,7 @@ def attached(config: Config, loaded: Loaded, key: jax.Array) -> Loaded:
 
 
 def bare(loaded: Loaded) -> Loaded:
-    """An `attached` base as it was before."""
+    """The base without the baseline that `attached` gave it."""
     if not isinstance(loaded.model, Extended):
         return loaded
     frozen = lora_jax.lorafy(loaded.params, loaded.model.baseline.targets).frozen
@@ -42,7 +42,7 @@ def bare(loaded: Loaded) -> Loaded:
 
 
 def _without_none(tree: Any) -> Any:
-    """Without dicts that hold nothing else either."""
+    """`tree` without its Nones, and without the dicts that held nothing else."""
     if not isinstance(tree, dict):
         return tree
     kept = {name: node for name, part in tree.items() if (node := _without_none(part)) is not None}
@@ -56,19 +56,9 @@ def targets(config: Config, method: Any, head: str | None = None) -> dict[str, A
     return {**own, **{pattern: method for pattern in config.targets if pattern not in own}}
 
 
-def size(config: Config, params: Any) -> int:
-    """How many of the parameters are the baseline's."""
-    if config.baseline is None:
-        return 0
-    return lora_jax.count(lora_jax.lorafy(params, baseline_value(config.baseline).targets).delta)
-
-
-def of_base(config: Config, params: Any) -> list[str]:
-    """The patterns of the base's own leaves."""
-    if config.baseline is None:
-        return [".*"]
-    frozen = lora_jax.lorafy(params, baseline_value(config.baseline).targets).frozen
-    return [re.escape(path) for path in named(frozen)]
+def whole(loaded: Loaded) -> list[str]:
+    """What full fine-tuning trains, as `lorafy` takes it: each leaf of the base, and none of the baseline."""
+    return [re.escape(path) for path in named(bare(loaded).params)]
 
 
 def with_special_tokens(config: Config, model: Any, splits: Splits) -> Splits:
@@ -96,7 +86,7 @@ def _insert(config: Config, model: Any) -> Any:
 
 
 def write(delta: Any, file: Path) -> None:
-    """Every array of `delta`, by its path."""
+    """Writes every array of `delta`, by its path."""
     arrays = {name: on_host(array) for name, array in named(delta).items()}
     on_first(lambda: safetensors.numpy.save_file(arrays, file))
 
@@ -108,9 +98,9 @@ def read(delta: Any, file: Path) -> Any:
     return jax.tree.unflatten(jax.tree.structure(delta), leaves)
 
 
-def named(delta: Any) -> dict[str, jax.Array]:
-    """Every array of `delta`, by its path."""
+def named(tree: Any) -> dict[str, jax.Array]:
+    """Every array of a tree, by its path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(delta)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }

@@ -83,7 +83,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
             "origin": ready.base.origin,
             "name": ready.base.name,
             "fingerprint": ready.identity["base"],
-            "parameters": _size(ready.base.params) - baselines.size(config, ready.base.params),
+            "parameters": _size(baselines.bare(ready.base).params),
         },
         "data": ready.identity["data"],
         "trainable": lora_jax.count(delta),
@@ -99,12 +99,7 @@ def finish(ready: Ready, state: State, checkpoints: Checkpoints, config: Config,
         **predicted,
         "examples": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.prompts)},
         "cost": cost.beside_full(
-            trainer,
-            state,
-            ready.base.params,
-            ready.specs,
-            splits.train,
-            baselines.of_base(config, ready.base.params),
+            trainer, state, ready.base.params, ready.specs, splits.train, baselines.whole(ready.base)
         )
         if config.compare_full
         else {},

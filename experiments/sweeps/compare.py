@@ -39,9 +39,8 @@ def table(workdirs: Sequence[Path]) -> str:
             "-" if best is None else ", ".join(f"{key} {label(of)}" for key, of in best["values"].items())
         )
         loss = "-" if best is None else mean_and_deviation(best)
-        baseline = facts.get("baseline")
-        # A method that has no targets trains nothing beside the baseline.
-        kinds = [baseline, facts["method"] if facts["targets"] else None]
+        # A method without targets trains nothing beside the baseline.
+        kinds = [facts.get("baseline"), facts["method"] if facts["targets"] else None]
         method = " and ".join(kind.partition("(")[0] for kind in kinds if kind is not None)
         targets = ", ".join(f"`{pattern}`" for pattern in facts["targets"]) or "-"
         cells = [name, method, targets, str(len(facts["table"])), values, loss]

@@ -92,11 +92,12 @@ def _memory(base: int, own: dict[str, int], memory: dict[str, int] | None, adapt
 
 
 def _best(facts: dict[str, Any]) -> Sequence[str]:
-    kept = (
-        "`adapters/` has each adapter in PEFT's format, which `convert` merges."
-        if facts.get("baseline") is None
-        else "`adapters/` has what each one trained, in `trained.safetensors`."
-    )
+    if facts.get("baseline") is None:
+        kept = "`adapters/` has each adapter in PEFT's format, which `convert` merges."
+        finishes = "This merges it, decodes the test inputs and writes its report. `export` then takes it:"
+    else:
+        kept = "`adapters/` has what each one trained, in `trained.safetensors`."
+        finishes = "This decodes the test inputs and writes its report:"
     lines = [
         f"{kept} `sweep.json` has the numbers of each, and `metrics.jsonl` those of every step that was "
         "logged.",
@@ -104,8 +105,7 @@ def _best(facts: dict[str, Any]) -> Sequence[str]:
     ]
     for name, words in facts["best"].items():
         lines += [
-            f"The best is `{name}`. This merges it, decodes the test inputs and writes its report. `export` "
-            "then takes it:",
+            f"The best is `{name}`. {finishes}",
             "",
             "```bash",
             words["run"],
