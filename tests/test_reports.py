@@ -2,6 +2,7 @@
 form in which `run` leaves them, with numbers of the test's own.
 """
 
+import itertools
 import json
 import statistics
 import types
@@ -11,7 +12,7 @@ import pytest
 
 from experiments import config as configs
 from experiments.command_line import main
-from experiments.reports import curves, finished, page, words
+from experiments.reports import figures, finished, page, words
 from experiments.running import memory
 
 
@@ -293,8 +294,32 @@ def test_the_pictures_are_files(study, tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
+def test_names_of_near_points_do_not_cover_each_other(drawn, tmp_path):
+    scores = {"lora_r8": 0.61, "lora_prefix": 0.61, "dora": 0.611, "adapter_h": 0.612, "full": 0.5}
+    runs = [
+        write(tmp_path / name, f"e2e_smollm2_{name}", {"BLEU": score}, trainable=2_000_000)
+        for name, score in scores.items()
+    ]
+    assert main(["report", *runs, "--parameters", "p.png"]) == 0
+    boxes = [text.get_window_extent() for text in drawn[0].axes[0].texts]
+    assert len(boxes) == 5
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_losses_are_named_in_the_order_in_which_they_end(drawn, tmp_path):
+    """The loss before training, far above the others, is left out where others follow."""
+    found = {"lora_r8": (9, 2, 1), "dora": (9, 2, 1.5), "full": (9,)}
+    runs = []
+    for name, losses in found.items():
+        lines = [(10 * place, {"valid_loss": loss}) for place, loss in enumerate(losses)]
+        runs.append(write(tmp_path / name, f"e2e_smollm2_{name}", {}, evaluations=lines))
+    assert main(["report", *runs, "--figure", "losses.png"]) == 0
+    assert legend(drawn[0]) == ["full", "dora", "lora_r8"]
+    assert [list(line.get_ydata()) for line in drawn[0].axes[0].lines] == [[9], [2, 1.5], [2, 1]]
+
+
 def test_many_methods_have_a_colour_each():
-    assert len(set(curves._colours([str(number) for number in range(30)]).values())) == 30
+    assert len(set(figures.colours_of(map(str, range(30))).values())) == 30
 
 
 def test_sweeps_have_none_of_these(tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.progress import read_metrics
 from experiments.reports import finished
-from experiments.reports.figures import new_panels
+from experiments.reports.figures import colours_of, new_panels
 from experiments.reports.finished import Run
 from experiments.reports.words import method, methods, without_common_start
 from experiments.tasks import TASKS
@@ -25,18 +25,19 @@ def draw_parameters(workdirs: Sequence[Path], path: Path, metric: str | None = N
     `ValueError` for a run whose report does not have it.
     """
     found = finished.runs(workdirs)
-    colours = _colours([method(run.config) for run in found])
+    colours = colours_of([method(run.config) for run in found])
     figure, panels = new_panels(len(finished.by_task(found)))
+    named = []
     for axes, (task, runs) in zip(panels, finished.by_task(found).items(), strict=True):
         name = metric or finished.metric_of(runs) or LOSS
         names = without_common_start([run.config["name"] for run in runs])
+        points: list[tuple[str, float, float]] = []
         for words, run in zip(names, runs, strict=True):
             colour, count = colours[method(run.config)], run.facts["trainable"]
             value = run.facts["numbers"][LOSS] if name == LOSS else finished.score(run, name)
             shown = _in_print(value, name, task)
             axes.plot(count, shown, "o", color=colour, markersize=5)
-            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "x-small"}
-            axes.annotate(words, (count, shown), **place, in_layout=False)
+            points.append((words, count, shown))
             if name in run.published:
                 axes.plot(
                     count, run.published[name], "o", color=colour, markerfacecolor="white", markersize=7
@@ -44,8 +45,38 @@ def draw_parameters(workdirs: Sequence[Path], path: Path, metric: str | None = N
         axes.set_xscale("log")
         axes.margins(0.15)
         axes.set(xlabel="trained parameters", ylabel=_label(name, task), title=task)
+        named.append((axes, points))
     _legend(figure, colours, hollow=any(run.published for run in found))
+    figure.canvas.draw()  # the layout, which moves every point
+    for axes, points in named:
+        _name(axes, points)
     figure.savefig(path, dpi=120)
+
+
+def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Writes each point's name beside it, at the first place where it covers no other name and no point."""
+    from matplotlib.transforms import Bbox
+
+    dots = axes.transData.transform([point[1:] for point in points])
+    taken = [Bbox([dot - 3, dot + 3]) for dot in dots]
+    for words, *point in points:
+        look = {"textcoords": "offset points", "fontsize": "x-small", "va": "center", "in_layout": False}
+        text = axes.annotate(words, point, xytext=_PLACES[0], **look)
+        free = (
+            place for place in _PLACES if not any(_placed(text, place).overlaps(other) for other in taken)
+        )
+        taken.append(_placed(text, next(free, _PLACES[0])))
+
+
+def _placed(text: Any, place: tuple[int, int]) -> Any:
+    """The box of an annotation that is moved to a place."""
+    text.set_position(place)
+    text.set_horizontalalignment("left" if place[0] > 0 else "right")
+    return text.get_window_extent()
+
+
+# Where a name stands from its point, in points of print; the best first.
+_PLACES = [(6, 0), (-6, 0), (5, 8), (5, -8), (-5, 8), (-5, -8), (5, 16), (5, -16), (-5, 16), (-5, -16)]
 
 
 def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None) -> None:
@@ -57,7 +88,7 @@ def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None)
     """
     found = finished.runs(workdirs)
     told = methods([run.config for run in found])
-    colours = _colours(told)
+    colours = colours_of(told)
     words = dict(zip([run.workdir for run in found], told, strict=True))
     figure, panels = new_panels(len(finished.by_task(found)))
     for axes, (task, runs) in zip(panels, finished.by_task(found).items(), strict=True):
@@ -97,7 +128,7 @@ def draw_costs(workdirs: Sequence[Path], path: Path) -> None:
                 f"`{run.workdir}` has no peak memory in its report, which is of an older version: leave it "
                 "out, or run it again."
             )
-    colours, tasks = _colours(told), list(finished.by_task(found))
+    colours, tasks = colours_of(told), list(finished.by_task(found))
     words = dict(zip([run.workdir for run in found], told, strict=True))
     figure, panels = new_panels(2)
     heights = {
@@ -131,16 +162,6 @@ def _in_print(value: float, metric: str, task: str) -> float:
 def _label(metric: str, task: str) -> str:
     words = "validation loss" if metric == LOSS else metric
     return f"{words} (%)" if metric in TASKS[task].percentages else words
-
-
-def _colours(names: Sequence[str]) -> dict[str, Any]:
-    """A colour for each name, in the order in which they come."""
-    from matplotlib import colormaps
-
-    distinct = list(dict.fromkeys(names))
-    if len(distinct) <= 10:
-        return {name: colormaps["tab10"](place) for place, name in enumerate(distinct)}
-    return {name: colormaps["turbo"](place / len(distinct)) for place, name in enumerate(distinct)}
 
 
 def _legend(figure: Any, colours: Mapping[str, Any], *, hollow: bool = False) -> None:

@@ -9,6 +9,7 @@ from experiments.config import Config
 from experiments.progress import read_metrics
 from experiments.reports import finished
 from experiments.reports.scores import percent, WRITERS
+from experiments.reports.words import without_common_start
 
 
 def draw(metrics: list[dict[str, Any]], config: Config, path: Path) -> None:
@@ -69,7 +70,8 @@ def draw_values_together(workdirs: Sequence[Path], path: Path) -> None:
     writers: dict[str, Any] = {}
     for key, words in WRITERS.items():
         if key == "after":
-            writers |= zip(finished.names(workdirs), (values[key] for values in reports), strict=True)
+            names = without_common_start(finished.names(workdirs))
+            writers |= zip(names, (values[key] for values in reports), strict=True)
         elif key in once:
             writers[words] = once[key]
     draw_values(writers, "values named", path)
@@ -77,25 +79,45 @@ def draw_values_together(workdirs: Sequence[Path], path: Path) -> None:
 
 def _colours(writers: Iterable[str]) -> dict[str, Any]:
     """Greys for the base and for people, and a colour of its own for each run."""
+    greys = {WRITERS["before"]: "0.75", WRITERS["people"]: "0.25"}
+    return greys | colours_of(writer for writer in writers if writer not in greys)
+
+
+def colours_of(names: Iterable[str]) -> dict[str, Any]:
+    """A colour for each name, in the order in which they come; none is grey."""
     from matplotlib import colormaps
 
-    base, people = WRITERS["before"], WRITERS["people"]
-    runs = [writer for writer in writers if writer not in (base, people)]
-    few = len(runs) <= 7  # as many as "tab10" has before its grey
-    colours = [
-        colormaps["tab10"](place) if few else colormaps["turbo"](place / len(runs))
-        for place in range(len(runs))
-    ]
-    return {base: "0.75", people: "0.25", **dict(zip(runs, colours, strict=True))}
+    distinct = list(dict.fromkeys(names))
+    few = [colormaps["tab10"](place) for place in range(10) if place != _GREY_OF_TAB10]
+    many = [colormaps["turbo"](place / len(distinct)) for place in range(len(distinct))]
+    return dict(zip(distinct, few if len(distinct) <= len(few) else many, strict=False))
+
+
+_GREY_OF_TAB10 = 7
 
 
 def draw_together(workdirs: Sequence[Path], path: Path) -> None:
-    """The validation losses of several finished runs in one picture."""
+    """The validation losses of several finished runs in one picture, named in the order in which they end.
+
+    The loss before the first step is left out where others follow: it is far above them.
+    """
+    names = without_common_start(finished.names(workdirs))
     curves = {
         name: _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss")
-        for name, workdir in zip(finished.names(workdirs), workdirs, strict=True)
+        for name, workdir in zip(names, workdirs, strict=True)
     }
-    _plot(curves, "validation", path)
+    colours = colours_of(names)
+    figure, axes = new_figure(8)
+    for name, points in sorted(curves.items(), key=lambda curve: curve[1][-1][1], reverse=True):
+        trained = [(step, loss) for step, loss in points if step > 0] or points
+        axes.plot(
+            *zip(*trained, strict=True), "o-", label=name, color=colours[name], linewidth=1, markersize=3
+        )
+    axes.set(xlabel="step", ylabel="validation loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
