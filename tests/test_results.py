@@ -204,6 +204,17 @@ def test_lora_has_the_best_rate_of_minilms_sweeps():
         assert max(pearson[step], key=pearson[step].get) == f"lr={lora['stsb'].train.lr:g}"
 
 
+def test_what_is_said_of_lorafas_rate():
+    """At LoRA's rate it is hardly above one answer for all. Its config has four times this rate."""
+    slow = _RESULTS / "glue_minilm" / "mrpc_lorafa_5e-4"
+    rate = _config(slow)["train"]["lr"]
+    shipped = configs.load(_EXPERIMENTS / "configs" / "glue" / "minilm_lorafa_mrpc.json")
+    assert rate == _config(_MRPC["lora"])["train"]["lr"] == pytest.approx(shipped.train.lr / 4)
+    labels = (slow / "references.txt").read_text("utf-8").split()
+    share = labels.count("1") / 408
+    assert share < _facts(slow)["scores"]["after"]["accuracy"] < share + 0.03
+
+
 def test_the_rows_of_mrpc_are_comparable():
     facts, kept = zip(*((_facts(each), _config(each)) for each in _MRPC.values()), strict=True)
     assert len({(found["data"], found["numbers"]["steps"]) for found in facts}) == 1
