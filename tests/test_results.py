@@ -211,7 +211,12 @@ def test_what_is_said_of_lorafas_rate():
     assert rate == lora and _config(row)["train"]["lr"] == pytest.approx(4 * rate)
     labels = (slow / "references.txt").read_text("utf-8").split()
     found, better = (_facts(each)["scores"]["after"]["accuracy"] for each in (slow, row))
-    assert labels.count("1") / 408 < found < labels.count("1") / 408 + 0.03 < better
+    one_answer = labels.count("1") / 408
+    assert one_answer < found < one_answer + 0.03 < better
+    page = (_RESULTS / "README.md").read_text("utf-8").replace("\n", " ")
+    assert f"has an accuracy of {100 * found:.1f} after" in page
+    assert f"always the same answer has {100 * one_answer:.1f}." in page
+    assert f"at 5e-4 the accuracy is {100 * found:.1f} after" in _config(row)["source"]["note"]
 
 
 def test_the_rows_of_mrpc_are_comparable():

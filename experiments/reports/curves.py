@@ -69,7 +69,7 @@ def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _placed(text: Any, place: tuple[int, int]) -> Any:
-    """The box of an annotation that is moved to a place."""
+    """Moves an annotation to a place, and returns the box of its words there."""
     text.set_position(place)
     text.set_horizontalalignment("left" if place[0] > 0 else "right")
     return text.get_window_extent()

@@ -88,12 +88,9 @@ def colours_of(names: Iterable[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
     distinct = list(dict.fromkeys(names))
-    few = [colormaps["tab10"](place) for place in range(10) if place != _GREY_OF_TAB10]
+    few = [colormaps["tab10"](place) for place in range(10) if place != 7]  # its grey
     many = [colormaps["turbo"](place / len(distinct)) for place in range(len(distinct))]
     return dict(zip(distinct, few if len(distinct) <= len(few) else many, strict=False))
-
-
-_GREY_OF_TAB10 = 7
 
 
 def draw_together(workdirs: Sequence[Path], path: Path) -> None:
@@ -106,14 +103,13 @@ def draw_together(workdirs: Sequence[Path], path: Path) -> None:
         name: _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss")
         for name, workdir in zip(names, workdirs, strict=True)
     }
-    colours = colours_of(names)
+    trained = {
+        name: [(step, loss) for step, loss in points if step > 0] or points
+        for name, points in sorted(curves.items(), key=lambda curve: curve[1][-1][1], reverse=True)
+    }
     figure, axes = new_figure(8)
-    for name, points in sorted(curves.items(), key=lambda curve: curve[1][-1][1], reverse=True):
-        trained = [(step, loss) for step, loss in points if step > 0] or points
-        axes.plot(
-            *zip(*trained, strict=True), "o-", label=name, color=colours[name], linewidth=1, markersize=3
-        )
-    axes.set(xlabel="step", ylabel="validation loss")
+    _add(axes, trained, colours_of(names))
+    axes.set(ylabel="validation loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     figure.legend(loc="outside right center", frameon=False)
@@ -126,18 +122,19 @@ def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 def _plot(curves: dict[str, list[tuple[int, float]]], title: str, path: Path) -> None:
     figure, axes = new_figure()
-    for label, points in curves.items():
-        # Few points, as of a validation loss, are shown as such.
-        axes.plot(
-            *zip(*points, strict=True),
-            "o-" if len(points) < 30 else "-",
-            label=label,
-            linewidth=1,
-            markersize=3,
-        )
-    axes.set(xlabel="step", ylabel="loss", title=title)
+    _add(axes, curves, colours_of(curves))
+    axes.set(ylabel="loss", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _add(axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapping[str, Any]) -> None:
+    """A line over the steps for each curve."""
+    for label, points in curves.items():
+        # Few points, as of a validation loss, are shown as such.
+        look = {"color": colours[label], "linewidth": 1, "markersize": 3}
+        axes.plot(*zip(*points, strict=True), "o-" if len(points) < 30 else "-", label=label, **look)
+    axes.set(xlabel="step")
 
 
 def new_figure(width: float = 7) -> tuple[Any, Any]:
