@@ -73,6 +73,21 @@ def test_the_report_says_what_only_the_training_loss_has(root, tmp_path, monkeyp
     assert "training loss is that" not in (root / "done" / "base" / "report.md").read_text()
 
 
+def test_the_report_says_how_large_the_quantised_base_is(root):
+    """What training holds is apart from the base as it was read. Full fine-tuning holds none of it frozen."""
+    sizes = {
+        name: json.loads((root / name / "report.json").read_text())["bytes"] for name in ("done", "done/base")
+    }
+    assert sizes["done"]["frozen"] == sizes["done"]["base"] and sizes["done/base"]["frozen"] == 0
+    config = configs.load(root / "tiny.json", ["quantize=int8"])
+    facts = json.loads((root / "done" / "report.json").read_text())
+    facts["bytes"] = {"base": 9_000_000, "frozen": 3_000_000, "delta": 1_000_000}
+    said = "| sizes | base 9.00 MB, stored in int8 as 3.00 MB, what trains 1.00 MB |"
+    assert said in pages.render(config, facts)
+    del facts["bytes"]["frozen"]
+    assert "| sizes | base 9.00 MB, what trains 1.00 MB |" in pages.render(config, facts)
+
+
 def test_a_sample_without_a_text_is_seen_to_be_one(root):
     config = configs.load(root / "tiny.json")
     facts = json.loads((root / "done" / "report.json").read_text())

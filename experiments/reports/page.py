@@ -24,8 +24,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         "method": what_trains(str(configs.method_value(config.method)), config.targets, attached) + stored,
         "trainable parameters": f"{facts['trainable']:,} "
         f"({facts['trainable'] / base['parameters']:.3%} of the base)",
-        "sizes": f"base {megabytes(facts['bytes']['base'])}, "
-        f"what trains {megabytes(facts['bytes']['delta'])}",
+        "sizes": _sizes(config, facts["bytes"]),
         "examples": ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items() if count),
         "steps": (
             f"{found['steps']:,} of {config.train.batch} examples, of at most {config.data.seq_len} tokens "
@@ -105,6 +104,14 @@ def _peak_memory(found: dict[str, int | None]) -> dict[str, str]:
     words = {"process": "of the process", "device": "of a device"}
     known = [f"{megabytes(found[of])} {word}" for of, word in words.items() if found.get(of)]
     return {"peak memory": f"{', '.join(known)}, when training had ended"} if known else {}
+
+
+def _sizes(config: Config, found: dict[str, int]) -> str:
+    """`found` has no `frozen` in the report of an older version."""
+    base, trained = f"base {megabytes(found['base'])}", f"what trains {megabytes(found['delta'])}"
+    if config.quantize is None or "frozen" not in found:
+        return f"{base}, {trained}"
+    return f"{base}, stored in {config.quantize} as {megabytes(found['frozen'])}, {trained}"
 
 
 def _in_pytorch(found: dict[str, Any] | None) -> str:
