@@ -209,7 +209,7 @@ def test_what_is_said_of_lorafas_rate():
     slow, row = _RESULTS / "glue_minilm" / "mrpc_lorafa_5e-4", _MRPC["lorafa"]
     rate, lora = (_config(each)["train"]["lr"] for each in (slow, _MRPC["lora"]))
     assert rate == lora and _config(row)["train"]["lr"] == pytest.approx(4 * rate)
-    labels = (slow / "references.txt").read_text("utf-8").split()
+    labels = _lines(_RESULTS / "glue_minilm" / "mrpc" / "references.txt")
     found, better = (_facts(each)["scores"]["after"]["accuracy"] for each in (slow, row))
     one_answer = labels.count("1") / 408
     assert one_answer < found < one_answer + 0.03 < better

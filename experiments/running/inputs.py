@@ -107,7 +107,7 @@ def load(config: Config, config_path: Path, inputs: Inputs, base_run: Path | Non
     decoder = baselines.prompted(config, decoder)
     params, specs = on_mesh(mesh, loaded.params, loaded.model.partition_rules)
     loaded = dataclasses.replace(loaded, params=params)
-    frozen, delta = adapted(config, loaded)
+    frozen, delta = adapted(config, loaded, splits)
     if config.base.adapter is not None:
         delta = starts.started(starts.find(config.base.adapter, data, config_path.parent), loaded, delta)
     apply = dropping(loaded.model, config.train).apply
@@ -123,14 +123,18 @@ def keys(seed: int) -> dict[str, jax.Array]:
     return dict(zip(("base", "adapter", "dropout"), parts, strict=True))
 
 
-def adapted(config: Config, loaded: Loaded) -> tuple[Any, Any]:
+def adapted(config: Config, loaded: Loaded, splits: Splits) -> tuple[Any, Any]:
     """What stays of the base and what trains, before the first step."""
-    return lora_jax.lorafy(
+    frozen, delta = lora_jax.lorafy(
         loaded.params,
         baselines.targets(config, precision.method(config), loaded.head),
         key=keys(config.seed)["adapter"],
         **_axes(config, loaded.model),
     )
+    head_bias = tasks.of(config.data).head_bias
+    if head_bias is not None:
+        delta = starts.with_bias(head_bias(splits.train), loaded, delta)
+    return frozen, delta
 
 
 def identity_of(config: Config, base: str, splits: Splits) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""An adapter that another run has trained, as the start of this one's: as LoRA's authors begin MRPC, RTE and
-STS-B from MNLI's.
+"""What trains, where it does not start as it is drawn.
 
-A and B are the other's, and DoRA's magnitudes. A head of the task's is new, since the labels are others. Left
-out: methods that keep a part of the adapter beside the base.
+An adapter that another run has trained can be the start of this one's, as LoRA's authors begin MRPC, RTE and
+STS-B from MNLI's. A and B are the other's, and DoRA's magnitudes. A head of the task's is new, since the
+labels are others, and its bias may start at a number that the task knows. Left out: methods that keep a part
+of the adapter beside the base.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,20 @@ def started(directory: Path, loaded: Loaded, delta: Any) -> Any:
     arrays = [
         jax.device_put(jnp.asarray(theirs[name], leaf.dtype), leaf.sharding) if name in wanted else leaf
         for name, leaf in ours.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(delta), arrays)
+
+
+def with_bias(value: float, loaded: Loaded, delta: Any) -> Any:
+    """`delta` with this bias in the head of one output that the task has given. A bias that is not zero was
+    trained, and stays. The head of a decoder has none.
+    """
+    if loaded.head is None:
+        return delta
+    new = lambda name, leaf: re.fullmatch(loaded.head, name) and leaf.shape == (1,) and not jnp.any(leaf)
+    arrays = [
+        jax.device_put(jnp.full_like(leaf, value), leaf.sharding) if new(name, leaf) else leaf
+        for name, leaf in named(delta).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(delta), arrays)
 

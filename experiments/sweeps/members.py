@@ -75,7 +75,8 @@ def members(
             own = baselines.bare(loaded).with_head_of(keys["base"])
             bases[seed] = baselines.attached(config, own, keys["adapter"]), fingerprint(own.params)
         of_seed, identity_of_seed = bases[seed]
-        frozen, delta = inputs.adapted(config, of_seed)
+        splits = splits_of(config)
+        frozen, delta = inputs.adapted(config, of_seed, splits)
         if shared is None:
             shared = frozen
         elif not _same(shared, frozen):
@@ -83,7 +84,6 @@ def members(
                 f"`--over seed` draws what {config.method['name']} keeps beside the base, which all adapters "
                 "of a sweep share: start a sweep for each seed, with `--set seed=VALUE`."
             )
-        splits = splits_of(config)
         identity = inputs.identity_of(config, identity_of_seed, splits)
         delta = precision.trained(delta, config.precision)
         made.append(Member(name, values[name], config, splits, identity, delta))

@@ -61,6 +61,13 @@ def labels_of(section: Any, contents: Contents) -> tuple[str, ...]:
     return contents.labels
 
 
+def mean_score(examples: Any) -> float:
+    """Where the bias of a head of scores begins. From zero, every step is first towards the mean: a small
+    adapter reaches it by making what the head reads the same for all inputs, and needs an epoch to undo that.
+    """
+    return float(examples.targets.mean())
+
+
 def checked(rows: list[Row], labels: Sequence[str], name: Any, *, trains: bool = False) -> list[Row]:
     """The rows of a split, which are some, with labels that are known, and in training some of each.
 

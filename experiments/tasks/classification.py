@@ -164,6 +164,7 @@ def _task(name: str) -> Task:
         percentages=METRICS[name],
         packs=False,
         labels=classes.labels_of,
+        head_bias=classes.mean_score if name == "regression" else None,
         judge=judge,
         files=classes.files,
     )

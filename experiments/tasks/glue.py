@@ -204,6 +204,7 @@ def _task(name: str, found: GLUESet) -> Task:
         parts=parts if name == "mnli" else {},
         packs=False,
         labels=classes.labels_of,
+        head_bias=classes.mean_score if found.labels == SCORE else None,
         judge=functools.partial(classes.judge, own),
         files=functools.partial(classes.files, submission=_submission),
     )

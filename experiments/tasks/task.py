@@ -75,6 +75,7 @@ class Task:
       labels: `labels(section, contents)` are the outputs of the head that the base is given, a class each;
         one output is a score. None: the base keeps its head, whose outputs are the next token's.
       head: which head that is, one of `lora_jax.models.HEADS`.
+      head_bias: `head_bias(examples)` is the bias with which a new head begins to train on these. None: zero.
       judge: `judge(section, outputs, examples, rows)` gives the metrics of the head's outputs for these rows
         of the validation examples, by name. The first says which checkpoint is the best, and is the better
         the higher it is. None: the loss says it.
@@ -103,6 +104,7 @@ class Task:
     named: str | None = None
     labels: Callable[[Any, Any], tuple[str, ...]] | None = None
     head: str = "sequence_classification"
+    head_bias: Callable[[Any], float] | None = None
     judge: Callable[[Any, Any, Any, Any], dict[str, float]] | None = None
     files: Callable[[Any, Splits, Any], dict[str, str]] | None = None
     evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None
