@@ -107,7 +107,7 @@ def _peak_memory(found: dict[str, int | None]) -> dict[str, str]:
 
 
 def _sizes(config: Config, found: dict[str, int]) -> str:
-    """`found` has no `frozen` in the report of an older version."""
+    """`frozen` is all that training holds beside what trains. The report of an older version has none."""
     base, trained = f"base {megabytes(found['base'])}", f"what trains {megabytes(found['delta'])}"
     if config.quantize is None or "frozen" not in found:
         return f"{base}, {trained}"

@@ -1,9 +1,10 @@
 """What trains, where it does not start as it is drawn.
 
 An adapter that another run has trained can be the start of this one's, as LoRA's authors begin MRPC, RTE and
-STS-B from MNLI's. A and B are the other's, and DoRA's magnitudes. A head of the task's is new, since the
-labels are others, and its bias may start at a number that the task knows. Left out: methods that keep a part
-of the adapter beside the base.
+STS-B from MNLI's. A and B are the other's, and DoRA's magnitudes. The head of the task is new, since the
+labels are others. A method that keeps a part of the adapter beside the base cannot start so.
+
+The bias of a new head of one output may start at a number that the task knows.
 """
 
 import dataclasses
@@ -82,8 +83,10 @@ def started(directory: Path, loaded: Loaded, delta: Any) -> Any:
 
 
 def with_bias(value: float, loaded: Loaded, delta: Any) -> Any:
-    """`delta` with this bias in the head of one output that the task has given. A bias that is not zero was
-    trained, and stays. The head of a decoder has none.
+    """`delta` with this bias in the head of one output that the task has given.
+
+    A bias that is not zero was trained with the base, and stays. The head of a decoder has no bias, and
+    starts as it is drawn.
     """
     if loaded.head is None:
         return delta

@@ -62,8 +62,10 @@ def labels_of(section: Any, contents: Contents) -> tuple[str, ...]:
 
 
 def mean_score(examples: Any) -> float:
-    """Where the bias of a head of scores begins. From zero, every step is first towards the mean: a small
-    adapter reaches it by making what the head reads the same for all inputs, and needs an epoch to undo that.
+    """Where the bias of a head of one score begins.
+
+    From zero, the first steps move every output towards the mean. An adapter does so by making what the head
+    reads the same for all inputs. On STS-B LoRA needed an epoch to undo that.
     """
     return float(examples.targets.mean())
 

@@ -75,7 +75,8 @@ class Task:
       labels: `labels(section, contents)` are the outputs of the head that the base is given, a class each;
         one output is a score. None: the base keeps its head, whose outputs are the next token's.
       head: which head that is, one of `lora_jax.models.HEADS`.
-      head_bias: `head_bias(examples)` is the bias with which a new head begins to train on these. None: zero.
+      head_bias: `head_bias(examples)` is the bias with which a new head of one output begins to train on
+        these, where it has a bias. None: zero.
       judge: `judge(section, outputs, examples, rows)` gives the metrics of the head's outputs for these rows
         of the validation examples, by name. The first says which checkpoint is the best, and is the better
         the higher it is. None: the loss says it.
