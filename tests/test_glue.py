@@ -1,6 +1,7 @@
 """GLUE: its files, its metrics, its loss, and one run from the files to the scores."""
 
 import json
+import types
 
 import glue_files
 import jax
@@ -53,6 +54,13 @@ def test_lines_of_qqp_that_are_cut_off_are_left_out(tmp_path):
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:2], "1\t1\t2\tthe mill", *lines[2:]]) + "\n")
     assert len(tasks.read(section("qqp", directory="."), tmp_path).rows["train"]) == 12
+
+
+def test_only_scores_have_a_mean_at_which_a_head_begins():
+    found = {name: task.head_bias for name, task in tasks.TASKS.items() if task.head_bias is not None}
+    assert set(found) == {"glue/stsb", "regression"}
+    examples = types.SimpleNamespace(targets=np.array([0.5, 5.0, 2.25]))
+    assert [bias(examples) for bias in found.values()] == pytest.approx([7.75 / 3] * 2)
 
 
 @pytest.mark.parametrize("name", ["cola", "mnli", "stsb"])

@@ -5,6 +5,7 @@ beside it.
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import config as configs
@@ -12,7 +13,8 @@ from experiments.command_line import main
 from experiments.metrics import score_e2e, values
 
 
-_EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_EXPERIMENTS = _REPOSITORY / "experiments"
 _RESULTS = _EXPERIMENTS / "results"
 _E2E = _RESULTS / "e2e_smollm2"
 
@@ -163,53 +165,89 @@ def test_committed_predictions_score_as_committed(row, when, file, data_dir, mon
     assert values.score(contexts, texts) == committed["values"][when]
 
 
-# --- MRPC from MiniLM ---------------------------------------------------------------------------------------
+# --- GLUE from MiniLM ---------------------------------------------------------------------------------------
 
-_MRPC = _runs(_RESULTS / "glue_minilm" / "mrpc")
+_MINILM = _RESULTS / "glue_minilm"
+_GLUE = {task: _runs(_MINILM / task) for task in ("mrpc", "stsb")}
 
 
-@pytest.mark.parametrize("row", _MRPC)
-def test_a_row_of_mrpc_is_its_config_and_its_labels(row):
-    """The scores are those of the labels, computed by hand, and the results' table has them."""
-    directory, facts = _MRPC[row], _facts(_MRPC[row])
-    kept = _config(directory)
+def _of_labels(labels, answers):
+    """Accuracy, and the F1 of label 1."""
+    pairs = list(zip(labels, answers, strict=True))
+    named = labels.count("1") + answers.count("1")
+    return {
+        "accuracy": sum(label == answer for label, answer in pairs) / len(pairs),
+        "F1": 2 * pairs.count(("1", "1")) / named,
+    }
+
+
+def _of_numbers(numbers, answers):
+    """Pearson's correlation, and that of the ranks; what is equal shares its mean rank."""
+    pair = [np.asarray(each, float) for each in (numbers, answers)]
+    ranks = [(each[:, None] > each).sum(1) + (each[:, None] == each).sum(1) / 2 for each in pair]
+    return {"Pearson": np.corrcoef(*pair)[0, 1], "Spearman": np.corrcoef(*ranks)[0, 1]}
+
+
+@pytest.mark.parametrize("task, row", [(task, row) for task, rows in _GLUE.items() for row in rows])
+def test_a_row_of_glue_is_its_config_and_its_answers(task, row):
+    """The scores are computed by hand here, and the results' table has them."""
+    directory = _GLUE[task][row]
+    facts, kept = _facts(directory), _config(directory)
     shipped = configs.load(_EXPERIMENTS / "configs" / "glue" / f"{kept['name']}.json", ["base.scan=true"])
     assert configs.with_defaults(kept) == configs.to_json(shipped)
-    files = (directory / name for name in ("references.txt", "predictions.txt"))
-    pairs = list(zip(*(file.read_text("utf-8").split() for file in files), strict=True))
-    assert len(pairs) == 408
-    right = sum(label == answer for label, answer in pairs) / 408
-    both = 2 * pairs.count(("1", "1"))
-    f1 = both / sum((label == "1") + (answer == "1") for label, answer in pairs)
-    scores = facts["scores"]["after"]
-    assert scores == pytest.approx({"accuracy": right, "F1": f1})
-    cells = [f"{facts['trainable']:,}", f"{kept['train']['lr']:g}", f"{100 * right:.1f}", f"{100 * f1:.1f}"]
-    line = f"](glue_minilm/mrpc/{row}/report.md) | {' | '.join(cells)} |"
+    files = (_MINILM / task / "references.txt", directory / "predictions.txt")
+    labels, answers = (file.read_text("utf-8").split() for file in files)
+    assert len(labels) == facts["examples"]["valid"]
+    found = (_of_numbers if task == "stsb" else _of_labels)(labels, answers)
+    assert facts["scores"]["after"] == pytest.approx(found, rel=1e-6)
+    cells = [f"{facts['trainable']:,}", f"{kept['train']['lr']:g}"]
+    cells += [f"{100 * value:.1f}" for value in found.values()]
+    line = f"](glue_minilm/{task}/{row}/report.md) | {' | '.join(cells)} |"
     assert line in (_RESULTS / "README.md").read_text("utf-8")
 
 
-def test_lora_has_the_best_rate_of_minilms_sweeps():
-    """On MRPC after the last step, on STS-B after an epoch. It is the lowest that was tried."""
-    lora = {
-        task: configs.load(_EXPERIMENTS / "configs" / "glue" / f"minilm_lora_{task}.json")
-        for task in ("mrpc", "stsb")
-    }
-    minilm = _RESULTS / "glue_minilm"
-    table = json.loads((minilm / "mrpc_lora" / "sweep.json").read_text("utf-8"))["table"]
-    assert max(table, key=lambda line: line["mean"])["values"] == {"train.lr": lora["mrpc"].train.lr}
-    lines = [json.loads(line) for line in _lines(minilm / "stsb_lora_stopped" / "metrics.jsonl")]
-    pearson = {line["step"]: line["Pearson"] for line in lines if "Pearson" in line}
-    assert list(pearson) == [0, 90, 180]
-    for step in (90, 180):
-        assert max(pearson[step], key=pearson[step].get) == f"lr={lora['stsb'].train.lr:g}"
+def test_lora_has_the_best_rate_of_minilms_sweep():
+    """On MRPC after the last step. It is the lowest that was tried."""
+    lora = configs.load(_EXPERIMENTS / "configs" / "glue" / "minilm_lora_mrpc.json")
+    table = json.loads((_MINILM / "mrpc_lora" / "sweep.json").read_text("utf-8"))["table"]
+    assert max(table, key=lambda line: line["mean"])["values"] == {"train.lr": lora.train.lr}
+
+
+def test_what_is_said_of_a_bias_that_begins_at_zero():
+    """The run from zero is LoRA's row but for that, and as far behind after each epoch as the page says."""
+    zero, row = _MINILM / "stsb_lora_from_zero", _GLUE["stsb"]["lora"]
+    assert _config(zero) == _config(row)
+    pearson, better = (
+        [line["Pearson"] for line in map(json.loads, _lines(each / "metrics.jsonl")) if "Pearson" in line]
+        for each in (zero, row)
+    )
+    assert len(pearson) == 4 and pearson[0] == pytest.approx(better[0], abs=1e-6)
+    assert all(ours > others for ours, others in zip(better[1:], pearson[1:], strict=True))
+    page = (_RESULTS / "README.md").read_text("utf-8").replace("\n", " ")
+    assert f"({pearson[1]:.2f}), and {100 * pearson[3]:.1f} after three." in page
+    assert round(100 * (better[3] - pearson[3])) == 6
+    assert "gains 6 points" in (_REPOSITORY / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_the_study_stands_beside_ours():
+    """Each number is of the study's config, and of our report."""
+    page = (_RESULTS / "README.md").read_text("utf-8")
+    names = {"full": "full fine-tuning", "lora": "LoRA", "lorafa": "LoRA-FA"}
+    for method, name in names.items():
+        cells = []
+        for task, metric in (("mrpc", "F1"), ("stsb", "Pearson")):
+            study = configs.load(_EXPERIMENTS / "configs" / "glue" / f"reproduction_{method}_{task}.json")
+            ours = _facts(_GLUE[task][method])["scores"]["after"][metric]
+            cells += [f"{100 * ours:.1f}", f"{study.source.expected[metric]:.1f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in page
 
 
 def test_what_is_said_of_lorafas_rate():
     """At LoRA's rate it is hardly above one answer for all; its row has four times this rate."""
-    slow, row = _RESULTS / "glue_minilm" / "mrpc_lorafa_5e-4", _MRPC["lorafa"]
-    rate, lora = (_config(each)["train"]["lr"] for each in (slow, _MRPC["lora"]))
+    slow, row = _MINILM / "mrpc_lorafa_5e-4", _GLUE["mrpc"]["lorafa"]
+    rate, lora = (_config(each)["train"]["lr"] for each in (slow, _GLUE["mrpc"]["lora"]))
     assert rate == lora and _config(row)["train"]["lr"] == pytest.approx(4 * rate)
-    labels = _lines(_RESULTS / "glue_minilm" / "mrpc" / "references.txt")
+    labels = _lines(_MINILM / "mrpc" / "references.txt")
     found, better = (_facts(each)["scores"]["after"]["accuracy"] for each in (slow, row))
     one_answer = labels.count("1") / 408
     assert one_answer < found < one_answer + 0.03 < better
@@ -219,7 +257,8 @@ def test_what_is_said_of_lorafas_rate():
     assert f"at 5e-4 the accuracy is {100 * found:.1f} after" in _config(row)["source"]["note"]
 
 
-def test_the_rows_of_mrpc_are_comparable():
-    facts, kept = zip(*((_facts(each), _config(each)) for each in _MRPC.values()), strict=True)
+@pytest.mark.parametrize("task", _GLUE)
+def test_the_rows_of_a_task_are_comparable(task):
+    facts, kept = zip(*((_facts(each), _config(each)) for each in _GLUE[task].values()), strict=True)
     assert len({(found["data"], found["numbers"]["steps"]) for found in facts}) == 1
     assert len({(config["seed"], config["train"]["batch"]) for config in kept}) == 1
