@@ -83,6 +83,8 @@ def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None)
     """What each evaluation found, against the epochs before it; a curve for each run, and a colour for each
     method.
 
+    The evaluation before the first step is left out where others follow: an untrained head is far below them.
+
     Raises `ValueError` for a run whose evaluations do not have the metric, which is the first of a task that
     is judged, or else the loss.
     """
@@ -103,11 +105,14 @@ def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None)
                     "or name another with `--metric`."
                 )
             epoch = run.facts["examples"]["train"] / run.config["train"]["batch"]
-            points = [(line["step"] / epoch, _in_print(line[name], name, task)) for line in lines]
+            trained = [line for line in lines if line["step"] > 0] or lines
+            points = [(line["step"] / epoch, _in_print(line[name], name, task)) for line in trained]
             axes.plot(
                 *zip(*points, strict=True), "o-", color=colours[words[run.workdir]], linewidth=1, markersize=3
             )
-        axes.set(xlabel="epoch", ylabel=f"{_label(name, task)}, validation", title=task)
+        of = "" if name == LOSS else ", validation"
+        axes.set(xlabel="epoch", ylabel=f"{_label(name, task)}{of}", title=task)
+        axes.locator_params(axis="x", integer=axes.get_xlim()[1] > 2)  # a short run has parts of an epoch
     _legend(figure, colours)
     figure.savefig(path, dpi=120)
 
