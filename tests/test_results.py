@@ -232,7 +232,7 @@ def test_what_is_said_of_a_bias_that_begins_at_zero():
 def test_the_study_stands_beside_ours():
     """Each number is of the study's config, and of our report."""
     page = (_RESULTS / "README.md").read_text("utf-8")
-    names = {"full": "full fine-tuning", "lora": "LoRA", "lorafa": "LoRA-FA"}
+    names = {"full": "full fine-tuning", "lora": "LoRA", "lorafa": "LoRA-FA", "vera": "VeRA"}
     for method, name in names.items():
         cells = []
         for task, metric in (("mrpc", "F1"), ("stsb", "Pearson")):
