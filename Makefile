@@ -46,7 +46,8 @@ demo: $(VENV)/.experiments  ## Fetch SmolLM2-135M (98 MB), train LoRA on it and 
 	$(python) -m experiments fetch smollm2-135m
 	HF_HUB_OFFLINE=1 $(python) -m experiments run --config experiments/configs/demo.json --workdir demo_run
 	@$(python) -m experiments report demo_run experiments/results/demo/full
-	@echo "demo_full is full fine-tuning, a stored run: its seconds are of another machine. demo_run/report.md compares the costs on yours."
+	@echo "demo_full is full fine-tuning, a stored run: its seconds are of another machine."
+	@echo "demo_run/report.md compares the costs on yours."
 
 test: $(tested)  ## Run all tests (TORCH= leaves PyTorch out)
 	$(pytest) $(PYTEST_ARGS)

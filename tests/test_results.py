@@ -211,6 +211,7 @@ def test_lora_has_the_best_rate_of_minilms_sweep():
     lora = configs.load(_EXPERIMENTS / "configs" / "glue" / "minilm_lora_mrpc.json")
     table = json.loads((_MINILM / "mrpc_lora" / "sweep.json").read_text("utf-8"))["table"]
     assert max(table, key=lambda line: line["mean"])["values"] == {"train.lr": lora.train.lr}
+    assert min(line["values"]["train.lr"] for line in table) == lora.train.lr
 
 
 def test_what_is_said_of_a_bias_that_begins_at_zero():

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.progress import read_metrics
 from experiments.reports import finished
-from experiments.reports.figures import colours_of, new_panels
+from experiments.reports.figures import after_the_start, colours_of, new_panels
 from experiments.reports.finished import Run
 from experiments.reports.words import method, methods, without_common_start
 from experiments.tasks import TASKS
@@ -83,8 +83,6 @@ def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None)
     """What each evaluation found, against the epochs before it; a curve for each run, and a colour for each
     method.
 
-    The evaluation before the first step is left out where others follow: an untrained head is far below them.
-
     Raises `ValueError` for a run whose evaluations do not have the metric, which is the first of a task that
     is judged, or else the loss.
     """
@@ -105,11 +103,9 @@ def draw_epochs(workdirs: Sequence[Path], path: Path, metric: str | None = None)
                     "or name another with `--metric`."
                 )
             epoch = run.facts["examples"]["train"] / run.config["train"]["batch"]
-            trained = [line for line in lines if line["step"] > 0] or lines
-            points = [(line["step"] / epoch, _in_print(line[name], name, task)) for line in trained]
-            axes.plot(
-                *zip(*points, strict=True), "o-", color=colours[words[run.workdir]], linewidth=1, markersize=3
-            )
+            points = [(line["step"] / epoch, _in_print(line[name], name, task)) for line in lines]
+            places = zip(*after_the_start(points), strict=True)
+            axes.plot(*places, "o-", color=colours[words[run.workdir]], linewidth=1, markersize=3)
         of = "" if name == LOSS else ", validation"
         axes.set(xlabel="epoch", ylabel=f"{_label(name, task)}{of}", title=task)
         axes.locator_params(axis="x", integer=axes.get_xlim()[1] > 2)  # a short run has parts of an epoch

@@ -94,17 +94,14 @@ def colours_of(names: Iterable[str]) -> dict[str, Any]:
 
 
 def draw_together(workdirs: Sequence[Path], path: Path) -> None:
-    """The validation losses of several finished runs in one picture, named in the order in which they end.
-
-    The loss before the first step is left out where others follow: it is far above them.
-    """
+    """The validation losses of several finished runs in one picture, named in the order in which they end."""
     names = without_common_start(finished.names(workdirs))
     curves = {
         name: _curve(read_metrics(workdir / "metrics.jsonl"), "valid_loss")
         for name, workdir in zip(names, workdirs, strict=True)
     }
     trained = {
-        name: [(step, loss) for step, loss in points if step > 0] or points
+        name: after_the_start(points)
         for name, points in sorted(curves.items(), key=lambda curve: curve[1][-1][1], reverse=True)
     }
     figure, axes = new_figure(8)
@@ -114,6 +111,11 @@ def draw_together(workdirs: Sequence[Path], path: Path) -> None:
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def after_the_start(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The points without the one before the first step, where others follow: it is far from them."""
+    return [point for point in points if point[0] > 0] or points
 
 
 def _curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
