@@ -8,6 +8,7 @@ import statistics
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import config as configs
@@ -274,11 +275,11 @@ def test_the_metric_against_the_epochs(study, drawn, capsys):
     untrained = write(
         Path(runs[0]).parent / "untrained",
         "glue/minilm_lora_cola",
-        {"Matthews": 0.0},
-        evaluations=[(0, {"Matthews": 0.0})],
+        {"Matthews": 0.1},
+        evaluations=[(0, {"Matthews": 0.1})],
     )
     assert main(["report", untrained, "--epochs", "e.png"]) == 0
-    assert drawn.pop().axes[0].lines[0].get_xdata() == pytest.approx([0])
+    assert drawn.pop().axes[0].lines[0].get_xydata() == pytest.approx(np.array([[0, 10]]))
     # A task that is not judged has the loss.
     assert main(["report", str(_RUN), "--epochs", "e.png"]) == 0
     assert drawn[1].axes[0].get_ylabel() == "validation loss"
