@@ -168,24 +168,37 @@ def test_committed_predictions_score_as_committed(row, when, file, data_dir, mon
 # --- GLUE from MiniLM ---------------------------------------------------------------------------------------
 
 _MINILM = _RESULTS / "glue_minilm"
-_GLUE = {task: _runs(_MINILM / task) for task in ("mrpc", "stsb")}
+_GLUE = {task: _runs(_MINILM / task) for task in ("cola", "mrpc", "rte", "stsb")}
 
 
-def _of_labels(labels, answers):
-    """Accuracy, and the F1 of label 1."""
-    pairs = list(zip(labels, answers, strict=True))
-    named = labels.count("1") + answers.count("1")
-    return {
-        "accuracy": sum(label == answer for label, answer in pairs) / len(pairs),
-        "F1": 2 * pairs.count(("1", "1")) / named,
-    }
+def _accuracy(labels, answers):
+    return {"accuracy": sum(map(str.__eq__, labels, answers)) / len(labels)}
 
 
-def _of_numbers(numbers, answers):
-    """Pearson's correlation, and that of the ranks; what is equal shares its mean rank."""
+def _f1(labels, answers):
+    """Of label 1."""
+    both = list(zip(labels, answers, strict=True)).count(("1", "1"))
+    return {"F1": 2 * both / (labels.count("1") + answers.count("1"))}
+
+
+def _correlations(numbers, answers):
+    """Pearson's, and that of the ranks; what is equal shares its mean rank."""
     pair = [np.asarray(each, float) for each in (numbers, answers)]
     ranks = [(each[:, None] > each).sum(1) + (each[:, None] == each).sum(1) / 2 for each in pair]
     return {"Pearson": np.corrcoef(*pair)[0, 1], "Spearman": np.corrcoef(*ranks)[0, 1]}
+
+
+def _matthews(labels, answers):
+    """It is Pearson's correlation of two labels (Matthews 1975)."""
+    return {"Matthews": _correlations(labels, answers)["Pearson"]}
+
+
+_SCORES = {
+    "cola": (_matthews, _accuracy),
+    "mrpc": (_accuracy, _f1),
+    "rte": (_accuracy,),
+    "stsb": (_correlations,),
+}
 
 
 @pytest.mark.parametrize("task, row", [(task, row) for task, rows in _GLUE.items() for row in rows])
@@ -197,8 +210,8 @@ def test_a_row_of_glue_is_its_config_and_its_answers(task, row):
     assert configs.with_defaults(kept) == configs.to_json(shipped)
     files = (_MINILM / task / "references.txt", directory / "predictions.txt")
     labels, answers = (file.read_text("utf-8").split() for file in files)
-    assert len(labels) == facts["examples"]["valid"]
-    found = (_of_numbers if task == "stsb" else _of_labels)(labels, answers)
+    assert len(labels) == len(answers) == facts["examples"]["valid"]
+    found = {name: value for of in _SCORES[task] for name, value in of(labels, answers).items()}
     assert facts["scores"]["after"] == pytest.approx(found, rel=1e-6)
     cells = [f"{facts['trainable']:,}", f"{kept['train']['lr']:g}"]
     cells += [f"{100 * value:.1f}" for value in found.values()]
