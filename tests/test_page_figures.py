@@ -169,7 +169,7 @@ def test_rows_of_labels_are_the_configs(page):
 
 def test_results_are_those_of_the_runs():
     readme = _rows(PAGES["README.md"].partition("## Results")[2].partition("## Beside")[0])
-    every = _rows((REPOSITORY / "experiments" / "results" / "README.md").read_text("utf-8"))
+    every = _rows((REPOSITORY / "experiments" / "results" / "e2e_smollm2" / "README.md").read_text("utf-8"))
     directory = REPOSITORY / "experiments" / "results" / "e2e_smollm2"
     found = {
         path.parent.name: json.loads(path.read_text("utf-8")) for path in directory.glob("*/report.json")
