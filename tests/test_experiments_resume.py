@@ -23,6 +23,7 @@ from training import optax_promotes as optax_promotes
 
 from experiments import config as configs
 from experiments.command_line import main
+from experiments.reports import provenance
 from experiments.running.run import run
 from lora_jax.interop import hf
 
@@ -75,6 +76,8 @@ def test_resume_is_bit_for_bit(root, parts, capsys):
     for name in ("merged/model.safetensors", "predictions.txt"):
         assert (parts / name).read_bytes() == (root / "done" / name).read_bytes()
     assert numbers_of(parts) == numbers_of(root / "done"), "each step is told once"
+    said = [json.loads(line) for line in (parts / "provenance.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in said] == [0, 3, 4, 5]
 
 
 def test_a_packed_run_resumes_bit_for_bit(root, tmp_path, capsys):
@@ -106,6 +109,22 @@ def test_another_mesh_goes_on(root, parts, capsys):
     for found, expected in zip(numbers_of(parts), numbers_of(root / "done"), strict=True):
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+
+
+def test_the_report_names_the_commit_of_every_step(root, parts, monkeypatch):
+    """Of what is in the result: the two processes that began at the start were lost, the second after it had
+    saved.
+    """
+    for step, commit in ((5, "1a2b"), (8, "3c4d")):
+        here = {**provenance.of_process(), "commit": commit, "date": "2026-11-30"}
+        monkeypatch.setattr(provenance, "of_process", lambda here=here: here)
+        with told_after(step):
+            assert main(words(root, parts)) == 0
+    facts = json.loads((parts / "report.json").read_text())
+    assert facts["commit"] == "3c4d"
+    assert [(line["step"], line["commit"]) for line in facts["processes"][1:]] == [(3, "1a2b"), (5, "3c4d")]
+    page = (parts / "report.md").read_text()
+    assert "; after step 3 1a2b, 2026-11-30; after step 5 3c4d, 2026-11-30 |" in page
 
 
 @pytest.mark.parametrize("changed", ["base", "data"])

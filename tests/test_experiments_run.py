@@ -29,6 +29,7 @@ def test_a_finished_work_directory(root):
     assert {
         "config.json",
         "metrics.jsonl",
+        "provenance.jsonl",
         "checkpoints",
         "adapter",
         "merged",

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments import config as configs, tasks
 from experiments.config import Config
-from experiments.reports import scores
+from experiments.reports import provenance, scores
 from experiments.reports.cost import STEPS
 from experiments.reports.figures import of_training_only
 from experiments.reports.words import megabytes, what_trains
@@ -44,7 +44,7 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         **({} if config.baseline else {"merged, in PyTorch": _in_pytorch(comparison["pytorch"])}),
         "command": f"`{facts['command']}`",
         "data": f"fingerprint `{facts['data']}`",
-        "commit, date": f"{facts['commit'] or 'outside of a clone'}, {facts['date']}",
+        "commit, date": provenance.commits(facts["processes"]),
     }
     lines = [f"# {config.name}", "", *_source(config), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]

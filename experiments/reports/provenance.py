@@ -1,21 +1,67 @@
-"""Where a result came from: enough to repeat it, and to know whether the committed code gave it."""
+"""Where a result came from: enough to repeat it, and to know whether the committed code gave it.
+
+`provenance.jsonl` in a work directory has a line for each process whose steps are in the result, as a run may
+go on at another commit.
+"""
 
 import datetime
+import functools
+import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from experiments.progress import read_metrics
+
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def provenance() -> dict[str, Any]:
+FILE = "provenance.jsonl"
+
+
+def begin(workdir: Path, step: int) -> None:
+    """Says in `workdir` that what comes after `step` is of this process. What was said of steps that are now
+    done again is left out.
+    """
+    kept = [line for line in said(workdir) if line["step"] < step]
+    fresh = workdir / f"{FILE}.tmp"
+    lines = [*kept, {"step": step, **of_process()}]
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    fresh.replace(workdir / FILE)
+
+
+def said(workdir: Path) -> list[dict[str, Any]]:
+    """The provenance of each process, and the `step` after which it went on."""
+    return read_metrics(workdir / FILE)
+
+
+def commits(lines: Sequence[dict[str, Any]]) -> str:
+    """Each commit with its date, and after which step it took over.
+
+    >>> first = {"step": 0, "commit": "1a2b", "date": "2026-11-29"}
+    >>> commits([first, {**first, "step": 40}, {"step": 60, "commit": None, "date": "2026-11-30"}])
+    '1a2b, 2026-11-29; after step 60 outside of a clone, 2026-11-30'
+    """
+    words, before = [], ""
+    for line in lines:
+        commit = line["commit"] or "outside of a clone"
+        if commit != before:
+            after = f"after step {line['step']:,} " if words else ""
+            words.append(f"{after}{commit}, {line['date']}")
+        before = commit
+    return "; ".join(words)
+
+
+@functools.cache
+def of_process() -> dict[str, Any]:
     """The commit (with `+changes` where the code differs from it, None outside of a clone), jax, the
-    device and the date.
+    device and the date. They are those of the first call, as the files may change while a run goes on.
     """
     return {
         "commit": commit(),

@@ -11,8 +11,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.progress import read_metrics
-from experiments.reports import card, figures, page, scores
-from experiments.reports.provenance import command, provenance
+from experiments.reports import card, figures, page, provenance, scores
 
 
 def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
@@ -24,8 +23,9 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
         **facts,
         "numbers": numbers(metrics),
         "notes": [line["note"] for line in metrics if "note" in line],
-        "command": command(),
-        **provenance(),
+        "command": provenance.command(),
+        **provenance.of_process(),
+        "processes": provenance.said(workdir),
     }
     (workdir / "figures").mkdir(exist_ok=True)
     figures.draw(metrics, config, workdir / "figures" / "loss.png")

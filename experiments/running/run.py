@@ -9,6 +9,7 @@ import jax
 from experiments import catalogue, config as configs
 from experiments.config import Config
 from experiments.progress import Record
+from experiments.reports import provenance
 from experiments.running import finish, inputs, processes, workdir as workdirs
 from experiments.running.inputs import Inputs, Ready
 from experiments.running.preemption import StopRequest
@@ -86,6 +87,7 @@ def _trained(ready: Ready, config: Config, workdir: Path, resolved: dict[str, An
         if checkpoints.latest() is not None:
             state = restored(checkpoints, state, config)
         on_first(lambda: workdirs.mark(workdir, resolved))
+        on_first(lambda: provenance.begin(workdir, state.step))
         with (
             Record(
                 workdir, config.name, config.train.steps, state.step, silent=not processes.first()

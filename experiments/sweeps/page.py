@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.reports.provenance import commits
 from experiments.reports.words import what_trains
 from experiments.sweeps import compared
 from experiments.sweeps.figures import label
@@ -23,7 +24,7 @@ def render(facts: dict[str, Any]) -> str:
         f"jax {facts['jax']}",
         "memory": _memory(base["bytes"], own, memory, facts["adapters"]),
         "command": f"`{facts['command']}`",
-        "commit, date": f"{facts['commit'] or 'outside of a clone'}, {facts['date']}",
+        "commit, date": commits(facts["processes"]),
     }
     lines = [f"# {facts['name']}: a sweep", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]

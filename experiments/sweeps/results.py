@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from experiments import config as configs
 from experiments.progress import read_metrics
-from experiments.reports.provenance import command, provenance
+from experiments.reports import provenance
 from experiments.running import baselines, finish, workdir as workdirs
 from experiments.running.inputs import Ready
 from experiments.sweeps import compared, figures, page
@@ -80,8 +81,9 @@ def write(
         "memory": json.loads(memory.read_text("utf-8")) if memory.is_file() else None,
         "median_seconds_per_step": statistics.median(seconds),
         "notes": [line["note"] for line in metrics if "note" in line],
-        "command": command(),
-        **provenance(),
+        "command": provenance.command(),
+        **provenance.of_process(),
+        "processes": provenance.said(workdir),
     }
     figures.draw(facts, metrics, workdir / "figures")
     (workdir / "sweep.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -200,6 +202,7 @@ def _as_run(member: Member, single: State, metrics: list[dict[str, Any]], workdi
     directory.mkdir(parents=True, exist_ok=True)
     lines = [line for line in (_own_line(line, member.name) for line in metrics) if line is not None]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    shutil.copy(workdir / provenance.FILE, directory)
     for name in {"data", "tokenizer", member.config.base.workdir if member.config.base.run else "data"}:
         there, link = workdir / name, directory / name
         if there.exists() and not link.exists() and ".." not in Path(name).parts:

@@ -18,6 +18,7 @@ import numpy as np
 from experiments import catalogue, config as configs, tasks
 from experiments.config import Config
 from experiments.progress import read_metrics, Record
+from experiments.reports import provenance
 from experiments.running import baselines, workdir as workdirs
 from experiments.running.inputs import Ready
 from experiments.running.preemption import StopRequest
@@ -137,6 +138,7 @@ class _Training:
             if checkpoints.latest() is not None:
                 state = restored(checkpoints, state, config)
             workdirs.mark(self.workdir, self.resolved)
+            provenance.begin(self.workdir, state.step)
             with (
                 Record(self.workdir, config.name, config.train.steps, state.step) as record,
                 StopRequest() as stop_requested,
