@@ -168,7 +168,7 @@ def test_committed_predictions_score_as_committed(row, when, file, data_dir, mon
 # --- GLUE from MiniLM ---------------------------------------------------------------------------------------
 
 _MINILM = _RESULTS / "glue_minilm"
-_GLUE = {task: _runs(_MINILM / task) for task in ("cola", "mrpc", "stsb")}
+_GLUE = {task: _runs(_MINILM / task) for task in ("cola", "mrpc", "rte", "stsb")}
 
 
 def _accuracy(labels, answers):
@@ -244,17 +244,18 @@ def test_what_is_said_of_a_bias_that_begins_at_zero():
 
 
 _NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "lorafa": "LoRA-FA", "vera": "VeRA"}
-_STUDIED = {"cola": "Matthews", "mrpc": "F1", "stsb": "Pearson"}
+_STUDIED = {"cola": "Matthews", "mrpc": "F1", "rte": "accuracy", "stsb": "Pearson"}
 
 
 @pytest.mark.parametrize("method, name", [*_NAMES.items(), ("qlora", "QLoRA")])
 def test_the_study_stands_beside_ours(method, name):
-    """Each number is of our report, and of the study's config where it has one."""
+    """Each number is of our report, and of the study's config, where there is one."""
     cells = []
     for task, metric in _STUDIED.items():
         file = _EXPERIMENTS / "configs" / "glue" / f"reproduction_{method}_{task}.json"
         theirs = f" {configs.load(file).source.expected[metric]:.1f} " if file.is_file() else " "
-        cells += [f" {100 * _facts(_GLUE[task][method])['scores']['after'][metric]:.1f} ", theirs]
+        ours = _facts(_GLUE[task][method])["scores"]["after"] if method in _GLUE[task] else None
+        cells += [" " if ours is None else f" {100 * ours[metric]:.1f} ", theirs]
     assert f"\n| {name} |{'|'.join(cells)}|\n" in (_MINILM / "README.md").read_text("utf-8")
 
 
@@ -271,6 +272,33 @@ def test_what_is_said_of_lorafas_rate():
     assert f"has an accuracy of {100 * found:.1f} after" in page
     assert f"always the same answer has {100 * one_answer:.1f}." in page
     assert f"at 5e-4 the accuracy is {100 * found:.1f} after" in _config(row)["source"]["note"]
+
+
+@pytest.mark.parametrize(
+    "method, tried, times, said",
+    [
+        ("lorafa", "cola_lorafa_2e-3", 0.5, "[half its rate](cola_lorafa_2e-3/report.md) it has"),
+        ("bitfit", "cola_bitfit_4e-3", 4, "[four times its rate](cola_bitfit_4e-3/report.md) it has"),
+    ],
+)
+def test_what_is_said_of_other_rates_on_cola(method, tried, times, said):
+    row, other = _config(_GLUE["cola"][method]), _config(_MINILM / tried)
+    assert other["train"].pop("lr") == pytest.approx(times * row["train"].pop("lr"))
+    assert other == row
+    facts = _facts(_MINILM / tried)["scores"]["after"]
+    files = (_MINILM / "cola" / "references.txt", _MINILM / tried / "predictions.txt")
+    found = _matthews(*(file.read_text("utf-8").split() for file in files))
+    assert facts["Matthews"] == pytest.approx(found["Matthews"])
+    page = (_MINILM / "README.md").read_text("utf-8").replace("\n", " ")
+    assert f"{said} {100 * facts['Matthews']:.1f}" in page
+
+
+@pytest.mark.parametrize("name, label", [("CoLA", "1"), ("RTE", "entailment")])
+def test_what_always_the_same_answer_has(name, label):
+    labels = (_MINILM / name.lower() / "references.txt").read_text("utf-8").split()
+    assert labels.count(label) > len(labels) / 2
+    section = (_MINILM / "README.md").read_text("utf-8").partition(f"## {name}\n")[2].partition("\n## ")[0]
+    assert f"an accuracy of {100 * labels.count(label) / len(labels):.1f}." in section.replace("\n", " ")
 
 
 @pytest.mark.parametrize("task", _GLUE)
