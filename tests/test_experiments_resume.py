@@ -116,8 +116,8 @@ def test_the_report_names_the_commit_of_every_step(root, parts, monkeypatch):
     saved.
     """
     for step, commit in ((5, "1a2b"), (8, "3c4d")):
-        here = {**provenance.of_process(), "commit": commit, "date": "2026-11-30"}
-        monkeypatch.setattr(provenance, "of_process", lambda here=here: here)
+        here = {**provenance.provenance(), "commit": commit, "date": "2026-11-30"}
+        monkeypatch.setattr(provenance, "provenance", lambda here=here: here)
         with told_after(step):
             assert main(words(root, parts)) == 0
     facts = json.loads((parts / "report.json").read_text())

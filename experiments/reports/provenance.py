@@ -31,7 +31,7 @@ def begin(workdir: Path, step: int) -> None:
     """
     kept = [line for line in said(workdir) if line["step"] < step]
     fresh = workdir / f"{FILE}.tmp"
-    lines = [*kept, {"step": step, **of_process()}]
+    lines = [*kept, {"step": step, **provenance()}]
     fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     fresh.replace(workdir / FILE)
 
@@ -58,10 +58,9 @@ def commits(lines: Sequence[dict[str, Any]]) -> str:
     return "; ".join(words)
 
 
-@functools.cache
-def of_process() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """The commit (with `+changes` where the code differs from it, None outside of a clone), jax, the
-    device and the date. They are those of the first call, as the files may change while a run goes on.
+    device and the date.
     """
     return {
         "commit": commit(),
@@ -71,7 +70,10 @@ def of_process() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
+    """That of the first call: the files may change while a process goes on with what it has read."""
+
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], capture_output=True, text=True, check=True, cwd=REPOSITORY

@@ -24,7 +24,7 @@ def write(workdir: Path, config: Config, facts: dict[str, Any]) -> None:
         "numbers": numbers(metrics),
         "notes": [line["note"] for line in metrics if "note" in line],
         "command": provenance.command(),
-        **provenance.of_process(),
+        **provenance.provenance(),
         "processes": provenance.said(workdir),
     }
     (workdir / "figures").mkdir(exist_ok=True)

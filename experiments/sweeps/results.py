@@ -82,7 +82,7 @@ def write(
         "median_seconds_per_step": statistics.median(seconds),
         "notes": [line["note"] for line in metrics if "note" in line],
         "command": provenance.command(),
-        **provenance.of_process(),
+        **provenance.provenance(),
         "processes": provenance.said(workdir),
     }
     figures.draw(facts, metrics, workdir / "figures")
