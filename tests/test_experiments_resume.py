@@ -112,9 +112,7 @@ def test_another_mesh_goes_on(root, parts, capsys):
 
 
 def test_the_report_names_the_commit_of_every_step(root, parts, monkeypatch):
-    """Of what is in the result: the two processes that began at the start were lost, the second after it had
-    saved.
-    """
+    """The first two processes were lost, and the second had saved step 3."""
     for step, commit in ((5, "1a2b"), (8, "3c4d")):
         here = {**provenance.provenance(), "commit": commit, "date": "2026-11-30"}
         monkeypatch.setattr(provenance, "provenance", lambda here=here: here)

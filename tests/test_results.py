@@ -172,7 +172,8 @@ _GLUE = {task: _runs(_MINILM / task) for task in ("cola", "mrpc", "rte", "stsb")
 
 
 def _accuracy(labels, answers):
-    return {"accuracy": sum(map(str.__eq__, labels, answers)) / len(labels)}
+    right = sum(label == answer for label, answer in zip(labels, answers, strict=True))
+    return {"accuracy": right / len(labels)}
 
 
 def _f1(labels, answers):
@@ -243,11 +244,18 @@ def test_what_is_said_of_a_bias_that_begins_at_zero():
     assert "gains 6 points" in (_REPOSITORY / "CHANGELOG.md").read_text("utf-8")
 
 
-_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "lorafa": "LoRA-FA", "vera": "VeRA"}
+_NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lorafa": "LoRA-FA",
+    "vera": "VeRA",
+    "qlora": "QLoRA",
+}
 _STUDIED = {"cola": "Matthews", "mrpc": "F1", "rte": "accuracy", "stsb": "Pearson"}
 
 
-@pytest.mark.parametrize("method, name", [*_NAMES.items(), ("qlora", "QLoRA")])
+@pytest.mark.parametrize("method, name", _NAMES.items())
 def test_the_study_stands_beside_ours(method, name):
     """Each number is of our report, and of the study's config, where there is one."""
     cells = []

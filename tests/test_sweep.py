@@ -124,6 +124,7 @@ def test_the_best_is_a_run_to_be_finished(root, done, capsys, monkeypatch):
     command = facts["best"][name]["run"]
     assert command in (done.directory / "sweep.md").read_text()
     directory = done.directory / "best" / name
+    assert (directory / "provenance.jsonl").read_text() == (done.directory / "provenance.jsonl").read_text()
     before = numbers_of(directory)
     assert main(shlex.split(command)[3:]) == 0
     assert "resuming after step 6" in capsys.readouterr().out and numbers_of(directory) == before

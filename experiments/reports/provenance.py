@@ -20,8 +20,6 @@ from experiments.progress import read_metrics
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
 FILE = "provenance.jsonl"
 
 
