@@ -44,7 +44,8 @@ def render(config: Config, facts: dict[str, Any]) -> str:
         **({} if config.baseline else {"merged, in PyTorch": _in_pytorch(comparison["pytorch"])}),
         "command": f"`{facts['command']}`",
         "data": f"fingerprint `{facts['data']}`",
-        "commit, date": provenance.commits(facts["processes"]),
+        # An older report knows its last process alone.
+        "commit, date": provenance.commits(facts.get("processes", [{"step": 0, **facts}])),
     }
     lines = [f"# {config.name}", "", *_source(config), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
