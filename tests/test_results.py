@@ -4,19 +4,20 @@ beside it.
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from experiments import config as configs
 from experiments.command_line import main
-from experiments.metrics import score_e2e, values
+from experiments.metrics import multi_bleu, score_e2e, values, webnlg
 
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _EXPERIMENTS = _REPOSITORY / "experiments"
 _RESULTS = _EXPERIMENTS / "results"
-_E2E = _RESULTS / "e2e_smollm2"
+_E2E, _WEBNLG = _RESULTS / "e2e_smollm2", _RESULTS / "webnlg_smollm2"
 
 
 def _runs(directory):
@@ -24,7 +25,9 @@ def _runs(directory):
     return {path.parent.name: path.parent for path in sorted(directory.glob("*/report.json"))}
 
 
-_RATES, _ROWS = _runs(_E2E / "rates"), _runs(_E2E)
+_RATES = _runs(_E2E / "rates")
+_TEXTS = {"e2e": _runs(_E2E), "webnlg": _runs(_WEBNLG)}
+_INPUTS = {"e2e": 630, "webnlg": 1862}
 
 
 def _facts(directory):
@@ -65,30 +68,30 @@ def test_all_rates_were_tried_on_the_same():
     assert len({(facts["base"]["fingerprint"], facts["data"], facts["commit"]) for facts in found}) == 1
 
 
-@pytest.mark.parametrize("row", _ROWS)
-def test_a_row_belongs_to_a_config_that_ships(row):
-    kept, page = _config(_ROWS[row]), (_ROWS[row] / "report.md").read_text("utf-8")
+@pytest.mark.parametrize("data, row", [(data, row) for data, rows in _TEXTS.items() for row in rows])
+def test_a_row_belongs_to_a_config_that_ships(data, row):
+    directory = _TEXTS[data][row]
+    kept, page = _config(directory), (directory / "report.md").read_text("utf-8")
     shipped = configs.load(_EXPERIMENTS / "configs" / f"{kept['name']}.json")
     assert configs.with_defaults(kept) == configs.to_json(shipped)
-    facts = _facts(_ROWS[row])
-    assert len(_lines(_ROWS[row] / "predictions.txt")) == facts["examples"]["test"] == 630
+    facts = _facts(directory)
+    assert len(_lines(directory / "predictions.txt")) == facts["examples"]["test"] == _INPUTS[data]
     assert f"| this run | {100 * facts['scores']['after']['BLEU']:.2f} |" in page
 
 
-def test_the_rows_are_comparable():
+@pytest.mark.parametrize("data", _TEXTS)
+def test_the_rows_are_comparable(data):
     """One base, the same data in the same order, as many steps; LoRA's rows have one rate. The fingerprint of
     the data holds `seq_len`, which is longer where a prefix has room of its own: that such a row saw the same
     examples is told by the tokens of its steps.
     """
-    facts = [_facts(directory) for directory in _ROWS.values()]
-    kept = [_config(directory) for directory in _ROWS.values()]
+    rows = _TEXTS[data].values()
+    facts, kept = [_facts(directory) for directory in rows], [_config(directory) for directory in rows]
     assert len({(found["base"]["fingerprint"], found["numbers"]["steps"]) for found in facts}) <= 1
     assert len({json.dumps({**config["data"], "seq_len": None}, sort_keys=True) for config in kept}) <= 1
-    data = {(config["data"]["seq_len"], found["data"]) for config, found in zip(kept, facts, strict=True)}
-    assert len(data) == len({length for length, _ in data})
-    steps = [
-        [json.loads(line) for line in _lines(directory / "metrics.jsonl")] for directory in _ROWS.values()
-    ]
+    read = {(config["data"]["seq_len"], found["data"]) for config, found in zip(kept, facts, strict=True)}
+    assert len(read) == len({length for length, _ in read})
+    steps = [[json.loads(line) for line in _lines(directory / "metrics.jsonl")] for directory in rows]
     assert len({tuple((at["step"], at["tokens"]) for at in run if "tokens" in at) for run in steps}) <= 1
     assert len({(config["seed"], config["train"]["batch"]) for config in kept}) <= 1
     assert len({config["train"]["lr"] for config in kept if config["method"]["name"] != "Full"}) <= 1
@@ -96,7 +99,7 @@ def test_the_rows_are_comparable():
 
 def test_lora_is_level_with_full_fine_tuning():
     """Within one BLEU, above 60, and no fewer values named; from a base that does none of it."""
-    lora, full = (_facts(_ROWS[row]) for row in ("lora_r8", "full"))
+    lora, full = (_facts(_TEXTS["e2e"][row]) for row in ("lora_r8", "full"))
     assert lora["scores"]["after"]["BLEU"] > max(0.60, full["scores"]["after"]["BLEU"] - 0.01)
     assert lora["values"]["after"]["values"] >= full["values"]["after"]["values"]
     assert lora["scores"]["before"]["BLEU"] < 0.01
@@ -139,7 +142,7 @@ def _references(path):
 
 _PREDICTIONS = [
     (row, when, directory / file)
-    for row, directory in _ROWS.items()
+    for row, directory in _TEXTS["e2e"].items()
     for when, file in (("after", "predictions.txt"), ("before", "predictions_before.txt"))
     if (directory / file).is_file()
 ]
@@ -152,7 +155,7 @@ def test_committed_predictions_score_as_committed(row, when, file, data_dir, mon
     if (row, when) != ("lora_r8", "after"):
         monkeypatch.setenv("PATH", "")
     groups, texts = _references(data_dir / "e2e" / "lora_nlg_txt" / "test.txt"), _lines(file)
-    committed = _facts(_ROWS[row])
+    committed = _facts(file.parent)
     scores = committed["scores"][when]
     assert scores["METEOR"] is not None
     found = score_e2e(list(groups.values()), texts)
@@ -160,9 +163,65 @@ def test_committed_predictions_score_as_committed(row, when, file, data_dir, mon
         del found["METEOR"]
     assert len(found) >= 4
     assert found == pytest.approx({name: scores[name] for name in found}, rel=1e-9, abs=1e-12)
-    contexts = _lines(_ROWS[row] / "contexts.txt")
+    contexts = _lines(file.parent / "contexts.txt")
     assert contexts == [" ".join(context.split()) for context in groups]
     assert values.score(contexts, texts) == committed["values"][when]
+
+
+@pytest.mark.parametrize("row", _TEXTS["webnlg"])
+def test_a_row_of_webnlg_is_on_its_page(row):
+    facts = _facts(_TEXTS["webnlg"][row])
+    cells = [f"{facts['trainable']:,}", f"{facts['numbers']['valid_loss']:.3f}"]
+    for name, value in facts["scores"]["after"].items():
+        cells.append(f"{100 * value:.1f}" if name.startswith("BLEU") else f"{value:.3f}")
+    assert len(cells) == 11
+    page = (_WEBNLG / "README.md").read_text("utf-8")
+    assert f"]({row}/report.md) | {' | '.join(cells)} |" in page
+
+
+@pytest.fixture(scope="session")
+def challenge(data_dir):
+    """The contexts of WebNLG's test set with their first six wordings, from a file that no run reads."""
+    file = data_dir / "webnlg2017" / "testdata_with_lex.xml"
+    if not file.is_file():
+        pytest.skip(f"no {file}: set LORA_JAX_DATA to the directory that holds webnlg2017/")
+    found = {}
+    for entry in ElementTree.parse(file).iter("entry"):
+        triples = [triple.text.split(" | ") for triple in entry.iter("mtriple")]
+        context = " | ".join(" : ".join(triple) for triple in triples)
+        found[" ".join(context.split())] = [wording.text for wording in entry.iter("lex")][:6]
+    return found
+
+
+_PARTS = {"": slice(None), " seen": slice(971), " unseen": slice(971, None)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", _TEXTS["webnlg"])
+def test_committed_texts_of_webnlg_have_the_bleu_that_is_committed(row, challenge):
+    directory = _TEXTS["webnlg"][row]
+    assert _lines(directory / "contexts.txt") == list(challenge)
+    words = [[webnlg.tokenize(wording) for wording in group] for group in challenge.values()]
+    padded = [[*group, *([[]] * (6 - len(group)))] for group in words]
+    texts = [webnlg.tokenize(text) for text in _lines(directory / "predictions.txt")]
+    scores = _facts(directory)["scores"]["after"]
+    for part, where in _PARTS.items():
+        assert scores[f"BLEU{part}"] == pytest.approx(multi_bleu.score(padded[where], texts[where])), part
+
+
+def test_lora_generalises_better_on_webnlg():
+    """As in the paper: behind full fine-tuning on categories of the training set, and ahead on others."""
+    lora, full = (_facts(_TEXTS["webnlg"][row]) for row in ("lora_r8", "full"))
+    ahead = {
+        name: 100 * (score - full["scores"]["after"][name])
+        for name, score in lora["scores"]["after"].items()
+        if name.startswith("BLEU")
+    }
+    assert ahead["BLEU seen"] < 0 < ahead["BLEU"] < ahead["BLEU unseen"]
+    assert f"LoRA is {ahead['BLEU unseen']:.1f} BLEU ahead on unseen ones" in (
+        _WEBNLG / "README.md"
+    ).read_text("utf-8").replace("\n", " ")
+    assert full["numbers"]["valid_loss"] < lora["numbers"]["valid_loss"]
 
 
 # --- GLUE from MiniLM ---------------------------------------------------------------------------------------
