@@ -112,6 +112,13 @@ def test_peak_memory_is_shown_where_it_is_known(tmp_path, capsys):
     assert "| peak memory | 812.00 MB of the process, when training had ended |" in text
 
 
+def test_the_page_of_an_older_report_has_its_one_commit():
+    facts = finished.facts(_RUN)
+    assert "processes" not in facts
+    text = page.render(configs.load(_CONFIGS / "e2e_smollm2_lora_r8.json"), facts)
+    assert f"| commit, date | {facts['commit']}, {facts['date']} |" in text
+
+
 def test_the_peak_of_this_process(monkeypatch, tmp_path):
     """Linux counts it apart from what a parent had; elsewhere `getrusage` does, and some devices do."""
     assert memory.peak()["process"] > 16 * _MB and memory.peak()["device"] is None
